@@ -1,0 +1,89 @@
+// The few C functions and the one struct of llama.cpp that pysteer uses.
+//
+// Nothing here is linked: the functions are looked up in the library that llama_cpp has already loaded, so one build of
+// pysteer serves every build of llama-cpp-python (CPU, CUDA, Metal, Vulkan, RPC).
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+namespace pysteer {
+
+// ggml_tensor as ggml 0.25 lays it out. Used only for what has no accessor (op, sources, buffer, strides); load_abi()
+// refuses to go on if a tensor made by the loaded library does not match it.
+struct Tensor {
+    int32_t type;
+    void * buffer;
+    int64_t ne[4];  // elements per dimension
+    size_t nb[4];   // stride in bytes per dimension
+    int32_t op;
+    int32_t op_params[16];
+    int32_t flags;
+    Tensor * src[10];
+    Tensor * view_src;
+    size_t view_offs;
+    void * data;
+    char name[64];
+    void * extra;
+    char padding[8];
+};
+
+// ggml_type: the activation types that llama.cpp's graphs produce.
+enum class FloatType : int32_t { f32 = 0, f16 = 1, bf16 = 30 };
+
+struct InitParams {  // ggml_init_params
+    size_t mem_size;
+    void * mem_buffer;
+    bool no_alloc;
+};
+
+struct Abi {
+    const char * (*ggml_version)();
+    const char * (*ggml_get_name)(const Tensor *);
+    const char * (*ggml_op_desc)(const Tensor *);
+    const char * (*ggml_type_name)(int32_t);
+    int64_t (*ggml_nelements)(const Tensor *);
+    int64_t (*ggml_nrows)(const Tensor *);
+    void * (*ggml_get_data)(const Tensor *);
+    void (*ggml_fp16_to_fp32_row)(const uint16_t *, float *, int64_t);
+    void (*ggml_fp32_to_fp16_row)(const float *, uint16_t *, int64_t);
+    void (*ggml_bf16_to_fp32_row)(const uint16_t *, float *, int64_t);
+    void (*ggml_fp32_to_bf16_row)(const float *, uint16_t *, int64_t);
+    bool (*ggml_backend_buffer_is_host)(void *);
+    const char * (*ggml_backend_buffer_name)(void *);
+    void (*ggml_backend_tensor_set)(Tensor *, const void *, size_t, size_t);
+    void (*ggml_backend_tensor_get)(const Tensor *, void *, size_t, size_t);
+
+    // Used once, to build the tensors that the struct above is checked against.
+    void * (*ggml_init)(InitParams);
+    void (*ggml_free)(void *);
+    size_t (*ggml_tensor_overhead)();
+    Tensor * (*ggml_new_tensor_2d)(void *, int32_t, int64_t, int64_t);
+    Tensor * (*ggml_set_name)(Tensor *, const char *);
+    Tensor * (*ggml_add)(void *, Tensor *, Tensor *);
+    Tensor * (*ggml_mul)(void *, Tensor *, Tensor *);
+    Tensor * (*ggml_scale)(void *, Tensor *, float);
+    Tensor * (*ggml_mul_mat)(void *, Tensor *, Tensor *);
+    void * (*ggml_backend_cpu_buffer_type)();
+    void * (*ggml_backend_alloc_ctx_tensors_from_buft)(void *, void *);
+    void (*ggml_backend_buffer_free)(void *);
+
+    // ggml_op values, read off real nodes of the loaded library because the enumeration moves between versions.
+    int32_t op_none;
+    int32_t op_add;
+    int32_t op_mul;
+    int32_t op_scale;
+    int32_t op_mul_mat;
+};
+
+// Fills the table from the shared library with this handle (dlopen's, or an HMODULE). `library_folder` is searched for
+// ggml's own libraries where the handle does not reach them (Windows). Throws std::runtime_error that names what is
+// missing or what does not match. Calling it again is free.
+void load_abi(std::uintptr_t library_handle, const std::string & library_folder);
+
+// The table; throws std::runtime_error before a successful load_abi().
+const Abi & abi();
+
+}  // namespace pysteer

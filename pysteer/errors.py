@@ -1,0 +1,26 @@
+"""What pysteer raises when something the caller can change is wrong.
+
+Every message names the cause and the way out; the command line prints it as one line and exits with code 2.
+"""
+
+from __future__ import annotations
+
+
+class SteeringError(ValueError):
+    """Base of all errors below; catch this one to catch them all."""
+
+
+class FormatError(SteeringError):
+    """A file is not what it claims to be: truncated, hostile, or of another kind."""
+
+
+class ModelMismatchError(SteeringError):
+    """A steering vector or pack was made for a model of another shape."""
+
+
+class UnknownCategoryError(SteeringError):
+    """A category was asked for that the pack does not hold."""
+
+
+class HookError(SteeringError):
+    """The running llama.cpp or the model's graph cannot be hooked, or a decode went past the plan."""

@@ -1,0 +1,204 @@
+"""A strict reader of the GGUF container, safe on files from strangers.
+
+The rules, each because a file that breaks it can crash, hang or mislead a reader:
+
+- every length, count and offset is compared with the bytes that are there before it is used;
+- keys and tensor names occur once;
+- arrays hold scalars or strings, never arrays;
+- strings are UTF-8; the file is little-endian, version 2 or 3;
+- tensor data lies inside the file, aligned, and is copied out, so that nothing refers to the file
+  once it has been read.
+
+Only float32 tensors are read: nothing that pysteer or llama.cpp writes for steering has another
+type. Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
+
+from pysteer.errors import FormatError
+
+Scalar: TypeAlias = "int | float | bool | str"
+Value: TypeAlias = "Scalar | list[Scalar]"
+
+_SCALARS = {
+    GGUFValueType.UINT8: "<B",
+    GGUFValueType.INT8: "<b",
+    GGUFValueType.UINT16: "<H",
+    GGUFValueType.INT16: "<h",
+    GGUFValueType.UINT32: "<I",
+    GGUFValueType.INT32: "<i",
+    GGUFValueType.FLOAT32: "<f",
+    GGUFValueType.UINT64: "<Q",
+    GGUFValueType.INT64: "<q",
+    GGUFValueType.FLOAT64: "<d",
+}
+_MAX_DIMENSIONS = 4
+_MAX_ARRAY = 1 << 22  # far above any vocabulary; bounds the time a hostile file can take
+_SMALLEST_ENTRY = 12  # bytes: an empty name and a type
+
+
+@dataclass(frozen=True)
+class Container:
+    """Metadata, and every tensor as float32 in numpy's order of dimensions."""
+
+    metadata: dict[str, Value]
+    tensors: dict[str, npt.NDArray[np.float32]]
+
+
+class _Cursor:
+    def __init__(self, data: mmap.mmap) -> None:
+        self.data = data
+        self.at = 0
+
+    def remaining(self) -> int:
+        return len(self.data) - self.at
+
+    def unpack(self, layout: str, what: str) -> int | float:
+        size = struct.calcsize(layout)
+        if size > self.remaining():
+            raise FormatError(f"the file ends inside {what}")
+        (value,) = struct.unpack_from(layout, self.data, self.at)
+        self.at += size
+        return value  # type: ignore[no-any-return]
+
+    def count(self, layout: str, smallest: int, what: str) -> int:
+        value = int(self.unpack(layout, f"the number of {what}"))
+        if value < 0 or value * smallest > self.remaining():
+            raise FormatError(f"the file claims {value} {what} and is too short to hold them")
+        return value
+
+    def string(self, what: str) -> str:
+        length = self.count("<Q", 1, f"bytes of {what}")
+        raw = self.data[self.at : self.at + length]
+        self.at += length
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError:
+            raise FormatError(f"{what} is not UTF-8") from None
+
+    def value_type(self, what: str) -> GGUFValueType:
+        number = int(self.unpack("<I", what))
+        try:
+            return GGUFValueType(number)
+        except ValueError:
+            raise FormatError(f"{what} has the unknown type {number}") from None
+
+    def scalar(self, kind: GGUFValueType, what: str) -> Scalar:
+        if kind == GGUFValueType.STRING:
+            return self.string(what)
+        if kind == GGUFValueType.BOOL:
+            number = int(self.unpack("<B", what))
+            if number > 1:
+                raise FormatError(f"{what} is neither true nor false")
+            return bool(number)
+        if kind not in _SCALARS:
+            raise FormatError(f"{what} holds an array of arrays")
+        return self.unpack(_SCALARS[kind], what)
+
+    def value(self, what: str) -> Value:
+        kind = self.value_type(what)
+        if kind != GGUFValueType.ARRAY:
+            return self.scalar(kind, what)
+        kind = self.value_type(what)
+        smallest = 8 if kind == GGUFValueType.STRING else struct.calcsize(_SCALARS.get(kind, "<B"))
+        count = self.count("<Q", smallest, f"values of {what}")
+        if count > _MAX_ARRAY:
+            raise FormatError(f"{what} has {count} values; at most {_MAX_ARRAY} are read")
+        return [self.scalar(kind, what) for _ in range(count)]
+
+
+def read(path: Path, *, architectures: tuple[str, ...]) -> Container:
+    """Read a GGUF file whole.
+
+    Args:
+        path: the file.
+        architectures: the values of `general.architecture` that are welcome; anything else is
+            refused before a tensor is looked at, so that a 5 GB model is turned away at once.
+
+    Raises:
+        FormatError: the file cannot be read, breaks a rule above, or is of another architecture.
+    """
+    try:
+        with path.open("rb") as file:
+            if file.seek(0, 2) == 0:
+                raise FormatError(f"{path}: the file is empty")
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                return _parse(_Cursor(data), architectures)
+    except FormatError as error:
+        if str(error).startswith(str(path)):
+            raise
+        raise FormatError(f"{path}: {error}") from None
+    except OSError as error:
+        raise FormatError(f"{path}: {error.strerror or error}") from None
+
+
+def _parse(cursor: _Cursor, architectures: tuple[str, ...]) -> Container:
+    if cursor.data[:4] != b"GGUF":
+        raise FormatError("not a GGUF file")
+    cursor.at = 4
+    version = cursor.unpack("<I", "the header")
+    if version not in (2, 3):
+        raise FormatError(f"GGUF version {version} is not supported; versions 2 and 3 are")
+    n_tensors = cursor.count("<q", _SMALLEST_ENTRY, "tensors")
+    n_values = cursor.count("<q", _SMALLEST_ENTRY, "metadata values")
+
+    metadata: dict[str, Value] = {}
+    for _ in range(n_values):
+        key = cursor.string("a metadata key")
+        if key in metadata:
+            raise FormatError(f"metadata key {key!r} occurs twice")
+        metadata[key] = cursor.value(f"metadata value {key!r}")
+    architecture = metadata.get("general.architecture")
+    if architecture not in architectures:
+        raise FormatError(
+            f"the file holds {architecture!r}, not a steering pack or a control vector"
+        )
+
+    infos: dict[str, tuple[tuple[int, ...], int]] = {}
+    for _ in range(n_tensors):
+        name = cursor.string("a tensor name")
+        if name in infos:
+            raise FormatError(f"tensor {name!r} occurs twice")
+        infos[name] = _tensor_info(cursor, name)
+
+    alignment = metadata.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+        raise FormatError(f"alignment {alignment!r} is not a power of two")
+    start = -(-cursor.at // alignment) * alignment
+    tensors = {}
+    for name, (shape, offset) in infos.items():
+        count = prod(shape)
+        if offset % alignment or start + offset + 4 * count > len(cursor.data):
+            raise FormatError(f"the data of tensor {name!r} lies outside the file")
+        flat = np.frombuffer(cursor.data, "<f4", count, start + offset)
+        tensors[name] = flat.reshape(shape).astype(np.float32, copy=True)
+        del flat  # a view would keep the mapping from closing
+    return Container(metadata, tensors)
+
+
+def _tensor_info(cursor: _Cursor, name: str) -> tuple[tuple[int, ...], int]:
+    n_dimensions = int(cursor.unpack("<I", f"the shape of tensor {name!r}"))
+    if not 1 <= n_dimensions <= _MAX_DIMENSIONS:
+        raise FormatError(f"tensor {name!r} has {n_dimensions} dimensions")
+    sizes = [int(cursor.unpack("<Q", f"the shape of tensor {name!r}")) for _ in range(n_dimensions)]
+    if prod(sizes) * 4 > len(cursor.data):
+        raise FormatError(f"tensor {name!r} claims the shape {sizes} and the file is too short")
+    if 0 in sizes:
+        raise FormatError(f"tensor {name!r} is empty")
+    kind = int(cursor.unpack("<I", f"the type of tensor {name!r}"))
+    if kind != GGMLQuantizationType.F32:
+        known = GGMLQuantizationType(kind).name if kind in GGML_QUANT_SIZES else f"type {kind}"
+        raise FormatError(f"tensor {name!r} is {known}; directions are F32")
+    # GGUF counts dimensions from the fastest, numpy from the slowest.
+    return tuple(reversed(sizes)), int(cursor.unpack("<Q", f"the offset of tensor {name!r}"))

@@ -1,0 +1,338 @@
+"""A llama.cpp context with the native hook installed.
+
+What the runtime and the extraction from GGUF models both stand on: it knows the model's sites,
+brackets every decode, captures activations, and adds nothing by itself.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
+
+from pysteer import _native
+from pysteer.errors import HookError, SteeringError
+from pysteer.pack import BaseModel
+from pysteer.vector import SITES
+
+TESTED_LLAMA_CPP = ("0.3.36",)
+"""Versions of llama-cpp-python that the test suite has passed with."""
+
+UNTESTED_OVERRIDE = "PYSTEER_UNTESTED_LLAMA_CPP"
+"""Environment variable: set to 1 to try another version."""
+
+
+def load_native() -> None:
+    """Tie the native part to the llama.cpp that `llama_cpp` has loaded. Free after the first call.
+
+    Raises:
+        HookError: the version is untested, a function is missing, or a structure is laid out
+            otherwise than expected.
+    """
+    version = llama_cpp.__version__
+    works = f"pysteer works with llama-cpp-python {', '.join(TESTED_LLAMA_CPP)}"
+    if version not in TESTED_LLAMA_CPP and os.environ.get(UNTESTED_OVERRIDE) != "1":
+        raise HookError(
+            f"llama-cpp-python {version} is untested: {works}; "
+            f"install that, or set {UNTESTED_OVERRIDE}=1 to try this one"
+        )
+    library = llama_cpp.llama_cpp._lib
+    try:
+        _native.load_abi(library._handle, str(Path(library._name).parent))
+    except RuntimeError as error:
+        raise HookError(f"llama-cpp-python {version}: {error}; {works}") from None
+
+
+def set_native_control_vector(llm: llama_cpp.Llama, rows: npt.NDArray[np.float32]) -> None:
+    """Give a context a control vector through llama.cpp's own function.
+
+    On a `SteeredLlama` use `steering` instead: there the control-vector tensors are pysteer's.
+
+    Args:
+        llm: the model.
+        rows: shape (n_layer - 1, n_embd), float32: what is added to the output of blocks 1 to
+            n_layer - 1. All of them, because llama.cpp leaves layers beyond the buffer as they
+            were.
+
+    Raises:
+        HookError: llama.cpp refused it.
+    """
+    rows = np.ascontiguousarray(rows, np.float32)
+    n_rows, n_embd = rows.shape
+    status = llama_cpp.llama_set_adapter_cvec(
+        llm.ctx, rows.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), rows.size, n_embd, 1, n_rows
+    )
+    if status != 0:
+        raise HookError("llama.cpp refused a control vector for this model")
+
+
+class HookedLlama(llama_cpp.Llama):
+    """A `llama_cpp.Llama` whose layer outputs can be read and, by a subclass, changed.
+
+    Takes every argument of `llama_cpp.Llama`. Safe to create from several threads at once. One
+    instance serves one thread at a time; `close()` from another thread waits for the running step.
+
+    Raises:
+        HookError: the llama.cpp or the model cannot be hooked.
+    """
+
+    def __init__(self, model_path: str, **llama_arguments: Any) -> None:
+        if llama_arguments.get("vocab_only"):
+            raise HookError("a model without weights (vocab_only) has nothing to hook")
+        load_native()
+        self._hook = _native.Hook()
+        self._step_lock = threading.RLock()
+        self._closed = False
+        super().__init__(os.fspath(model_path), **llama_arguments)
+        # The context holds the hook's address; tie their lives together.
+        setattr(self._ctx, "_pysteer_hook", self._hook)  # noqa: B010
+        self._n_layer = int(llama_cpp.llama_model_n_layer(self._model.model))
+        try:
+            self._probe()
+        except BaseException:
+            self.close()
+            raise
+
+    # llama_cpp.Llama.__init__ assigns a fresh llama_context_params to this name before it creates
+    # the context, and has no argument for the callback. A property sees that assignment on this
+    # instance alone, so nothing global is replaced and threads cannot meet.
+    @property
+    def context_params(self) -> llama_cpp.llama_context_params:
+        """The parameters the context was created with."""
+        return self._context_params
+
+    @context_params.setter
+    def context_params(self, params: llama_cpp.llama_context_params) -> None:
+        params.cb_eval = llama_cpp.ggml_backend_sched_eval_callback(_native.callback_address)
+        params.cb_eval_user_data = ctypes.c_void_p(self._hook.address)
+        self._context_params = params
+
+    @property
+    def n_layer(self) -> int:
+        """Number of blocks."""
+        return self._n_layer
+
+    @property
+    def base_model(self) -> BaseModel:
+        """What identifies this model, whatever its quantisation."""
+        return BaseModel(
+            architecture=self.metadata.get("general.architecture", ""),
+            name=self.metadata.get("general.name", ""),
+            n_layer=self.n_layer,
+            n_embd=self.n_embd(),
+            n_vocab=self.n_vocab(),
+        )
+
+    @property
+    def sites(self) -> dict[str, tuple[int, ...]]:
+        """Site to the layers at which this model's graph has it, ascending."""
+        return {
+            site: tuple(sorted(f.layer for f in self._hook.sites if f.site.name == site))
+            for site in SITES
+        }
+
+    @property
+    def site_nodes(self) -> list[tuple[str, int, str, str]]:
+        """Per site and layer: site, layer, name of the graph node, name of the memory it is in."""
+        return [(f.site.name, f.layer, f.node, f.backend) for f in self._hook.sites]
+
+    def _probe(self) -> None:
+        """Find the sites by one decode, and leave the context as if it had not happened.
+
+        Each control-vector tensor is filled with its layer's number, which is how the native part
+        recognises whose it is. Afterwards the tensors stay in the graph and hold zeros.
+        """
+        if llama_cpp.llama_model_has_encoder(self._model.model):
+            raise HookError("models with an encoder cannot be hooked; decoder-only models can")
+        n_embd = self.n_embd()
+        if self._n_layer > 1:
+            layers = np.arange(1, self._n_layer, dtype=np.float32)
+            set_native_control_vector(self, np.repeat(layers[:, None], n_embd, axis=1))
+        self._hook.begin_probe(self._n_layer, n_embd)
+        token = max(self.token_bos(), 0)
+        try:
+            self._batch.set_batch(batch=[token], n_past=0, logits_all=True)
+            self._ctx.decode(self._batch)
+        except RuntimeError as error:
+            raise HookError(f"the model could not be probed: {error}") from None
+        finally:
+            self._hook.end_probe()
+        self._ctx.kv_cache_clear()
+        llama_cpp.llama_perf_context_reset(self.ctx)
+        self.n_tokens = 0
+        self._requires_eval = True
+        if not self._hook.sites:
+            raise HookError(
+                f"architecture {self.base_model.architecture!r} cannot be hooked: its graph has "
+                "neither a control-vector node nor an attention output projection"
+            )
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise SteeringError("the model is closed; create a new one")
+
+    @contextmanager
+    def _decoding(self) -> Iterator[None]:
+        """Bracket the decodes of one evaluation; afterwards, hold the hook to what it did."""
+        with self._step_lock:
+            self._require_open()
+            start = self.n_tokens
+            self._hook.begin_decode()
+            try:
+                yield
+            except BaseException:
+                self._hook.abandon_decode()
+                raise
+            try:
+                self._hook.end_decode(self.n_tokens - start)
+            except RuntimeError as error:
+                self.reset()  # what was just computed is not what was asked for
+                raise HookError(str(error)) from None
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        """Evaluate tokens after those in the context; see `llama_cpp.Llama.eval`.
+
+        Raises:
+            HookError: a site that is to be steered was not reached by every token.
+        """
+        with self._decoding():
+            super().eval(tokens)
+
+    def capture(
+        self,
+        tokens: Sequence[int],
+        *,
+        sites: Iterable[str] = ("residual",),
+        layers: Iterable[int] | None = None,
+        pool: Literal["last", "mean", "all"] = "last",
+        span: tuple[int, int] | None = None,
+    ) -> dict[str, dict[int, npt.NDArray[np.float32]]]:
+        """Activations of a prompt, as the rest of the model sees them.
+
+        Starts from an empty context and leaves an empty one. Pooling happens natively while the
+        prompt is decoded, without the GIL.
+
+        Args:
+            tokens: the prompt, at most n_ctx tokens.
+            sites: of "residual" and "attention".
+            layers: block indices; None is every layer that has the site.
+            pool: "last" token of the span, "mean" over it (summed in float64), or "all" its rows.
+            span: token range [start, stop); None is the whole prompt.
+
+        Returns:
+            site to layer to float32 array, of shape (n_embd,) for "last" and "mean" and
+            (stop - start, n_embd) for "all".
+
+        Raises:
+            SteeringError: an unknown site or pooling, a layer without the site, an empty or
+                impossible span, too many tokens.
+            NotImplementedError: the activations are not in host memory.
+        """
+        tokens = list(tokens)
+        wanted = self._wanted(sites, layers)
+        if not 0 < len(tokens) <= self.n_ctx():
+            raise SteeringError(
+                f"cannot capture {len(tokens)} tokens: between 1 and n_ctx={self.n_ctx()} fit"
+            )
+        if pool not in _native.Pooling.__members__:
+            raise SteeringError(
+                f"unknown pooling {pool!r}; use {', '.join(_native.Pooling.__members__)}"
+            )
+        start, stop = span if span is not None else (0, len(tokens))
+        flags = np.zeros((len(SITES), self.n_layer), np.uint8)
+        for site, chosen in wanted.items():
+            flags[SITES.index(site), chosen] = 1
+        with self._step_lock:
+            self._require_open()
+            try:
+                self._hook.begin_capture(
+                    wanted=flags.reshape(-1).tolist(),
+                    pooling=_native.Pooling.__members__[pool],
+                    n_layer=self.n_layer,
+                    n_embd=self.n_embd(),
+                    n_tokens=len(tokens),
+                    start=start,
+                    stop=stop,
+                )
+            except _native.NotOnHost:
+                raise
+            except ValueError as error:
+                raise SteeringError(str(error)) from None
+            try:
+                self._decode_prompt(tokens)
+            finally:
+                captured = self._hook.end_capture()
+                self._ctx.kv_cache_clear()
+                self.reset()
+            try:
+                rows = {
+                    site: {i: captured.read(getattr(_native.Site, site), i) for i in chosen}
+                    for site, chosen in wanted.items()
+                }
+            except RuntimeError as error:
+                raise HookError(f"capture is incomplete: {error}") from None
+        if pool == "all":
+            return rows
+        return {site: {i: row[0] for i, row in found.items()} for site, found in rows.items()}
+
+    def _wanted(
+        self, sites: Iterable[str], layers: Iterable[int] | None
+    ) -> Mapping[str, list[int]]:
+        available = self.sites
+        wanted: dict[str, list[int]] = {}
+        asked = None if layers is None else sorted({int(layer) for layer in layers})
+        for site in sites:
+            if site not in available:
+                raise SteeringError(f"unknown site {site!r}; use one of {', '.join(SITES)}")
+            if not available[site]:
+                raise HookError(f"this model's graph has no {site} site")
+            wanted[site] = list(available[site]) if asked is None else asked
+            missing = sorted(set(wanted[site]) - set(available[site]))
+            if missing:
+                raise HookError(f"this model's graph has no {site} site at layers {missing}")
+        if not any(wanted.values()):
+            raise SteeringError("nothing to capture: name at least one site and one layer")
+        return wanted
+
+    def _decode_prompt(self, tokens: list[int]) -> None:
+        """Decode from an empty context, asking for every row: at the last layer llama.cpp computes
+        only those whose logits are asked for."""
+        self._ctx.kv_cache_clear()
+        self.n_tokens = 0
+        with self._decoding():
+            for at in range(0, len(tokens), self.n_batch):
+                part = tokens[at : at + self.n_batch]
+                self._batch.set_batch(batch=part, n_past=at, logits_all=True)
+                self._ctx.decode(self._batch)
+                self.n_tokens += len(part)
+
+    def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
+        """Tokenize a string; see `llama_cpp.Llama.tokenize`."""
+        self._require_open()
+        return super().tokenize(text, add_bos, special)
+
+    def detokenize(
+        self, tokens: list[int], prev_tokens: list[int] | None = None, special: bool = False
+    ) -> bytes:
+        """Detokenize tokens; see `llama_cpp.Llama.detokenize`."""
+        self._require_open()
+        return super().detokenize(tokens, prev_tokens, special)
+
+    def close(self) -> None:
+        """Free the model. Waits for a running step; may be called again."""
+        lock = self.__dict__.get("_step_lock")
+        if lock is None:  # the constructor failed before there was anything to free
+            return
+        with lock:
+            self._closed = True
+            self._hook.detach()
+            if "_stack" in self.__dict__:
+                super().close()

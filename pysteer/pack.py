@@ -1,0 +1,140 @@
+"""`SteeringPack`: the steering vectors of several categories for one base model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from pysteer.errors import ModelMismatchError, SteeringError, UnknownCategoryError
+from pysteer.vector import SteeringVector
+
+if TYPE_CHECKING:
+    import os
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """What a pack remembers of the model it was made for. Quantisation does not change it.
+
+    Attributes:
+        architecture: `general.architecture` of the GGUF, such as "llama".
+        name: `general.name` of the GGUF; may be empty. Not compared: fine-tunes share a base.
+        n_layer: number of blocks.
+        n_embd: width of the residual stream.
+        n_vocab: number of tokens.
+    """
+
+    architecture: str
+    name: str
+    n_layer: int
+    n_embd: int
+    n_vocab: int
+
+
+@dataclass(frozen=True)
+class SteeringPack:
+    """Named categories over one base model.
+
+    Attributes:
+        categories: category to steering vector; any names. Strength 1.0 is the strength
+            recommended for that category.
+        base_model: the model the pack fits, or None where the file does not say (a plain
+            control-vector file).
+        residual_norm: layer to typical (median) L2 norm of the residual stream there, in the units
+            of the model's activations, as measured when the pack was made. May be empty.
+        provenance: where the pack came from: method, parameters, data, versions.
+
+    Raises:
+        SteeringError: no categories, or vectors that do not fit each other or the base model.
+    """
+
+    categories: Mapping[str, SteeringVector]
+    base_model: BaseModel | None = None
+    residual_norm: Mapping[int, float] = field(default_factory=dict)
+    provenance: Mapping[str, str | int | float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.categories:
+            raise SteeringError("a pack needs at least one category")
+        for name in self.categories:
+            if not isinstance(name, str) or not name.strip():
+                raise SteeringError(f"{name!r} is not a category name")
+        widths = {name: vector.n_embd for name, vector in self.categories.items()}
+        if len(set(widths.values())) > 1:
+            raise SteeringError(f"the categories differ in width: {widths}")
+        if self.base_model is not None:
+            self._check_shape(self.base_model)
+        for layer, norm in self.residual_norm.items():
+            if not (math.isfinite(norm) and norm >= 0):
+                raise SteeringError(f"the residual norm of layer {layer} is {norm}")
+        for name in ("categories", "residual_norm", "provenance"):  # read-only from here on
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+
+    def __getitem__(self, category: str) -> SteeringVector:
+        try:
+            return self.categories[category]
+        except KeyError:
+            raise UnknownCategoryError(
+                f"unknown category {category!r}; this pack has {', '.join(self.categories)}"
+            ) from None
+
+    def __reduce__(self) -> tuple[type[SteeringPack], tuple[object, ...]]:
+        # The read-only views cannot be pickled.
+        return SteeringPack, (
+            dict(self.categories),
+            self.base_model,
+            dict(self.residual_norm),
+            dict(self.provenance),
+        )
+
+    @property
+    def n_embd(self) -> int:
+        """Width of every direction in the pack."""
+        return next(iter(self.categories.values())).n_embd
+
+    def check_fits(self, model: BaseModel) -> None:
+        """Raise ModelMismatchError unless the pack can steer `model`."""
+        made_for = self.base_model
+        if made_for is not None:
+            for what in ("architecture", "n_layer", "n_embd", "n_vocab"):
+                ours, theirs = getattr(made_for, what), getattr(model, what)
+                if ours != theirs:
+                    raise ModelMismatchError(
+                        f"the pack was made for {made_for.name or 'a model'} with {what} {ours}, "
+                        f"this model has {what} {theirs}; build a pack for this model"
+                    )
+        self._check_shape(model)
+
+    def _check_shape(self, model: BaseModel) -> None:
+        for category, vector in self.categories.items():
+            if vector.n_embd != model.n_embd:
+                raise ModelMismatchError(
+                    f"category {category!r} has directions of width {vector.n_embd}, "
+                    f"the model has n_embd {model.n_embd}"
+                )
+            if vector.layers[-1] >= model.n_layer:
+                raise ModelMismatchError(
+                    f"category {category!r} has a direction for layer {vector.layers[-1]}, "
+                    f"the model has layers 0 to {model.n_layer - 1}"
+                )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the pack to one GGUF file; an older file is replaced in one step."""
+        from pysteer.formats import gguf
+
+        gguf.save_pack(self, Path(path))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> SteeringPack:
+        """Read a pack, or a plain control-vector file as a pack of one category named by its stem.
+
+        Raises:
+            FormatError: the file is neither, or is damaged.
+        """
+        from pysteer.formats import gguf
+
+        return gguf.load_pack(Path(path))

@@ -1,0 +1,68 @@
+"""Prompt sets: JSONL files of `{"prompt": ..., "category": ..., "response": ..., "pair_id": ...}`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pysteer.errors import FormatError
+
+if TYPE_CHECKING:
+    import os
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One row of a prompt file.
+
+    Attributes:
+        prompt: what the user says.
+        category: the kind of content, or "".
+        response: an answer that comes with the data, or None.
+        pair_id: shared by an unsafe prompt and its harmless twin, or None.
+    """
+
+    prompt: str
+    category: str = ""
+    response: str | None = None
+    pair_id: str | None = None
+
+
+def load_prompts(path: str | os.PathLike[str]) -> list[Prompt]:
+    """Read a JSONL file of prompts; blank lines are skipped, unknown keys ignored.
+
+    Raises:
+        FormatError: names the file and the line.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise FormatError(f"{path}: {error}") from None
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            raise FormatError(f"{path}, line {number}: not a JSON object") from None
+        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+            raise FormatError(f"{path}, line {number}: needs a 'prompt' that is a string")
+        optional = {key: row.get(key) for key in ("category", "response", "pair_id")}
+        for key, value in optional.items():
+            if value is not None and not isinstance(value, str):
+                raise FormatError(f"{path}, line {number}: {key!r} is not a string")
+        prompts.append(
+            Prompt(
+                row["prompt"],
+                optional["category"] or "",
+                optional["response"],
+                optional["pair_id"],
+            )
+        )
+    if not prompts:
+        raise FormatError(f"{path}: no prompts in it")
+    return prompts

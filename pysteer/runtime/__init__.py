@@ -1,0 +1,1 @@
+"""Running a steered model: plans, the steering of each cached token, and `SteeredLlama`."""

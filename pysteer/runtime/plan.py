@@ -1,0 +1,117 @@
+"""From categories and strengths to what happens at each site and layer of a model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from numbers import Real
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+from pysteer import _native
+from pysteer.errors import HookError, SteeringError
+from pysteer.pack import SteeringPack
+
+Mode: TypeAlias = Literal["auto", "resident", "hooked"]
+MODES: tuple[Mode, ...] = ("auto", "resident", "hooked")
+
+Key: TypeAlias = tuple[tuple[str, float], ...]
+"""Digests of steering vectors with the strengths they are added at, in the order of addition."""
+
+
+@dataclass(frozen=True)
+class CompiledPlan:
+    """Exactly what is added where, ready for the native hook.
+
+    Attributes:
+        native: the sums of directions per site and layer; None adds nothing.
+        resident: written into llama.cpp's control-vector tensors, rather than hooked.
+        key: what the logits depend on.
+        cache_key: what the KV cache depends on. Keys and values are computed from the outputs of
+            earlier blocks, so a vector that acts in the last block only is not part of it.
+    """
+
+    native: _native.Plan | None
+    resident: bool
+    key: Key
+    cache_key: Key
+
+
+UNSTEERED = CompiledPlan(None, False, (), ())
+
+
+def check_strengths(pack: SteeringPack, steering: Mapping[str, float | str]) -> dict[str, float]:
+    """The categories of `pack` to steer and how strongly; strength 0 is left out.
+
+    Raises:
+        UnknownCategoryError: a category that the pack lacks.
+        SteeringError: a strength that is not a finite number.
+    """
+    strengths: dict[str, float] = {}
+    for category, strength in steering.items():
+        _ = pack[category]
+        if strength == "auto":
+            raise SteeringError(
+                f"category {category!r} is to be gated, and the pack holds no router; "
+                "give it a number as strength"
+            )
+        if not isinstance(strength, Real) or isinstance(strength, bool):
+            raise SteeringError(f"the strength of {category!r} is {strength!r}, not a number")
+        if not math.isfinite(strength):
+            raise SteeringError(f"the strength of {category!r} is {strength}; it must be finite")
+        if strength != 0:
+            strengths[category] = float(strength)
+    return strengths
+
+
+def compile_plan(
+    pack: SteeringPack,
+    strengths: Mapping[str, float],
+    *,
+    n_layer: int,
+    n_embd: int,
+    mode: Mode,
+) -> CompiledPlan:
+    """Sum what the categories add at each site and layer, and choose the way in.
+
+    "auto" takes the resident way where it can express the plan, which is when everything acts on
+    the residual of layers >= 1, and the hooked way otherwise.
+
+    Args:
+        pack: a pack that fits the model.
+        strengths: from `check_strengths`; finite and not 0.
+        n_layer: the model's number of blocks.
+        n_embd: the model's width.
+        mode: the way in, or "auto".
+
+    Raises:
+        SteeringError: a direction times its strength overflows float32.
+        HookError: mode "resident" for a plan that llama.cpp's control vector cannot express.
+    """
+    if not strengths:
+        return UNSTEERED
+    native = _native.Plan(n_layer, n_embd)
+    key: list[tuple[str, float]] = []
+    cache_key: list[tuple[str, float]] = []
+    for category, strength in sorted(strengths.items()):
+        vector = pack[category]
+        try:
+            native.add(
+                getattr(_native.Site, vector.site),
+                np.asarray(vector.layers, np.int32),
+                vector.matrix,
+                strength,
+            )
+        except ValueError as error:
+            raise SteeringError(f"category {category!r}: {error}") from None
+        key.append((vector.digest, strength))
+        if vector.layers[0] < n_layer - 1:
+            cache_key.append((vector.digest, strength))
+    if mode == "resident" and not native.fits_resident:
+        raise HookError(
+            "mode 'resident' reaches the residual of layers >= 1 only; use 'auto' or 'hooked'"
+        )
+    resident = mode == "resident" or (mode == "auto" and native.fits_resident)
+    return CompiledPlan(native, resident, tuple(key), tuple(cache_key))

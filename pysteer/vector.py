@@ -1,0 +1,180 @@
+"""`SteeringVector`: a site and, for some layers, one direction each."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from numbers import Real
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from pysteer.errors import SteeringError
+
+if TYPE_CHECKING:
+    import os
+
+SITES = ("residual", "attention")
+
+
+class SteeringVector:
+    """Directions for several layers of one model, all added at the same site.
+
+    Immutable. Arithmetic (`+`, `-`, `*`, `/`, unary `-`) gives new vectors; layers that only one
+    operand has count as zero in the other.
+
+    Args:
+        directions: layer (block index from 0, as in `l_out-N`, `direction.N` and transformers'
+            `model.layers[N]`) to direction, shape (n_embd,), any real dtype; stored as float32 in
+            the units of the model's activations, so that strength 1.0 adds exactly this.
+        site: where in a block: "residual" (block output) or "attention" (attention output after
+            its projection).
+
+    Raises:
+        SteeringError: no layers, a negative layer, an unknown site, differing widths, or values
+            that are not finite.
+    """
+
+    __slots__ = ("__dict__", "_layers", "_matrix", "_site")
+
+    def __init__(self, directions: Mapping[int, npt.ArrayLike], *, site: str = "residual") -> None:
+        if site not in SITES:
+            raise SteeringError(f"unknown site {site!r}; use one of {', '.join(SITES)}")
+        if not directions:
+            raise SteeringError("a steering vector needs a direction for at least one layer")
+        self._site = site
+        self._layers = tuple(sorted(int(layer) for layer in directions))
+        if self._layers[0] < 0:
+            raise SteeringError(f"layer {self._layers[0]} is negative; layers count from 0")
+        rows = [np.asarray(directions[layer], dtype=np.float32) for layer in self._layers]
+        for layer, row in zip(self._layers, rows, strict=True):
+            if row.ndim != 1 or row.size == 0 or row.shape != rows[0].shape:
+                raise SteeringError(
+                    f"the direction of layer {layer} has shape {row.shape}, "
+                    f"that of layer {self._layers[0]} {rows[0].shape}; all must be (n_embd,)"
+                )
+            if not np.isfinite(row).all():
+                raise SteeringError(f"the direction of layer {layer} holds NaN or infinity")
+        self._matrix = np.stack(rows)
+        self._matrix.setflags(write=False)
+
+    @property
+    def site(self) -> str:
+        """Where in a block the directions are added."""
+        return self._site
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that have a direction, ascending."""
+        return self._layers
+
+    @property
+    def n_embd(self) -> int:
+        """Width of each direction."""
+        return int(self._matrix.shape[1])
+
+    @property
+    def matrix(self) -> npt.NDArray[np.float32]:
+        """All directions, shape (len(layers), n_embd), float32, C-contiguous, read-only."""
+        return self._matrix
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of site, layers and values, in hex: equal for equal vectors, in any process."""
+        sha = hashlib.sha256(f"{self._site} {self._layers} {self.n_embd}".encode())
+        sha.update(self._matrix.astype("<f4", copy=False).tobytes())
+        return sha.hexdigest()
+
+    def direction(self, layer: int) -> npt.NDArray[np.float32]:
+        """The direction of one layer, shape (n_embd,), read-only; KeyError if it has none."""
+        if layer not in self._layers:
+            raise KeyError(layer)
+        row: npt.NDArray[np.float32] = self._matrix[self._layers.index(layer)]
+        return row
+
+    def items(self) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
+        """Pairs of layer and direction, by ascending layer."""
+        return zip(self._layers, self._matrix, strict=True)
+
+    def save(self, path: str | os.PathLike[str], *, model_hint: str = "") -> None:
+        """Write a file that llama.cpp's `--control-vector` accepts.
+
+        Args:
+            path: where to; replaced in one step, so that a failure leaves an older file whole.
+            model_hint: the base model's architecture, kept as `controlvector.model_hint`.
+
+        Raises:
+            SteeringError: for layer 0 or a site other than the residual stream, which llama.cpp
+                would refuse or, worse, add in the wrong place. A `SteeringPack` can hold those.
+        """
+        from pysteer.formats import gguf  # the format imports this module
+
+        gguf.save_vector(self, Path(path), model_hint=model_hint)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> SteeringVector:
+        """Read a llama.cpp control-vector file.
+
+        Raises:
+            FormatError: the file is not a well-formed control vector.
+        """
+        from pysteer.formats import gguf
+
+        return gguf.load_vector(Path(path))
+
+    def _combine(self, other: SteeringVector, sign: float) -> SteeringVector:
+        if self.site != other.site or self.n_embd != other.n_embd:
+            raise SteeringError(
+                f"cannot combine a vector of site {self.site}, width {self.n_embd} "
+                f"with one of site {other.site}, width {other.n_embd}"
+            )
+        total = {layer: row.copy() for layer, row in self.items()}
+        for layer, row in other.items():
+            total[layer] = total.get(layer, np.zeros(self.n_embd, np.float32)) + sign * row
+        return SteeringVector(total, site=self.site)
+
+    def __add__(self, other: SteeringVector) -> SteeringVector:
+        return self._combine(other, 1.0) if isinstance(other, SteeringVector) else NotImplemented
+
+    def __sub__(self, other: SteeringVector) -> SteeringVector:
+        return self._combine(other, -1.0) if isinstance(other, SteeringVector) else NotImplemented
+
+    def __mul__(self, factor: float) -> SteeringVector:
+        if not isinstance(factor, Real):
+            return NotImplemented
+        if not math.isfinite(factor):
+            raise SteeringError(f"cannot scale a steering vector by {factor}")
+        scale = np.float32(factor)
+        return SteeringVector({layer: scale * row for layer, row in self.items()}, site=self.site)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> SteeringVector:
+        if not isinstance(divisor, Real):
+            return NotImplemented
+        if divisor == 0:
+            raise SteeringError("cannot divide a steering vector by 0")
+        return self * (1.0 / float(divisor))
+
+    def __neg__(self) -> SteeringVector:
+        return self * -1.0
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, SteeringVector):
+            return NotImplemented
+        return (
+            self.site == other.site
+            and self.layers == other.layers
+            and np.array_equal(self.matrix, other.matrix)
+        )
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __repr__(self) -> str:
+        layers = ", ".join(map(str, self._layers[:4])) + (", ..." if len(self._layers) > 4 else "")
+        return f"SteeringVector(site={self._site!r}, layers=[{layers}], n_embd={self.n_embd})"

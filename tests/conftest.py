@@ -1,0 +1,45 @@
+"""Models for the tests: tiny random ones of several families, and the default model."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+
+from tiny_models import quantize, write_tiny
+
+from pysteer import shipped
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """A function from family and dtype or quantisation to the path of a tiny random model."""
+    folder = tmp_path_factory.mktemp("models")
+
+    def get(family: str, kind: str = "F32", **sizes: int) -> Path:
+        stem = "-".join([family, kind, *(f"{k}{v}" for k, v in sorted(sizes.items()))])
+        path = folder / f"{stem}.gguf"
+        if not path.exists():
+            if kind in ("F32", "F16"):
+                write_tiny(family, path, dtype=kind, **sizes)
+            else:
+                quantize(get(family, "F16", **sizes), path, kind)
+        return path
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tiny_model):
+    """Path of a tiny random Llama: F32, 4 layers, n_embd 64, 320 tokens."""
+    return tiny_model("llama")
+
+
+@pytest.fixture(scope="session")
+def default_model():
+    """Path of SmolLM2-135M-Instruct, Q4_1."""
+    return shipped.default_model()

@@ -1,0 +1,371 @@
+"""The native callback on hand-made graphs: what no model at hand produces.
+
+The tensors are llama.cpp's own, made through its C interface; the callback is called as llama.cpp
+calls it.
+"""
+
+import ctypes
+from contextlib import contextmanager
+
+import llama_cpp
+import numpy as np
+import pytest
+
+from pysteer import _native
+from pysteer.hooked import load_native
+
+N_LAYER, N_EMBD, N_ROWS = 3, 8, 5
+F32, F16, I32, BF16 = 0, 1, 26, 30
+
+
+class GgmlTensor(ctypes.Structure):
+    _fields_ = (
+        ("type", ctypes.c_int32),
+        ("buffer", ctypes.c_void_p),
+        ("ne", ctypes.c_int64 * 4),
+        ("nb", ctypes.c_size_t * 4),
+        ("op", ctypes.c_int32),
+        ("op_params", ctypes.c_int32 * 16),
+        ("flags", ctypes.c_int32),
+        ("src", ctypes.c_void_p * 10),
+        ("view_src", ctypes.c_void_p),
+        ("view_offs", ctypes.c_size_t),
+        ("data", ctypes.c_void_p),
+        ("name", ctypes.c_char * 64),
+    )
+
+
+class InitParams(ctypes.Structure):
+    _fields_ = (
+        ("mem_size", ctypes.c_size_t),
+        ("mem_buffer", ctypes.c_void_p),
+        ("no_alloc", ctypes.c_bool),
+    )
+
+
+def ggml(name, result, *arguments):
+    function = getattr(llama_cpp.llama_cpp._lib, name)
+    function.restype, function.argtypes = result, arguments
+    return function
+
+
+P, S, I64, TENSOR = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64, ctypes.POINTER(GgmlTensor)
+
+
+class Graph:
+    """A context whose tensors live in ordinary CPU memory, and a hook that sees them."""
+
+    def __init__(self):
+        load_native()
+        self.context = ggml("ggml_init", P, InitParams)(InitParams(1 << 20, None, False))
+        self.buffer = ggml("ggml_backend_cpu_buffer_from_ptr", P, P, ctypes.c_size_t)(
+            ggml("ggml_get_mem_buffer", P, P)(self.context), 1 << 20
+        )
+        self.hook = _native.Hook()
+        self.callback = ctypes.CFUNCTYPE(ctypes.c_bool, P, ctypes.c_bool, P)(
+            _native.callback_address
+        )
+
+    def close(self):
+        ggml("ggml_backend_buffer_free", None, P)(self.buffer)
+        ggml("ggml_free", None, P)(self.context)
+
+    def tensor(self, name, shape, type_=F32):
+        ne = (I64 * len(shape))(*reversed(shape))
+        new = ggml("ggml_new_tensor", TENSOR, P, ctypes.c_int, ctypes.c_int, ctypes.POINTER(I64))
+        tensor = new(self.context, type_, len(shape), ne)
+        return self.named(tensor, name)
+
+    def named(self, tensor, name):
+        ggml("ggml_set_name", TENSOR, TENSOR, S)(tensor, name.encode())
+        tensor.contents.buffer = self.buffer
+        return tensor
+
+    def add(self, name, a, b):
+        return self.named(ggml("ggml_add", TENSOR, P, TENSOR, TENSOR)(self.context, a, b), name)
+
+    def ask(self, tensor):
+        return self.callback(ctypes.addressof(tensor.contents), True, self.hook.address)
+
+    def computed(self, tensor):
+        assert self.callback(ctypes.addressof(tensor.contents), False, self.hook.address)
+
+    def bytes_of(self, tensor, count):
+        return (ctypes.c_char * count).from_address(tensor.contents.data)
+
+    def fill(self, tensor, values):
+        raw = values.tobytes()
+        self.bytes_of(tensor, len(raw))[:] = raw
+
+    def read(self, tensor, like):
+        raw = bytes(self.bytes_of(tensor, like.nbytes))
+        return np.frombuffer(raw, like.dtype).reshape(like.shape)
+
+    def probe(self, *, alter=lambda tensor: None):
+        """What a model's first decode shows: block outputs, from layer 1 on with a vector added."""
+        self.vectors = {}
+        nodes = [self.tensor("l_out-0", (N_ROWS, N_EMBD))]
+        for layer in range(1, N_LAYER):
+            vector = self.tensor(f"leaf_{layer}", (N_EMBD,))
+            self.fill(vector, np.full(N_EMBD, layer, np.float32))
+            block = self.tensor("", (N_ROWS, N_EMBD))
+            nodes.append(self.add(f"l_out-{layer}", block, vector))
+            self.vectors[layer] = vector
+        self.hook.begin_probe(N_LAYER, N_EMBD)
+        for node in nodes:
+            alter(node)
+            assert not self.ask(node)
+        self.hook.end_probe()
+        return nodes
+
+
+@contextmanager
+def new_graph():
+    graph = Graph()
+    try:
+        yield graph
+    finally:
+        graph.close()
+
+
+@pytest.fixture
+def graph():
+    with new_graph() as graph:
+        yield graph
+
+
+def plan(*layers, strength=1.0):
+    directions = np.random.default_rng(0).standard_normal((len(layers), N_EMBD))
+    directions = directions.astype(np.float32)
+    made = _native.Plan(N_LAYER, N_EMBD)
+    made.add(_native.Site.residual, np.asarray(layers, np.int32), directions, strength)
+    return made, directions
+
+
+def rows(dtype=np.float32, shape=(N_ROWS, N_EMBD)):
+    return np.random.default_rng(1).standard_normal(shape).astype(dtype)
+
+
+def test_the_probe_finds_layers_and_clears_the_vectors(graph):
+    graph.probe()
+    assert [(f.site, f.layer, f.node, f.on_host) for f in graph.hook.sites] == [
+        (_native.Site.residual, layer, f"l_out-{layer}", True) for layer in range(N_LAYER)
+    ]
+    for vector in graph.vectors.values():
+        assert not graph.read(vector, np.empty(N_EMBD, np.float32)).any()
+
+
+def test_resident_plans_are_written_and_cleared(graph):
+    graph.probe()
+    made, directions = plan(1, strength=2.0)
+    empty = np.empty(N_EMBD, np.float32)
+    graph.hook.set_plan(made, True)
+    np.testing.assert_array_equal(graph.read(graph.vectors[1], empty), 2 * directions[0])
+    assert not graph.read(graph.vectors[2], empty).any()
+    graph.hook.set_plan(plan(2)[0], True)
+    assert not graph.read(graph.vectors[1], empty).any()
+    assert graph.read(graph.vectors[2], empty).any()
+    graph.hook.set_plan(None, False)
+    assert not graph.read(graph.vectors[2], empty).any()
+
+
+def bf16_bits(values):
+    """Round to nearest even, as the format defines it."""
+    bits = values.astype(np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def bf16_values(bits):
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+@pytest.mark.parametrize("type_", [F32, F16, BF16])
+def test_adds_in_place_for_every_float_type(graph, type_):
+    graph.probe()
+    made, directions = plan(1)
+    graph.hook.set_plan(made, False)
+    node = graph.tensor("l_out-1", (N_ROWS, N_EMBD), type_)
+    values = rows()
+    if type_ == BF16:
+        stored = bf16_bits(values)
+        expected = bf16_bits(bf16_values(stored) + directions[0])
+    else:
+        stored = values.astype(np.float16 if type_ == F16 else np.float32)
+        expected = (stored.astype(np.float32) + directions[0]).astype(stored.dtype)
+    graph.fill(node, stored)
+    graph.hook.begin_decode()
+    assert graph.ask(node)
+    graph.computed(node)
+    graph.hook.end_decode(N_ROWS)
+    np.testing.assert_array_equal(graph.read(node, stored), expected)
+
+
+def test_three_dimensional_and_padded_rows(graph):
+    """Rows of a view lie apart, and batches by sequence have a third dimension."""
+    graph.probe()
+    made, directions = plan(1)
+    graph.hook.set_plan(made, False)
+    backing = graph.tensor("", (2, 3, N_EMBD + 4))
+    view = ggml("ggml_view_3d", TENSOR, P, TENSOR, *[I64] * 3, *[ctypes.c_size_t] * 3)
+    row = 4 * (N_EMBD + 4)
+    node = graph.named(view(graph.context, backing, N_EMBD, 3, 2, row, 3 * row, 0), "l_out-1")
+    values = rows(shape=(2, 3, N_EMBD + 4))
+    graph.fill(backing, values)
+    graph.hook.begin_decode()
+    assert graph.ask(node)
+    graph.computed(node)
+    graph.hook.end_decode(6)
+    expected = values.copy()
+    expected[..., :N_EMBD] += directions[0]
+    np.testing.assert_array_equal(graph.read(backing, values), expected)
+
+
+def test_other_nodes_are_left_alone(graph):
+    graph.probe()
+    graph.hook.set_plan(plan(1)[0], False)
+    for name in (
+        "l_out-0",
+        "l_out-2",
+        "l_out-3",
+        "l_out-11",
+        "l_out-1x",
+        "l_out-",
+        "l_out",
+        "xl_out-1",
+    ):
+        assert not graph.ask(graph.tensor(name, (N_ROWS, N_EMBD))), name
+    assert graph.ask(graph.tensor("l_out-1", (N_ROWS, N_EMBD)))
+    graph.hook.set_plan(None, False)
+    assert not graph.ask(graph.tensor("l_out-1", (N_ROWS, N_EMBD)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "type_", "message"),
+    [((N_ROWS, N_EMBD), I32, "has type i32"), ((N_ROWS, 2 * N_EMBD), F32, "contiguous row of 8")],
+)
+def test_what_cannot_be_handled_is_reported_not_touched(graph, shape, type_, message):
+    graph.probe()
+    graph.hook.set_plan(plan(1)[0], False)
+    node = graph.tensor("l_out-1", shape, type_)
+    values = rows(shape=shape)
+    graph.fill(node, values)
+    graph.hook.begin_decode()
+    graph.ask(node)
+    graph.computed(node)
+    with pytest.raises(RuntimeError, match=message):
+        graph.hook.end_decode(N_ROWS)
+    np.testing.assert_array_equal(graph.read(node, values), values)
+
+
+def test_too_few_rows_are_noticed(graph):
+    graph.probe()
+    graph.hook.set_plan(plan(0, 1)[0], False)
+    node = graph.tensor("l_out-0", (N_ROWS, N_EMBD))
+    graph.fill(node, rows())
+    graph.hook.begin_decode()
+    graph.computed(node)
+    with pytest.raises(RuntimeError, match="reached 0 of 5 tokens at site residual, layer 1"):
+        graph.hook.end_decode(N_ROWS)
+    graph.hook.begin_decode()
+    with pytest.raises(RuntimeError, match="layer 0"):
+        graph.hook.end_decode(1)
+
+
+def test_resident_steering_that_the_graph_does_not_add_is_noticed(graph):
+    nodes = graph.probe()
+    graph.hook.set_plan(plan(1)[0], True)
+    graph.hook.begin_decode()
+    assert not graph.ask(nodes[1])  # adds by itself: no need to cut the graph
+    graph.hook.end_decode(N_ROWS)
+    graph.hook.begin_decode()
+    graph.ask(graph.tensor("l_out-1", (N_ROWS, N_EMBD)))  # a graph without the vector
+    with pytest.raises(RuntimeError, match="reached 0 of"):
+        graph.hook.end_decode(N_ROWS)
+
+
+def test_nothing_changes_during_a_decode_or_after_the_end(graph):
+    graph.probe()
+    graph.hook.begin_decode()
+    with pytest.raises(RuntimeError, match="while a decode is running"):
+        graph.hook.set_plan(None, False)
+    with pytest.raises(RuntimeError, match="while a decode is running"):
+        graph.hook.begin_decode()
+    graph.hook.abandon_decode()
+    graph.hook.set_plan(plan(1)[0], False)
+    graph.hook.detach()
+    with pytest.raises(RuntimeError, match="closed"):
+        graph.hook.set_plan(None, False)
+    assert not graph.ask(graph.tensor("l_out-1", (N_ROWS, N_EMBD)))
+
+
+def test_plans_that_do_not_fit_leave_the_former_in_force(graph):
+    graph.probe()
+    graph.hook.set_plan(plan(1)[0], False)
+    node = graph.tensor("l_out-1", (N_ROWS, N_EMBD))
+    for wrong, resident, message in [
+        (_native.Plan(N_LAYER + 1, N_EMBD), False, "another model"),
+        (plan(0)[0], True, "layers >= 1 only"),
+    ]:
+        if "another" in message:
+            wrong.add(
+                _native.Site.residual, np.array([1], np.int32), np.ones((1, N_EMBD), np.float32), 1
+            )
+        with pytest.raises(ValueError, match=message):
+            graph.hook.set_plan(wrong, resident)
+        assert graph.ask(node)
+    attention = _native.Plan(N_LAYER, N_EMBD)
+    attention.add(
+        _native.Site.attention, np.array([1], np.int32), np.ones((1, N_EMBD), np.float32), 1.0
+    )
+    with pytest.raises(ValueError, match="no site attention, layer 1"):
+        graph.hook.set_plan(attention, False)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_directions_that_are_not_finite_are_refused(value):
+    made = _native.Plan(N_LAYER, N_EMBD)
+    directions = np.zeros((1, N_EMBD), np.float32)
+    directions[0, 3] = value
+    with pytest.raises(ValueError, match="not finite"):
+        made.add(_native.Site.residual, np.array([1], np.int32), directions, 1.0)
+    with pytest.raises(ValueError, match="layer 3 is not one"):
+        made.add(_native.Site.residual, np.array([3], np.int32), directions, 1.0)
+    with pytest.raises(ValueError, match="must be"):
+        made.add(_native.Site.residual, np.array([1, 2], np.int32), directions, 1.0)
+
+
+@pytest.fixture
+def device_buffer():
+    """A buffer that the host is not to read: the CPU backend's own for repacked weights."""
+    device = ggml("ggml_backend_dev_by_type", P, ctypes.c_int)(0)
+    registry = ggml("ggml_backend_dev_backend_reg", P, P)(device)
+    address = ggml("ggml_backend_reg_get_proc_address", P, P, S)(
+        registry, b"ggml_backend_dev_get_extra_bufts"
+    )
+    types = ctypes.CFUNCTYPE(ctypes.POINTER(P), P)(address)(device) if address else [None]
+    is_host = ggml("ggml_backend_buft_is_host", ctypes.c_bool, P)
+    if types[0] is None or is_host(types[0]):
+        pytest.skip("this build of llama.cpp has host memory only")
+    buffer = ggml("ggml_backend_buft_alloc_buffer", P, P, ctypes.c_size_t)(types[0], 4096)
+    yield buffer
+    ggml("ggml_backend_buffer_free", None, P)(buffer)
+
+
+def test_memory_that_is_not_the_hosts_is_named(graph, device_buffer):
+    name = ggml("ggml_backend_buffer_name", S, P)(device_buffer).decode()
+
+    def move(node):
+        if node.contents.name == b"l_out-2":
+            node.contents.buffer = device_buffer
+
+    nodes = graph.probe(alter=move)
+    assert [f.on_host for f in graph.hook.sites] == [True, True, False]
+    with pytest.raises(NotImplementedError, match=f"layer 2 is in {name} memory"):
+        graph.hook.set_plan(plan(1, 2)[0], False)
+    graph.hook.set_plan(plan(1, 2)[0], True)  # llama.cpp adds it there by itself
+    graph.hook.set_plan(plan(1)[0], False)
+    nodes[1].contents.buffer = device_buffer  # it moves after all
+    graph.hook.begin_decode()
+    graph.computed(nodes[1])
+    with pytest.raises(RuntimeError, match="not on the host"):
+        graph.hook.end_decode(N_ROWS)

@@ -1,0 +1,160 @@
+"""Both ways in give llama.cpp's own logits, to the last bit."""
+
+import ctypes
+from contextlib import closing
+
+import llama_cpp
+import numpy as np
+import pytest
+
+from pysteer import SteeredLlama, SteeringPack, SteeringVector
+
+N_PROMPT = 40
+
+
+def random_vector(n_layer, n_embd, scale, *, layers=None, site="residual", seed=3):
+    rng = np.random.default_rng(seed)
+    chosen = range(1, n_layer) if layers is None else layers
+    return SteeringVector(
+        {layer: (scale * rng.standard_normal(n_embd)).astype(np.float32) for layer in chosen},
+        site=site,
+    )
+
+
+def native_control_vector(llm, vector, n_layer):
+    """llama.cpp's own call, written out here so that it owes nothing to pysteer."""
+    buffer = np.zeros((n_layer - 1, vector.n_embd), np.float32)
+    for layer, direction in vector.items():
+        buffer[layer - 1] = direction
+    status = llama_cpp.llama_set_adapter_cvec(
+        llm.ctx,
+        buffer.ctypes.data_as(ctypes.POINTER(ctypes.c_float)),
+        buffer.size,
+        vector.n_embd,
+        1,
+        n_layer - 1,
+    )
+    assert status == 0
+
+
+def all_logits(llm, tokens):
+    """Logits of a prompt, of one more token, and of several more at once."""
+    llm.reset()
+    llm.eval(tokens[:N_PROMPT])
+    llm.eval(tokens[N_PROMPT : N_PROMPT + 1])
+    llm.eval(tokens[N_PROMPT + 1 :])
+    return llm.scores[: len(tokens)].copy()
+
+
+def tokens_for(n_vocab):
+    return [int(t) for t in np.random.default_rng(5).integers(3, n_vocab, N_PROMPT + 8)]
+
+
+def check_exact(path, *, scale, **arguments):
+    arguments = {"n_ctx": 128, "logits_all": True, "verbose": False, "n_threads": 2, **arguments}
+    with closing(llama_cpp.Llama(str(path), **arguments)) as plain:
+        n_layer = llama_cpp.llama_model_n_layer(plain.model)
+        tokens = tokens_for(plain.n_vocab())
+        vector = random_vector(n_layer, plain.n_embd(), scale)
+        unsteered = all_logits(plain, tokens)
+        native_control_vector(plain, vector, n_layer)
+        steered = all_logits(plain, tokens)
+    assert np.isfinite(steered).all()
+    assert np.abs(steered - unsteered).max() > 1e-3
+    pack = SteeringPack({"c": vector})
+    for mode in ("resident", "hooked"):
+        with closing(SteeredLlama(path, pack=pack, mode=mode, **arguments)) as llm:
+            assert same_bits(all_logits(llm, tokens), unsteered), mode
+            with llm.steering({"c": 1.0}):
+                assert same_bits(all_logits(llm, tokens), steered), mode
+            with llm.steering({"c": 0.0}):
+                assert same_bits(all_logits(llm, tokens), unsteered), mode
+            assert same_bits(all_logits(llm, tokens), unsteered), mode
+
+
+def same_bits(a, b):
+    return np.array_equal(a.view(np.uint32), b.view(np.uint32))
+
+
+@pytest.mark.parametrize("kind", ["Q4_K_M", "Q8_0", "F16"])
+@pytest.mark.parametrize("flash_attn", [False, True])
+@pytest.mark.parametrize("n_ubatch", [16, 512])
+def test_exact_for_quantisations(tiny_model, kind, flash_attn, n_ubatch):
+    path = tiny_model("llama", kind, n_embd=256)
+    check_exact(path, scale=0.3, flash_attn=flash_attn, n_ubatch=n_ubatch)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2", "mamba"])
+def test_exact_for_families(tiny_model, family):
+    check_exact(tiny_model(family), scale=0.3, n_ubatch=16)
+
+
+def test_exact_when_n_batch_splits_the_prompt(tiny_model):
+    check_exact(tiny_model("llama"), scale=0.3, n_batch=24, n_ubatch=16, n_ctx=64)
+
+
+@pytest.mark.parametrize("flash_attn", [False, True])
+def test_exact_on_the_default_model(default_model, flash_attn):
+    check_exact(default_model, scale=0.5, flash_attn=flash_attn, n_ubatch=16)
+
+
+def test_exact_without_logits_of_every_row(tiny_model):
+    """The last layer then holds one row only; llama.cpp's own result is the judge again."""
+    path = tiny_model("llama")
+    arguments = {"n_ctx": 128, "verbose": False}
+    last = []
+    with closing(llama_cpp.Llama(str(path), **arguments)) as plain:
+        vector = random_vector(4, 64, 0.3)
+        native_control_vector(plain, vector, 4)
+        tokens = tokens_for(plain.n_vocab())
+        plain.eval(tokens)
+        last.append(np.ctypeslib.as_array(plain._ctx.get_logits(), (plain.n_vocab(),)).copy())
+    for mode in ("resident", "hooked"):
+        pack = SteeringPack({"c": vector})
+        with (
+            closing(SteeredLlama(path, pack=pack, mode=mode, **arguments)) as llm,
+            llm.steering({"c": 1.0}),
+        ):
+            llm.eval(tokens)
+            last.append(np.ctypeslib.as_array(llm._ctx.get_logits(), (llm.n_vocab(),)).copy())
+    assert same_bits(last[0], last[1])
+    assert same_bits(last[0], last[2])
+
+
+def test_last_layer_only(tiny_model):
+    """llama.cpp's control vector on the last layer alone is reached by both ways too."""
+    path = tiny_model("llama")
+    arguments = {"n_ctx": 128, "logits_all": True, "verbose": False}
+    vector = random_vector(4, 64, 0.5, layers=[3])
+    with closing(llama_cpp.Llama(str(path), **arguments)) as plain:
+        tokens = tokens_for(plain.n_vocab())
+        native_control_vector(plain, vector, 4)
+        expected = all_logits(plain, tokens)
+    for mode in ("resident", "hooked"):
+        pack = SteeringPack({"c": vector})
+        with (
+            closing(SteeredLlama(path, pack=pack, mode=mode, **arguments)) as llm,
+            llm.steering({"c": 1.0}),
+        ):
+            assert same_bits(all_logits(llm, tokens), expected)
+
+
+def test_strength_and_sum_of_categories(tiny_model):
+    """Two categories at their strengths equal one control vector with the sum."""
+    path = tiny_model("llama")
+    arguments = {"n_ctx": 128, "logits_all": True, "verbose": False}
+    a, b = random_vector(4, 64, 0.3, seed=1), random_vector(4, 64, 0.3, layers=[2, 3], seed=2)
+    total = {i: np.float32(0.5) * row for i, row in a.items()}
+    for layer, row in b.items():
+        total[layer] = total[layer] + np.float32(-1.5) * row
+    with closing(llama_cpp.Llama(str(path), **arguments)) as plain:
+        tokens = tokens_for(plain.n_vocab())
+        native_control_vector(plain, SteeringVector(total), 4)
+        expected = all_logits(plain, tokens)
+    pack = SteeringPack({"a": a, "b": b})
+    for mode in ("resident", "hooked"):
+        with (
+            closing(SteeredLlama(path, pack=pack, mode=mode, **arguments)) as llm,
+            llm.steering({"a": 0.5, "b": -1.5}),
+        ):
+            np.testing.assert_allclose(all_logits(llm, tokens), expected, atol=1e-5)

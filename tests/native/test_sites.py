@@ -1,0 +1,263 @@
+"""Each family's sites are where transformers has them: captured and steered alike."""
+
+from contextlib import closing, contextmanager
+
+import llama_cpp
+import numpy as np
+import pytest
+
+from pysteer import (
+    HookedLlama,
+    HookError,
+    SteeredLlama,
+    SteeringError,
+    SteeringPack,
+    SteeringVector,
+)
+
+N_LAYER, N_EMBD = 4, 64
+ATTENTION_FAMILIES = ["llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2"]
+# llama.cpp's CPU backend reads GELU from a table in half precision.
+TOLERANCE = {"gemma2": 8e-3, "gemma3": 8e-3, "gpt2": 8e-3}
+TOKENS = [int(t) for t in np.random.default_rng(8).integers(5, 320, 21)]
+EXACT_CACHE = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}
+ARGUMENTS = {"n_ctx": 64, "n_ubatch": 8, "logits_all": True, "verbose": False, **EXACT_CACHE}
+
+
+class Reference:
+    """The same file in transformers, with forward hooks on the blocks and attention modules."""
+
+    def __init__(self, path):
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        self.torch = torch
+        self.model = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+        inner = self.model.base_model
+        self.blocks = inner.h if hasattr(inner, "h") else inner.layers
+
+    def module(self, site, layer):
+        block = self.blocks[layer]
+        if site == "residual":
+            return block
+        return block.attn if hasattr(block, "attn") else block.self_attn
+
+    @contextmanager
+    def hooked(self, site, layer, function):
+        def hook(module, inputs, output):
+            if isinstance(output, tuple):
+                return (function(output[0]), *output[1:])
+            return function(output)
+
+        handle = self.module(site, layer).register_forward_hook(hook)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def logits(self):
+        with self.torch.no_grad():
+            return self.model(self.torch.tensor([TOKENS]), use_cache=False).logits[0].numpy()
+
+    def rows(self, site, layer):
+        kept = []
+
+        def keep(rows):
+            kept.append(rows[0].detach().clone())
+            return rows
+
+        with self.hooked(site, layer, keep):
+            self.logits()
+        return kept[0].numpy()
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_model):
+    cache = {}
+
+    def get(family):
+        if family not in cache:
+            cache[family] = Reference(tiny_model(family))
+        return cache[family]
+
+    return get
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("site", ["residual", "attention"])
+@pytest.mark.parametrize("family", ATTENTION_FAMILIES)
+def test_captured_rows_are_those_of_transformers(tiny_model, reference, family, site):
+    with closing(HookedLlama(tiny_model(family), **ARGUMENTS)) as llm:
+        assert llm.sites[site] == tuple(range(N_LAYER))
+        captured = llm.capture(TOKENS, sites=[site], pool="all")[site]
+    for layer in range(N_LAYER):
+        expected = reference(family).rows(site, layer)
+        assert np.abs(expected).max() > 0.1
+        error = np.abs(captured[layer] - expected).max()
+        assert error < TOLERANCE.get(family, 2e-4), f"layer {layer}"
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(
+    ("site", "layer"), [("residual", 0), ("residual", 3), ("attention", 0), ("attention", 3)]
+)
+@pytest.mark.parametrize("family", ATTENTION_FAMILIES)
+def test_steered_logits_are_those_of_transformers(tiny_model, reference, family, site, layer):
+    direction = np.random.default_rng(layer).standard_normal(N_EMBD).astype(np.float32)
+    pack = SteeringPack({"c": SteeringVector({layer: direction}, site=site)})
+    with closing(SteeredLlama(tiny_model(family), pack=pack, **ARGUMENTS)) as llm:
+        llm.eval(TOKENS)
+        unsteered = llm.scores[: len(TOKENS)].copy()
+        llm.reset()
+        with llm.steering({"c": 1.0}):
+            llm.eval(TOKENS)
+        steered = llm.scores[: len(TOKENS)].copy()
+    torch_direction = reference(family).torch.from_numpy(direction)
+    with reference(family).hooked(site, layer, lambda rows: rows + torch_direction):
+        expected = reference(family).logits()
+    tolerance = TOLERANCE.get(family, 2e-4)
+    assert np.abs(steered - unsteered).max() > 10 * tolerance
+    assert np.abs(steered - expected).max() < tolerance
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("site", ["residual", "attention"])
+def test_default_model_agrees_with_transformers(default_model, site):
+    """De-quantised weights against quantised arithmetic: close, and closer than the next layer."""
+    reference = Reference(default_model)
+    layers = [5, 15, 25]
+    with closing(HookedLlama(default_model, n_ctx=64, verbose=False)) as llm:
+        captured = llm.capture(TOKENS, sites=[site], layers=layers, pool="all")[site]
+    for layer in layers:
+        here = _median_cosine(captured[layer], reference.rows(site, layer))
+        assert here > 0.98
+        assert here > _median_cosine(captured[layer], reference.rows(site, layer + 1))
+
+
+def _median_cosine(a, b):
+    return np.median((a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1))
+
+
+def test_mamba_has_a_residual_and_no_attention(tiny_model):
+    with closing(HookedLlama(tiny_model("mamba"), **ARGUMENTS)) as llm:
+        assert llm.sites == {"residual": (0, 1, 2, 3), "attention": ()}
+        with pytest.raises(HookError, match="no attention"):
+            llm.capture(TOKENS, sites=["attention"])
+    vector = SteeringVector({1: np.ones(N_EMBD)}, site="attention")
+    pack = SteeringPack({"c": vector})
+    with closing(SteeredLlama(tiny_model("mamba"), pack=pack, **ARGUMENTS)) as llm:
+        with llm.steering({"c": 1.0}), pytest.raises(HookError, match="no site attention"):
+            llm.eval(TOKENS)
+        llm.eval(TOKENS)  # the refusal leaves the model usable
+        assert llm.n_tokens == len(TOKENS)
+
+
+def test_a_lora_is_part_of_the_attention_output(tiny_model, tmp_path):
+    """The site is the whole projection: weight, LoRA term and all."""
+    base = tiny_model("gpt2")  # has a bias behind the product as well
+    lora = tmp_path / "lora.gguf"
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((2, N_EMBD)), rng.standard_normal((N_EMBD, 2))
+    _write_lora(lora, "gpt2", "blk.1.attn_output.weight", a, b)
+    rows = {}
+    for name, extra in (("plain", {}), ("lora", {"lora_path": str(lora)})):
+        with closing(HookedLlama(base, **ARGUMENTS, **extra)) as llm:
+            rows[name] = llm.capture(TOKENS, sites=["attention"], layers=[1], pool="all")
+    plain, adapted = (rows[name]["attention"][1] for name in ("plain", "lora"))
+    # Up to block 1 nothing differs, so the LoRA term is a rank-2 map of the same input.
+    difference = adapted - plain
+    assert np.abs(difference).max() > 0.1
+    assert np.linalg.matrix_rank(difference, tol=1e-3) == 2
+
+
+def _write_lora(path, architecture, weight, a, b):
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(path, architecture)
+    writer.add_string("general.type", "adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 2.0)
+    writer.add_tensor(f"{weight}.lora_a", a.astype(np.float32))
+    writer.add_tensor(f"{weight}.lora_b", b.astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sites": ["nowhere"]}, "unknown site"),
+        ({"layers": [4]}, "at layers \\[4\\]"),
+        ({"layers": [-1]}, "at layers \\[-1\\]"),
+        ({"layers": []}, "nothing to capture"),
+        ({"pool": "max"}, "unknown pooling"),
+        ({"span": (3, 3)}, "range"),
+        ({"span": (0, 99)}, "range"),
+        ({"tokens": []}, "cannot capture 0 tokens"),
+        ({"tokens": [7] * 999}, "cannot capture 999 tokens"),
+    ],
+)
+def test_impossible_captures_are_refused(tiny_llama, arguments, message):
+    with closing(HookedLlama(tiny_llama, **ARGUMENTS)) as llm:
+        with pytest.raises(SteeringError, match=message):
+            llm.capture(arguments.pop("tokens", TOKENS), **arguments)
+        assert llm.capture(TOKENS)["residual"][0].shape == (N_EMBD,)
+
+
+@pytest.mark.parametrize("n_ubatch", [1, 5, 64])
+@pytest.mark.parametrize("span", [None, (0, 1), (4, 17), (20, 21)])
+def test_pooling_is_numpy_on_all_rows(tiny_llama, n_ubatch, span):
+    arguments = {**ARGUMENTS, "n_ubatch": n_ubatch}
+    sites = ["residual", "attention"]
+    with closing(HookedLlama(tiny_llama, **arguments)) as llm:
+        everything = llm.capture(TOKENS, sites=sites, pool="all")
+        rows, mean, last = (
+            llm.capture(TOKENS, sites=sites, pool=pool, span=span)
+            for pool in ("all", "mean", "last")
+        )
+    start, stop = span or (0, len(TOKENS))
+    for site in sites:
+        for layer in range(N_LAYER):
+            expected = everything[site][layer][start:stop]
+            np.testing.assert_array_equal(rows[site][layer], expected)
+            np.testing.assert_array_equal(last[site][layer], expected[-1])
+            np.testing.assert_allclose(
+                mean[site][layer], expected.astype(np.float64).mean(0), rtol=1e-6
+            )
+
+
+def test_n_batch_does_not_change_what_is_captured(tiny_llama):
+    with closing(HookedLlama(tiny_llama, **{**ARGUMENTS, "n_batch": 6, "n_ubatch": 4})) as split:
+        parts = split.capture(TOKENS, pool="all")["residual"]
+    with closing(HookedLlama(tiny_llama, **{**ARGUMENTS, "n_ubatch": 64})) as whole:
+        at_once = whole.capture(TOKENS, pool="all")["residual"]
+    for layer in range(N_LAYER):
+        np.testing.assert_allclose(parts[layer], at_once[layer], atol=1e-5)
+
+
+def test_capture_sees_what_steering_did(tiny_llama):
+    """At the steered layer the rows move by exactly the direction; before it not at all."""
+    direction = np.random.default_rng(1).standard_normal(N_EMBD).astype(np.float32)
+    for layer, mode in [(0, "hooked"), (2, "hooked"), (2, "resident"), (3, "resident")]:
+        pack = SteeringPack({"c": SteeringVector({layer: direction})})
+        with closing(SteeredLlama(tiny_llama, pack=pack, mode=mode, **ARGUMENTS)) as llm:
+            plain = llm.capture(TOKENS, pool="all")["residual"]
+            with llm.steering({"c": 1.0}):
+                steered = llm.capture(TOKENS, pool="all")["residual"]
+        np.testing.assert_array_equal(steered[layer], plain[layer] + direction)
+        for before in range(layer):
+            np.testing.assert_array_equal(steered[before], plain[before])
+
+
+def test_capture_leaves_an_empty_context(tiny_llama):
+    with closing(HookedLlama(tiny_llama, **ARGUMENTS)) as llm:
+        llm.eval(TOKENS)
+        expected = llm.scores[: len(TOKENS)].copy()
+        llm.capture(TOKENS[:5])
+        assert llm.n_tokens == 0
+        llm.eval(TOKENS)
+        np.testing.assert_array_equal(llm.scores[: len(TOKENS)], expected)

@@ -1,0 +1,451 @@
+"""SteeredLlama: each request its own steering, and no cache entry computed under another."""
+
+import pickle
+from contextlib import closing
+
+import llama_cpp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pysteer import (
+    HookError,
+    ModelMismatchError,
+    SteeredLlama,
+    SteeringError,
+    SteeringPack,
+    SteeringVector,
+    UnknownCategoryError,
+)
+
+N_LAYER, N_EMBD = 4, 64
+ARGUMENTS = {"n_ctx": 256, "logits_all": True, "verbose": False, "n_threads": 1}
+# Tokens of single bytes above 0x7f: llama_cpp.Llama waits for the rest of such a character and
+# does not count meanwhile, and a random model never stops.
+HIGH_BYTES = range(5 + 128, 5 + 256)
+GREEDY = {"max_tokens": 12, "temperature": 0.0, "logit_bias": dict.fromkeys(HIGH_BYTES, -1e3)}
+PROMPT = "the other hand in the air"
+MESSAGES = [{"role": "user", "content": PROMPT}]
+
+
+def vector(seed, layers=(1, 2), site="residual", scale=1.0):
+    rng = np.random.default_rng(seed)
+    return SteeringVector({i: scale * rng.standard_normal(N_EMBD) for i in layers}, site=site)
+
+
+PACK = SteeringPack(
+    {
+        "a": vector(1),
+        "b": vector(2),
+        "first": vector(3, layers=[0]),
+        "last": vector(4, layers=[3]),
+        "attention": vector(5, site="attention"),
+    }
+)
+
+
+@pytest.fixture
+def llm(tiny_llama):
+    with closing(SteeredLlama(tiny_llama, pack=PACK, **ARGUMENTS)) as llm:
+        yield llm
+
+
+@pytest.fixture
+def plain(tiny_llama):
+    with closing(llama_cpp.Llama(str(tiny_llama), **ARGUMENTS)) as plain:
+        yield plain
+
+
+def text(result):
+    choice = result["choices"][0]
+    return choice["text"] if "text" in choice else choice["message"]["content"]
+
+
+def from_scratch(path, steering, ask, **arguments):
+    """The answer of a model that has never computed anything else."""
+    with closing(SteeredLlama(path, pack=PACK, **{**ARGUMENTS, **arguments})) as fresh:
+        return ask(fresh, steering)
+
+
+def complete(llm, steering, prompt=PROMPT):
+    return text(llm.create_completion(prompt, steering=steering, **GREEDY))
+
+
+def chat(llm, steering):
+    return text(llm.create_chat_completion(MESSAGES, steering=steering, **GREEDY))
+
+
+def call(llm, steering):
+    return text(llm(PROMPT, steering=steering, **GREEDY))
+
+
+def complete_streaming(llm, steering):
+    return "".join(
+        chunk["choices"][0]["text"]
+        for chunk in llm.create_completion(PROMPT, steering=steering, stream=True, **GREEDY)
+    )
+
+
+def chat_streaming(llm, steering):
+    return "".join(
+        chunk["choices"][0]["delta"].get("content") or ""
+        for chunk in llm.create_chat_completion(MESSAGES, steering=steering, stream=True, **GREEDY)
+    )
+
+
+WAYS = [complete, chat, call, complete_streaming, chat_streaming]
+
+
+@pytest.mark.parametrize("ask", WAYS)
+@pytest.mark.parametrize("category", list(PACK.categories))
+def test_each_request_has_its_own_steering(tiny_llama, llm, ask, category):
+    unsteered, steered = ask(llm, None), ask(llm, {category: 3.0})
+    assert unsteered != steered
+    assert ask(llm, None) == unsteered
+    assert ask(llm, {category: 3.0}) == steered
+    assert ask(llm, {category: 0.0}) == unsteered
+    assert ask(llm, {}) == unsteered
+    assert from_scratch(tiny_llama, {category: 3.0}, ask) == steered
+
+
+@pytest.mark.parametrize("ask", [complete, chat, call])
+def test_unsteered_answers_are_those_of_llama_cpp(llm, plain, ask):
+    def unsteered(model, _):
+        if ask is chat:
+            return text(model.create_chat_completion(MESSAGES, **GREEDY))
+        return text(model(PROMPT, **GREEDY))
+
+    ask(llm, {"a": 3.0})
+    assert ask(llm, None) == unsteered(plain, None)
+
+
+def test_context_manager_nests_and_ends(llm):
+    off, a, b = (complete(llm, s) for s in (None, {"a": 3.0}, {"b": 3.0}))
+    assert len({off, a, b}) == 3
+
+    def ask(**steering):
+        return text(llm.create_completion(PROMPT, **GREEDY, **steering))
+
+    with llm.steering({"a": 3.0}):
+        assert ask() == a
+        with llm.steering({"b": 3.0}):
+            assert ask() == b
+            assert ask(steering={"a": 3.0}) == a
+            assert ask(steering=None) == off
+            with llm.steering(None):
+                assert ask() == off
+        assert ask() == a
+    assert ask() == off
+    with pytest.raises(ZeroDivisionError), llm.steering({"a": 3.0}):
+        raise ZeroDivisionError
+    assert ask() == off
+
+
+@pytest.mark.parametrize("method", ["create_completion", "create_chat_completion"])
+def test_a_stream_keeps_the_steering_it_was_made_with(llm, method):
+    argument = PROMPT if method == "create_completion" else MESSAGES
+
+    def pieces(stream):
+        for chunk in stream:
+            choice = chunk["choices"][0]
+            yield choice["text"] if "text" in choice else choice["delta"].get("content") or ""
+
+    expected = text(getattr(llm, method)(argument, steering={"a": 3.0}, **GREEDY))
+    with llm.steering({"a": 3.0}):
+        inherited = getattr(llm, method)(argument, stream=True, **GREEDY)
+    with llm.steering({"b": 3.0}):
+        assert "".join(pieces(inherited)) == expected
+    own = pieces(getattr(llm, method)(argument, steering={"a": 3.0}, stream=True, **GREEDY))
+    with llm.steering({"b": 3.0}):
+        assert "".join(own) == expected
+
+
+def test_generate_accepts_sent_tokens_as_llama_cpp_does(llm, plain):
+    tokens = plain.tokenize(PROMPT.encode())
+
+    def run(model):
+        generator = model.generate(tokens, temp=0.0)
+        return [next(generator), generator.send([7, 8]), next(generator), next(generator)]
+
+    with llm.steering({"a": 3.0}):
+        steered = run(llm)
+    assert run(llm) == run(plain) != steered
+
+
+# ---- the cache --------------------------------------------------------------------------------
+
+
+class CountingLlama(SteeredLlama):
+    """Counts the tokens that are computed."""
+
+    computed = 0
+
+    def eval(self, tokens):
+        self.computed += len(tokens)
+        super().eval(tokens)
+
+
+@pytest.fixture
+def counting(tiny_llama):
+    with closing(CountingLlama(tiny_llama, pack=PACK, **ARGUMENTS)) as llm:
+        yield llm
+
+
+def cost(llm, steering, prompt, n=1):
+    before = llm.computed
+    llm.create_completion(prompt, steering=steering, **{**GREEDY, "max_tokens": n})
+    return llm.computed - before
+
+
+def test_only_what_must_be_recomputed_is(counting):
+    prompt = list(range(10, 40))
+    longer = [*prompt, *range(40, 45)]
+    assert cost(counting, {"a": 1.0}, prompt) == 30
+    assert cost(counting, {"a": 1.0}, prompt) == 0, "the very same request"
+    assert cost(counting, {"a": 1.0}, longer) == 5, "a continuation"
+    assert cost(counting, {"a": 0.5}, longer) == 35, "another strength"
+    assert cost(counting, {"b": 0.5}, longer) == 35, "another category"
+    assert cost(counting, None, longer) == 35, "no steering"
+    assert cost(counting, {}, longer) == 0, "no steering, said otherwise"
+    assert cost(counting, {"a": 0.0}, longer) == 0, "strength 0 is no steering"
+
+
+def test_steering_the_last_block_leaves_the_cache_valid(counting):
+    """Keys and values come from earlier blocks; only the logits must be computed again."""
+    prompt = list(range(10, 40))
+    assert cost(counting, None, prompt) == 30
+    assert cost(counting, {"last": 1.0}, prompt) == 1
+    assert cost(counting, {"last": 1.0}, prompt) == 0
+    assert cost(counting, {"last": 2.0}, [*prompt, 40, 41]) == 2
+    assert cost(counting, {"last": 1.0, "a": 1.0}, prompt) == 30
+
+
+@pytest.mark.parametrize("category", ["last", "attention"])
+def test_reused_cache_gives_the_logits_of_a_fresh_run(tiny_llama, llm, category):
+    complete(llm, None)
+    complete(llm, {category: 2.0})
+    tokens = llm.tokenize(PROMPT.encode())
+    reused = llm.scores[len(tokens) - 1].copy()
+    with (
+        closing(SteeredLlama(tiny_llama, pack=PACK, **ARGUMENTS)) as fresh,
+        fresh.steering({category: 2.0}),
+    ):
+        fresh.eval(tokens)
+        np.testing.assert_allclose(reused, fresh.scores[len(tokens) - 1], atol=1e-5)
+
+
+def test_going_on_without_reset_recomputes_what_was_steered_otherwise(tiny_llama, llm):
+    """generate(reset=False) continues the context; its tokens count, their old steering not."""
+    head, tail = list(range(10, 30)), list(range(30, 36))
+    with llm.steering({"a": 3.0}):
+        llm.eval(head)
+    stream = llm.generate(tail, temp=0.0, reset=False)
+    continued = [next(stream) for _ in range(6)]
+    assert llm._input_ids[:26].tolist() == head + tail
+    with closing(SteeredLlama(tiny_llama, pack=PACK, **ARGUMENTS)) as fresh:
+        stream = fresh.generate(head + tail, temp=0.0)
+        assert continued == [next(stream) for _ in range(6)]
+
+
+def test_steering_can_change_between_two_tokens(tiny_llama, llm):
+    """eval() appends: earlier tokens keep the steering they were computed under."""
+    head, tail = list(range(10, 20)), list(range(20, 24))
+    with llm.steering({"a": 3.0}):
+        llm.eval(head)
+    with llm.steering({"b": 3.0}):
+        llm.eval(tail)
+    mixed = llm.scores[13].copy()
+    answers = [from_scratch(tiny_llama, s, _last_logits) for s in ({"a": 3.0}, {"b": 3.0}, None)]
+    assert all(np.abs(mixed - other).max() > 1e-3 for other in answers)
+    # and a request under either starts over
+    for steering in ({"a": 3.0}, {"b": 3.0}):
+        assert complete(llm, steering) == from_scratch(tiny_llama, steering, complete)
+
+
+def _last_logits(llm, steering):
+    with llm.steering(steering):
+        llm.eval(list(range(10, 24)))
+    return llm.scores[13].copy()
+
+
+STEERINGS = st.sampled_from(
+    [None, {"a": 2.0}, {"b": 2.0}, {"a": 2.0, "b": -1.0}, {"first": 2.0}, {"last": 2.0}]
+)
+PROMPTS = st.lists(st.integers(10, 14), min_size=1, max_size=8)
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("complete"), STEERINGS, PROMPTS),
+        st.tuples(st.just("eval"), STEERINGS, PROMPTS),
+        st.tuples(st.just("save"), st.none(), st.none()),
+        st.tuples(st.just("load"), st.none(), st.none()),
+        st.tuples(st.just("rewind"), st.integers(0, 5), st.none()),
+    ),
+    min_size=1,
+    max_size=7,
+)
+
+
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(steps=STEPS, steering=STEERINGS, prompt=PROMPTS)
+def test_whatever_happened_before_a_request_does_not_show(tiny_llama, llm, steps, steering, prompt):
+    llm.reset()
+    saved = None
+    for kind, first, second in steps:
+        if kind == "complete":
+            complete(llm, first, second)
+        elif kind == "eval":
+            with llm.steering(first):
+                llm.eval(second)
+        elif kind == "save":
+            saved = llm.save_state()
+        elif kind == "load" and saved is not None:
+            llm.load_state(saved)
+        elif kind == "rewind":
+            llm.n_tokens = min(llm.n_tokens, first)
+    answer = complete(llm, steering, prompt)
+    last_prompt_row = llm.scores[len(prompt) - 1].copy()
+    llm.reset()
+    llm._ledger.record(0, 0, ())  # forget everything: this run is the oracle
+    with llm.steering(steering):
+        llm.eval(prompt)
+    np.testing.assert_allclose(last_prompt_row, llm.scores[len(prompt) - 1], atol=2e-5)
+    llm.reset()
+    assert answer == complete(llm, steering, prompt)
+
+
+def test_saved_states_remember_their_steering(tiny_llama, llm):
+    with llm.steering({"a": 3.0}):
+        llm.eval(llm.tokenize(PROMPT.encode()))
+    state = pickle.loads(pickle.dumps(llm.save_state()))
+    for steering in ({"a": 3.0}, {"b": 3.0}, None):
+        with closing(SteeredLlama(tiny_llama, pack=PACK, **ARGUMENTS)) as other:
+            other.load_state(state)
+            assert complete(other, steering) == from_scratch(tiny_llama, steering, complete)
+
+
+def test_states_of_a_plain_llama_count_as_unsteered(llm, plain):
+    plain.eval(plain.tokenize(PROMPT.encode()))
+    llm.load_state(plain.save_state())
+    expected = text(plain.create_completion(PROMPT, **GREEDY))
+    assert complete(llm, {"a": 3.0}) != expected
+    llm.load_state(plain.save_state())
+    assert complete(llm, None) == expected
+
+
+def test_prompt_cache_never_mixes_steerings(tiny_llama, llm):
+    llm.set_cache(llama_cpp.LlamaRAMCache())
+    for steering in ({"a": 3.0}, None, {"b": 3.0}, {"a": 3.0}):
+        assert complete(llm, steering) == from_scratch(tiny_llama, steering, complete)
+
+
+def test_recurrent_models_start_over(tiny_model):
+    """Their state cannot be cut back, so a change of steering recomputes everything."""
+    path = tiny_model("mamba")
+    with closing(SteeredLlama(path, pack=PACK, **ARGUMENTS)) as llm:
+        for steering in ({"a": 3.0}, None, {"b": 3.0}, {"a": 3.0}):
+            assert complete(llm, steering) == from_scratch(path, steering, complete)
+            with llm.steering({"b": 1.0}):
+                llm.eval([10, 11])
+        llm.reset()
+        with llm.steering({"a": 3.0}):
+            llm.eval([10, 11, 12])
+        stream = llm.generate([13], temp=0.0, reset=False)
+        continued = [next(stream) for _ in range(4)]
+    with closing(SteeredLlama(path, pack=PACK, **ARGUMENTS)) as fresh:
+        stream = fresh.generate([10, 11, 12, 13], temp=0.0)
+        assert continued == [next(stream) for _ in range(4)]
+
+
+# ---- refusals ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("steering", "error", "message"),
+    [
+        ({"nope": 1.0}, UnknownCategoryError, "this pack has a, b, first, last, attention"),
+        ({"a": float("nan")}, SteeringError, "finite"),
+        ({"a": float("inf")}, SteeringError, "finite"),
+        ({"a": 1e39}, SteeringError, "not finite"),
+        ({"a": "1.0"}, SteeringError, "not a number"),
+        ({"a": "auto"}, SteeringError, "no router"),
+        ({"a": True}, SteeringError, "not a number"),
+        ("a", SteeringError, "mapping"),
+        ("auto", SteeringError, "mapping"),
+        (1.0, SteeringError, "mapping"),
+    ],
+)
+@pytest.mark.parametrize("ask", WAYS)
+def test_impossible_steering_is_refused_at_the_call(llm, ask, steering, error, message):
+    with pytest.raises(error, match=message):
+        ask(llm, steering)
+    with pytest.raises(error, match=message), llm.steering(steering):
+        pass
+    assert ask(llm, None)
+
+
+def test_without_a_pack_there_is_nothing_to_steer_with(tiny_llama):
+    with closing(SteeredLlama(tiny_llama, **ARGUMENTS)) as llm:
+        assert complete(llm, None)
+        with pytest.raises(SteeringError, match="pack="):
+            complete(llm, {"a": 1.0})
+
+
+def test_a_pack_for_another_model_is_refused(tiny_llama, tiny_model):
+    wide = SteeringPack({"a": SteeringVector({1: np.ones(N_EMBD * 2)})})
+    deep = SteeringPack({"a": SteeringVector({N_LAYER: np.ones(N_EMBD)})})
+    for pack in (wide, deep):
+        with pytest.raises(ModelMismatchError):
+            SteeredLlama(tiny_llama, pack=pack, **ARGUMENTS)
+    with closing(SteeredLlama(tiny_model("qwen2"), **ARGUMENTS)) as qwen:
+        made_for_qwen = SteeringPack(dict(PACK.categories), base_model=qwen.base_model)
+    with pytest.raises(ModelMismatchError, match="architecture"):
+        SteeredLlama(tiny_llama, pack=made_for_qwen, **ARGUMENTS)
+
+
+def test_resident_is_refused_where_llama_cpp_cannot(tiny_llama):
+    with closing(SteeredLlama(tiny_llama, pack=PACK, mode="resident", **ARGUMENTS)) as llm:
+        for category in ("first", "attention"):
+            with pytest.raises(HookError, match="resident"):
+                complete(llm, {category: 1.0})
+    with pytest.raises(SteeringError, match="mode"):
+        SteeredLlama(tiny_llama, pack=PACK, mode="other", **ARGUMENTS)
+
+
+def test_a_control_vector_taken_away_behind_the_back_is_noticed(llm):
+    """Somebody disables llama.cpp's control vector: the graph then no longer adds anything."""
+    complete(llm, {"a": 1.0})
+    llama_cpp.llama_set_adapter_cvec(llm.ctx, None, 0, N_EMBD, 0, 0)
+    with pytest.raises(HookError, match="reached 0 of"):
+        complete(llm, {"b": 1.0})
+    assert complete(llm, None)
+
+
+def test_a_pack_without_router_warns_once_that_nothing_is_steered(llm, caplog):
+    llm.create_completion(PROMPT, **GREEDY)
+    llm.create_completion(PROMPT, **GREEDY)
+    warnings = [record for record in caplog.records if "no router" in record.message]
+    assert len(warnings) == 1
+
+
+def test_a_plain_control_vector_file_is_a_pack_of_one(tiny_llama, tmp_path, llm):
+    PACK["a"].save(tmp_path / "kindness.gguf")
+    with closing(SteeredLlama(tiny_llama, pack=tmp_path / "kindness.gguf", **ARGUMENTS)) as other:
+        assert complete(other, {"kindness": 3.0}) == complete(llm, {"a": 3.0})
+
+
+def test_embeddings_are_never_steered(tiny_llama):
+    with closing(SteeredLlama(tiny_llama, pack=PACK, embedding=True, **ARGUMENTS)) as llm:
+        expected = llm.embed("the air")
+        with llm.steering({"a": 3.0}):
+            llm.eval([10, 11])
+            with pytest.raises(SteeringError, match="embeddings"):
+                llm.embed("the air")
+        assert llm.embed("the air") == expected
+
+
+def test_pickling_keeps_the_pack(llm):
+    with closing(pickle.loads(pickle.dumps(llm))) as copy:
+        assert complete(copy, {"a": 3.0}) == complete(llm, {"a": 3.0})
