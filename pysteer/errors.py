@@ -1,9 +1,18 @@
 """What pysteer raises when something the caller can change is wrong.
 
-Every message names the cause and the way out; the command line prints it as one line and exits with code 2.
+Every message names the cause and the way out; the command line prints it as one line and exits
+with code 2.
 """
 
 from __future__ import annotations
+
+_SHOWN = 80
+
+
+def quoted(value: object) -> str:
+    """`repr`, cut to a length that fits into one line: hostile files choose what is quoted."""
+    text = repr(value[: 2 * _SHOWN] if isinstance(value, (str, bytes, list)) else value)
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
 
 
 class SteeringError(ValueError):
@@ -23,4 +32,4 @@ class UnknownCategoryError(SteeringError):
 
 
 class HookError(SteeringError):
-    """The running llama.cpp or the model's graph cannot be hooked, or a decode went past the plan."""
+    """The llama.cpp or the model's graph cannot be hooked, or a decode went past the plan."""

@@ -84,7 +84,7 @@ class HookedLlama(llama_cpp.Llama):
         HookError: the llama.cpp or the model cannot be hooked.
     """
 
-    def __init__(self, model_path: str, **llama_arguments: Any) -> None:
+    def __init__(self, model_path: str | os.PathLike[str], **llama_arguments: Any) -> None:
         if llama_arguments.get("vocab_only"):
             raise HookError("a model without weights (vocab_only) has nothing to hook")
         load_native()

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from pysteer.errors import ModelMismatchError, SteeringError, UnknownCategoryError
-from pysteer.vector import SteeringVector
+from pysteer.errors import ModelMismatchError, SteeringError, UnknownCategoryError, quoted
+from pysteer.vector import MAX_LAYER, SteeringVector, finite
 
 if TYPE_CHECKING:
     import os
+
+
+_MAX_COUNT = 2**32 - 1
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,9 @@ class BaseModel:
         n_layer: number of blocks.
         n_embd: width of the residual stream.
         n_vocab: number of tokens.
+
+    Raises:
+        SteeringError: text that is not Unicode, or a size that is not a 32-bit count.
     """
 
     architecture: str
@@ -33,6 +39,15 @@ class BaseModel:
     n_layer: int
     n_embd: int
     n_vocab: int
+
+    def __post_init__(self) -> None:
+        _check_text(self.architecture, "the architecture")
+        _check_text(self.name, "the base model's name")
+        for what in ("n_layer", "n_embd", "n_vocab"):
+            size = getattr(self, what)
+            smallest = 0 if what == "n_vocab" else 1  # a model may come without a vocabulary
+            if type(size) is not int or not smallest <= size <= _MAX_COUNT:
+                raise SteeringError(f"{what} of the base model is {quoted(size)}")
 
 
 @dataclass(frozen=True)
@@ -62,24 +77,44 @@ class SteeringPack:
             raise SteeringError("a pack needs at least one category")
         for name in self.categories:
             if not isinstance(name, str) or not name.strip():
-                raise SteeringError(f"{name!r} is not a category name")
+                raise SteeringError(f"{quoted(name)} is not a category name")
+            _check_text(name, "a category name")
         widths = {name: vector.n_embd for name, vector in self.categories.items()}
         if len(set(widths.values())) > 1:
             raise SteeringError(f"the categories differ in width: {widths}")
         if self.base_model is not None:
             self._check_shape(self.base_model)
-        for layer, norm in self.residual_norm.items():
-            if not (math.isfinite(norm) and norm >= 0):
-                raise SteeringError(f"the residual norm of layer {layer} is {norm}")
+        self._check_residual_norm()
+        self._check_provenance()
         for name in ("categories", "residual_norm", "provenance"):  # read-only from here on
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+
+    def _check_residual_norm(self) -> None:
+        for layer, norm in self.residual_norm.items():
+            if type(layer) is not int or not 0 <= layer <= MAX_LAYER:
+                raise SteeringError(f"there is no layer {quoted(layer)} to have a residual norm")
+            what = f"the residual norm of layer {layer}"
+            if not isinstance(norm, Real) or finite(norm, f"{what} must be") < 0:
+                raise SteeringError(f"{what} is {quoted(norm)}")
+
+    def _check_provenance(self) -> None:
+        for key, value in self.provenance.items():
+            _check_text(key, "a key of the provenance")
+            if isinstance(value, str):
+                _check_text(value, f"provenance {quoted(key)}")
+            elif type(value) is float:
+                finite(value, f"provenance {quoted(key)} must be")
+            elif not isinstance(value, int):
+                raise SteeringError(
+                    f"provenance {quoted(key)} is {quoted(value)}, neither text nor a number"
+                )
 
     def __getitem__(self, category: str) -> SteeringVector:
         try:
             return self.categories[category]
         except KeyError:
             raise UnknownCategoryError(
-                f"unknown category {category!r}; this pack has {', '.join(self.categories)}"
+                f"unknown category {quoted(category)}; this pack has {', '.join(self.categories)}"
             ) from None
 
     def __reduce__(self) -> tuple[type[SteeringPack], tuple[object, ...]]:
@@ -138,3 +173,13 @@ class SteeringPack:
         from pysteer.formats import gguf
 
         return gguf.load_pack(Path(path))
+
+
+def _check_text(value: object, what: str) -> None:
+    try:
+        if isinstance(value, str):
+            value.encode("utf-8")
+            return
+    except UnicodeEncodeError:
+        pass
+    raise SteeringError(f"{what} is {quoted(value)}, which is not text")

@@ -1,4 +1,4 @@
-"""Prompt sets: JSONL files of `{"prompt": ..., "category": ..., "response": ..., "pair_id": ...}`."""
+"""Prompt sets: JSONL files with `prompt` and, optionally, `category`, `response` and `pair_id`."""
 
 from __future__ import annotations
 
@@ -38,11 +38,14 @@ def load_prompts(path: str | os.PathLike[str]) -> list[Prompt]:
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise FormatError(f"{path}: {error.strerror or error}") from None
+    except ValueError as error:  # not UTF-8, or a path that cannot be one
         raise FormatError(f"{path}: {error}") from None
     prompts = []
-    for number, line in enumerate(lines, 1):
+    # Not splitlines(): it also splits at characters that JSON allows inside strings.
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import operator
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from numbers import Real
@@ -13,12 +14,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from pysteer.errors import SteeringError
+from pysteer.errors import SteeringError, quoted
 
 if TYPE_CHECKING:
     import os
 
 SITES = ("residual", "attention")
+MAX_LAYER = 999_999
 
 
 class SteeringVector:
@@ -35,22 +37,21 @@ class SteeringVector:
             its projection).
 
     Raises:
-        SteeringError: no layers, a negative layer, an unknown site, differing widths, or values
-            that are not finite.
+        SteeringError: no layers, a layer that is no index, an unknown site, differing widths, or
+            values that are not finite.
     """
 
     __slots__ = ("__dict__", "_layers", "_matrix", "_site")
 
     def __init__(self, directions: Mapping[int, npt.ArrayLike], *, site: str = "residual") -> None:
         if site not in SITES:
-            raise SteeringError(f"unknown site {site!r}; use one of {', '.join(SITES)}")
+            raise SteeringError(f"unknown site {quoted(site)}; use one of {', '.join(SITES)}")
         if not directions:
             raise SteeringError("a steering vector needs a direction for at least one layer")
         self._site = site
-        self._layers = tuple(sorted(int(layer) for layer in directions))
-        if self._layers[0] < 0:
-            raise SteeringError(f"layer {self._layers[0]} is negative; layers count from 0")
-        rows = [np.asarray(directions[layer], dtype=np.float32) for layer in self._layers]
+        by_layer = {_layer(layer): direction for layer, direction in directions.items()}
+        self._layers = tuple(sorted(by_layer))
+        rows = [_row(layer, by_layer[layer]) for layer in self._layers]
         for layer, row in zip(self._layers, rows, strict=True):
             if row.ndim != 1 or row.size == 0 or row.shape != rows[0].shape:
                 raise SteeringError(
@@ -132,9 +133,10 @@ class SteeringVector:
                 f"cannot combine a vector of site {self.site}, width {self.n_embd} "
                 f"with one of site {other.site}, width {other.n_embd}"
             )
-        total = {layer: row.copy() for layer, row in self.items()}
-        for layer, row in other.items():
-            total[layer] = total.get(layer, np.zeros(self.n_embd, np.float32)) + sign * row
+        total = dict(self.items())
+        with np.errstate(over="ignore"):  # an overflow is refused by the constructor
+            for layer, row in other.items():
+                total[layer] = total.get(layer, np.zeros(self.n_embd, np.float32)) + sign * row
         return SteeringVector(total, site=self.site)
 
     def __add__(self, other: SteeringVector) -> SteeringVector:
@@ -146,10 +148,10 @@ class SteeringVector:
     def __mul__(self, factor: float) -> SteeringVector:
         if not isinstance(factor, Real):
             return NotImplemented
-        if not math.isfinite(factor):
-            raise SteeringError(f"cannot scale a steering vector by {factor}")
-        scale = np.float32(factor)
-        return SteeringVector({layer: scale * row for layer, row in self.items()}, site=self.site)
+        with np.errstate(over="ignore"):  # an overflow is refused by the constructor
+            scale = np.float32(finite(factor, "cannot scale a steering vector by it"))
+            scaled = {layer: scale * row for layer, row in self.items()}
+        return SteeringVector(scaled, site=self.site)
 
     __rmul__ = __mul__
 
@@ -158,7 +160,7 @@ class SteeringVector:
             return NotImplemented
         if divisor == 0:
             raise SteeringError("cannot divide a steering vector by 0")
-        return self * (1.0 / float(divisor))
+        return self * (1.0 / finite(divisor, "cannot divide a steering vector by it"))
 
     def __neg__(self) -> SteeringVector:
         return self * -1.0
@@ -175,6 +177,46 @@ class SteeringVector:
     def __hash__(self) -> int:
         return hash(self.digest)
 
+    def __reduce__(self) -> tuple[object, ...]:
+        # Through the constructor, so that a copy is as read-only as the original.
+        return _restore, (dict(self.items()), self.site)
+
     def __repr__(self) -> str:
         layers = ", ".join(map(str, self._layers[:4])) + (", ..." if len(self._layers) > 4 else "")
         return f"SteeringVector(site={self._site!r}, layers=[{layers}], n_embd={self.n_embd})"
+
+
+def finite(value: Real | float, otherwise: str) -> float:
+    """`value` as a float; SteeringError with `otherwise` if it is too large, infinite or NaN."""
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise SteeringError(f"{number} is not finite; {otherwise}")
+    return number
+
+
+def _layer(layer: object) -> int:
+    try:
+        index = operator.index(layer)  # type: ignore[arg-type]
+    except TypeError:
+        raise SteeringError(f"layer {quoted(layer)} is not an integer") from None
+    if index < 0:
+        raise SteeringError(f"layer {quoted(index)} is negative; layers count from 0")
+    if index > MAX_LAYER:
+        raise SteeringError(f"there is no layer {quoted(index)}")
+    return index
+
+
+def _row(layer: int, direction: npt.ArrayLike) -> npt.NDArray[np.float32]:
+    try:
+        with np.errstate(over="ignore", invalid="ignore"):  # the constructor looks for itself
+            # Plus zero: no negative zeros, so that equal vectors have equal bits.
+            return np.asarray(direction, dtype=np.float32) + np.float32(0)
+    except (TypeError, ValueError, OverflowError):
+        raise SteeringError(f"the direction of layer {layer} is not an array of numbers") from None
+
+
+def _restore(directions: Mapping[int, npt.ArrayLike], site: str) -> SteeringVector:
+    return SteeringVector(directions, site=site)

@@ -6,8 +6,8 @@ The rules, each because a file that breaks it can crash, hang or mislead a reade
 - keys and tensor names occur once;
 - arrays hold scalars or strings, never arrays;
 - strings are UTF-8; the file is little-endian, version 2 or 3;
-- tensor data lies inside the file, aligned, and is copied out, so that nothing refers to the file
-  once it has been read.
+- tensors lie one behind the other, aligned, inside the file, which bounds what they add up to; they
+  are copied out, so that nothing refers to the file once it has been read.
 
 Only float32 tensors are read: nothing that pysteer or llama.cpp writes for steering has another
 type. Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
@@ -16,6 +16,7 @@ type. Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 from __future__ import annotations
 
 import mmap
+import stat
 import struct
 from dataclasses import dataclass
 from math import prod
@@ -26,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
-from pysteer.errors import FormatError
+from pysteer.errors import FormatError, quoted
 
 Scalar: TypeAlias = "int | float | bool | str"
 Value: TypeAlias = "Scalar | list[Scalar]"
@@ -43,8 +44,9 @@ _SCALARS = {
     GGUFValueType.INT64: "<q",
     GGUFValueType.FLOAT64: "<d",
 }
+_ARCHITECTURE = "general.architecture"
 _MAX_DIMENSIONS = 4
-_MAX_ARRAY = 1 << 22  # far above any vocabulary; bounds the time a hostile file can take
+_MAX_ARRAY = 1 << 22  # far above any vocabulary
 _SMALLEST_ENTRY = 12  # bytes: an empty name and a type
 
 
@@ -102,20 +104,26 @@ class _Cursor:
             if number > 1:
                 raise FormatError(f"{what} is neither true nor false")
             return bool(number)
-        if kind not in _SCALARS:
-            raise FormatError(f"{what} holds an array of arrays")
         return self.unpack(_SCALARS[kind], what)
 
     def value(self, what: str) -> Value:
         kind = self.value_type(what)
-        if kind != GGUFValueType.ARRAY:
-            return self.scalar(kind, what)
+        return self.array(what) if kind == GGUFValueType.ARRAY else self.scalar(kind, what)
+
+    def array(self, what: str) -> list[Scalar]:
         kind = self.value_type(what)
-        smallest = 8 if kind == GGUFValueType.STRING else struct.calcsize(_SCALARS.get(kind, "<B"))
-        count = self.count("<Q", smallest, f"values of {what}")
+        if kind == GGUFValueType.ARRAY:
+            raise FormatError(f"{what} holds an array of arrays")
+        layout = _SCALARS.get(kind)
+        size = struct.calcsize(layout) if layout else 8 if kind == GGUFValueType.STRING else 1
+        count = self.count("<Q", size, f"values of {what}")
         if count > _MAX_ARRAY:
             raise FormatError(f"{what} has {count} values; at most {_MAX_ARRAY} are read")
-        return [self.scalar(kind, what) for _ in range(count)]
+        if layout is None:
+            return [self.scalar(kind, what) for _ in range(count)]
+        values: list[Scalar] = np.frombuffer(self.data, layout, count, self.at).tolist()
+        self.at += count * size
+        return values
 
 
 def read(path: Path, *, architectures: tuple[str, ...]) -> Container:
@@ -130,17 +138,19 @@ def read(path: Path, *, architectures: tuple[str, ...]) -> Container:
         FormatError: the file cannot be read, breaks a rule above, or is of another architecture.
     """
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would wait, a device never end
+            raise FormatError("not a file")
         with path.open("rb") as file:
             if file.seek(0, 2) == 0:
-                raise FormatError(f"{path}: the file is empty")
+                raise FormatError("the file is empty")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _parse(_Cursor(data), architectures)
     except FormatError as error:
-        if str(error).startswith(str(path)):
-            raise
         raise FormatError(f"{path}: {error}") from None
     except OSError as error:
         raise FormatError(f"{path}: {error.strerror or error}") from None
+    except ValueError as error:  # a path that cannot be one
+        raise FormatError(f"{path}: {error}") from None
 
 
 def _parse(cursor: _Cursor, architectures: tuple[str, ...]) -> Container:
@@ -157,48 +167,60 @@ def _parse(cursor: _Cursor, architectures: tuple[str, ...]) -> Container:
     for _ in range(n_values):
         key = cursor.string("a metadata key")
         if key in metadata:
-            raise FormatError(f"metadata key {key!r} occurs twice")
-        metadata[key] = cursor.value(f"metadata value {key!r}")
-    architecture = metadata.get("general.architecture")
-    if architecture not in architectures:
-        raise FormatError(
-            f"the file holds {architecture!r}, not a steering pack or a control vector"
-        )
+            raise FormatError(f"metadata key {quoted(key)} occurs twice")
+        metadata[key] = cursor.value(f"metadata value {quoted(key)}")
+        if key == _ARCHITECTURE:  # first in every ordinary file: turn others away at once
+            _check_architecture(metadata, architectures)
+    _check_architecture(metadata, architectures)
 
     infos: dict[str, tuple[tuple[int, ...], int]] = {}
     for _ in range(n_tensors):
         name = cursor.string("a tensor name")
         if name in infos:
-            raise FormatError(f"tensor {name!r} occurs twice")
-        infos[name] = _tensor_info(cursor, name)
+            raise FormatError(f"tensor {quoted(name)} occurs twice")
+        infos[name] = _tensor_info(cursor, f"tensor {quoted(name)}")
 
     alignment = metadata.get("general.alignment", 32)
-    if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-        raise FormatError(f"alignment {alignment!r} is not a power of two")
-    start = -(-cursor.at // alignment) * alignment
+    if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
+        raise FormatError(f"alignment {quoted(alignment)} is not a power of two")
+    start = _aligned(cursor.at, alignment)
+    expected = 0
     tensors = {}
     for name, (shape, offset) in infos.items():
         count = prod(shape)
-        if offset % alignment or start + offset + 4 * count > len(cursor.data):
-            raise FormatError(f"the data of tensor {name!r} lies outside the file")
+        if offset != expected or start + offset + 4 * count > len(cursor.data):
+            raise FormatError(f"the data of tensor {quoted(name)} is not where it should be")
+        expected = _aligned(offset + 4 * count, alignment)
         flat = np.frombuffer(cursor.data, "<f4", count, start + offset)
         tensors[name] = flat.reshape(shape).astype(np.float32, copy=True)
         del flat  # a view would keep the mapping from closing
     return Container(metadata, tensors)
 
 
-def _tensor_info(cursor: _Cursor, name: str) -> tuple[tuple[int, ...], int]:
-    n_dimensions = int(cursor.unpack("<I", f"the shape of tensor {name!r}"))
+def _aligned(position: int, alignment: int) -> int:
+    return -(-position // alignment) * alignment
+
+
+def _check_architecture(metadata: dict[str, Value], architectures: tuple[str, ...]) -> None:
+    architecture = metadata.get(_ARCHITECTURE)
+    if architecture not in architectures:
+        raise FormatError(
+            f"the file holds {quoted(architecture)}, not a steering pack or a control vector"
+        )
+
+
+def _tensor_info(cursor: _Cursor, tensor: str) -> tuple[tuple[int, ...], int]:
+    n_dimensions = int(cursor.unpack("<I", f"the shape of {tensor}"))
     if not 1 <= n_dimensions <= _MAX_DIMENSIONS:
-        raise FormatError(f"tensor {name!r} has {n_dimensions} dimensions")
-    sizes = [int(cursor.unpack("<Q", f"the shape of tensor {name!r}")) for _ in range(n_dimensions)]
+        raise FormatError(f"{tensor} has {n_dimensions} dimensions")
+    sizes = [int(cursor.unpack("<Q", f"the shape of {tensor}")) for _ in range(n_dimensions)]
     if prod(sizes) * 4 > len(cursor.data):
-        raise FormatError(f"tensor {name!r} claims the shape {sizes} and the file is too short")
+        raise FormatError(f"{tensor} claims the shape {sizes} and the file is too short")
     if 0 in sizes:
-        raise FormatError(f"tensor {name!r} is empty")
-    kind = int(cursor.unpack("<I", f"the type of tensor {name!r}"))
+        raise FormatError(f"{tensor} is empty")
+    kind = int(cursor.unpack("<I", f"the type of {tensor}"))
     if kind != GGMLQuantizationType.F32:
         known = GGMLQuantizationType(kind).name if kind in GGML_QUANT_SIZES else f"type {kind}"
-        raise FormatError(f"tensor {name!r} is {known}; directions are F32")
+        raise FormatError(f"{tensor} is {known}; directions are F32")
     # GGUF counts dimensions from the fastest, numpy from the slowest.
-    return tuple(reversed(sizes)), int(cursor.unpack("<Q", f"the offset of tensor {name!r}"))
+    return tuple(reversed(sizes)), int(cursor.unpack("<Q", f"the offset of {tensor}"))

@@ -9,7 +9,8 @@ the file instead of adding all categories at once. Metadata:
 
 - `pysteer.format_version` (1), `pysteer.categories` and `pysteer.sites`: one string per category;
 - `pysteer.base_model.*`: `architecture`, `name`, `n_layer`, `n_embd`, `n_vocab`, if known;
-- `pysteer.residual_norm.layers`, `pysteer.residual_norm.values`: typical L2 norms, if known;
+- `pysteer.residual_norm.layers`, `pysteer.residual_norm.values` (float64): typical L2 norms, if
+  known;
 - `pysteer.provenance`: a JSON object.
 """
 
@@ -18,16 +19,16 @@ from __future__ import annotations
 import json
 import os
 import re
-import tempfile
+import secrets
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from gguf import GGUFWriter
+from gguf import GGUFValueType, GGUFWriter
 
-from pysteer.errors import FormatError, SteeringError
+from pysteer.errors import FormatError, SteeringError, quoted
 from pysteer.formats.container import Container, read
 from pysteer.pack import BaseModel, SteeringPack
 from pysteer.vector import SteeringVector
@@ -56,7 +57,7 @@ def save_vector(vector: SteeringVector, path: Path, *, model_hint: str) -> None:
         )
 
     def fill(writer: GGUFWriter) -> None:
-        writer.add_string("controlvector.model_hint", model_hint)
+        _add_string(writer, "controlvector.model_hint", model_hint)
         writer.add_uint32("controlvector.layer_count", len(vector.layers))
         for layer, direction in vector.items():
             writer.add_tensor(f"direction.{layer}", np.ascontiguousarray(direction))
@@ -83,14 +84,20 @@ def save_pack(pack: SteeringPack, path: Path) -> None:
             for name, value in asdict(pack.base_model).items():
                 key = f"pysteer.base_model.{name}"
                 if isinstance(value, str):
-                    writer.add_string(key, value)
+                    _add_string(writer, key, value)
                 else:
                     writer.add_uint32(key, value)
         if pack.residual_norm:
             layers, norms = zip(*sorted(pack.residual_norm.items()), strict=True)
             writer.add_array("pysteer.residual_norm.layers", [int(layer) for layer in layers])
-            writer.add_array("pysteer.residual_norm.values", [float(norm) for norm in norms])
-        writer.add_string("pysteer.provenance", json.dumps(dict(pack.provenance), sort_keys=True))
+            writer.add_key_value(
+                "pysteer.residual_norm.values",
+                [float(norm) for norm in norms],
+                GGUFValueType.ARRAY,
+                sub_type=GGUFValueType.FLOAT64,
+            )
+        provenance = json.dumps(dict(pack.provenance), sort_keys=True, allow_nan=False)
+        _add_string(writer, "pysteer.provenance", provenance)
         for index, vector in enumerate(pack.categories.values()):
             for layer, direction in vector.items():
                 name = f"category.{index}.direction.{layer}"
@@ -103,7 +110,7 @@ def load_pack(path: Path) -> SteeringPack:
     """Read a pack or a plain control vector; see `SteeringPack.load`."""
     container = read(path, architectures=(VECTOR_ARCHITECTURE, PACK_ARCHITECTURE))
     if container.metadata["general.architecture"] == VECTOR_ARCHITECTURE:
-        return SteeringPack({path.stem or "vector": _guard(path, _vector, container)})
+        return SteeringPack({path.stem.strip() or "vector": _guard(path, _vector, container)})
     return _guard(path, _pack, container)
 
 
@@ -120,7 +127,7 @@ def _vector(container: Container) -> SteeringVector:
     for name, tensor in container.tensors.items():
         match = _DIRECTION.fullmatch(name)
         if match is None:
-            raise FormatError(f"tensor {name!r} does not belong in a control vector")
+            raise FormatError(f"tensor {quoted(name)} does not belong in a control vector")
         if match[1] == "0":
             raise FormatError("a control vector cannot have a direction for layer 0")
         directions[int(match[1])] = tensor
@@ -132,7 +139,7 @@ def _pack(container: Container) -> SteeringPack:
     version = metadata.get("pysteer.format_version")
     if version != PACK_VERSION:
         raise FormatError(
-            f"the pack has format version {version!r}; this pysteer reads {PACK_VERSION}"
+            f"the pack has format version {quoted(version)}; this pysteer reads {PACK_VERSION}"
         )
     names = _strings(container, "pysteer.categories")
     sites = _strings(container, "pysteer.sites")
@@ -142,7 +149,7 @@ def _pack(container: Container) -> SteeringPack:
     for tensor_name, tensor in container.tensors.items():
         match = _PACK_DIRECTION.fullmatch(tensor_name)
         if match is None or int(match[1]) >= len(names):
-            raise FormatError(f"tensor {tensor_name!r} belongs to no category")
+            raise FormatError(f"tensor {quoted(tensor_name)} belongs to no category")
         directions[int(match[1])][int(match[2])] = tensor
     return SteeringPack(
         {
@@ -170,7 +177,7 @@ def _base_model(container: Container) -> BaseModel | None:
     for entry in fields(BaseModel):
         expected = str if entry.type == "str" else int
         value = container.metadata.get(prefix + entry.name)
-        if type(value) is not expected or (isinstance(value, int) and value < 1):
+        if type(value) is not expected:
             raise FormatError(f"metadata value {prefix + entry.name!r} is missing or wrong")
         values[entry.name] = value
     return BaseModel(**values)  # type: ignore[arg-type]
@@ -183,7 +190,8 @@ def _residual_norm(container: Container) -> dict[int, float]:
         not isinstance(layers, list)
         or not isinstance(norms, list)
         or len(layers) != len(norms)
-        or not all(type(layer) is int and layer >= 0 for layer in layers)
+        or not all(type(layer) is int for layer in layers)
+        or len(set(layers)) != len(layers)
         or not all(type(norm) is float for norm in norms)
     ):
         raise FormatError("the residual norms are not pairs of layer and number")
@@ -196,33 +204,38 @@ def _provenance(container: Container) -> dict[str, str | int | float]:
         value = json.loads(text) if isinstance(text, str) else None
     except (ValueError, RecursionError):
         value = None
-    if not isinstance(value, dict) or not all(
-        isinstance(item, (str, int, float)) for item in value.values()
-    ):
-        raise FormatError("the provenance is not a JSON object of strings and numbers")
+    if not isinstance(value, dict):
+        raise FormatError("the provenance is not a JSON object")
     return value
+
+
+def _add_string(writer: GGUFWriter, key: str, value: str) -> None:
+    """Unlike `GGUFWriter.add_string`, also when it is empty."""
+    writer.add_key_value(key, value, GGUFValueType.STRING)
 
 
 def _write(path: Path, architecture: str, fill: Callable[[GGUFWriter], None]) -> None:
     """Write beside the target and move into place, so that a failure never costs an older file."""
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise SteeringError(f"cannot write {path}: {error.strerror or error}") from None
-    os.close(handle)
-    part = Path(name)
-    try:
-        writer = GGUFWriter(part, architecture)
+        target = path.resolve()  # write through a symbolic link, not over it
+        part = target.parent / f".{secrets.token_hex(8)}.part"
         try:
-            fill(writer)
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
+            writer = GGUFWriter(part, architecture)
+            try:
+                fill(writer)
+                writer.write_header_to_file()
+                writer.write_kv_data_to_file()
+                writer.write_tensors_to_file()
+            finally:
+                writer.close()
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+            part.replace(target)
         finally:
-            writer.close()
-        part.chmod(0o644)  # mkstemp is private by design; a saved vector is an ordinary file
-        part.replace(path)
+            part.unlink(missing_ok=True)
     except OSError as error:
         raise SteeringError(f"cannot write {path}: {error.strerror or error}") from None
-    finally:
-        part.unlink(missing_ok=True)
+    except SteeringError:
+        raise
+    except ValueError as error:  # a path, or a text, that cannot be one
+        raise SteeringError(f"cannot write {quoted(str(path))}: {error}") from None

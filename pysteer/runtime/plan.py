@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
@@ -11,8 +10,9 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from pysteer import _native
-from pysteer.errors import HookError, SteeringError
+from pysteer.errors import HookError, SteeringError, quoted
 from pysteer.pack import SteeringPack
+from pysteer.vector import finite
 
 Mode: TypeAlias = Literal["auto", "resident", "hooked"]
 MODES: tuple[Mode, ...] = ("auto", "resident", "hooked")
@@ -52,17 +52,17 @@ def check_strengths(pack: SteeringPack, steering: Mapping[str, float | str]) -> 
     strengths: dict[str, float] = {}
     for category, strength in steering.items():
         _ = pack[category]
-        if strength == "auto":
+        name = quoted(category)
+        if isinstance(strength, str) and strength == "auto":
             raise SteeringError(
-                f"category {category!r} is to be gated, and the pack holds no router; "
+                f"category {name} is to be gated, and the pack holds no router; "
                 "give it a number as strength"
             )
         if not isinstance(strength, Real) or isinstance(strength, bool):
-            raise SteeringError(f"the strength of {category!r} is {strength!r}, not a number")
-        if not math.isfinite(strength):
-            raise SteeringError(f"the strength of {category!r} is {strength}; it must be finite")
-        if strength != 0:
-            strengths[category] = float(strength)
+            raise SteeringError(f"the strength of {name} is {quoted(strength)}, not a number")
+        number = finite(strength, f"the strength of {name} must be")
+        if number != 0:
+            strengths[category] = number
     return strengths
 
 
@@ -105,7 +105,7 @@ def compile_plan(
                 strength,
             )
         except ValueError as error:
-            raise SteeringError(f"category {category!r}: {error}") from None
+            raise SteeringError(f"category {quoted(category)}: {error}") from None
         key.append((vector.digest, strength))
         if vector.layers[0] < n_layer - 1:
             cache_key.append((vector.digest, strength))

@@ -68,7 +68,7 @@ class SteeredLlama(HookedLlama):
 
     def __init__(
         self,
-        model_path: str,
+        model_path: str | os.PathLike[str],
         *,
         pack: SteeringPack | str | os.PathLike[str] | None = None,
         mode: Mode = "auto",
@@ -295,7 +295,7 @@ class SteeredLlama(HookedLlama):
             return state
 
     def load_state(self, state: LlamaState) -> None:
-        """`llama_cpp.Llama.load_state`; a state of a plain `llama_cpp.Llama` counts as unsteered."""
+        """`llama_cpp.Llama.load_state`; a plain `llama_cpp.Llama`'s state counts as unsteered."""
         with self._step_lock:
             self._require_open()
             super().load_state(state)

@@ -1,0 +1,266 @@
+"""What this machine and this model can do, checked by doing it."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
+
+from pysteer import _native
+from pysteer.errors import SteeringError
+from pysteer.hooked import HookedLlama, load_native, set_native_control_vector
+from pysteer.pack import BaseModel, SteeringPack
+from pysteer.runtime.plan import Mode
+from pysteer.runtime.steered import SteeredLlama
+from pysteer.vector import SteeringVector
+
+_N_PROMPT = 48
+_N_UBATCH = 32  # smaller than the prompt, so that one evaluation is several graphs
+_N_DECODE = 4
+_N_TIMED = 24
+_RELATIVE_STRENGTH = 0.2  # of the residual norm: enough to move the logits, too little to overflow
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was tried.
+
+    Attributes:
+        name: what was compared with what.
+        ok: whether it is as it should be; None where this machine or model cannot do it.
+        value: the largest absolute difference in logits, where there is one.
+        detail: the rest, for a person.
+    """
+
+    name: str
+    ok: bool | None
+    value: float | None
+    detail: str
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Everything `diagnose` found out."""
+
+    versions: dict[str, str]
+    model: BaseModel
+    sites: dict[str, tuple[int, ...]]
+    memory: dict[str, int]
+    checks: list[Check]
+
+    @property
+    def ok(self) -> bool:
+        """No check failed."""
+        return all(check.ok is not False for check in self.checks)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what takes part.
+
+    Raises:
+        HookError: the llama.cpp that is loaded cannot be hooked.
+    """
+    load_native()
+    return {
+        "pysteer": version("pysteer"),
+        "llama-cpp-python": llama_cpp.__version__,
+        "ggml": _native.ggml_version(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+
+
+def diagnose(
+    model_path: str,
+    *,
+    n_threads: int | None = None,
+    n_gpu_layers: int = 0,
+    on_step: Callable[[str], None] = lambda _: None,
+) -> Diagnosis:
+    """Steer a model with a known vector natively and both of pysteer's ways, and compare logits.
+
+    The vector is pseudo-random with a fixed seed, at the residual of every layer from 1 on, its
+    norm a fifth of the model's own residual norm at that layer. Every logit of a prompt of several
+    micro-batches and of some single-token decodes after it is compared.
+
+    Args:
+        model_path: a GGUF model.
+        n_threads: threads to use; None lets llama.cpp decide.
+        n_gpu_layers: blocks to offload.
+        on_step: told what comes next.
+
+    Raises:
+        HookError: the model or the llama.cpp cannot be hooked at all.
+        SteeringError: the model cannot be loaded.
+    """
+    found = versions()
+    arguments: dict[str, Any] = {
+        "n_ctx": 256,
+        "n_ubatch": _N_UBATCH,
+        "logits_all": True,
+        "verbose": False,
+        "n_threads": n_threads,
+        "n_gpu_layers": n_gpu_layers,
+    }
+    on_step("find the sites")
+    try:
+        hooked = HookedLlama(model_path, **arguments)
+    except SteeringError:
+        raise
+    except ValueError as error:
+        raise SteeringError(f"{model_path}: {error}") from None
+    with closing(hooked):
+        model, sites = hooked.base_model, hooked.sites
+        memory: dict[str, int] = {}
+        for _, _, _, name in hooked.site_nodes:
+            memory[name] = memory.get(name, 0) + 1
+        tokens = _tokens(model.n_vocab)
+        try:
+            norm = _residual_norm(hooked, tokens)
+        except NotImplementedError:
+            norm = 1.0  # the activations cannot be read here; any size shows the same
+    residual = tuple(layer for layer in sites["residual"] if layer >= 1)
+    checks: list[Check] = []
+    if residual:
+        vector = _known_vector(residual, model.n_embd, norm)
+        checks += _compare(model_path, arguments, vector, tokens, model.n_layer, on_step)
+    for site, layer in (("residual", 0), ("attention", max(sites["attention"], default=0))):
+        if layer in sites[site]:
+            on_step(f"steer {site}, layer {layer}")
+            checks.append(_effect(model_path, arguments, site, layer, model, norm, tokens))
+    return Diagnosis(found, model, sites, memory, checks)
+
+
+def _compare(
+    model_path: str,
+    arguments: dict[str, Any],
+    vector: SteeringVector,
+    tokens: list[int],
+    n_layer: int,
+    on_step: Callable[[str], None],
+) -> list[Check]:
+    checks = []
+    on_step("llama.cpp by itself, and with its own control vector")
+    with closing(llama_cpp.Llama(model_path, **arguments)) as plain:
+        unsteered, plain_speed = _logits(plain, tokens)
+        set_native_control_vector(plain, _rows(vector, n_layer))
+        native, native_speed = _logits(plain, tokens)
+    effect = _largest_difference(native, unsteered)
+    checks.append(
+        Check(
+            "llama.cpp's control vector changes the logits",
+            effect > 0,
+            effect,
+            f"{plain_speed:.0f} tokens/s without, {native_speed:.0f} with",
+        )
+    )
+    pack = SteeringPack({"known": vector})
+    modes: tuple[Mode, ...] = ("resident", "hooked")
+    for mode in modes:
+        on_step(f"pysteer, {mode}")
+        with closing(SteeredLlama(model_path, pack=pack, mode=mode, **arguments)) as llm:
+            if mode == "resident":
+                off, speed = _logits(llm, tokens)
+                difference = _largest_difference(off, unsteered)
+                checks.append(
+                    Check(
+                        "pysteer without steering equals llama.cpp",
+                        difference == 0,
+                        difference,
+                        f"{speed:.0f} tokens/s",
+                    )
+                )
+            name = f"pysteer {mode} equals llama.cpp's control vector"
+            try:
+                with llm.steering({"known": 1.0}):
+                    steered, speed = _logits(llm, tokens)
+            except NotImplementedError as error:
+                checks.append(Check(name, None, None, str(error)))
+                continue
+            difference = _largest_difference(steered, native)
+            checks.append(Check(name, difference == 0, difference, f"{speed:.0f} tokens/s"))
+    return checks
+
+
+def _effect(
+    model_path: str,
+    arguments: dict[str, Any],
+    site: str,
+    layer: int,
+    model: BaseModel,
+    norm: float,
+    tokens: list[int],
+) -> Check:
+    """What llama.cpp's control vector cannot do: that it acts, and ends when it is switched off."""
+    vector = SteeringVector(dict(_known_vector((layer,), model.n_embd, norm).items()), site=site)
+    name = f"pysteer steers {site}, layer {layer}, and stops"
+    pack = SteeringPack({"known": vector})
+    with closing(SteeredLlama(model_path, pack=pack, **arguments)) as llm:
+        before, _ = _logits(llm, tokens)
+        try:
+            with llm.steering({"known": 1.0}):
+                steered, _ = _logits(llm, tokens)
+        except NotImplementedError as error:
+            return Check(name, None, None, str(error))
+        after, _ = _logits(llm, tokens)
+    effect = _largest_difference(steered, before)
+    left = _largest_difference(after, before)
+    return Check(name, effect > 0 and left == 0, effect, f"{left:g} left after switching off")
+
+
+def _rows(vector: SteeringVector, n_layer: int) -> npt.NDArray[np.float32]:
+    rows = np.zeros((n_layer - 1, vector.n_embd), np.float32)
+    for layer, direction in vector.items():
+        rows[layer - 1] = direction
+    return rows
+
+
+def _tokens(n_vocab: int) -> list[int]:
+    spread = np.random.default_rng(0).integers(0, n_vocab, _N_PROMPT + _N_DECODE)
+    return [int(token) for token in spread]
+
+
+def _residual_norm(llm: HookedLlama, tokens: list[int]) -> float:
+    layer = max(llm.sites["residual"], default=0)
+    if not llm.sites["residual"]:
+        return 1.0
+    rows = llm.capture(tokens, layers=[layer // 2], pool="all")["residual"][layer // 2]
+    return float(np.median(np.linalg.norm(rows, axis=1)))
+
+
+def _known_vector(layers: tuple[int, ...], n_embd: int, norm: float) -> SteeringVector:
+    rng = np.random.default_rng(1)
+    directions = {}
+    for layer in layers:
+        direction = rng.standard_normal(n_embd)
+        scale = _RELATIVE_STRENGTH * norm / np.linalg.norm(direction) / np.sqrt(len(layers))
+        directions[layer] = (scale * direction).astype(np.float32)
+    return SteeringVector(directions)
+
+
+def _logits(llm: llama_cpp.Llama, tokens: list[int]) -> tuple[npt.NDArray[np.float32], float]:
+    """Logits of a prompt and of single-token decodes after it, and tokens/s of the latter."""
+    llm.reset()
+    llm.eval(tokens[:_N_PROMPT])
+    for token in tokens[_N_PROMPT:]:
+        llm.eval([token])
+    logits = llm.scores[: len(tokens)].copy()
+    seconds = []
+    for token in tokens[:_N_TIMED]:
+        start = time.perf_counter()
+        llm.eval([token])
+        seconds.append(time.perf_counter() - start)
+    return logits, 1.0 / statistics.median(seconds)
+
+
+def _largest_difference(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> float:
+    return float(np.abs(a.astype(np.float64) - b).max())

@@ -1,0 +1,672 @@
+"""Files that are damaged, or made to do damage: each ends in one FormatError that names the file.
+
+The files are put together here byte by byte, so that nothing of pysteer or gguf decides what a
+file can be. Whatever loads all the same must be sound.
+"""
+
+import json
+import os
+import signal
+import struct
+import time
+import warnings
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pysteer import FormatError, SteeringPack, SteeringVector
+
+U8, I8, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64 = 0, 1, 4, 5, 6, 7, 8, 9, 10, 11, 12
+EXTREMES = [0, 1, 3, 2**31, 2**32 - 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1]
+LOADERS = [SteeringVector.load, SteeringPack.load]
+relaxed = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+class File:
+    """A GGUF file in the making, which remembers where its integers are."""
+
+    def __init__(self, version=3, order="<"):
+        self.order = order
+        self.version = version
+        self.values = []
+        self.tensors = []
+        self.fields = {}
+
+    def integer(self, label, size, number):
+        self.fields[label] = (len(self.head), size)
+        self.head += struct.pack(self.order + {4: "I", 8: "Q"}[size], number)
+
+    def string(self, label, text):
+        raw = text if isinstance(text, bytes) else text.encode()
+        self.integer(f"length of {label}", 8, len(raw))
+        self.head += raw
+
+    def value(self, key, kind, payload):
+        self.values.append((key, kind, payload))
+        return self
+
+    def text(self, key, text):
+        return self.value(key, STRING, text)
+
+    def tensor(self, name, values, *, shape=None, kind=0, offset=None):
+        raw = values if isinstance(values, bytes) else np.asarray(values, "<f4").tobytes()
+        if shape is None:
+            shape = (len(raw) // 4,)
+        self.tensors.append((name, raw, shape, kind, offset))
+        return self
+
+    def payload(self, label, kind, payload):
+        if kind == STRING:
+            self.string(label, payload)
+        elif kind == ARRAY and not isinstance(payload, bytes):
+            element, items = payload
+            self.integer(f"element type of {label}", 4, element)
+            self.integer(f"count of {label}", 8, len(items))
+            for i, item in enumerate(items):
+                self.payload(f"{label}[{i}]", element, item)
+        else:
+            layouts = {U8: "B", I8: "b", U32: "I", I32: "i", F32: "f", BOOL: "B"}
+            layouts |= {U64: "Q", I64: "q", F64: "d"}
+            self.head += (
+                payload
+                if isinstance(payload, bytes)
+                else struct.pack(self.order + layouts[kind], payload)
+            )
+
+    def build(self):
+        self.head = bytearray(b"GGUF")
+        self.integer("version", 4, self.version)
+        self.integer("number of tensors", 8, len(self.tensors))
+        self.integer("number of values", 8, len(self.values))
+        for key, kind, payload in self.values:
+            self.string(f"key {key}", key)
+            self.integer(f"type of {key}", 4, kind)
+            self.payload(str(key), kind, payload)
+        data = b""
+        for name, raw, shape, kind, offset in self.tensors:
+            self.string(f"name {name}", name)
+            self.integer(f"dimensions of {name}", 4, len(shape))
+            for i, size in enumerate(shape):
+                self.integer(f"size {i} of {name}", 8, size)
+            self.integer(f"tensor type of {name}", 4, kind)
+            self.integer(f"offset of {name}", 8, len(data) if offset is None else offset)
+            data += raw + bytes(-len(raw) % 32)
+        return bytes(self.head) + bytes(-len(self.head) % 32) + data
+
+
+ROWS = np.arange(1, 17, dtype=np.float32).reshape(2, 8)  # 32 bytes each: no padding anywhere
+
+
+def vector_file(**options):
+    return (
+        File(**options)
+        .text("general.architecture", "controlvector")
+        .text("controlvector.model_hint", "llama")
+        .value("controlvector.layer_count", U32, 2)
+    )
+
+
+def a_vector():
+    return vector_file().tensor("direction.1", ROWS[0]).tensor("direction.3", ROWS[1])
+
+
+PACK_VALUES = {
+    "general.architecture": (STRING, "pysteer"),
+    "pysteer.format_version": (U32, 1),
+    "pysteer.categories": (ARRAY, (STRING, ["hate", "malware"])),
+    "pysteer.sites": (ARRAY, (STRING, ["residual", "attention"])),
+    "pysteer.base_model.architecture": (STRING, "llama"),
+    "pysteer.base_model.name": (STRING, "Tiny"),
+    "pysteer.base_model.n_layer": (U32, 4),
+    "pysteer.base_model.n_embd": (U32, 8),
+    "pysteer.base_model.n_vocab": (U32, 320),
+    "pysteer.residual_norm.layers": (ARRAY, (I32, [1, 2])),
+    "pysteer.residual_norm.values": (ARRAY, (F32, [1.5, 2.5])),
+    "pysteer.provenance": (STRING, '{"method": "mean"}'),
+}
+
+
+def a_pack(tensors=True, **changes):
+    """A pack; `changes` replace metadata by name, with `__` for dots, or drop it with None."""
+    file = File()
+    values = {**PACK_VALUES, **{key.replace("__", "."): value for key, value in changes.items()}}
+    for key, value in values.items():
+        if value is not None:
+            file.value(key, *value)
+    if tensors:
+        file.tensor("category.0.direction.1", ROWS[0]).tensor("category.1.direction.3", ROWS[1])
+    return file
+
+
+FILES = {"vector": a_vector, "pack": a_pack}
+
+
+@contextmanager
+def bounded(seconds=5):
+    """The block must end in time; where there are signals, a block that hangs is interrupted."""
+
+    def stop(number, frame):
+        raise TimeoutError
+
+    start = time.monotonic()
+    if hasattr(signal, "setitimer"):
+        before = signal.signal(signal.SIGALRM, stop)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        if hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+    assert time.monotonic() - start < seconds
+
+
+def load(loader, path):
+    """The loaded object, or the FormatError; anything else, or a warning, gets out."""
+    with warnings.catch_warnings(), bounded():
+        warnings.simplefilter("error")
+        try:
+            return loader(path)
+        except FormatError as error:
+            message = str(error)
+            assert message.startswith(f"{path}: ")
+            assert len(message) < len(str(path)) + 2000
+            return error
+
+
+def check_refused(path, content=None):
+    if content is not None:
+        path.write_bytes(content)
+    for loader in LOADERS:
+        assert type(load(loader, path)) is FormatError
+
+
+def check_refused_or_sound(path, content, second):
+    path.write_bytes(content)
+    for loader in LOADERS:
+        found = load(loader, path)
+        if isinstance(found, FormatError):
+            continue
+        vectors = found.categories.values() if isinstance(found, SteeringPack) else [found]
+        assert len({vector.n_embd for vector in vectors}) == 1
+        for vector in vectors:
+            assert vector.matrix.dtype == np.float32
+            assert np.isfinite(vector.matrix).all()
+            assert vector.site in ("residual", "attention")
+        if isinstance(found, SteeringPack):
+            found.save(second)
+            assert load(loader, second) == found
+
+
+# ---- the files themselves --------------------------------------------------------------------
+
+
+def test_the_files_made_here_are_valid(tmp_path):
+    path = tmp_path / "x.gguf"
+    path.write_bytes(a_vector().build())
+    assert SteeringVector.load(path) == SteeringVector({1: ROWS[0], 3: ROWS[1]})
+    path.write_bytes(a_pack().build())
+    pack = SteeringPack.load(path)
+    assert pack["hate"] == SteeringVector({1: ROWS[0]})
+    assert pack["malware"] == SteeringVector({3: ROWS[1]}, site="attention")
+    assert vars(pack.base_model) == {
+        "architecture": "llama",
+        "name": "Tiny",
+        "n_layer": 4,
+        "n_embd": 8,
+        "n_vocab": 320,
+    }
+    assert dict(pack.residual_norm) == {1: 1.5, 2: 2.5}
+    assert dict(pack.provenance) == {"method": "mean"}
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_both_versions_are_read(version, tmp_path):
+    path = tmp_path / "x.gguf"
+    path.write_bytes(vector_file(version=version).tensor("direction.1", ROWS[0]).build())
+    assert SteeringVector.load(path) == SteeringVector({1: ROWS[0]})
+
+
+@pytest.mark.parametrize("alignment", [1, 8, 64, 256])
+def test_other_alignments_are_read(alignment, tmp_path):
+    file = vector_file().value("general.alignment", U32, alignment).tensor("direction.1", ROWS[0])
+    file.build()
+    head = bytes(file.head)
+    path = tmp_path / "x.gguf"
+    path.write_bytes(head + bytes(-len(head) % alignment) + ROWS[0].tobytes())
+    assert SteeringVector.load(path) == SteeringVector({1: ROWS[0]})
+
+
+# ---- damage ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_file_cut_anywhere_is_refused(kind, tmp_path):
+    content = FILES[kind]().build()
+    for length in range(len(content)):
+        check_refused(tmp_path / "x.gguf", content[:length])
+
+
+@pytest.mark.parametrize("flip", [0x01, 0x80, 0xFF])
+@pytest.mark.parametrize("kind", FILES)
+def test_a_flipped_byte_anywhere_is_refused_or_harmless(kind, flip, tmp_path):
+    content = FILES[kind]().build()
+    for i in range(len(content)):
+        changed = bytearray(content)
+        changed[i] ^= flip
+        check_refused_or_sound(tmp_path / "x.gguf", changed, tmp_path / "y.gguf")
+
+
+@relaxed
+@given(
+    kind=st.sampled_from(list(FILES)),
+    edits=st.lists(
+        st.tuples(st.floats(0, 1), st.binary(max_size=9), st.integers(0, 9)), max_size=4
+    ),
+)
+def test_bytes_replaced_inserted_and_removed_are_refused_or_harmless(kind, edits, tmp_path):
+    content = bytearray(FILES[kind]().build())
+    for where, new, removed in edits:
+        at = int(where * len(content))
+        content[at : at + removed] = new
+    check_refused_or_sound(tmp_path / "x.gguf", content, tmp_path / "y.gguf")
+
+
+@relaxed
+@given(tail=st.binary(max_size=200), magic=st.sampled_from([b"", b"GGUF", b"GGUF\x03\0\0\0"]))
+def test_noise_is_refused(tail, magic, tmp_path):
+    check_refused(tmp_path / "x.gguf", magic + tail)
+
+
+def fields_of(kind):
+    file = FILES[kind]()
+    file.build()
+    return [pytest.param(kind, label, id=f"{kind}: {label}") for label in file.fields]
+
+
+@pytest.mark.parametrize(("kind", "label"), [*fields_of("vector"), *fields_of("pack")])
+def test_extreme_integers_in_any_field_are_refused(kind, label, tmp_path):
+    file = FILES[kind]()
+    content = file.build()
+    at, size = file.fields[label]
+    original = int.from_bytes(content[at : at + size], "little")
+    for number in EXTREMES:
+        harmless = (label, number) in [("version", 2), ("number of tensors", 1)]
+        if number == original or harmless or number >= 2 ** (8 * size):
+            continue
+        changed = bytearray(content)
+        changed[at : at + size] = number.to_bytes(size, "little")
+        check_refused(tmp_path / "x.gguf", changed)
+
+
+# ---- tensors ---------------------------------------------------------------------------------
+
+F16_TYPE, Q4_0_TYPE, F64_TYPE, BF16_TYPE = 1, 2, 28, 30
+REMOVED_TYPE, UNKNOWN_TYPE = 4, 9999
+
+
+@pytest.mark.parametrize(
+    "kind", [F16_TYPE, Q4_0_TYPE, F64_TYPE, BF16_TYPE, REMOVED_TYPE, UNKNOWN_TYPE]
+)
+@pytest.mark.parametrize("name", ["direction.1", "category.0.direction.1"])
+def test_other_tensor_types_are_refused(name, kind, tmp_path):
+    file = vector_file() if name == "direction.1" else a_pack(tensors=False)
+    check_refused(tmp_path / "x.gguf", file.tensor(name, bytes(64), shape=(8,), kind=kind).build())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("kind", FILES)
+def test_directions_that_are_not_finite_are_refused(kind, value, tmp_path):
+    content = FILES[kind]().build()
+    check_refused(tmp_path / "x.gguf", content[:-4] + struct.pack("<f", value))
+    signalling = content[:-4] + struct.pack("<I", 0x7F800001)
+    check_refused(tmp_path / "x.gguf", signalling)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "direction.0",
+        "direction.01",
+        "direction.1 ",
+        "direction.+1",
+        "direction.-1",
+        "direction.1\n",
+        "direction.\u0661",  # a digit to str.isdigit()
+        "direction.1e1",
+        "direction.",
+        "direction",
+        "Direction.1",
+        "direction.1.weight",
+        "direction.99999999999999999999",
+        "category.0.direction.1",
+        "",
+        b"direction.\xff",
+        "direction.1\0",
+    ],
+    ids=repr,
+)
+def test_other_names_in_a_control_vector_are_refused(name, tmp_path):
+    check_refused(tmp_path / "x.gguf", vector_file().tensor(name, ROWS[0]).build())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "direction.1",
+        "category.2.direction.1",
+        "category.-1.direction.1",
+        "category.00.direction.1",
+        "category.0.direction.01",
+        "category.0.direction.4",  # the base model has 4 layers
+        "category.0.direction.99999999999999999999",
+        "category.99999999999999999999.direction.1",
+        "category.0.direction.",
+        "category..direction.1",
+        b"category.0.direction.\xff",
+    ],
+    ids=repr,
+)
+def test_other_names_in_a_pack_are_refused(name, tmp_path):
+    check_refused(tmp_path / "x.gguf", a_pack().tensor(name, ROWS[0]).build())
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        a_vector().tensor("direction.1", ROWS[0]),
+        a_pack().tensor("category.0.direction.1", ROWS[0]),
+        a_vector().text("controlvector.model_hint", "llama"),
+        a_pack().text("general.architecture", "pysteer"),
+    ],
+    ids=["direction", "direction of a pack", "key", "architecture"],
+)
+def test_duplicates_are_refused(file, tmp_path):
+    check_refused(tmp_path / "x.gguf", file.build())
+
+
+@pytest.mark.parametrize(
+    ("shape", "values"),
+    [
+        ((2, 4), ROWS[0]),
+        ((8, 1), ROWS[0]),
+        ((1, 1, 1, 8), ROWS[0]),
+        ((), ROWS[0]),
+        ((1,) * 5, ROWS[0]),
+        ((0,), b""),
+        ((8, 0), b""),
+        ((2**32, 2**32), ROWS[0]),
+        ((2**62, 4), ROWS[0]),
+        ((2**63, 2), ROWS[0]),
+        ((2**64 - 1,), ROWS[0]),
+        ((2**61,), ROWS[0]),
+        ((9,), ROWS[0]),
+    ],
+    ids=repr,
+)
+def test_other_shapes_are_refused(shape, values, tmp_path):
+    file = vector_file().tensor("direction.1", values, shape=shape)
+    check_refused(tmp_path / "x.gguf", file.build())
+
+
+def test_differing_widths_are_refused(tmp_path):
+    file = a_vector().tensor("direction.4", ROWS[0][:7])
+    check_refused(tmp_path / "x.gguf", file.build())
+    file = a_pack().tensor("category.0.direction.2", np.ones(16))
+    check_refused(tmp_path / "x.gguf", file.build())
+
+
+@pytest.mark.parametrize("offset", [1, 4, 16, 33, 64, 2**31, 2**63, 2**64 - 32])
+def test_data_outside_the_file_or_unaligned_is_refused(offset, tmp_path):
+    file = vector_file().tensor("direction.1", ROWS, shape=(8,), offset=offset)
+    check_refused(tmp_path / "x.gguf", file.build())
+
+
+def test_many_tensors_over_the_same_data_are_refused(tmp_path):
+    file = vector_file().tensor("direction.1", ROWS[0])
+    for layer in range(2, 50):
+        file.tensor(f"direction.{layer}", b"", shape=(8,), offset=0)
+    check_refused(tmp_path / "x.gguf", file.build())
+
+
+# ---- metadata --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        (U32, 0),
+        (U32, 3),
+        (U32, 33),
+        (U64, 2**40),
+        (U64, 2**63),
+        (I32, -32),
+        (I64, -(2**63)),
+        (STRING, "32"),
+        (F32, 32.0),
+        (BOOL, 1),
+        (ARRAY, (U32, [32])),
+    ],
+    ids=repr,
+)
+def test_other_alignments_are_refused(kind, value, tmp_path):
+    file = vector_file().value("general.alignment", kind, value).tensor("direction.1", ROWS[0])
+    check_refused(tmp_path / "x.gguf", file.build())
+
+
+@pytest.mark.parametrize("file", [a_vector, a_pack])
+@pytest.mark.parametrize(
+    ("kind", "payload"),
+    [
+        (ARRAY, struct.pack("<IQ", ARRAY, 1) + struct.pack("<IQ", U32, 0)),
+        (ARRAY, struct.pack("<IQ", ARRAY, 0)),
+        (ARRAY, struct.pack("<IQ", U8, 2**63)),
+        (ARRAY, struct.pack("<IQ", U64, 2**61)),
+        (ARRAY, struct.pack("<IQ", STRING, 2**64 - 1)),
+        (ARRAY, struct.pack("<IQ", 13, 1) + bytes(8)),
+        (ARRAY, struct.pack("<IQ", BOOL, 1) + b"\2"),
+        (ARRAY, struct.pack("<IQ", STRING, 1) + struct.pack("<Q", 1) + b"\xff"),
+        (BOOL, b"\2"),
+        (STRING, b"\xff"),
+        (STRING, b"\xed\xa0\x80"),  # half of a surrogate pair
+        (13, bytes(8)),
+        (2**32 - 1, bytes(8)),
+    ],
+    ids=repr,
+)
+def test_other_values_are_refused(kind, payload, file, tmp_path):
+    check_refused(tmp_path / "x.gguf", file().value("x", kind, payload).build())
+
+
+@pytest.mark.parametrize("key", [b"\xff", b"\xed\xa0\x80"])
+def test_keys_that_are_not_utf8_are_refused(key, tmp_path):
+    check_refused(tmp_path / "x.gguf", a_vector().value(key, U32, 1).build())
+
+
+def test_an_array_of_millions_of_values_is_refused_at_once(tmp_path):
+    count = 30_000_000
+    payload = struct.pack("<IQ", U8, count) + bytes(count)
+    start = time.monotonic()
+    check_refused(tmp_path / "x.gguf", a_vector().value("x", ARRAY, payload).build())
+    assert time.monotonic() - start < 2
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"pysteer__format_version": None},
+        {"pysteer__format_version": (U32, 0)},
+        {"pysteer__format_version": (U32, 2)},
+        {"pysteer__format_version": (STRING, "1")},
+        {"pysteer__categories": None},
+        {"pysteer__categories": (STRING, "hate")},
+        {"pysteer__categories": (ARRAY, (STRING, []))},
+        {"pysteer__categories": (ARRAY, (STRING, ["hate"]))},
+        {"pysteer__categories": (ARRAY, (STRING, ["hate", "hate"]))},
+        {"pysteer__categories": (ARRAY, (STRING, ["hate", ""]))},
+        {"pysteer__categories": (ARRAY, (STRING, ["hate", "\t"]))},
+        {"pysteer__categories": (ARRAY, (STRING, ["hate", "malware", "third"]))},
+        {"pysteer__categories": (ARRAY, (U32, [1, 2]))},
+        {"pysteer__sites": None},
+        {"pysteer__sites": (ARRAY, (STRING, ["residual"]))},
+        {"pysteer__sites": (ARRAY, (STRING, ["residual", "mlp"]))},
+        {"pysteer__sites": (ARRAY, (STRING, ["residual", ""]))},
+        {"pysteer__sites": (U32, 1)},
+        {"pysteer__base_model__name": None},
+        {"pysteer__base_model__n_layer": None},
+        {"pysteer__base_model__n_layer": (U32, 0)},
+        {"pysteer__base_model__n_layer": (U32, 3)},
+        {"pysteer__base_model__n_layer": (I64, -1)},
+        {"pysteer__base_model__n_layer": (F32, 4.0)},
+        {"pysteer__base_model__n_layer": (STRING, "4")},
+        {"pysteer__base_model__n_layer": (ARRAY, (U32, [4]))},
+        {"pysteer__base_model__n_embd": (U32, 9)},
+        {"pysteer__base_model__n_vocab": (BOOL, 1)},
+        {"pysteer__base_model__architecture": (U32, 1)},
+        {"pysteer__residual_norm__layers": None},
+        {"pysteer__residual_norm__values": None},
+        {"pysteer__residual_norm__values": (ARRAY, (F32, [1.0]))},
+        {"pysteer__residual_norm__values": (ARRAY, (F32, [1.0, float("nan")]))},
+        {"pysteer__residual_norm__values": (ARRAY, (F64, [1.0, float("inf")]))},
+        {"pysteer__residual_norm__values": (ARRAY, (F32, [1.0, -1.0]))},
+        {"pysteer__residual_norm__values": (ARRAY, (STRING, ["1", "2"]))},
+        {"pysteer__residual_norm__values": (F32, 1.0)},
+        {"pysteer__residual_norm__layers": (ARRAY, (I32, [1, -1]))},
+        {"pysteer__residual_norm__layers": (ARRAY, (F32, [1.0, 2.0]))},
+        {"pysteer__residual_norm__layers": (ARRAY, (BOOL, [0, 1]))},
+        {"pysteer__residual_norm__layers": (ARRAY, (I32, [1, 1]))},
+    ],
+    ids=str,
+)
+def test_other_metadata_of_a_pack_is_refused(changes, tmp_path):
+    check_refused(tmp_path / "x.gguf", a_pack(**changes).build())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "1",
+        "null",
+        '{"a": null}',
+        '{"a": [1]}',
+        '{"a": {"b": 1}}',
+        pytest.param("[" * 100_000, id="nested arrays"),
+        pytest.param('{"a":' * 100_000, id="nested objects"),
+        pytest.param('{"a":' * 100_000 + "1" + "}" * 100_000, id="nested and closed"),
+        pytest.param(f'{{"a": {"9" * 5000}}}', id="a number of 5000 digits"),
+        '{"a": NaN}',
+        '{"a": Infinity}',
+        '{"a": 1e999}',
+        '{"a": "\\ud800"}',
+        '{"\\udfff": 1}',
+    ],
+)
+def test_other_provenance_is_refused(text, tmp_path):
+    check_refused(tmp_path / "x.gguf", a_pack(pysteer__provenance=(STRING, text)).build())
+
+
+def test_a_pack_without_the_optional_metadata_loads(tmp_path):
+    optional = {k.replace(".", "__"): None for k in PACK_VALUES if "norm" in k or "base" in k}
+    path = tmp_path / "x.gguf"
+    path.write_bytes(a_pack(pysteer__provenance=None, **optional).build())
+    pack = SteeringPack.load(path)
+    assert (pack.base_model, dict(pack.residual_norm), dict(pack.provenance)) == (None, {}, {})
+
+
+# ---- other files -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"G", b"GGUF", b"GGML" + bytes(100), b"\x80\x02}q\0." * 9, json.dumps({"a": 1}).encode()],
+    ids=repr,
+)
+def test_what_is_no_gguf_file_is_refused(content, tmp_path):
+    check_refused(tmp_path / "x.gguf", content)
+
+
+def test_a_big_endian_file_is_refused(tmp_path):
+    file = vector_file(order=">").tensor("direction.1", ROWS[0].astype(">f4").tobytes())
+    check_refused(tmp_path / "x.gguf", file.build())
+
+
+@pytest.mark.parametrize("version", [0, 1, 4, 2**32 - 1])
+def test_other_versions_are_refused(version, tmp_path):
+    file = vector_file(version=version).tensor("direction.1", ROWS[0])
+    check_refused(tmp_path / "x.gguf", file.build())
+
+
+@pytest.mark.parametrize("file", [vector_file(), a_pack(tensors=False), File()])
+def test_a_file_without_directions_is_refused(file, tmp_path):
+    check_refused(tmp_path / "x.gguf", file.build())
+
+
+def test_folders_and_missing_files_are_refused(tmp_path):
+    check_refused(tmp_path)
+    check_refused(tmp_path / "missing.gguf")
+    check_refused(tmp_path / ("x" * 300))
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/null"), reason="no devices")  # noqa: PTH110
+@pytest.mark.parametrize("device", ["/dev/null", "/dev/zero", "/dev/tty"])
+def test_devices_are_refused(device):
+    check_refused(device)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
+def test_a_named_pipe_is_refused_and_not_waited_for(tmp_path):
+    path = tmp_path / "pipe.gguf"
+    os.mkfifo(path)
+    check_refused(path)
+
+
+def test_a_path_that_no_system_allows_is_refused():
+    check_refused("a\0b")
+
+
+def test_a_model_is_refused_as_such(tiny_llama):
+    check_refused(tiny_llama)
+    assert "'llama'" in str(load(SteeringPack.load, tiny_llama))
+
+
+def test_the_file_is_named_also_if_its_name_begins_the_message(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    check_refused((tmp_path / "n").relative_to(tmp_path), b"not a GGUF file at all")
+
+
+def test_a_file_name_that_is_no_category_name_is_replaced(tmp_path):
+    path = tmp_path / " .gguf"
+    path.write_bytes(a_vector().build())
+    assert list(load(SteeringPack.load, path).categories) == ["vector"]
+
+
+LONG = "x" * 100_000
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        a_vector().value(LONG, 13, b""),
+        vector_file().tensor(LONG, ROWS[0]),
+        File().text("general.architecture", LONG),
+        File().value("general.architecture", ARRAY, (U8, [1] * 100_000)),
+        a_pack(pysteer__format_version=(STRING, LONG)),
+    ],
+    ids=["key", "tensor", "architecture", "architecture as array", "format version"],
+)
+def test_messages_do_not_repeat_the_file(file, tmp_path):
+    check_refused(tmp_path / "x.gguf", file.build())
+
+
+def test_the_loaded_vector_does_not_depend_on_the_file(tmp_path):
+    path = tmp_path / "x.gguf"
+    path.write_bytes(a_vector().build())
+    vector = SteeringVector.load(path)
+    path.write_bytes(bytes(path.stat().st_size))
+    assert vector == SteeringVector({1: ROWS[0], 3: ROWS[1]})

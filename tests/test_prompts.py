@@ -1,0 +1,106 @@
+"""Prompt files: what is read is what json.dumps wrote, and whatever is wrong is named by line."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pysteer import FormatError
+from pysteer.prompts import Prompt, load_prompts
+
+texts = st.text(st.characters(exclude_categories=["Cs"]))
+optional_texts = st.none() | texts
+prompts = st.builds(
+    Prompt, prompt=texts, category=texts, response=optional_texts, pair_id=optional_texts
+)
+
+
+def write(folder, content):
+    path = folder / "prompts.jsonl"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+@given(rows=st.lists(prompts, min_size=1, max_size=4), ascii_only=st.booleans())
+def test_what_json_writes_is_read_back(rows, ascii_only, tmp_path_factory):
+    lines = [json.dumps(vars(row), ensure_ascii=ascii_only) for row in rows]
+    path = write(tmp_path_factory.mktemp("p"), "\n".join(lines) + "\n")
+    assert load_prompts(path) == rows
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"])
+def test_unicode_line_separators_inside_a_string_do_not_end_the_line(separator, tmp_path):
+    text = f"one{separator}two"
+    path = write(tmp_path, json.dumps({"prompt": text}, ensure_ascii=False))
+    assert load_prompts(path) == [Prompt(text)]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
+    path = write(tmp_path, b'\xef\xbb\xbf{"prompt": "a"}\n')
+    assert load_prompts(path) == [Prompt("a")]
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_blank_lines_and_unknown_keys_are_skipped(newline, tmp_path):
+    lines = ["", '{"prompt": "a", "lang": ["en"]}', "  ", '{"prompt": "b", "category": null}', ""]
+    assert load_prompts(write(tmp_path, newline.join(lines))) == [Prompt("a"), Prompt("b")]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        "nonsense",
+        "[1]",
+        '"prompt"',
+        "null",
+        "7",
+        "{}",
+        '{"prompt": null}',
+        '{"prompt": 1}',
+        '{"prompt": ["a"]}',
+        '{"prompt": "a", "category": 1}',
+        '{"prompt": "a", "response": ["x"]}',
+        '{"prompt": "a", "pair_id": 7}',
+        '{"prompt": "a"} {"prompt": "b"}',
+        "[" * 100_000,
+        '{"a":' * 100_000,
+        '{"prompt": ' + "1" * 5000 + "}",
+    ],
+    ids=lambda line: line[:24],
+)
+def test_a_bad_line_is_named(line, tmp_path):
+    path = write(tmp_path, '{"prompt": "fine"}\n\n' + line + "\n")
+    with pytest.raises(FormatError) as caught:
+        load_prompts(path)
+    assert str(caught.value).startswith(f"{path}, line 3: ")
+    assert len(str(caught.value)) < len(str(path)) + 100
+
+
+@pytest.mark.parametrize("content", ["", "\n", " \n\t\n"])
+def test_a_file_without_prompts_is_refused(content, tmp_path):
+    path = write(tmp_path, content)
+    with pytest.raises(FormatError, match="no prompts"):
+        load_prompts(path)
+
+
+@pytest.mark.parametrize(
+    "content", [b'{"prompt": "\xff"}', b"\xff\xfe{\x00", b"GGUF\x03\0\0\0\xff"]
+)
+def test_what_is_not_utf8_is_refused_and_named(content, tmp_path):
+    path = write(tmp_path, content)
+    with pytest.raises(FormatError) as caught:
+        load_prompts(path)
+    assert str(path) in str(caught.value)
+
+
+def test_missing_files_and_folders_are_refused_and_named_once(tmp_path):
+    for path in (tmp_path / "missing.jsonl", tmp_path):
+        with pytest.raises(FormatError) as caught:
+            load_prompts(path)
+        assert str(caught.value).count(str(path)) == 1
+
+
+def test_a_path_may_be_a_string(tmp_path):
+    assert load_prompts(str(write(tmp_path, '{"prompt": "a"}'))) == [Prompt("a")]
