@@ -6,6 +6,10 @@ with code 2.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 _SHOWN = 80
 
 
@@ -33,3 +37,16 @@ class UnknownCategoryError(SteeringError):
 
 class HookError(SteeringError):
     """The llama.cpp or the model's graph cannot be hooked, or a decode went past the plan."""
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name the file in whatever is found wrong with its content, as a FormatError."""
+    try:
+        yield
+    except SteeringError as error:
+        raise FormatError(f"{path}: {error}") from None
+    except OSError as error:
+        raise FormatError(f"{path}: {error.strerror or error}") from None
+    except ValueError as error:  # a path that cannot be one, text that is not UTF-8
+        raise FormatError(f"{path}: {error}") from None

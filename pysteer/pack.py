@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from numbers import Real
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from pysteer.errors import ModelMismatchError, SteeringError, UnknownCategoryError, quoted
+from pysteer.errors import (
+    ModelMismatchError,
+    SteeringError,
+    UnknownCategoryError,
+    naming,
+    quoted,
+)
+from pysteer.formats import gguf
 from pysteer.vector import MAX_LAYER, SteeringVector, finite
 
 if TYPE_CHECKING:
@@ -159,9 +166,16 @@ class SteeringPack:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the pack to one GGUF file; an older file is replaced in one step."""
-        from pysteer.formats import gguf
-
-        gguf.save_pack(self, Path(path))
+        content = gguf.PackContent(
+            categories={
+                name: (vector.site, dict(vector.items()))
+                for name, vector in self.categories.items()
+            },
+            base_model=asdict(self.base_model) if self.base_model is not None else None,
+            residual_norm=dict(self.residual_norm),
+            provenance=dict(self.provenance),
+        )
+        gguf.write_pack(Path(path), content)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SteeringPack:
@@ -170,9 +184,19 @@ class SteeringPack:
         Raises:
             FormatError: the file is neither, or is damaged.
         """
-        from pysteer.formats import gguf
-
-        return gguf.load_pack(Path(path))
+        path = Path(path)
+        content = gguf.read_pack(path)
+        with naming(path):
+            model = content.base_model
+            return cls(
+                {
+                    name: SteeringVector(directions, site=site)
+                    for name, (site, directions) in content.categories.items()
+                },
+                base_model=BaseModel(**model) if model is not None else None,  # type: ignore[arg-type]
+                residual_norm=content.residual_norm,
+                provenance=content.provenance,
+            )
 
 
 def _check_text(value: object, what: str) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pysteer.errors import FormatError
+from pysteer.errors import FormatError, naming
 
 if TYPE_CHECKING:
     import os
@@ -37,12 +37,8 @@ def load_prompts(path: str | os.PathLike[str]) -> list[Prompt]:
         FormatError: names the file and the line.
     """
     path = Path(path)
-    try:
+    with naming(path):
         text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise FormatError(f"{path}: {error.strerror or error}") from None
-    except ValueError as error:  # not UTF-8, or a path that cannot be one
-        raise FormatError(f"{path}: {error}") from None
     prompts = []
     # Not splitlines(): it also splits at characters that JSON allows inside strings.
     for number, line in enumerate(text.split("\n"), 1):

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from pysteer.errors import SteeringError, quoted
+from pysteer.errors import SteeringError, naming, quoted
+from pysteer.formats import gguf
 
 if TYPE_CHECKING:
     import os
@@ -112,9 +113,17 @@ class SteeringVector:
             SteeringError: for layer 0 or a site other than the residual stream, which llama.cpp
                 would refuse or, worse, add in the wrong place. A `SteeringPack` can hold those.
         """
-        from pysteer.formats import gguf  # the format imports this module
-
-        gguf.save_vector(self, Path(path), model_hint=model_hint)
+        if self.site != "residual":
+            raise SteeringError(
+                f"llama.cpp would add a vector of site {self.site!r} to the residual stream; "
+                "save it in a SteeringPack"
+            )
+        if self.layers[0] == 0:
+            raise SteeringError(
+                "llama.cpp refuses control vectors with a direction for layer 0; "
+                "leave that layer out, or save the vector in a SteeringPack"
+            )
+        gguf.write_vector(Path(path), dict(self.items()), model_hint=model_hint)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SteeringVector:
@@ -123,9 +132,10 @@ class SteeringVector:
         Raises:
             FormatError: the file is not a well-formed control vector.
         """
-        from pysteer.formats import gguf
-
-        return gguf.load_vector(Path(path))
+        path = Path(path)
+        directions = gguf.read_vector(path)
+        with naming(path):
+            return cls(directions)
 
     def _combine(self, other: SteeringVector, sign: float) -> SteeringVector:
         if self.site != other.site or self.n_embd != other.n_embd:

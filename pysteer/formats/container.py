@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
-from pysteer.errors import FormatError, quoted
+from pysteer.errors import FormatError, naming, quoted
 
 Scalar: TypeAlias = "int | float | bool | str"
 Value: TypeAlias = "Scalar | list[Scalar]"
@@ -137,7 +137,7 @@ def read(path: Path, *, architectures: tuple[str, ...]) -> Container:
     Raises:
         FormatError: the file cannot be read, breaks a rule above, or is of another architecture.
     """
-    try:
+    with naming(path):
         if not stat.S_ISREG(path.stat().st_mode):  # a pipe would wait, a device never end
             raise FormatError("not a file")
         with path.open("rb") as file:
@@ -145,12 +145,6 @@ def read(path: Path, *, architectures: tuple[str, ...]) -> Container:
                 raise FormatError("the file is empty")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _parse(_Cursor(data), architectures)
-    except FormatError as error:
-        raise FormatError(f"{path}: {error}") from None
-    except OSError as error:
-        raise FormatError(f"{path}: {error.strerror or error}") from None
-    except ValueError as error:  # a path that cannot be one
-        raise FormatError(f"{path}: {error}") from None
 
 
 def _parse(cursor: _Cursor, architectures: tuple[str, ...]) -> Container:

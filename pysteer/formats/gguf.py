@@ -21,74 +21,86 @@ import os
 import re
 import secrets
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 from gguf import GGUFValueType, GGUFWriter
 
-from pysteer.errors import FormatError, SteeringError, quoted
+from pysteer.errors import FormatError, SteeringError, naming, quoted
 from pysteer.formats.container import Container, read
-from pysteer.pack import BaseModel, SteeringPack
-from pysteer.vector import SteeringVector
+
+Directions: TypeAlias = dict[int, npt.NDArray[np.float32]]
+"""Layer to direction, shape (n_embd,)."""
 
 VECTOR_ARCHITECTURE = "controlvector"
 PACK_ARCHITECTURE = "pysteer"
 PACK_VERSION = 1
 
-_T = TypeVar("_T")
-
+_BASE_MODEL = {"architecture": str, "name": str, "n_layer": int, "n_embd": int, "n_vocab": int}
 _DIRECTION = re.compile(r"direction\.(0|[1-9][0-9]{0,5})")
 _PACK_DIRECTION = re.compile(r"category\.(0|[1-9][0-9]{0,5})\.direction\.(0|[1-9][0-9]{0,5})")
 
 
-def save_vector(vector: SteeringVector, path: Path, *, model_hint: str) -> None:
-    """Write a plain control vector; see `SteeringVector.save`."""
-    if vector.site != "residual":
-        raise SteeringError(
-            f"llama.cpp would add a vector of site {vector.site!r} to the residual stream; "
-            "save it in a SteeringPack"
-        )
-    if vector.layers[0] == 0:
-        raise SteeringError(
-            "llama.cpp refuses control vectors with a direction for layer 0; "
-            "leave that layer out, or save the vector in a SteeringPack"
-        )
+@dataclass(frozen=True)
+class PackContent:
+    """What a pack file says, as plain data; `SteeringPack` gives it its meaning.
+
+    Attributes:
+        categories: category to site and directions.
+        base_model: the fields of `BaseModel`, or None.
+        residual_norm: layer to typical L2 norm.
+        provenance: text and numbers.
+    """
+
+    categories: dict[str, tuple[str, Directions]]
+    base_model: dict[str, str | int] | None
+    residual_norm: dict[int, float]
+    provenance: dict[str, str | int | float]
+
+
+def write_vector(path: Path, directions: Directions, *, model_hint: str) -> None:
+    """Write a plain control vector: residual, layers >= 1."""
 
     def fill(writer: GGUFWriter) -> None:
         _add_string(writer, "controlvector.model_hint", model_hint)
-        writer.add_uint32("controlvector.layer_count", len(vector.layers))
-        for layer, direction in vector.items():
+        writer.add_uint32("controlvector.layer_count", len(directions))
+        for layer, direction in directions.items():
             writer.add_tensor(f"direction.{layer}", np.ascontiguousarray(direction))
 
     _write(path, VECTOR_ARCHITECTURE, fill)
 
 
-def load_vector(path: Path) -> SteeringVector:
-    """Read a plain control vector; see `SteeringVector.load`."""
+def read_vector(path: Path) -> Directions:
+    """Read a plain control vector.
+
+    Raises:
+        FormatError: the file is something else, or damaged.
+    """
     container = read(path, architectures=(VECTOR_ARCHITECTURE, PACK_ARCHITECTURE))
-    if container.metadata["general.architecture"] == PACK_ARCHITECTURE:
-        raise FormatError(f"{path}: this is a pack; load it with SteeringPack.load")
-    return _guard(path, _vector, container)
+    with naming(path):
+        if container.metadata["general.architecture"] == PACK_ARCHITECTURE:
+            raise FormatError("this is a pack; load it with SteeringPack.load")
+        return _vector(container)
 
 
-def save_pack(pack: SteeringPack, path: Path) -> None:
-    """Write a pack; see `SteeringPack.save`."""
+def write_pack(path: Path, content: PackContent) -> None:
+    """Write a pack."""
 
     def fill(writer: GGUFWriter) -> None:
         writer.add_uint32("pysteer.format_version", PACK_VERSION)
-        writer.add_array("pysteer.categories", list(pack.categories))
-        writer.add_array("pysteer.sites", [vector.site for vector in pack.categories.values()])
-        if pack.base_model is not None:
-            for name, value in asdict(pack.base_model).items():
-                key = f"pysteer.base_model.{name}"
-                if isinstance(value, str):
-                    _add_string(writer, key, value)
-                else:
-                    writer.add_uint32(key, value)
-        if pack.residual_norm:
-            layers, norms = zip(*sorted(pack.residual_norm.items()), strict=True)
+        writer.add_array("pysteer.categories", list(content.categories))
+        writer.add_array("pysteer.sites", [site for site, _ in content.categories.values()])
+        for name, value in (content.base_model or {}).items():
+            key = f"pysteer.base_model.{name}"
+            if isinstance(value, str):
+                _add_string(writer, key, value)
+            else:
+                writer.add_uint32(key, value)
+        if content.residual_norm:
+            layers, norms = zip(*sorted(content.residual_norm.items()), strict=True)
             writer.add_array("pysteer.residual_norm.layers", [int(layer) for layer in layers])
             writer.add_key_value(
                 "pysteer.residual_norm.values",
@@ -96,33 +108,31 @@ def save_pack(pack: SteeringPack, path: Path) -> None:
                 GGUFValueType.ARRAY,
                 sub_type=GGUFValueType.FLOAT64,
             )
-        provenance = json.dumps(dict(pack.provenance), sort_keys=True, allow_nan=False)
+        provenance = json.dumps(content.provenance, sort_keys=True, allow_nan=False)
         _add_string(writer, "pysteer.provenance", provenance)
-        for index, vector in enumerate(pack.categories.values()):
-            for layer, direction in vector.items():
+        for index, (_, directions) in enumerate(content.categories.values()):
+            for layer, direction in directions.items():
                 name = f"category.{index}.direction.{layer}"
                 writer.add_tensor(name, np.ascontiguousarray(direction))
 
     _write(path, PACK_ARCHITECTURE, fill)
 
 
-def load_pack(path: Path) -> SteeringPack:
-    """Read a pack or a plain control vector; see `SteeringPack.load`."""
+def read_pack(path: Path) -> PackContent:
+    """Read a pack, or a plain control vector as a pack of one category named by the file's stem.
+
+    Raises:
+        FormatError: the file is neither, or damaged.
+    """
     container = read(path, architectures=(VECTOR_ARCHITECTURE, PACK_ARCHITECTURE))
-    if container.metadata["general.architecture"] == VECTOR_ARCHITECTURE:
-        return SteeringPack({path.stem.strip() or "vector": _guard(path, _vector, container)})
-    return _guard(path, _pack, container)
+    with naming(path):
+        if container.metadata["general.architecture"] == VECTOR_ARCHITECTURE:
+            name = path.stem.strip() or "vector"
+            return PackContent({name: ("residual", _vector(container))}, None, {}, {})
+        return _pack(container)
 
 
-def _guard(path: Path, build: Callable[[Container], _T], container: Container) -> _T:
-    """Name the file in whatever is wrong with its content."""
-    try:
-        return build(container)
-    except SteeringError as error:
-        raise FormatError(f"{path}: {error}") from None
-
-
-def _vector(container: Container) -> SteeringVector:
+def _vector(container: Container) -> Directions:
     directions = {}
     for name, tensor in container.tensors.items():
         match = _DIRECTION.fullmatch(name)
@@ -131,12 +141,11 @@ def _vector(container: Container) -> SteeringVector:
         if match[1] == "0":
             raise FormatError("a control vector cannot have a direction for layer 0")
         directions[int(match[1])] = tensor
-    return SteeringVector(directions)
+    return directions
 
 
-def _pack(container: Container) -> SteeringPack:
-    metadata = container.metadata
-    version = metadata.get("pysteer.format_version")
+def _pack(container: Container) -> PackContent:
+    version = container.metadata.get("pysteer.format_version")
     if version != PACK_VERSION:
         raise FormatError(
             f"the pack has format version {quoted(version)}; this pysteer reads {PACK_VERSION}"
@@ -145,20 +154,17 @@ def _pack(container: Container) -> SteeringPack:
     sites = _strings(container, "pysteer.sites")
     if len(names) != len(sites) or len(set(names)) != len(names):
         raise FormatError("the lists of categories and sites do not belong together")
-    directions: list[dict[int, np.ndarray]] = [{} for _ in names]
+    directions: list[Directions] = [{} for _ in names]
     for tensor_name, tensor in container.tensors.items():
         match = _PACK_DIRECTION.fullmatch(tensor_name)
         if match is None or int(match[1]) >= len(names):
             raise FormatError(f"tensor {quoted(tensor_name)} belongs to no category")
         directions[int(match[1])][int(match[2])] = tensor
-    return SteeringPack(
-        {
-            name: SteeringVector(layers, site=site)
-            for name, site, layers in zip(names, sites, directions, strict=True)
-        },
-        base_model=_base_model(container),
-        residual_norm=_residual_norm(container),
-        provenance=_provenance(container),
+    return PackContent(
+        {name: (site, layers) for name, site, layers in zip(names, sites, directions, strict=True)},
+        _base_model(container),
+        _residual_norm(container),
+        _provenance(container),
     )
 
 
@@ -169,18 +175,17 @@ def _strings(container: Container, key: str) -> list[str]:
     return [str(item) for item in value]
 
 
-def _base_model(container: Container) -> BaseModel | None:
+def _base_model(container: Container) -> dict[str, str | int] | None:
     prefix = "pysteer.base_model."
     if not any(key.startswith(prefix) for key in container.metadata):
         return None
-    values = {}
-    for entry in fields(BaseModel):
-        expected = str if entry.type == "str" else int
-        value = container.metadata.get(prefix + entry.name)
-        if type(value) is not expected:
-            raise FormatError(f"metadata value {prefix + entry.name!r} is missing or wrong")
-        values[entry.name] = value
-    return BaseModel(**values)  # type: ignore[arg-type]
+    values: dict[str, str | int] = {}
+    for name, expected in _BASE_MODEL.items():
+        value = container.metadata.get(prefix + name)
+        if not isinstance(value, (str, int)) or type(value) is not expected:
+            raise FormatError(f"metadata value {prefix + name!r} is missing or wrong")
+        values[name] = value
+    return values
 
 
 def _residual_norm(container: Container) -> dict[int, float]:

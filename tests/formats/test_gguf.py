@@ -48,7 +48,10 @@ def packs(draw):
         provenance=draw(
             st.dictionaries(
                 words,
-                words | st.integers() | st.booleans() | st.floats(allow_nan=False),
+                words
+                | st.integers()
+                | st.booleans()
+                | st.floats(allow_nan=False, allow_infinity=False),
                 max_size=3,
             )
         ),
