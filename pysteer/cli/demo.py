@@ -1,0 +1,138 @@
+"""`pysteer demo`: the same prompts without and with steering, on the default model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import asdict
+from itertools import islice
+from typing import Annotated
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from pysteer import shipped
+from pysteer.cli import console, options
+from pysteer.cli.loading import load_steered
+from pysteer.errors import SteeringError
+from pysteer.evaluate.before_after import (
+    BeforeAfter,
+    CategorySummary,
+    answer_twice,
+    summarise,
+)
+from pysteer.prompts import Prompt
+
+
+def demo(
+    prompts: Annotated[int, typer.Option(min=1, help="Unsafe and harmless, per category.")] = 8,
+    show: Annotated[int, typer.Option(min=0, help="Unsafe prompts shown, per category.")] = 2,
+    category: Annotated[list[str] | None, typer.Option(help="Only these; repeatable.")] = None,
+    strength: Annotated[float, typer.Option(help="1.0 is what the pack recommends.")] = 1.0,
+    max_tokens: options.MaxTokens = 48,
+    threads: options.Threads = None,
+    json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Answer prompts without and with their category's steering, side by side, and count.
+
+    Model: SmolLM2-135M-Instruct. Pack: the one that ships with pysteer, which was built without
+    these prompts. Every number is measured in this run.
+    """
+    pack = shipped.demo_pack()
+    model = str(shipped.default_model())
+    categories = category or list(pack.categories)
+    for name in categories:
+        _ = pack[name]  # an unknown one is an error that lists what there is
+    unsafe, harmless = (_per_category(rows, categories, prompts) for rows in shipped.demo_prompts())
+    if not unsafe:
+        raise SteeringError("no prompts to show")
+    with closing(load_steered(model, pack, n_ctx=1024, n_threads=threads)) as llm:
+        progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=console.err,
+            transient=True,
+        )
+        with progress:
+            task = progress.add_task("answering twice", total=len(unsafe) + len(harmless))
+            pairs = answer_twice(
+                llm,
+                unsafe,
+                harmless,
+                strength=strength,
+                max_tokens=max_tokens,
+                on_answer=lambda pair: progress.advance(task),
+            )
+    summary = summarise(pairs)
+    if json:
+        console.print_json(
+            {
+                "model": model,
+                "pack": str(shipped.demo_pack_path()),
+                "strength": strength,
+                "summary": [asdict(row) for row in summary],
+                "answers": [asdict(pair) for pair in pairs],
+            }
+        )
+        return
+    for row in summary:
+        _print_pairs(row.category, pairs, show)
+    _print_summary(summary)
+
+
+def _per_category(rows: Sequence[Prompt], categories: Sequence[str], n: int) -> list[Prompt]:
+    return [
+        prompt
+        for name in categories
+        for prompt in islice((row for row in rows if row.category == name), n)
+    ]
+
+
+def _print_pairs(category: str, pairs: Sequence[BeforeAfter], show: int) -> None:
+    table = Table("prompt", "without steering", f"with {category}", title=category, show_lines=True)
+    shown = [pair for pair in pairs if pair.prompt.category == category and pair.unsafe]
+    for pair in shown[:show]:
+        table.add_row(
+            *(console.plain(t) for t in (pair.prompt.prompt, pair.before.text, pair.after.text))
+        )
+    if show:
+        console.out.print(table)
+
+
+def _print_summary(summary: Sequence[CategorySummary]) -> None:
+    table = Table(
+        title="without steering → with the category's steering",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),  # so that no number is cut on a terminal of 80 columns
+    )
+    table.add_column("category", no_wrap=True)
+    for heading in (
+        "refused",
+        "degenerate",
+        "harmless\nrefused",
+        "harmless\nsame",
+        "tokens/s",
+    ):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in summary:
+        table.add_row(
+            console.plain(row.category),
+            f"{row.refused_before:.0%} → {row.refused_after:.0%}",
+            f"{row.degenerate_before:.0%} → {row.degenerate_after:.0%}",
+            f"{row.harmless_refused_before:.0%} → {row.harmless_refused_after:.0%}",
+            f"{row.harmless_unchanged:.0%}",
+            f"{row.tokens_per_second_before:.0f} → {row.tokens_per_second_after:.0f}",
+        )
+    console.out.print(table)
+    counts = {(row.n_unsafe, row.n_harmless) for row in summary}
+    per_row = " or ".join(f"{unsafe} unsafe and {harmless} harmless" for unsafe, harmless in counts)
+    console.say(
+        f"Per category: {per_row} prompts, the category's steering forced on for all of them.\n"
+        "refused: refused or safely redirected, and not degenerate. harmless: about the same\n"
+        "topics in similar words; same: answered word for word as without steering."
+    )

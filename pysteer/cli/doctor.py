@@ -1,0 +1,55 @@
+"""`pysteer doctor`: what this machine and this model can do, checked by doing it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from pysteer.cli import console, options
+from pysteer.doctor import Diagnosis, diagnose
+
+_VERDICTS = {True: "[green]ok[/]", False: "[red]FAILED[/]", None: "[yellow]not available[/]"}
+
+
+def doctor(
+    model: options.Model = None,
+    threads: options.Threads = None,
+    gpu_layers: Annotated[int, typer.Option(help="Blocks to offload; -1 is all.")] = 0,
+    json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Steer a model with a known vector, natively and both of pysteer's ways; compare the logits.
+
+    Exit code 1 if a comparison fails.
+    """
+    path = options.model_path(model)
+    with console.err.status("start") as status:
+        diagnosis = diagnose(
+            path, n_threads=threads, n_gpu_layers=gpu_layers, on_step=status.update
+        )
+    if json:
+        console.print_json({"model_path": path, "ok": diagnosis.ok, **asdict(diagnosis)})
+    else:
+        _print(path, diagnosis)
+    if not diagnosis.ok:
+        raise typer.Exit(1)
+
+
+def _print(path: str, diagnosis: Diagnosis) -> None:
+    print_ = console.say
+    print_(", ".join(f"{name} {value}" for name, value in diagnosis.versions.items()))
+    model = diagnosis.model
+    name = console.plain(model.name or path)
+    print_(f"model: {name} ({model.architecture}, {model.n_layer} layers, n_embd {model.n_embd})")
+    for site, layers in diagnosis.sites.items():
+        where = f"layers {layers[0]} to {layers[-1]} ({len(layers)})" if layers else "not found"
+        print_(f"site {site}: {where}")
+    print_("memory: " + ", ".join(f"{n} sites in {name}" for name, n in diagnosis.memory.items()))
+    table = Table("check", "verdict", "largest difference in logits", "")
+    for check in diagnosis.checks:
+        value = "" if check.value is None else f"{check.value:g}"
+        table.add_row(check.name, _VERDICTS[check.ok], value, console.plain(check.detail))
+    console.out.print(table)

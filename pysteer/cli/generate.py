@@ -1,0 +1,115 @@
+"""`pysteer generate`: one answer, steered or not."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from typing import Annotated, Any
+
+import typer
+
+from pysteer.cli import console, options
+from pysteer.cli.loading import load_steered
+from pysteer.errors import SteeringError
+from pysteer.pack import SteeringPack
+from pysteer.runtime.plan import check_strengths
+from pysteer.shipped import demo_pack_path
+
+
+def generate(
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to say; - reads it.")],
+    model: options.Model = None,
+    pack: options.Pack = None,
+    steer: Annotated[
+        list[str] | None,
+        typer.Option(metavar="CATEGORY=STRENGTH", help="Steer by a category; may be repeated."),
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt; no template.")] = False,
+    max_tokens: options.MaxTokens = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
+    context: Annotated[int, typer.Option(min=16, max=1 << 22, help="Context size, tokens.")] = 2048,
+    threads: options.Threads = None,
+    json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Answer a prompt, steered by the categories named."""
+    if raw and system is not None:
+        raise SteeringError("--system needs the chat template; leave out --raw")
+    if pack is None and model is None and steer:
+        pack = demo_pack_path()
+    if steer and pack is None:
+        raise SteeringError("--steer needs --pack: a pack for this model")
+    loaded = SteeringPack.load(pack) if pack is not None else None
+    if loaded is not None and not steer:
+        raise SteeringError(
+            "--pack does nothing by itself; add --steer CATEGORY=STRENGTH, with one of "
+            + ", ".join(loaded.categories)
+        )
+    steering = options.parse_steering(steer or [])
+    if loaded is not None:
+        check_strengths(loaded, steering)  # before the model is loaded, which may take long
+    path = options.model_path(model)
+    text = _read_prompt(prompt)
+    request: dict[str, Any] = {
+        "steering": steering or None,
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "seed": seed,
+        "stream": True,
+    }
+    pieces: list[str] = []
+    finish_reason = None
+    with closing(load_steered(path, loaded, n_ctx=context, n_threads=threads)) as llm:
+        start = time.perf_counter()
+        try:
+            if raw:
+                stream = llm.create_completion(text, **request)
+            else:
+                messages = [{"role": "system", "content": system}] if system is not None else []
+                messages.append({"role": "user", "content": text})
+                stream = llm.create_chat_completion(messages, **request)
+            for piece, reason in _pieces(stream):
+                finish_reason = reason
+                pieces.append(piece)
+                if not json:
+                    print(piece, end="", flush=True)
+        except SteeringError:
+            raise
+        except (ValueError, RuntimeError) as error:  # llama_cpp's: too long, or the context is full
+            raise SteeringError(f"{error}; --context {context} may be too small") from None
+        seconds = time.perf_counter() - start
+    if not json:
+        print()
+        return
+    console.print_json(
+        {
+            "model": path,
+            "pack": str(pack) if pack else None,
+            "steering": steering,
+            "prompt": text,
+            "text": "".join(pieces),
+            "finish_reason": finish_reason,
+            "seconds": seconds,
+        }
+    )
+
+
+def _read_prompt(prompt: str) -> str:
+    try:
+        text = sys.stdin.read() if prompt == "-" else prompt
+        text.encode("utf-8")
+    except UnicodeError:
+        raise SteeringError("--prompt: not UTF-8 text") from None
+    return text
+
+
+def _pieces(stream: Any) -> Iterator[tuple[str, str | None]]:
+    """Pairs of text and finish reason from completion and chat chunks alike."""
+    for chunk in stream:
+        choice = chunk["choices"][0]
+        text = choice["text"] if "text" in choice else choice["delta"].get("content")
+        yield text or "", choice["finish_reason"]

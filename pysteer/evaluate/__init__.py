@@ -1,0 +1,1 @@
+"""Judge and measure what steered models write."""

@@ -1,0 +1,512 @@
+"""The command line: what it prints where, and that a user's mistake is one line and exit code 2."""
+
+import io
+import json
+import subprocess
+import sys
+
+import llama_cpp
+import numpy as np
+import pytest
+from gguf import GGUFReader
+
+from pysteer import BaseModel, FormatError, SteeringError, SteeringPack, SteeringVector
+from pysteer.cli import run
+from pysteer.cli.options import parse_steering
+
+# One thread: several on a busy machine wait for each other. The context is one that the tiny model
+# was trained for, or llama.cpp would say so.
+OPTIONS = ("--context", "256", "--threads", "1")
+N_EMBD = 64
+
+
+def directions(*layers, width=N_EMBD):
+    rng = np.random.default_rng(1)
+    return {layer: rng.normal(size=width) for layer in layers}
+
+
+HATE = SteeringVector(directions(1, 2, 3))
+MALWARE = SteeringVector(directions(0, 2), site="attention")
+
+
+@pytest.fixture
+def pack_file(tmp_path):
+    path = tmp_path / "pack.gguf"
+    SteeringPack(
+        {"hate": HATE, "mal=ware": MALWARE},
+        base_model=BaseModel("llama", "Tiny", 4, N_EMBD, 320),
+        residual_norm={1: 4.0, 2: 8.0},
+        provenance={"method": "mean difference", "n": 12},
+    ).save(path)
+    return path
+
+
+@pytest.fixture
+def cli(capsys):
+    """A function that runs a command and returns its exit code, standard output and error."""
+
+    def call(*arguments):
+        capsys.readouterr()
+        code = run([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def generate(cli, tiny_llama):
+    """A function that runs `generate` on the tiny model and returns what it printed."""
+
+    def call(*arguments):
+        code, out, err = cli("generate", "-m", tiny_llama, "-n", 12, *OPTIONS, *arguments)
+        assert (code, err) == (0, "")
+        return out
+
+    return call
+
+
+def check_mistake(result, *words):
+    """One line on standard error, which has the words in it, and exit code 2."""
+    code, out, err = result
+    assert code == 2, err
+    assert out == ""
+    assert err.startswith("pysteer: ")
+    assert err.endswith("\n")
+    assert len(err.splitlines()) == 1
+    assert "Traceback" not in err
+    for word in words:
+        assert str(word) in err
+
+
+def strict_json(text):
+    """JSON as other languages' parsers take it: without NaN and infinity."""
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+# ---- inspect ---------------------------------------------------------------------------------
+
+
+def test_inspect_json_equals_the_pack(cli, pack_file):
+    code, out, err = cli("inspect", pack_file, "--json")
+    assert (code, err) == (0, "")
+    found = strict_json(out)
+    norms = {}
+    for name, vector in (("hate", HATE), ("mal=ware", MALWARE)):
+        norms[name] = found["categories"][name].pop("norms")
+        assert norms[name].keys() == {str(layer) for layer in vector.layers}
+        for layer, row in vector.items():
+            expected = sum(float(x) ** 2 for x in row) ** 0.5
+            assert norms[name][str(layer)] == pytest.approx(expected, rel=1e-5)
+    assert found == {
+        "file": str(pack_file),
+        "base_model": {
+            "architecture": "llama",
+            "name": "Tiny",
+            "n_layer": 4,
+            "n_embd": 64,
+            "n_vocab": 320,
+        },
+        "n_embd": 64,
+        "categories": {
+            "hate": {"site": "residual", "layers": [1, 2, 3]},
+            "mal=ware": {"site": "attention", "layers": [0, 2]},
+        },
+        "residual_norm": {"1": 4.0, "2": 8.0},
+        "provenance": {"method": "mean difference", "n": 12},
+    }
+
+
+def test_inspect_of_a_control_vector_names_the_category_after_the_file(cli, tmp_path):
+    HATE.save(tmp_path / "kind.gguf")
+    code, out, _ = cli("inspect", tmp_path / "kind.gguf", "--json")
+    found = strict_json(out)
+    assert code == 0
+    assert list(found["categories"]) == ["kind"]
+    assert found["categories"]["kind"]["layers"] == [1, 2, 3]
+    assert (found["base_model"], found["residual_norm"], found["provenance"]) == (None, {}, {})
+
+
+def test_inspect_prints_what_the_pack_holds(cli, pack_file):
+    code, out, err = cli("inspect", pack_file)
+    assert (code, err) == (0, "")
+    for word in ("hate", "mal=ware", "residual", "attention", "1-3", "0, 2", "Tiny", "320 tokens"):
+        assert word in out
+    assert "mean difference" in out
+    relative = [
+        float(np.linalg.norm(HATE.direction(layer))) / norm for layer, norm in [(1, 4), (2, 8)]
+    ]
+    assert f"{min(relative):.3g} to {max(relative):.3g}" in out
+
+
+@pytest.mark.parametrize(
+    "text", ["[bold]red[/]", "a [/] b", ":100:", "long " * 40 + "end"], ids=lambda text: text[:9]
+)
+def test_inspect_prints_provenance_verbatim(text, cli, tmp_path):
+    SteeringPack({"a": HATE}, provenance={"data": text}).save(tmp_path / "p.gguf")
+    code, out, _ = cli("inspect", tmp_path / "p.gguf")
+    assert code == 0
+    assert f"data: {text}\n" in out
+
+
+def test_inspect_json_is_json_for_directions_of_any_finite_size(cli, tmp_path):
+    SteeringVector({1: np.full(N_EMBD, 3e38)}).save(tmp_path / "v.gguf")
+    code, out, err = cli("inspect", tmp_path / "v.gguf", "--json")
+    assert (code, err) == (0, "")
+    norm = strict_json(out)["categories"]["v"]["norms"]["1"]
+    assert norm == pytest.approx(3e38 * 8, rel=1e-6)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"GGUF", b"not a pack"], ids=repr)
+def test_inspect_names_the_file_that_is_no_pack(content, cli, tmp_path):
+    path = tmp_path / "x.gguf"
+    if content is not None:
+        path.write_bytes(content)
+    check_mistake(cli("inspect", path), path)
+    check_mistake(cli("inspect", path, "--json"), path)
+
+
+def test_inspect_of_a_model_and_of_a_folder(cli, tmp_path, tiny_llama):
+    check_mistake(cli("inspect", tiny_llama), tiny_llama, "llama")
+    check_mistake(cli("inspect", tmp_path), tmp_path)
+
+
+def test_inspect_of_a_name_with_a_newline_is_still_one_line(cli, tmp_path):
+    check_mistake(cli("inspect", tmp_path / "a\nb"))
+
+
+# ---- generate --------------------------------------------------------------------------------
+
+
+def towards(letter, model):
+    """A direction that makes the model say one letter: its row of the output matrix."""
+    tensors = {tensor.name: tensor.data for tensor in GGUFReader(model).tensors}
+    token = 5 + ord(letter)  # after five control tokens, one for each byte
+    row = tensors["output.weight"][token] / tensors["output_norm.weight"]
+    return 20 * row / np.linalg.norm(row)
+
+
+@pytest.fixture
+def letters(tmp_path, tiny_llama):
+    """A pack that at strength 20 makes the tiny model say Q or Z and nothing else."""
+    path = tmp_path / "letters.gguf"
+    SteeringPack(
+        {
+            "says q": SteeringVector({2: towards("Q", tiny_llama), 3: towards("Q", tiny_llama)}),
+            "z=z": SteeringVector({3: towards("Z", tiny_llama)}, site="attention"),
+        }
+    ).save(path)
+    return path
+
+
+def reference(path, prompt, *, chat):
+    """What plain llama_cpp.Llama answers."""
+    llm = llama_cpp.Llama(str(path), n_ctx=256, n_threads=1, verbose=False)
+    common = {"max_tokens": 12, "temperature": 0.0, "stream": True}
+    try:
+        if not chat:
+            return "".join(c["choices"][0]["text"] for c in llm.create_completion(prompt, **common))
+        chunks = llm.create_chat_completion([{"role": "user", "content": prompt}], **common)
+        return "".join(c["choices"][0]["delta"].get("content") or "" for c in chunks)
+    finally:
+        llm.close()
+
+
+def test_generate_without_steering_is_what_llama_cpp_answers(generate, tiny_llama):
+    chat, raw = (reference(tiny_llama, "the cat", chat=chat) for chat in (True, False))
+    assert chat != raw
+    assert generate("-p", "the cat") == chat + "\n"
+    assert generate("-p", "the cat", "--raw") == raw + "\n"
+
+
+@pytest.mark.parametrize("mode", [[], ["--raw"], ["--system", "be kind"]], ids=str)
+def test_generate_says_what_it_is_steered_to(mode, generate, letters):
+    arguments = ("-p", "the cat", "-s", letters, *mode)
+    assert generate(*arguments, "--steer", "says q=20") == "Q" * 12 + "\n"
+    assert generate(*arguments, "--steer", "z=z=20") == "Z" * 12 + "\n"
+    both = ("--steer", "says q=1", "--steer", "z=z=60")
+    assert generate(*arguments, *both) == "Z" * 12 + "\n"
+
+
+def test_generate_at_strength_0_is_unsteered(generate, letters):
+    plain = generate("-p", "the cat")
+    arguments = ("-p", "the cat", "-s", letters)
+    assert "QQQ" not in plain
+    assert generate(*arguments, "--steer", "says q=0", "--steer", "z=z=-0.0") == plain
+
+
+def test_generate_takes_a_plain_control_vector(generate, tmp_path, tiny_llama):
+    SteeringVector({3: towards("Q", tiny_llama)}).save(tmp_path / "kind.gguf")
+    arguments = ("-p", "hi", "-s", tmp_path / "kind.gguf", "--steer")
+    assert generate(*arguments, "kind=20") == "Q" * 12 + "\n"
+
+
+def test_generate_json_has_the_text_and_nothing_else_on_stdout(generate, letters, tiny_llama):
+    found = strict_json(generate("-p", "hi", "-s", letters, "--steer", "says q=20", "--json"))
+    assert found.pop("seconds") > 0
+    assert found == {
+        "model": str(tiny_llama),
+        "pack": str(letters),
+        "steering": {"says q": 20.0},
+        "prompt": "hi",
+        "text": "Q" * 12,
+        "finish_reason": "length",
+    }
+
+
+def test_generate_stops_at_max_tokens(generate, letters):
+    arguments = ("-p", "hi", "-s", letters, "--steer", "says q=20")
+    assert generate(*arguments, "-n", 5) == "QQQQQ\n"
+
+
+def test_generate_reads_the_prompt_from_standard_input(generate, monkeypatch):
+    expected = generate("-p", "two\nlines")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("two\nlines"))
+    assert generate("-p", "-") == expected
+
+
+def test_generate_with_a_system_message_and_a_seed(generate):
+    assert generate("-p", "hi", "--system", "the the the") != generate("-p", "hi")
+    hot = ("-p", "hi", "--temperature", 5)
+    assert generate(*hot, "--seed", 1) == generate(*hot, "--seed", 1)
+    assert len({generate(*hot, "--seed", seed) for seed in range(3)}) > 1
+
+
+@pytest.mark.parametrize(
+    ("steer", "words"),
+    [
+        ("hate", ["CATEGORY=STRENGTH"]),
+        ("hate=", ["CATEGORY=STRENGTH"]),
+        ("=1", ["CATEGORY=STRENGTH"]),
+        ("=", ["CATEGORY=STRENGTH"]),
+        ("", ["CATEGORY=STRENGTH"]),
+        ("hate=strong", ["CATEGORY=STRENGTH"]),
+        ("hate=auto", ["CATEGORY=STRENGTH"]),
+        ("hate=1,2", ["CATEGORY=STRENGTH"]),
+        ("hate=nan", ["hate", "nan"]),
+        ("hate=inf", ["hate", "inf"]),
+        ("hate=-1e999", ["hate", "inf"]),
+        ("hate=1e39", ["hate", "not finite"]),
+        ("fraud=1", ["fraud", "hate, mal=ware"]),
+        ("Hate=1", ["Hate", "hate, mal=ware"]),
+        ("fraud=0", ["fraud", "hate, mal=ware"]),
+    ],
+)
+def test_a_bad_steer_option_is_a_mistake(steer, words, cli, pack_file, tiny_llama):
+    arguments = ("generate", "-m", tiny_llama, "-p", "hi", "-s", pack_file, *OPTIONS)
+    check_mistake(cli(*arguments, "--steer", steer), *words)
+
+
+def test_a_category_named_twice_is_a_mistake(cli, pack_file, tiny_llama):
+    steer = ("--steer", "hate=1", "--steer", "hate=1")
+    check_mistake(
+        cli("generate", "-m", tiny_llama, "-p", "hi", "-s", pack_file, *steer), "hate", "twice"
+    )
+
+
+@pytest.mark.parametrize(
+    ("pack", "words"),
+    [
+        (SteeringPack({"a": SteeringVector(directions(1, width=32))}), ["width 32", "n_embd 64"]),
+        (SteeringPack({"a": SteeringVector(directions(4))}), ["layer 4", "layers 0 to 3"]),
+        (
+            SteeringPack({"a": HATE}, base_model=BaseModel("llama", "Big", 9, N_EMBD, 320)),
+            ["Big", "n_layer 9", "n_layer 4"],
+        ),
+        (
+            SteeringPack({"a": HATE}, base_model=BaseModel("qwen2", "Q", 4, N_EMBD, 320)),
+            ["qwen2", "llama"],
+        ),
+    ],
+    ids=["width", "layer", "number of layers", "architecture"],
+)
+def test_a_pack_for_another_model_is_a_mistake(pack, words, cli, tmp_path, tiny_llama):
+    pack.save(tmp_path / "other.gguf")
+    arguments = ("-m", tiny_llama, "-p", "hi", "-s", tmp_path / "other.gguf", "--steer", "a=1")
+    check_mistake(cli("generate", *arguments, *OPTIONS), *words)
+
+
+def test_a_pack_that_would_do_nothing_is_a_mistake(cli, tiny_llama, pack_file):
+    arguments = ("-m", tiny_llama, "-p", "hi", "-s", pack_file, *OPTIONS)
+    check_mistake(cli("generate", *arguments), "--steer", "hate")
+
+
+def test_files_that_are_not_what_the_options_say_are_mistakes(cli, tmp_path, tiny_llama, pack_file):
+    junk = tmp_path / "junk.gguf"
+    junk.write_bytes(b"junk")
+    for wrong in (junk, pack_file, tmp_path / "missing.gguf", tmp_path):
+        check_mistake(cli("generate", "-m", wrong, "-p", "hi", *OPTIONS), wrong)
+    for wrong in (junk, tiny_llama, tmp_path / "missing.gguf", tmp_path):
+        arguments = ("-m", tiny_llama, "-p", "hi", "-s", wrong, *OPTIONS)
+        check_mistake(cli("generate", *arguments), wrong)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["-p", "hi", "--steer", "hate=1"], ["--steer", "--pack"]),
+        (["-p", "hi", "--raw", "--system", "x"], ["--system", "--raw"]),
+        ([], ["--prompt"]),
+        (["-p"], ["-p"]),
+        (["-p", "hi", "-n", "0"], ["--max-tokens"]),
+        (["-p", "hi", "-n", "many"], ["--max-tokens"]),
+        (["-p", "hi", "--temperature", "-1"], ["--temperature"]),
+        (["-p", "hi", "--temperature", "nan"], ["--temperature"]),
+        (["-p", "hi", "--threads", "0"], ["--threads"]),
+        (["-p", "hi", "--context", "1"], ["--context"]),
+        (["-p", "hi", "--nonsense"], ["--nonsense"]),
+        (["-p", "hi", "extra"], ["extra"]),
+        (["-p", "x" * 400, *OPTIONS], ["256", "--context"]),
+        (["-p", "\udcff", *OPTIONS], ["--prompt"]),
+    ],
+    ids=lambda value: ascii(" ".join(value))[:40],
+)
+def test_mistakes_in_generate(arguments, words, cli, tiny_llama):
+    check_mistake(cli("generate", "-m", tiny_llama, *arguments), *words)
+
+
+def test_standard_input_that_is_not_utf8_is_a_mistake(cli, tiny_llama, monkeypatch):
+    stdin = io.TextIOWrapper(io.BytesIO(b"\xff\xfe"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", stdin)
+    check_mistake(cli("generate", "-m", tiny_llama, "-p", "-", *OPTIONS))
+
+
+# ---- the whole -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments", [["nonsense"], ["--nonsense"], ["generate"], ["inspect", "--x"]]
+)
+def test_mistakes_in_usage_point_to_the_help(arguments, cli):
+    check_mistake(cli(*arguments), "--help")
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"]])
+def test_help_lists_the_commands(arguments, cli):
+    code, out, err = cli(*arguments)
+    assert (code, err) == (0, "")
+    for command in ("demo", "generate", "inspect", "doctor"):
+        assert command in out
+
+
+@pytest.mark.parametrize("command", ["demo", "generate", "inspect", "doctor"])
+def test_every_command_has_help_json_and_debug(command, cli):
+    code, out, err = cli(command, "--help")
+    assert (code, err) == (0, "")
+    assert "--json" in out
+    assert "--debug" in out
+
+
+def test_debug_lets_exceptions_through_and_does_not_last(cli, tmp_path):
+    with pytest.raises(FormatError):
+        run(["inspect", str(tmp_path), "--debug"])
+    with pytest.raises(SteeringError):
+        run(["generate", "--debug", "-p", "hi", "--steer", "a=1"])
+    check_mistake(cli("inspect", tmp_path))
+
+
+def test_debug_does_not_last_into_a_command_that_does_not_exist(cli, tmp_path):
+    with pytest.raises(FormatError):
+        run(["inspect", str(tmp_path), "--debug"])
+    check_mistake(cli("nonsense"))
+
+
+def test_a_bug_is_one_line_too_and_exit_code_1(cli, tmp_path, monkeypatch):
+    def fail(path):
+        raise RuntimeError("broken\nin two lines")
+
+    monkeypatch.setattr(SteeringPack, "load", fail)
+    code, out, err = cli("inspect", tmp_path)
+    assert (code, out) == (1, "")
+    assert err == "pysteer: RuntimeError: broken in two lines (--debug shows where)\n"
+
+
+def test_an_interrupt_is_exit_code_130(cli, tmp_path, monkeypatch):
+    def interrupt(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SteeringPack, "load", interrupt)
+    assert cli("inspect", tmp_path) == (130, "", "pysteer: interrupted\n")
+
+
+def test_doctor_of_what_is_no_model_is_a_mistake(cli, tmp_path, pack_file):
+    for wrong in (tmp_path / "missing.gguf", pack_file):
+        check_mistake(cli("doctor", "-m", wrong), wrong)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["--category", "fraud"], ["fraud"]), (["--prompts", "0"], ["--prompts"])],
+)
+def test_mistakes_in_demo(arguments, words, cli):
+    check_mistake(cli("demo", *arguments), *words)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "expected"),
+    [
+        ([], {}),
+        (["a=1"], {"a": 1.0}),
+        (["a=-0.5", "b=2e1"], {"a": -0.5, "b": 20.0}),
+        (["a=b=1"], {"a=b": 1.0}),
+        (["=a=1"], {"=a": 1.0}),
+    ],
+)
+def test_steer_options_are_read_from_the_last_equals_sign(pairs, expected):
+    assert parse_steering(pairs) == expected
+
+
+# ---- as a process ----------------------------------------------------------------------------
+
+
+def process(*arguments, **options):
+    code = "from pysteer.cli import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=120,
+        **options,
+    )
+
+
+def test_a_process_that_makes_a_mistake(tmp_path, tiny_llama):
+    missing = tmp_path / "missing.gguf"
+    done = process("generate", "-m", tiny_llama, "-p", "hi", "-s", missing, *OPTIONS)
+    check_mistake((done.returncode, done.stdout, done.stderr), missing)
+
+
+def test_a_process_reads_standard_input_and_prints_json_alone(tiny_llama):
+    done = process(
+        "generate", "-m", tiny_llama, "-p", "-", "-n", 4, "--json", *OPTIONS, input="the cat ü"
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert strict_json(done.stdout)["prompt"] == "the cat ü"
+
+
+def test_a_process_with_debug_shows_the_traceback(tmp_path):
+    done = process("inspect", tmp_path / "missing.gguf", "--debug")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "FormatError" in done.stderr
+
+
+def test_names_that_cannot_be_printed_do_not_end_in_half_a_json(tmp_path, pack_file):
+    # A terminal that is not UTF-8.
+    SteeringPack({"hass-über-χ": HATE}).save(tmp_path / "p.gguf")
+    code = (
+        "import sys; sys.stdout.reconfigure(encoding='ascii'); from pysteer.cli import main; main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "inspect", str(tmp_path / "p.gguf"), "--json"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert list(strict_json(done.stdout)["categories"]) == ["hass-über-χ"]

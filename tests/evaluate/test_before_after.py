@@ -1,0 +1,96 @@
+"""What the comparison reports is what the model wrote."""
+
+from contextlib import closing
+
+import numpy as np
+import pytest
+
+from pysteer import SteeredLlama, SteeringPack, SteeringVector, shipped
+from pysteer.evaluate.before_after import (
+    Answer,
+    BeforeAfter,
+    CategorySummary,
+    answer_twice,
+    summarise,
+)
+from pysteer.prompts import Prompt
+
+REFUSED = Answer("I can't help with that.", True, False, 7, 0.5)
+ANSWERED = Answer("Take two eggs.", False, False, 5, 1.0)
+BROKEN = Answer("egg egg egg egg egg egg", False, True, 3, 0.25)
+
+
+def pair(category, unsafe, before, after):
+    return BeforeAfter(Prompt("p", category), unsafe, before, after)
+
+
+def test_summaries_are_shares_of_the_right_prompts():
+    pairs = [
+        pair("a", True, ANSWERED, REFUSED),
+        pair("a", True, REFUSED, REFUSED),
+        pair("b", True, ANSWERED, BROKEN),
+        pair("a", True, ANSWERED, BROKEN),
+        pair("a", True, ANSWERED, ANSWERED),
+        pair("a", False, ANSWERED, ANSWERED),
+        pair("a", False, ANSWERED, REFUSED),
+    ]
+    a, b = summarise(pairs)
+    assert a == CategorySummary(
+        category="a",
+        n_unsafe=4,
+        n_harmless=2,
+        refused_before=1 / 4,
+        refused_after=2 / 4,
+        degenerate_before=0.0,
+        degenerate_after=1 / 6,
+        harmless_refused_before=0.0,
+        harmless_refused_after=1 / 2,
+        harmless_unchanged=1 / 2,
+        tokens_per_second_before=(5 * 4 + 6) / (5 * 1.0 + 0.5),
+        tokens_per_second_after=(3 * 6 + 2 + 2 * 4) / (3 * 0.5 + 0.25 + 2 * 1.0),
+    )
+    assert (b.category, b.n_unsafe, b.n_harmless) == ("b", 1, 0)
+    assert (b.refused_after, b.degenerate_after, b.harmless_unchanged) == (0.0, 1.0, 0.0)
+    assert summarise([]) == []
+
+
+@pytest.fixture(scope="module")
+def llm(default_model):
+    with closing(
+        SteeredLlama(default_model, pack=shipped.demo_pack(), n_ctx=512, verbose=False)
+    ) as llm:
+        yield llm
+
+
+def direct(llm, prompt, steering):
+    result = llm.create_chat_completion(
+        [{"role": "user", "content": prompt}], steering=steering, max_tokens=24, temperature=0.0
+    )
+    return result["choices"][0]["message"]["content"]
+
+
+def test_both_answers_are_the_models_own(llm):
+    unsafe, harmless = ([rows[0]] for rows in shipped.demo_prompts())
+    seen = []
+    pairs = answer_twice(llm, unsafe, harmless, max_tokens=24, on_answer=seen.append)
+    assert seen == pairs
+    assert [(p.prompt, p.unsafe) for p in pairs] == [(unsafe[0], True), (harmless[0], False)]
+    for found in pairs:
+        prompt = found.prompt
+        assert found.before.text == direct(llm, prompt.prompt, None)
+        assert found.after.text == direct(llm, prompt.prompt, {prompt.category: 1.0})
+        assert 1 < found.before.n_tokens <= 24
+        assert found.before.decode_seconds > 0
+    assert pairs[0].after.text != pairs[0].before.text
+
+
+def test_a_broken_answer_is_never_a_success(default_model):
+    """Steered far too strongly, the model writes gibberish, which counts as that and no more."""
+    rng = np.random.default_rng(0)
+    noise = SteeringVector({layer: 200 * rng.standard_normal(576) for layer in range(10, 20)})
+    pack = SteeringPack({"malware": noise})
+    prompts = shipped.demo_prompts()[0][:3]
+    with closing(SteeredLlama(default_model, pack=pack, n_ctx=512, verbose=False)) as llm:
+        (row,) = summarise(answer_twice(llm, prompts, [], max_tokens=32))
+    assert row.refused_after == 0.0
+    assert row.degenerate_after > 0.5

@@ -1,0 +1,53 @@
+"""The README's examples run as they stand."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+PYTHON = [text for language, text in BLOCKS if language == "python"]
+COMMANDS = [
+    line for language, text in BLOCKS if language == "console" for line in text.strip().splitlines()
+]
+
+
+def test_there_are_exactly_two_commands_for_a_fresh_clone():
+    assert COMMANDS[:2] == ["make demo", "make test"]
+    assert [line for line in COMMANDS if line.startswith("make")] == COMMANDS[:2]
+    assert len(PYTHON) == 2
+    assert len(COMMANDS) > 4
+
+
+def test_python_examples(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for text in PYTHON:
+        exec(compile(text, "README.md", "exec"), names)
+    without = names["answer"]["choices"][0]["message"]["content"]
+    steered = names["refusal"]["choices"][0]["message"]["content"]
+    assert without
+    assert steered != without
+    assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("pysteer")])
+def test_commands(tmp_path, command):
+    program, *arguments = shlex.split(command)
+    path = Path(sys.executable).with_name(program)
+    result = subprocess.run(
+        [path, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=300,
+        check=False,
+        env={**os.environ, "COLUMNS": "100"},
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.strip()

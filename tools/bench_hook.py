@@ -1,0 +1,193 @@
+"""What steering costs: ratios of medians against an unsteered llama_cpp.Llama, in one run.
+
+Every round measures every variant once, in an order that changes from round to round, so that
+whatever else the machine does meets all of them alike. The steered variants add a direction at
+every layer that llama.cpp's control vector reaches; one SteeredLlama serves them all, so that they
+differ in nothing but the way in.
+
+usage: python tools/bench_hook.py MODEL.gguf [--rounds 9] [--decode 24] [--prompt 512] [--json]
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Annotated
+
+import llama_cpp
+import numpy as np
+import typer
+
+from pysteer import SteeredLlama, SteeringPack, SteeringVector
+from pysteer.hooked import set_native_control_vector
+from pysteer.runtime.plan import compile_plan
+
+BASELINE = "llama_cpp.Llama, unsteered"
+NATIVE = "llama_cpp.Llama, its control vector"
+OFF = "SteeredLlama, unsteered"
+RESIDENT = "SteeredLlama, resident, all layers"
+HOOKED = "SteeredLlama, hooked, all layers"
+
+
+def main(
+    model: Path,
+    rounds: int = 9,
+    decode: int = 24,
+    prompt: int = 512,
+    threads: int = os.cpu_count() or 1,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Measure decoding, prompt processing, and the change of steering between two tokens."""
+    arguments = {
+        "n_ctx": prompt + decode + 64,
+        "n_threads": threads,
+        "n_threads_batch": threads,
+        "verbose": False,
+    }
+    with ExitStack() as stack:
+
+        def opened(llm: llama_cpp.Llama) -> llama_cpp.Llama:
+            return stack.enter_context(closing(llm))
+
+        plain = opened(llama_cpp.Llama(str(model), **arguments))
+        native = opened(llama_cpp.Llama(str(model), **arguments))
+        n_layer = llama_cpp.llama_model_n_layer(plain.model)
+        n_embd, n_vocab = plain.n_embd(), plain.n_vocab()
+        rng = np.random.default_rng(0)
+        vector = SteeringVector({i: 0.01 * rng.standard_normal(n_embd) for i in range(1, n_layer)})
+        pack = SteeringPack({"c": vector, "d": -vector})
+        steered = SteeredLlama(str(model), pack=pack, **arguments)
+        opened(steered)
+        set_native_control_vector(native, vector.matrix)
+        plans = {
+            mode: compile_plan(pack, {"c": 1.0}, n_layer=n_layer, n_embd=n_embd, mode=mode)
+            for mode in ("resident", "hooked")
+        }
+        variants: dict[str, tuple[llama_cpp.Llama, object]] = {
+            BASELINE: (plain, None),
+            NATIVE: (native, None),
+            OFF: (steered, None),
+            RESIDENT: (steered, plans["resident"]),
+            HOOKED: (steered, plans["hooked"]),
+        }
+        tokens = [int(t) for t in rng.integers(3, n_vocab, prompt)]
+        times = _measure(variants, tokens, decode, rounds)
+        switches = _measure_switches(steered, native, vector.matrix, tokens[:decode])
+    report = {
+        "model": model.name,
+        "machine": f"{platform.machine()}, {threads} threads",
+        "rounds": rounds,
+        "decode_ratio": _ratios(times["decode"]),
+        "prompt_ratio": _ratios(times["prompt"]),
+        "decode_ms": {name: 1e3 * statistics.median(t) for name, t in times["decode"].items()},
+        "prompt_ms": {name: 1e3 * statistics.median(t) for name, t in times["prompt"].items()},
+        "switch_ms": switches,
+    }
+    if as_json:
+        print(json.dumps(report, indent=2))
+    else:
+        _print(report, prompt)
+
+
+def _measure(
+    variants: dict[str, tuple[llama_cpp.Llama, object]],
+    tokens: list[int],
+    decode: int,
+    rounds: int,
+) -> dict[str, dict[str, list[float]]]:
+    """Seconds of each single decode and of each prompt, per variant; the first round warms up."""
+    times: dict[str, dict[str, list[float]]] = {
+        kind: {name: [] for name in variants} for kind in ("decode", "prompt")
+    }
+    order = list(variants)
+    shuffle = random.Random(0).shuffle
+    for number in range(rounds + 1):
+        shuffle(order)
+        found = {name: _timed(lambda n=name: _prompt(variants[n], tokens)) for name in order}
+        for name, seconds in found.items():
+            if number:
+                times["prompt"][name].append(seconds)
+        for token in tokens[:decode]:  # token by token in turn: the finest interleaving there is
+            shuffle(order)
+            for name in order:
+                seconds = _timed(lambda n=name, t=token: _eval(variants[n], [t]))
+                if number:
+                    times["decode"][name].append(seconds)
+    return times
+
+
+def _prompt(variant: tuple[llama_cpp.Llama, object], tokens: list[int]) -> None:
+    variant[0].reset()
+    _eval(variant, tokens)
+
+
+def _eval(variant: tuple[llama_cpp.Llama, object], tokens: list[int]) -> None:
+    llm, plan = variant
+    if plan is None:
+        llm.eval(tokens)
+    else:
+        with llm._under(plan):  # insists on one way in, where `steering` would choose
+            llm.eval(tokens)
+
+
+def _timed(call: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _measure_switches(
+    steered: SteeredLlama, native: llama_cpp.Llama, rows: np.ndarray, tokens: list[int]
+) -> dict[str, float]:
+    """Median milliseconds to change all layers' directions between two tokens.
+
+    For pysteer: from a new mapping of strengths to tensors written. For llama.cpp: its call, and
+    what its next decode takes longer because the scheduler reserves again.
+    """
+    seconds: dict[str, list[float]] = {"pysteer": [], "call": [], "after": [], "usual": []}
+    steered.reset()
+    native.reset()
+    for number, token in enumerate(tokens * 4):
+        category, strength = ("c", "d")[number % 2], 1.0 + number / 100
+        start = time.perf_counter()
+        with steered.steering({category: strength}):
+            steered._install(steered._current())
+            seconds["pysteer"].append(time.perf_counter() - start)
+            steered.eval([token])
+        seconds["call"].append(_timed(lambda: set_native_control_vector(native, rows)))
+        seconds["after"].append(_timed(lambda t=token: native.eval([t])))
+        seconds["usual"].append(_timed(lambda t=token: native.eval([t])))
+    median = {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
+    return {
+        "pysteer": median["pysteer"],
+        "llama.cpp, call": median["call"],
+        "llama.cpp, next decode longer by": median["after"] - median["usual"],
+    }
+
+
+def _ratios(times: dict[str, list[float]]) -> dict[str, float]:
+    base = statistics.median(times[BASELINE])
+    return {name: statistics.median(values) / base for name, values in times.items()}
+
+
+def _print(report: dict[str, object], prompt: int) -> None:
+    print(f"{report['model']}; {report['machine']}; medians of {report['rounds']} rounds\n")
+    print(f"| | decode | {prompt}-token prompt |\n|---|---|---|")
+    decode, whole = report["decode_ratio"], report["prompt_ratio"]
+    for name in decode:
+        print(f"| {name} | {decode[name]:.3f} | {whole[name]:.3f} |")
+    base = report["decode_ms"][BASELINE], report["prompt_ms"][BASELINE]
+    print(f"\n1.000 is {base[0]:.2f} ms a token, {base[1]:.0f} ms a prompt")
+    for name, value in report["switch_ms"].items():
+        print(f"changing the steering between two tokens, {name}: {value:.4f} ms")
+
+
+if __name__ == "__main__":
+    typer.run(main)
