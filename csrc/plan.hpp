@@ -4,6 +4,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 namespace pysteer {
@@ -26,11 +27,10 @@ class Plan {
 
     // The direction added there, or null.
     const float * direction(Site site, std::size_t layer) const noexcept {
-        const int32_t row = rows_[static_cast<std::size_t>(site)][layer];
-        return row < 0 ? nullptr : values_.data() + static_cast<std::size_t>(row) * n_embd_;
+        return rows_[static_cast<std::size_t>(site)][layer].get();
     }
     bool uses(Site site) const noexcept { return used_[static_cast<std::size_t>(site)]; }
-    bool empty() const noexcept { return values_.empty(); }
+    bool empty() const noexcept { return !uses(Site::residual) && !uses(Site::attention); }
 
     // Whether llama.cpp's own control-vector tensors can express it: the residual of layers >= 1 and nothing else.
     bool fits_resident() const noexcept;
@@ -38,8 +38,8 @@ class Plan {
   private:
     std::size_t n_layer_;
     std::size_t n_embd_;
-    std::vector<float> values_;
-    std::array<std::vector<int32_t>, n_sites> rows_;
+    // A block a row: a change of steering between two tokens then reuses the blocks of the plan before it.
+    std::array<std::vector<std::unique_ptr<float[]>>, n_sites> rows_;
     std::array<bool, n_sites> used_{};
 };
 

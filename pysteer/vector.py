@@ -85,6 +85,11 @@ class SteeringVector:
         return self._matrix
 
     @cached_property
+    def layer_indices(self) -> npt.NDArray[np.int32]:
+        """The layers as an array, shape (len(layers),), for the native part."""
+        return np.asarray(self._layers, np.int32)
+
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of site, layers and values, in hex: equal for equal vectors, in any process."""
         sha = hashlib.sha256(f"{self._site} {self._layers} {self.n_embd}".encode())

@@ -46,7 +46,7 @@ def main(
 ) -> None:
     """Measure decoding, prompt processing, and the change of steering between two tokens."""
     arguments = {
-        "n_ctx": prompt + decode + 64,
+        "n_ctx": prompt + 8 * decode + 64,
         "n_threads": threads,
         "n_threads_batch": threads,
         "verbose": False,
@@ -148,25 +148,29 @@ def _measure_switches(
 ) -> dict[str, float]:
     """Median milliseconds to change all layers' directions between two tokens.
 
-    For pysteer: from a new mapping of strengths to tensors written. For llama.cpp: its call, and
+    For pysteer: from a mapping of strengths to tensors written. For llama.cpp: its call, and
     what its next decode takes longer because the scheduler reserves again.
     """
-    seconds: dict[str, list[float]] = {"pysteer": [], "call": [], "after": [], "usual": []}
+    seconds: dict[str, list[float]] = {
+        kind: [] for kind in ("known", "new", "call", "after", "usual")
+    }
     steered.reset()
     native.reset()
     for number, token in enumerate(tokens * 4):
-        category, strength = ("c", "d")[number % 2], 1.0 + number / 100
-        start = time.perf_counter()
-        with steered.steering({category: strength}):
-            steered._install(steered._current())
-            seconds["pysteer"].append(time.perf_counter() - start)
-            steered.eval([token])
+        category = ("c", "d")[number % 2]
+        for kind, strength in (("known", 1.0), ("new", 1.0 + (number + 1) / 1000)):
+            start = time.perf_counter()
+            with steered.steering({category: strength}):
+                steered._install(steered._current())
+                seconds[kind].append(time.perf_counter() - start)
+                steered.eval([token])
         seconds["call"].append(_timed(lambda: set_native_control_vector(native, rows)))
         seconds["after"].append(_timed(lambda t=token: native.eval([t])))
         seconds["usual"].append(_timed(lambda t=token: native.eval([t])))
     median = {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
     return {
-        "pysteer": median["pysteer"],
+        "pysteer, to a steering among the last 16": median["known"],
+        "pysteer, to a new one": median["new"],
         "llama.cpp, call": median["call"],
         "llama.cpp, next decode longer by": median["after"] - median["usual"],
     }

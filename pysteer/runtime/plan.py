@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from numbers import Real
-from typing import Literal, TypeAlias
-
-import numpy as np
+from typing import Literal, NamedTuple, TypeAlias
 
 from pysteer import _native
 from pysteer.errors import HookError, SteeringError, quoted
@@ -21,8 +19,7 @@ Key: TypeAlias = tuple[tuple[str, float], ...]
 """Digests of steering vectors with the strengths they are added at, in the order of addition."""
 
 
-@dataclass(frozen=True)
-class CompiledPlan:
+class CompiledPlan(NamedTuple):
     """Exactly what is added where, ready for the native hook.
 
     Attributes:
@@ -39,6 +36,8 @@ class CompiledPlan:
     cache_key: Key
 
 
+_SITES = dict(_native.Site.__members__)
+
 UNSTEERED = CompiledPlan(None, False, (), ())
 
 
@@ -52,6 +51,10 @@ def check_strengths(pack: SteeringPack, steering: Mapping[str, float | str]) -> 
     strengths: dict[str, float] = {}
     for category, strength in steering.items():
         _ = pack[category]
+        if type(strength) is float and math.isfinite(strength):  # nearly always; the rest is slow
+            if strength != 0:
+                strengths[category] = strength
+            continue
         name = quoted(category)
         if isinstance(strength, str) and strength == "auto":
             raise SteeringError(
@@ -99,8 +102,8 @@ def compile_plan(
         vector = pack[category]
         try:
             native.add(
-                getattr(_native.Site, vector.site),
-                np.asarray(vector.layers, np.int32),
+                _SITES[vector.site],
+                vector.layer_indices,
                 vector.matrix,
                 strength,
             )

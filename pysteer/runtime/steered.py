@@ -30,6 +30,7 @@ Steering: TypeAlias = "Mapping[str, float | str] | None"
 
 _RUNS = "steering_runs"  # attribute of a LlamaState: what its tokens were computed under
 
+_PLANS_KEPT = 16  # compiled ones, so that requests that alternate do not compile each time
 _GENERATE = inspect.signature(Llama.generate)
 
 _log = logging.getLogger(__name__)
@@ -82,6 +83,7 @@ class SteeredLlama(HookedLlama):
         else:
             self._pack = SteeringPack.load(pack)
         self._in_force: list[CompiledPlan] = []
+        self._plans: dict[tuple[object, ...], CompiledPlan] = {}
         self._installed = UNSTEERED
         self._ledger = CacheLedger()
         self._last_logits_key = UNSTEERED.key
@@ -131,7 +133,7 @@ class SteeredLlama(HookedLlama):
             return UNSTEERED
         if steering is None:
             return UNSTEERED
-        if not isinstance(steering, Mapping):
+        if type(steering) is not dict and not isinstance(steering, Mapping):
             raise SteeringError(
                 f"steering={steering!r}: give a mapping of category to strength, or None"
             )
@@ -140,13 +142,24 @@ class SteeredLlama(HookedLlama):
         if self._pack is None:
             raise SteeringError("there is nothing to steer with; pass pack= to SteeredLlama")
         self._require_open()
-        return compile_plan(
-            self._pack,
-            check_strengths(self._pack, steering),
-            n_layer=self.n_layer,
-            n_embd=self.n_embd(),
-            mode=self._mode,
-        )
+        # The types belong to the key because True == 1 == 1.0, and True is no strength.
+        key = tuple((name, type(strength), strength) for name, strength in steering.items())
+        try:
+            plan = self._plans.get(key)
+        except TypeError:  # not hashable, hence no number: the check below says which
+            plan = None
+        if plan is None:
+            plan = compile_plan(
+                self._pack,
+                check_strengths(self._pack, steering),
+                n_layer=self.n_layer,
+                n_embd=self._pack.n_embd,
+                mode=self._mode,
+            )
+            if len(self._plans) >= _PLANS_KEPT:
+                self._plans.pop(next(iter(self._plans)))
+            self._plans[key] = plan
+        return plan
 
     def _warn_unsteered(self) -> None:
         if self._pack is not None and not self._warned_unsteered:
