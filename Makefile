@@ -26,7 +26,9 @@ asan: $(VENV)/.dev ## Run the tests with the native part under AddressSanitizer.
 	rm -rf build/asan
 	$(PIP) install --quiet --no-deps --target build/asan \
 	  -C build-dir=build/asan-objects -C cmake.define.PYSTEER_SANITIZE=address .
-	PYTHONPATH=build/asan LD_PRELOAD=$$($${CXX:-c++} -print-file-name=libasan.so) \
+	# libstdc++ beside it, or the sanitizer does not find the real function that throws.
+	PYTHONPATH=build/asan LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) \
+	  $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 PYSTEER_EXPECT_SANITIZER=1 $(BIN)/pytest -m "not slow and not torch"
 
 lint: $(VENV)/.dev ## Check style, types, formatting, and that the native part compiles without warnings.
