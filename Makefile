@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(shell find csrc pysteer -type f ! -name '*.pyc')
+# What an installed .venv depends on: Python files are used where they lie.
+SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/*)
 BENCH_MODEL := build/bench/llama-1.1b-q4_k_m.gguf
 
 .PHONY: demo test test-slow test-all asan lint bench pack clean help
@@ -22,14 +23,19 @@ test-slow: $(VENV)/.dev ## Run the tests that take minutes.
 
 test-all: test test-slow ## Run all tests.
 
+# A second environment, which sees the packages of the first but has pysteer itself from a wheel; and
+# libstdc++ beside the sanitizer, or that does not find the real function that throws. It runs in a
+# folder of its own, so that Python does not take the sources for the package.
 asan: $(VENV)/.dev ## Run the tests with the native part under AddressSanitizer.
 	rm -rf build/asan
-	$(PIP) install --quiet --no-deps --target build/asan \
+	$(BIN)/python -m venv build/asan
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+	  > $$(build/asan/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/first.pth
+	build/asan/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --ignore-installed \
 	  -C build-dir=build/asan-objects -C cmake.define.PYSTEER_SANITIZE=address .
-	# libstdc++ beside it, or the sanitizer does not find the real function that throws.
-	PYTHONPATH=build/asan LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) \
-	  $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 PYSTEER_EXPECT_SANITIZER=1 $(BIN)/pytest -m "not slow and not torch"
+	cd build/asan && LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) \
+	  $$($${CXX:-c++} -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 PYSTEER_EXPECT_SANITIZER=1 \
+	  bin/python -m pytest -c ../../pyproject.toml --rootdir ../.. -m "not slow and not torch" ../../tests
 
 lint: $(VENV)/.dev ## Check style, types, formatting, and that the native part compiles without warnings.
 	$(BIN)/ruff check .
@@ -53,11 +59,11 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.demo: $(SOURCES) | $(VENV)/bin/python
-	$(PIP) install --quiet -c constraints.txt '.[demo]'
+	$(PIP) install --quiet -c constraints.txt -e '.[demo]'
 	@touch $@
 
 $(VENV)/.dev: $(SOURCES) | $(VENV)/bin/python
-	$(PIP) install --quiet -c constraints.txt '.[dev]'
+	$(PIP) install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@ $(VENV)/.demo
 
 clean: ## Remove what was built; keep .venv.
