@@ -57,6 +57,7 @@ def demo(
             TimeRemainingColumn(),
             console=console.err,
             transient=True,
+            disable=not console.err.is_terminal,
         )
         with progress:
             task = progress.add_task("answering twice", total=len(unsafe) + len(harmless))
