@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # What an installed .venv depends on: Python files are used where they lie.
-SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/*)
+SOURCES := Makefile pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/*)
 BENCH_MODEL := build/bench/llama-1.1b-q4_k_m.gguf
 
 .PHONY: demo test test-slow test-all asan lint bench pack clean help
