@@ -80,10 +80,10 @@ class Settings:
     shared_steps: int = 100
     category_steps: int = 25
     learning_rate: float = 0.2
-    batch_size: int = 10
-    everyday_batch_size: int = 8
-    kl_weight: float = 1.5
-    kl_tokens: int = 6
+    batch_size: int = 8
+    everyday_batch_size: int = 4
+    kl_weight: float = 2.0
+    kl_tokens: int = 8
     first_token_weight: float = 12.0
     seed: int = 0
 

@@ -82,6 +82,8 @@ def test_closed_models_refuse_everything(tiny_llama):
     ):
         with pytest.raises(SteeringError, match="closed"):
             call()
+    with pytest.raises(RuntimeError, match="closed"):  # the tensors it would write are freed
+        llm._hook.set_plan(None, False)
 
 
 def test_any_order_of_ends(tiny_llama):

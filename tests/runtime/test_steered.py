@@ -386,6 +386,12 @@ def test_impossible_steering_is_refused_at_the_call(llm, ask, steering, error, m
     assert ask(llm, None)
 
 
+def test_true_is_no_strength_even_where_a_plan_for_1_is_kept(llm):
+    assert complete(llm, {"a": 1.0})
+    with pytest.raises(SteeringError, match="not a number"):
+        complete(llm, {"a": True})
+
+
 def test_without_a_pack_there_is_nothing_to_steer_with(tiny_llama):
     with closing(SteeredLlama(tiny_llama, **ARGUMENTS)) as llm:
         assert complete(llm, None)
@@ -420,6 +426,7 @@ def test_a_control_vector_taken_away_behind_the_back_is_noticed(llm):
     llama_cpp.llama_set_adapter_cvec(llm.ctx, None, 0, N_EMBD, 0, 0)
     with pytest.raises(HookError, match="reached 0 of"):
         complete(llm, {"b": 1.0})
+    assert llm.n_tokens == 0  # nothing goes on from what was computed wrongly
     assert complete(llm, None)
 
 
