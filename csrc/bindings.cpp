@@ -18,12 +18,12 @@ using pysteer::Capture;
 using pysteer::FoundSite;
 using pysteer::Hook;
 using pysteer::Plan;
-using pysteer::Pooling;
 using pysteer::Site;
 using Floats = py::array_t<float, py::array::c_style>;
-using Layers = py::array_t<int32_t, py::array::c_style>;
+using Integers = py::array_t<int32_t, py::array::c_style>;
+using Flags = py::array_t<uint8_t, py::array::c_style>;
 
-void add_to_plan(Plan & plan, Site site, const Layers & layers, const Floats & directions, float strength) {
+void add_to_plan(Plan & plan, Site site, const Integers & layers, const Floats & directions, float strength) {
     if (layers.ndim() != 1 || directions.ndim() != 2 || directions.shape(0) != layers.shape(0) ||
         static_cast<std::size_t>(directions.shape(1)) != plan.n_embd()) {
         throw std::invalid_argument("directions must be (layers, " + std::to_string(plan.n_embd()) + ")");
@@ -32,7 +32,7 @@ void add_to_plan(Plan & plan, Site site, const Layers & layers, const Floats & d
 }
 
 py::object read_capture(const Capture & capture, Site site, std::size_t layer) {
-    Floats out({static_cast<py::ssize_t>(capture.rows_out()), static_cast<py::ssize_t>(capture.n_embd())});
+    Floats out({static_cast<py::ssize_t>(capture.n_slots()), static_cast<py::ssize_t>(capture.n_embd())});
     float * data = out.mutable_data();
     {
         const py::gil_scoped_release release;
@@ -52,11 +52,10 @@ PYBIND11_MODULE(_native, module) {
     module.def("ggml_version", [] { return std::string(pysteer::abi().ggml_version()); });
     module.attr("callback_address") = reinterpret_cast<std::uintptr_t>(&Hook::callback);
 
-    py::enum_<Site>(module, "Site").value("residual", Site::residual).value("attention", Site::attention);
-    py::enum_<Pooling>(module, "Pooling")
-        .value("last", Pooling::last)
-        .value("mean", Pooling::mean)
-        .value("all", Pooling::all);
+    py::enum_<Site>(module, "Site")
+        .value("residual", Site::residual)
+        .value("attention", Site::attention)
+        .value("mlp", Site::mlp);
 
     py::class_<FoundSite>(module, "FoundSite")
         .def_readonly("site", &FoundSite::site)
@@ -68,7 +67,9 @@ PYBIND11_MODULE(_native, module) {
     py::class_<Plan, std::shared_ptr<Plan>>(module, "Plan")
         .def(py::init<std::size_t, std::size_t>(), py::arg("n_layer"), py::arg("n_embd"))
         .def("add", &add_to_plan, py::arg("site"), py::arg("layers").noconvert(), py::arg("directions").noconvert(),
-             py::arg("strength"))
+             py::arg("strength"), py::keep_alive<1, 4>())
+        .def("check_finite", &Plan::check_finite)
+        .def("keep_sums", &Plan::keep_sums)
         .def_property_readonly("fits_resident", &Plan::fits_resident)
         .def_property_readonly("empty", &Plan::empty);
 
@@ -89,13 +90,14 @@ PYBIND11_MODULE(_native, module) {
         .def("abandon_decode", &Hook::abandon_decode)
         .def(
             "begin_capture",
-            [](Hook & hook, std::vector<uint8_t> wanted, Pooling pooling, std::size_t n_layer, std::size_t n_embd,
-               int64_t n_tokens, int64_t start, int64_t stop) {
-                hook.begin_capture(
-                    std::make_unique<Capture>(n_layer, n_embd, std::move(wanted), pooling, n_tokens, start, stop));
+            [](Hook & hook, const Flags & wanted, const Integers & slots, std::size_t n_slots, std::size_t n_layer,
+               std::size_t n_embd) {
+                hook.begin_capture(std::make_unique<Capture>(
+                    n_layer, n_embd, std::vector<uint8_t>(wanted.data(), wanted.data() + wanted.size()),
+                    std::vector<int32_t>(slots.data(), slots.data() + slots.size()), n_slots));
             },
-            py::kw_only(), py::arg("wanted"), py::arg("pooling"), py::arg("n_layer"), py::arg("n_embd"),
-            py::arg("n_tokens"), py::arg("start"), py::arg("stop"))
+            py::kw_only(), py::arg("wanted").noconvert(), py::arg("slots").noconvert(), py::arg("n_slots"),
+            py::arg("n_layer"), py::arg("n_embd"))
         .def("end_capture", &Hook::end_capture)
         .def("detach", &Hook::detach);
 }

@@ -1,6 +1,5 @@
 #include "capture.hpp"
 
-#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -8,74 +7,68 @@
 
 namespace pysteer {
 
-Capture::Capture(std::size_t n_layer, std::size_t n_embd, std::vector<uint8_t> wanted, Pooling pooling,
-                 int64_t n_tokens, int64_t start, int64_t stop)
-    : n_layer_(n_layer), n_embd_(n_embd), pooling_(pooling), start_(start), stop_(stop) {
-    if (start < 0 || stop > n_tokens || start >= stop) {
-        throw std::invalid_argument("the token range [" + std::to_string(start) + ", " + std::to_string(stop) +
-                                    ") is empty or outside the " + std::to_string(n_tokens) + " tokens given");
-    }
+Capture::Capture(std::size_t n_layer, std::size_t n_embd, std::vector<uint8_t> wanted, std::vector<int32_t> slots,
+                 std::size_t n_slots)
+    : n_layer_(n_layer), n_embd_(n_embd), slots_(std::move(slots)) {
     if (wanted.size() != n_sites * n_layer) {
         throw std::invalid_argument("one flag per site and layer expected");
     }
+    expected_.assign(n_slots, 0);
+    for (const int32_t slot : slots_) {
+        if (slot >= 0 && static_cast<std::size_t>(slot) >= n_slots) {
+            throw std::invalid_argument("there is no slot " + std::to_string(slot));
+        }
+        if (slot >= 0) {
+            ++expected_[static_cast<std::size_t>(slot)];
+        }
+    }
+    for (const int64_t tokens : expected_) {
+        if (tokens == 0) {
+            throw std::invalid_argument("a slot without tokens has no mean");
+        }
+    }
     std::size_t count = 0;
-    slots_.reserve(wanted.size());
-    for (const uint8_t flag : wanted) {
-        slots_.push_back(flag != 0 ? static_cast<int32_t>(count++) : -1);
+    indices_.assign(wanted.size(), -1);
+    for (std::size_t layer = 0; layer < n_layer; ++layer) {
+        for (const Site site : {Site::attention, Site::mlp, Site::residual}) {  // as the graph computes them
+            const std::size_t at = static_cast<std::size_t>(site) * n_layer + layer;
+            if (wanted[at] != 0) {
+                indices_[at] = static_cast<int32_t>(count++);
+                last_site_ = site;
+                last_layer_ = layer;
+            }
+        }
     }
-    if (pooling == Pooling::mean) {
-        sums_.assign(count * n_embd, 0.0);
-    } else {
-        rows_.assign(count * rows_out() * n_embd, 0.0f);
-    }
-    seen_.assign(count, 0);
-}
-
-std::size_t Capture::rows_out() const noexcept {
-    return pooling_ == Pooling::all ? static_cast<std::size_t>(stop_ - start_) : 1;
+    sums_.assign(count * n_slots * n_embd, 0.0);
+    seen_.assign(count * n_slots, 0);
 }
 
 void Capture::put(Site site, std::size_t layer, int64_t token, const float * row) noexcept {
-    const int32_t index = slot(site, layer);
-    if (index < 0 || token < start_ || token >= stop_) {
+    const int32_t at = index(site, layer);
+    const auto number = static_cast<std::size_t>(token);
+    if (at < 0 || number >= slots_.size() || slots_[number] < 0) {
         return;
     }
-    const auto at = static_cast<std::size_t>(index);
-    ++seen_[at];
-    switch (pooling_) {
-        case Pooling::mean:
-            accumulate(sums_.data() + at * n_embd_, row, n_embd_);
-            break;
-        case Pooling::last:
-            if (token == stop_ - 1) {
-                std::memcpy(rows_.data() + at * n_embd_, row, n_embd_ * sizeof(float));
-            }
-            break;
-        case Pooling::all:
-            std::memcpy(rows_.data() + (at * rows_out() + static_cast<std::size_t>(token - start_)) * n_embd_, row,
-                        n_embd_ * sizeof(float));
-            break;
-    }
+    const std::size_t mean = static_cast<std::size_t>(at) * n_slots() + static_cast<std::size_t>(slots_[number]);
+    ++seen_[mean];
+    accumulate(sums_.data() + mean * n_embd_, row, n_embd_);
 }
 
 void Capture::read(Site site, std::size_t layer, float * out) const {
-    const int32_t index = slot(site, layer);
-    if (index < 0) {
+    const int32_t at = index(site, layer);
+    if (at < 0) {
         throw std::runtime_error("nothing was captured at layer " + std::to_string(layer));
     }
-    const auto at = static_cast<std::size_t>(index);
-    if (seen_[at] != stop_ - start_) {
-        throw std::runtime_error("saw " + std::to_string(seen_[at]) + " of " + std::to_string(stop_ - start_) +
-                                 " rows at site " + site_name(site) + ", layer " + std::to_string(layer));
-    }
-    if (pooling_ == Pooling::mean) {
-        const double scale = 1.0 / static_cast<double>(stop_ - start_);
-        for (std::size_t i = 0; i < n_embd_; ++i) {
-            out[i] = static_cast<float>(sums_[at * n_embd_ + i] * scale);
+    for (std::size_t slot = 0; slot < n_slots(); ++slot) {
+        const std::size_t mean = static_cast<std::size_t>(at) * n_slots() + slot;
+        if (seen_[mean] != expected_[slot]) {
+            throw std::runtime_error("saw " + std::to_string(seen_[mean]) + " of " + std::to_string(expected_[slot]) +
+                                     " rows at site " + site_name(site) + ", layer " + std::to_string(layer));
         }
-    } else {
-        const std::size_t size = rows_out() * n_embd_;
-        std::memcpy(out, rows_.data() + at * size, size * sizeof(float));
+        const double scale = 1.0 / static_cast<double>(expected_[slot]);
+        for (std::size_t i = 0; i < n_embd_; ++i) {
+            out[slot * n_embd_ + i] = static_cast<float>(sums_[mean * n_embd_ + i] * scale);
+        }
     }
 }
 

@@ -59,7 +59,7 @@ bool Hook::callback(Tensor * node, bool ask, void * self) noexcept {
         if (ask) {
             return hook.wants(node);
         }
-        hook.visit(node);
+        return hook.visit(node);
     } catch (const std::exception & error) {
         hook.fail(error.what());
     } catch (...) {
@@ -141,9 +141,12 @@ void Hook::set_plan(std::shared_ptr<const Plan> plan, bool resident) {
         if (resident && !plan->fits_resident()) {
             throw std::invalid_argument("llama.cpp's control vector holds the residual of layers >= 1 only");
         }
-        for (const Site site : {Site::residual, Site::attention}) {
+        if (!resident && !plan->fits_hooked()) {
+            throw std::invalid_argument("the plan has not kept its sums, which the hooked way adds");
+        }
+        for (const Site site : all_sites) {
             for (std::size_t layer = 0; layer < n_layer_; ++layer) {
-                if (plan->direction(site, layer) != nullptr) {
+                if (plan->acts(site, layer)) {
                     require_site(site, layer, !resident);
                 }
             }
@@ -160,17 +163,19 @@ void Hook::write_resident(const Plan * plan) {
         if (tensor == nullptr) {
             continue;
         }
-        const float * direction = plan != nullptr ? plan->direction(Site::residual, layer) : nullptr;
-        if (direction != nullptr || resident_written_[layer]) {
-            abi().ggml_backend_tensor_set(tensor, direction != nullptr ? direction : zeros_.data(), 0,
-                                          n_embd_ * sizeof(float));
-            resident_written_[layer] = direction != nullptr;
+        const bool acts = plan != nullptr && plan->acts(Site::residual, layer);
+        if (acts) {
+            plan->sum(Site::residual, layer, row_.data());
+        }
+        if (acts || resident_written_[layer]) {
+            abi().ggml_backend_tensor_set(tensor, acts ? row_.data() : zeros_.data(), 0, n_embd_ * sizeof(float));
+            resident_written_[layer] = acts;
         }
     }
 }
 
 bool Hook::steers(Site site, std::size_t layer) const noexcept {
-    return plan_ && plan_->direction(site, layer) != nullptr;
+    return plan_ && plan_->acts(site, layer);
 }
 
 bool Hook::captures(Site site, std::size_t layer) const noexcept {
@@ -207,13 +212,13 @@ void Hook::end_decode(int64_t tokens_decoded) {
     if (!plan_ || tokens_decoded == 0) {
         return;
     }
-    for (const Site site : {Site::residual, Site::attention}) {
+    for (const Site site : all_sites) {
         for (std::size_t layer = 0; layer < n_layer_; ++layer) {
             if (!steers(site, layer)) {
                 continue;
             }
-            // Of the last block's output llama.cpp computes only the rows whose logits were asked for.
-            const bool last = site == Site::residual && layer + 1 == n_layer_;
+            // After the last block's attention llama.cpp keeps only the rows whose logits were asked for.
+            const bool last = site != Site::attention && layer + 1 == n_layer_;
             const int64_t rows = steered_rows(site, layer);
             if (rows < (last ? 1 : tokens_decoded)) {
                 throw std::runtime_error("steering reached " + std::to_string(rows) + " of " +
@@ -229,8 +234,8 @@ bool Hook::wants(Tensor * node) {
         return false;
     }
     const bool residual = (plan_ && plan_->uses(Site::residual)) || capture_;
-    const bool attention = (plan_ && plan_->uses(Site::attention)) || capture_;
-    if (!residual && !attention) {
+    const bool product = (plan_ && (plan_->uses(Site::attention) || plan_->uses(Site::mlp))) || capture_;
+    if (!residual && !product) {
         return false;
     }
     int32_t layer = residual ? sites_->residual_layer(node) : -1;
@@ -245,26 +250,25 @@ bool Hook::wants(Tensor * node) {
         }
         return steers(Site::residual, at) || captures(Site::residual, at);
     }
-    layer = attention ? sites_->attention_layer(node) : -1;
-    return layer >= 0 && (steers(Site::attention, static_cast<std::size_t>(layer)) ||
-                          captures(Site::attention, static_cast<std::size_t>(layer)));
+    const SiteMap::Place place = product ? sites_->product_place(node) : SiteMap::Place{};
+    const auto at = static_cast<std::size_t>(place.layer);
+    return place.layer >= 0 && (steers(place.site, at) || captures(place.site, at));
 }
 
-void Hook::visit(const Tensor * node) {
-    Site site = Site::residual;
-    int32_t found = sites_->residual_layer(node);
-    if (found < 0) {
-        site = Site::attention;
-        found = sites_->attention_layer(node);
+bool Hook::visit(const Tensor * node) {
+    SiteMap::Place found{Site::residual, sites_->residual_layer(node)};
+    if (found.layer < 0) {
+        found = sites_->product_place(node);
     }
-    if (found < 0) {
-        return;
+    if (found.layer >= 0 && abi().ggml_nrows(node) > 0) {
+        treat(node, found.site, static_cast<std::size_t>(found.layer));
     }
-    const auto layer = static_cast<std::size_t>(found);
+    return plan_ || !capture_ || found.layer < 0 ||
+           !capture_->ends_at(found.site, static_cast<std::size_t>(found.layer));
+}
+
+void Hook::treat(const Tensor * node, Site site, std::size_t layer) {
     const int64_t rows = abi().ggml_nrows(node);
-    if (rows == 0) {
-        return;
-    }
     const RowAccess access(node);
     void * buffer = node->buffer != nullptr || node->view_src == nullptr ? node->buffer : node->view_src->buffer;
     if (buffer == nullptr || !abi().ggml_backend_buffer_is_host(buffer)) {
@@ -311,7 +315,7 @@ void Hook::begin_capture(std::unique_ptr<Capture> capture) {
     if (capture->n_embd() != n_embd_) {
         throw std::invalid_argument("the capture is for another model");
     }
-    for (const Site site : {Site::residual, Site::attention}) {
+    for (const Site site : all_sites) {
         for (std::size_t layer = 0; layer < n_layer_; ++layer) {
             if (capture->wants(site, layer)) {
                 require_site(site, layer, true);

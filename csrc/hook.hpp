@@ -55,7 +55,9 @@ class Hook {
     // Ends the bracket without checks, after a decode that failed.
     void abandon_decode() noexcept;
 
-    // From now until end_capture(), decodes are captured. Same exceptions as set_plan().
+    // From now until end_capture(), decodes are captured, and without a plan each graph ends with the last site that
+    // the capture wants: whatever is computed from it, logits among it, is then left undefined. Same exceptions as
+    // set_plan().
     void begin_capture(std::unique_ptr<Capture> capture);
     std::unique_ptr<Capture> end_capture();
 
@@ -64,7 +66,9 @@ class Hook {
 
   private:
     bool wants(Tensor * node);
-    void visit(const Tensor * node);
+    // Steers and captures; returns whether the graph has anything left that is wanted.
+    bool visit(const Tensor * node);
+    void treat(const Tensor * node, Site site, std::size_t layer);
     void require_idle(const char * what) const;
     void require_site(Site site, std::size_t layer, bool must_be_on_host) const;
     void fail(const std::string & message) noexcept;

@@ -18,40 +18,52 @@ const char * read_index(const char * text, int32_t & value) noexcept {
     return at == text ? nullptr : at;
 }
 
-// N if the name is blk.N.attn_output.<rest>, else -1; an empty `rest` accepts any (weight, bias, scale, LoRA).
-int32_t attention_output_layer(const Tensor * weight, const char * rest) noexcept {
-    constexpr const char * middle = ".attn_output.";
+struct WeightName {
+    Site site;
+    const char * middle;
+};
+constexpr std::array<WeightName, 2> weight_names = {{{Site::attention, ".attn_output."}, {Site::mlp, ".ffn_down."}}};
+
+// Whose weight it is, by the name blk.N.attn_output.<rest> and the like; an empty `rest` accepts any (weight, bias,
+// scale, LoRA).
+SiteMap::Place weight_place(const Tensor * weight, const char * rest) noexcept {
     if (weight == nullptr || std::strncmp(weight->name, "blk.", 4) != 0) {
-        return -1;
+        return {};
     }
     int32_t layer = -1;
     const char * after = read_index(weight->name + 4, layer);
-    if (after == nullptr || std::strncmp(after, middle, std::strlen(middle)) != 0) {
-        return -1;
+    if (after == nullptr) {
+        return {};
     }
-    after += std::strlen(middle);
-    return *rest == '\0' || std::strcmp(after, rest) == 0 ? layer : -1;
+    for (const WeightName & name : weight_names) {
+        const std::size_t length = std::strlen(name.middle);
+        if (std::strncmp(after, name.middle, length) == 0 &&
+            (*rest == '\0' || std::strcmp(after + length, rest) == 0)) {
+            return {name.site, layer};
+        }
+    }
+    return {};
 }
 
-// N if the node is the matrix product with blk.N.attn_output.weight, else -1.
-int32_t projection_layer(const Tensor * node) noexcept {
-    return node->op == abi().op_mul_mat ? attention_output_layer(node->src[0], "weight") : -1;
+// Whose matrix product with the weight the node is.
+SiteMap::Place multiplied(const Tensor * node) noexcept {
+    return node->op == abi().op_mul_mat ? weight_place(node->src[0], "weight") : SiteMap::Place{};
 }
 
-// Whether the node still computes the projection's output from its first source: a scale, a LoRA term or a bias.
-bool continues_projection(const Tensor * node) noexcept {
+// Whether the node still computes the product's result from its first source: a scale, a LoRA term or a bias.
+bool continues(const Tensor * node) noexcept {
     const Abi & api = abi();
     if ((node->op != api.op_add && node->op != api.op_mul) || node->src[1] == nullptr) {
         return false;
     }
     const Tensor * term = node->src[1];
-    if (attention_output_layer(term, "") >= 0) {
+    if (weight_place(term, "").layer >= 0) {
         return true;
     }
     if (term->op == api.op_scale && term->src[0] != nullptr) {  // LoRA: scale(B (A x)), B named after the weight
         term = term->src[0];
     }
-    return term->op == api.op_mul_mat && attention_output_layer(term->src[0], "") >= 0 && projection_layer(term) < 0;
+    return term->op == api.op_mul_mat && weight_place(term->src[0], "").layer >= 0 && multiplied(term).layer < 0;
 }
 
 }  // namespace
@@ -71,8 +83,8 @@ void SiteMap::record(Tensor * tensor) {
     node.on_host = buffer != nullptr && api.ggml_backend_buffer_is_host(buffer);
     node.backend = buffer != nullptr ? api.ggml_backend_buffer_name(buffer) : "no";
     node.first_source = tensor->src[0];
-    node.projection_layer = projection_layer(tensor);
-    node.continues_projection = continues_projection(tensor);
+    node.product = multiplied(tensor);
+    node.continues_product = continues(tensor);
     node.vector_layer = -1;
     // A control-vector tensor is a leaf of the model's width; its content says whose it is.
     Tensor * vector = tensor->src[1];
@@ -94,7 +106,7 @@ void SiteMap::record(Tensor * tensor) {
 
 void SiteMap::learn() {
     learn_residual();
-    learn_attention();
+    learn_products();
     nodes_.clear();
     nodes_.shrink_to_fit();
 }
@@ -146,10 +158,12 @@ void SiteMap::learn_residual() {
     }
 }
 
-void SiteMap::learn_attention() {
-    attention_depth_.assign(n_layer_, -1);
+void SiteMap::learn_products() {
+    for (auto & depths : depth_) {
+        depths.assign(n_layer_, -1);
+    }
     for (const Node & product : nodes_) {
-        const int32_t layer = product.projection_layer;
+        const int32_t layer = product.product.layer;
         if (layer < 0 || static_cast<std::size_t>(layer) >= n_layer_ ||
             static_cast<std::size_t>(product.width) != n_embd_) {
             continue;
@@ -157,14 +171,15 @@ void SiteMap::learn_attention() {
         const Node * last = &product;
         int32_t depth = 0;
         for (const Node & node : nodes_) {  // in graph order, so one pass follows the whole chain
-            if (node.continues_projection && node.first_source == last->tensor) {
+            if (node.continues_product && node.first_source == last->tensor) {
                 last = &node;
                 ++depth;
             }
         }
-        attention_depth_[static_cast<std::size_t>(layer)] = depth;
-        deepest_attention_ = depth > deepest_attention_ ? depth : deepest_attention_;
-        add_found(Site::attention, layer, *last);
+        const Site site = product.product.site;
+        depth_[static_cast<std::size_t>(site)][static_cast<std::size_t>(layer)] = depth;
+        deepest_ = depth > deepest_ ? depth : deepest_;
+        add_found(site, layer, *last);
     }
 }
 
@@ -187,18 +202,19 @@ int32_t SiteMap::residual_layer(const Tensor * node) const noexcept {
     return rest != nullptr && *rest == '\0' && static_cast<std::size_t>(layer) < n_layer_ ? layer : -1;
 }
 
-int32_t SiteMap::attention_layer(const Tensor * node) const noexcept {
-    for (int32_t depth = 0; depth <= deepest_attention_ && node != nullptr; ++depth, node = node->src[0]) {
-        const int32_t layer = projection_layer(node);
-        if (layer >= 0) {
-            const bool known = static_cast<std::size_t>(layer) < n_layer_;
-            return known && attention_depth_[static_cast<std::size_t>(layer)] == depth ? layer : -1;
+SiteMap::Place SiteMap::product_place(const Tensor * node) const noexcept {
+    for (int32_t depth = 0; depth <= deepest_ && node != nullptr; ++depth, node = node->src[0]) {
+        const Place place = multiplied(node);
+        if (place.layer >= 0) {
+            const auto & depths = depth_[static_cast<std::size_t>(place.site)];
+            const bool known = static_cast<std::size_t>(place.layer) < n_layer_;
+            return known && depths[static_cast<std::size_t>(place.layer)] == depth ? place : Place{};
         }
-        if (!continues_projection(node)) {
-            return -1;
+        if (!continues(node)) {
+            return {};
         }
     }
-    return -1;
+    return {};
 }
 
 }  // namespace pysteer

@@ -1,5 +1,4 @@
 import enum
-from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -11,11 +10,7 @@ class NotOnHost(NotImplementedError): ...
 class Site(enum.Enum):
     residual = 0
     attention = 1
-
-class Pooling(enum.Enum):
-    last = 0
-    mean = 1
-    all = 2
+    mlp = 2
 
 class FoundSite:
     site: Site
@@ -33,6 +28,8 @@ class Plan:
         directions: npt.NDArray[np.float32],
         strength: float,
     ) -> None: ...
+    def check_finite(self) -> None: ...
+    def keep_sums(self) -> None: ...
     @property
     def fits_resident(self) -> bool: ...
     @property
@@ -56,13 +53,11 @@ class Hook:
     def begin_capture(
         self,
         *,
-        wanted: Sequence[int],
-        pooling: Pooling,
+        wanted: npt.NDArray[np.uint8],
+        slots: npt.NDArray[np.int32],
+        n_slots: int,
         n_layer: int,
         n_embd: int,
-        n_tokens: int,
-        start: int,
-        stop: int,
     ) -> None: ...
     def end_capture(self) -> Capture: ...
     def detach(self) -> None: ...

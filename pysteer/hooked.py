@@ -80,14 +80,26 @@ class HookedLlama(llama_cpp.Llama):
     Takes every argument of `llama_cpp.Llama`. Safe to create from several threads at once. One
     instance serves one thread at a time; `close()` from another thread waits for the running step.
 
+    Args:
+        model_path: a GGUF model.
+        max_sequences: how many sequences `capture_means` can decode in one batch.
+        **llama_arguments: everything that `llama_cpp.Llama` takes.
+
     Raises:
-        HookError: the llama.cpp or the model cannot be hooked.
+        HookError: the llama.cpp or the model cannot be hooked, or not with so many sequences.
     """
 
-    def __init__(self, model_path: str | os.PathLike[str], **llama_arguments: Any) -> None:
+    def __init__(
+        self,
+        model_path: str | os.PathLike[str],
+        *,
+        max_sequences: int = 1,
+        **llama_arguments: Any,
+    ) -> None:
         if llama_arguments.get("vocab_only"):
             raise HookError("a model without weights (vocab_only) has nothing to hook")
         load_native()
+        self._max_sequences = max_sequences
         self._hook = _native.Hook()
         self._step_lock = threading.RLock()
         self._closed = False
@@ -96,6 +108,9 @@ class HookedLlama(llama_cpp.Llama):
         setattr(self._ctx, "_pysteer_hook", self._hook)  # noqa: B010
         self._n_layer = int(llama_cpp.llama_model_n_layer(self._model.model))
         try:
+            if max_sequences > 1 and (self._is_recurrent or self._is_hybrid):
+                # llama.cpp orders the rows of their batches by sequence, not as they came.
+                raise HookError("recurrent and hybrid models are captured one sequence at a time")
             self._probe()
         except BaseException:
             self.close()
@@ -113,12 +128,20 @@ class HookedLlama(llama_cpp.Llama):
     def context_params(self, params: llama_cpp.llama_context_params) -> None:
         params.cb_eval = llama_cpp.ggml_backend_sched_eval_callback(_native.callback_address)
         params.cb_eval_user_data = ctypes.c_void_p(self._hook.address)
+        if self._max_sequences > 1:
+            params.n_seq_max = self._max_sequences
+            params.kv_unified = True  # rows then come in the order of the batch
         self._context_params = params
 
     @property
     def n_layer(self) -> int:
         """Number of blocks."""
         return self._n_layer
+
+    @property
+    def max_sequences(self) -> int:
+        """How many sequences `capture_means` can decode in one batch."""
+        return self._max_sequences
 
     @property
     def base_model(self) -> BaseModel:
@@ -218,11 +241,12 @@ class HookedLlama(llama_cpp.Llama):
         """Activations of a prompt, as the rest of the model sees them.
 
         Starts from an empty context and leaves an empty one. Pooling happens natively while the
-        prompt is decoded, without the GIL.
+        prompt is decoded, without the GIL; what the model computes after the last site wanted is
+        skipped.
 
         Args:
             tokens: the prompt, at most n_ctx tokens.
-            sites: of "residual" and "attention".
+            sites: of "residual", "attention" and "mlp".
             layers: block indices; None is every layer that has the site.
             pool: "last" token of the span, "mean" over it (summed in float64), or "all" its rows.
             span: token range [start, stop); None is the whole prompt.
@@ -237,51 +261,111 @@ class HookedLlama(llama_cpp.Llama):
             NotImplementedError: the activations are not in host memory.
         """
         tokens = list(tokens)
-        wanted = self._wanted(sites, layers)
-        if not 0 < len(tokens) <= self.n_ctx():
-            raise SteeringError(
-                f"cannot capture {len(tokens)} tokens: between 1 and n_ctx={self.n_ctx()} fit"
-            )
-        if pool not in _native.Pooling.__members__:
-            raise SteeringError(
-                f"unknown pooling {pool!r}; use {', '.join(_native.Pooling.__members__)}"
-            )
         start, stop = span if span is not None else (0, len(tokens))
+        slots = np.full(len(tokens), -1, np.int32)
+        if tokens and not 0 <= start < stop <= len(tokens):
+            raise SteeringError(
+                f"the token range [{start}, {stop}) is empty or outside the {len(tokens)} tokens"
+            )
+        if pool == "last":
+            slots[stop - 1 : stop] = 0
+        elif pool == "mean":
+            slots[start:stop] = 0
+        elif pool == "all":
+            slots[start:stop] = np.arange(stop - start)
+        else:
+            raise SteeringError(f"unknown pooling {pool!r}; use last, mean, all")
+        rows = self._capture([tokens], slots, self._wanted(sites, layers))
+        if pool == "all":
+            return rows
+        return {site: {i: row[0] for i, row in found.items()} for site, found in rows.items()}
+
+    def capture_means(
+        self,
+        sequences: Sequence[Sequence[int]],
+        spans: Sequence[tuple[int, int]],
+        *,
+        sites: Iterable[str] = ("residual",),
+        layers: Iterable[int] | None = None,
+    ) -> dict[str, dict[int, npt.NDArray[np.float32]]]:
+        """Mean activations over a span of each of several sequences, decoded as one batch.
+
+        Args:
+            sequences: token sequences, each for itself from position 0; at most `max_sequences` of
+                them, together at most n_batch tokens (one alone: n_ctx).
+            spans: for each sequence a token range [start, stop).
+            sites: of "residual", "attention" and "mlp".
+            layers: block indices; None is every layer that has the site.
+
+        Returns:
+            site to layer to float32 array of shape (len(sequences), n_embd).
+
+        Raises:
+            SteeringError: as `capture`, or more sequences or tokens than fit.
+            NotImplementedError: the activations are not in host memory.
+        """
+        if not 0 < len(sequences) <= self._max_sequences:
+            raise SteeringError(
+                f"cannot capture {len(sequences)} sequences at once: between 1 and "
+                f"max_sequences={self._max_sequences}"
+            )
+        slots: list[int] = []
+        for number, (tokens, (start, stop)) in enumerate(zip(sequences, spans, strict=True)):
+            if not 0 <= start < stop <= len(tokens):
+                raise SteeringError(
+                    f"the token range [{start}, {stop}) is empty or outside the {len(tokens)} "
+                    f"tokens of sequence {number}"
+                )
+            slots += [number if start <= at < stop else -1 for at in range(len(tokens))]
+        return self._capture(sequences, np.array(slots, np.int32), self._wanted(sites, layers))
+
+    def _capture(
+        self,
+        sequences: Sequence[Sequence[int]],
+        slots: npt.NDArray[np.int32],
+        wanted: Mapping[str, list[int]],
+    ) -> dict[str, dict[int, npt.NDArray[np.float32]]]:
+        """Means of the tokens that share a slot; site to layer to (slots, n_embd)."""
+        limit = self.n_ctx() if len(sequences) == 1 else self.n_batch
+        if not 0 < len(slots) <= limit:
+            raise SteeringError(
+                f"cannot capture {len(slots)} tokens: between 1 and {limit} fit "
+                f"(n_ctx={self.n_ctx()}, n_batch={self.n_batch})"
+            )
         flags = np.zeros((len(SITES), self.n_layer), np.uint8)
         for site, chosen in wanted.items():
             flags[SITES.index(site), chosen] = 1
+        # After the last block's attention llama.cpp keeps only the rows whose logits are asked for.
+        every_row = any(
+            site != "attention" and self.n_layer - 1 in chosen for site, chosen in wanted.items()
+        )
         with self._step_lock:
             self._require_open()
             try:
                 self._hook.begin_capture(
-                    wanted=flags.reshape(-1).tolist(),
-                    pooling=_native.Pooling.__members__[pool],
+                    wanted=flags.reshape(-1),
+                    slots=slots,
+                    n_slots=int(slots.max()) + 1,
                     n_layer=self.n_layer,
                     n_embd=self.n_embd(),
-                    n_tokens=len(tokens),
-                    start=start,
-                    stop=stop,
                 )
             except _native.NotOnHost:
                 raise
             except ValueError as error:
                 raise SteeringError(str(error)) from None
             try:
-                self._decode_prompt(tokens)
+                self._decode_sequences(sequences, every_row=every_row)
             finally:
                 captured = self._hook.end_capture()
                 self._ctx.kv_cache_clear()
                 self.reset()
             try:
-                rows = {
+                return {
                     site: {i: captured.read(getattr(_native.Site, site), i) for i in chosen}
                     for site, chosen in wanted.items()
                 }
             except RuntimeError as error:
                 raise HookError(f"capture is incomplete: {error}") from None
-        if pool == "all":
-            return rows
-        return {site: {i: row[0] for i, row in found.items()} for site, found in rows.items()}
 
     def _wanted(
         self, sites: Iterable[str], layers: Iterable[int] | None
@@ -302,15 +386,25 @@ class HookedLlama(llama_cpp.Llama):
             raise SteeringError("nothing to capture: name at least one site and one layer")
         return wanted
 
-    def _decode_prompt(self, tokens: list[int]) -> None:
-        """Decode from an empty context, asking for every row: at the last layer llama.cpp computes
-        only those whose logits are asked for."""
+    def _decode_sequences(self, sequences: Sequence[Sequence[int]], *, every_row: bool) -> None:
+        """Decode from an empty context: several sequences as one batch, or one as many as needed.
+
+        The logits are left undefined.
+        """
         self._ctx.kv_cache_clear()
         self.n_tokens = 0
         with self._decoding():
+            if len(sequences) > 1:
+                self._batch.reset()
+                for number, tokens in enumerate(sequences):
+                    self._batch.add_sequence(list(tokens), number, every_row)
+                self._ctx.decode(self._batch)
+                self.n_tokens = sum(map(len, sequences))
+                return
+            tokens = list(sequences[0])
             for at in range(0, len(tokens), self.n_batch):
                 part = tokens[at : at + self.n_batch]
-                self._batch.set_batch(batch=part, n_past=at, logits_all=True)
+                self._batch.set_batch(batch=part, n_past=at, logits_all=every_row)
                 self._ctx.decode(self._batch)
                 self.n_tokens += len(part)
 

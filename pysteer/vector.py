@@ -20,7 +20,7 @@ from pysteer.formats import gguf
 if TYPE_CHECKING:
     import os
 
-SITES = ("residual", "attention")
+SITES = ("residual", "attention", "mlp")
 MAX_LAYER = 999_999
 
 
@@ -35,7 +35,7 @@ class SteeringVector:
             `model.layers[N]`) to direction, shape (n_embd,), any real dtype; stored as float32 in
             the units of the model's activations, so that strength 1.0 adds exactly this.
         site: where in a block: "residual" (block output) or "attention" (attention output after
-            its projection).
+            its projection), or "mlp" (output of the feed-forward part after its projection).
 
     Raises:
         SteeringError: no layers, a layer that is no index, an unknown site, differing widths, or
@@ -88,6 +88,11 @@ class SteeringVector:
     def layer_indices(self) -> npt.NDArray[np.int32]:
         """The layers as an array, shape (len(layers),), for the native part."""
         return np.asarray(self._layers, np.int32)
+
+    @cached_property
+    def peak(self) -> float:
+        """The largest absolute value of all directions."""
+        return float(np.abs(self._matrix).max())
 
     @cached_property
     def digest(self) -> str:

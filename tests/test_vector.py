@@ -161,7 +161,7 @@ def test_bad_directions_are_refused_and_named(directions, words):
         SteeringVector(directions)
 
 
-@pytest.mark.parametrize("site", ["mlp", "", "Residual", None, 0])
+@pytest.mark.parametrize("site", ["ffn", "", "Residual", None, 0])
 def test_unknown_sites_are_refused(site):
     with pytest.raises(SteeringError, match="residual, attention"):
         SteeringVector({1: [1.0]}, site=site)

@@ -3,9 +3,10 @@
 Every round measures every variant once, in an order that changes from round to round, so that
 whatever else the machine does meets all of them alike. The steered variants add a direction at
 every layer that llama.cpp's control vector reaches; one SteeredLlama serves them all, so that they
-differ in nothing but the way in.
+differ in nothing but the way in. Where a context happens to lie in memory makes a difference of a
+few percent; so there are two sets of contexts, which take turns.
 
-usage: python tools/bench_hook.py MODEL.gguf [--rounds 9] [--decode 24] [--prompt 512] [--json]
+usage: python tools/bench_hook.py MODEL.gguf [--rounds 10] [--decode 24] [--prompt 512] [--json]
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeAlias, TypeVar
 
 import llama_cpp
 import numpy as np
@@ -36,9 +37,13 @@ RESIDENT = "SteeredLlama, resident, all layers"
 HOOKED = "SteeredLlama, hooked, all layers"
 
 
+Model = TypeVar("Model", bound=llama_cpp.Llama)
+Variants: TypeAlias = dict[str, tuple[llama_cpp.Llama, object]]
+
+
 def main(
     model: Path,
-    rounds: int = 9,
+    rounds: int = 10,
     decode: int = 24,
     prompt: int = 512,
     threads: int = os.cpu_count() or 1,
@@ -53,33 +58,38 @@ def main(
     }
     with ExitStack() as stack:
 
-        def opened(llm: llama_cpp.Llama) -> llama_cpp.Llama:
+        def opened(llm: Model) -> Model:
             return stack.enter_context(closing(llm))
 
-        plain = opened(llama_cpp.Llama(str(model), **arguments))
-        native = opened(llama_cpp.Llama(str(model), **arguments))
-        n_layer = llama_cpp.llama_model_n_layer(plain.model)
-        n_embd, n_vocab = plain.n_embd(), plain.n_vocab()
+        plain = [opened(llama_cpp.Llama(str(model), **arguments))]
+        native = [opened(llama_cpp.Llama(str(model), **arguments))]
+        n_layer = llama_cpp.llama_model_n_layer(plain[0].model)
+        n_embd, n_vocab = plain[0].n_embd(), plain[0].n_vocab()
         rng = np.random.default_rng(0)
         vector = SteeringVector({i: 0.01 * rng.standard_normal(n_embd) for i in range(1, n_layer)})
         pack = SteeringPack({"c": vector, "d": -vector})
-        steered = SteeredLlama(str(model), pack=pack, **arguments)
-        opened(steered)
-        set_native_control_vector(native, vector.matrix)
+        steered = [opened(SteeredLlama(str(model), pack=pack, **arguments)) for _ in range(2)]
+        native.append(opened(llama_cpp.Llama(str(model), **arguments)))
+        plain.append(opened(llama_cpp.Llama(str(model), **arguments)))
+        for llm in native:
+            set_native_control_vector(llm, vector.matrix)
         plans = {
             mode: compile_plan(pack, {"c": 1.0}, n_layer=n_layer, n_embd=n_embd, mode=mode)
             for mode in ("resident", "hooked")
         }
-        variants: dict[str, tuple[llama_cpp.Llama, object]] = {
-            BASELINE: (plain, None),
-            NATIVE: (native, None),
-            OFF: (steered, None),
-            RESIDENT: (steered, plans["resident"]),
-            HOOKED: (steered, plans["hooked"]),
-        }
+        sets: list[Variants] = [
+            {
+                BASELINE: (plain[i], None),
+                NATIVE: (native[i], None),
+                OFF: (steered[i], None),
+                RESIDENT: (steered[i], plans["resident"]),
+                HOOKED: (steered[i], plans["hooked"]),
+            }
+            for i in range(2)
+        ]
         tokens = [int(t) for t in rng.integers(3, n_vocab, prompt)]
-        times = _measure(variants, tokens, decode, rounds)
-        switches = _measure_switches(steered, native, vector.matrix, tokens[:decode])
+        times = _measure(sets, tokens, decode, rounds)
+        switches = _measure_switches(steered[0], native[0], vector.matrix, tokens[:decode])
     report = {
         "model": model.name,
         "machine": f"{platform.machine()}, {threads} threads",
@@ -97,28 +107,29 @@ def main(
 
 
 def _measure(
-    variants: dict[str, tuple[llama_cpp.Llama, object]],
+    sets: list[Variants],
     tokens: list[int],
     decode: int,
     rounds: int,
 ) -> dict[str, dict[str, list[float]]]:
-    """Seconds of each single decode and of each prompt, per variant; the first round warms up."""
+    """Seconds of each single decode and of each prompt, per variant; each set warms up once."""
     times: dict[str, dict[str, list[float]]] = {
-        kind: {name: [] for name in variants} for kind in ("decode", "prompt")
+        kind: {name: [] for name in sets[0]} for kind in ("decode", "prompt")
     }
-    order = list(variants)
+    order = list(sets[0])
     shuffle = random.Random(0).shuffle
-    for number in range(rounds + 1):
+    for number in range(-len(sets), rounds):
+        variants = sets[number % len(sets)]
         shuffle(order)
-        found = {name: _timed(lambda n=name: _prompt(variants[n], tokens)) for name in order}
+        found = {name: _timed(lambda v=variants[name]: _prompt(v, tokens)) for name in order}
         for name, seconds in found.items():
-            if number:
+            if number >= 0:
                 times["prompt"][name].append(seconds)
         for token in tokens[:decode]:  # token by token in turn: the finest interleaving there is
             shuffle(order)
             for name in order:
-                seconds = _timed(lambda n=name, t=token: _eval(variants[n], [t]))
-                if number:
+                seconds = _timed(lambda v=variants[name], t=token: _eval(v, [t]))
+                if number >= 0:
                     times["decode"][name].append(seconds)
     return times
 

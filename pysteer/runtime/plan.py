@@ -38,6 +38,8 @@ class CompiledPlan(NamedTuple):
 
 _SITES = dict(_native.Site.__members__)
 
+_CERTAINLY_FINITE = 1e38  # sums that stay below it in float64 do not overflow float32
+
 UNSTEERED = CompiledPlan(None, False, (), ())
 
 
@@ -98,17 +100,14 @@ def compile_plan(
     native = _native.Plan(n_layer, n_embd)
     key: list[tuple[str, float]] = []
     cache_key: list[tuple[str, float]] = []
+    bound = 0.0
     for category, strength in sorted(strengths.items()):
         vector = pack[category]
         try:
-            native.add(
-                _SITES[vector.site],
-                vector.layer_indices,
-                vector.matrix,
-                strength,
-            )
+            native.add(_SITES[vector.site], vector.layer_indices, vector.matrix, strength)
         except ValueError as error:
             raise SteeringError(f"category {quoted(category)}: {error}") from None
+        bound += abs(strength) * max(vector.peak, 1.0)
         key.append((vector.digest, strength))
         if vector.layers[0] < n_layer - 1:
             cache_key.append((vector.digest, strength))
@@ -116,5 +115,12 @@ def compile_plan(
         raise HookError(
             "mode 'resident' reaches the residual of layers >= 1 only; use 'auto' or 'hooked'"
         )
+    if bound > _CERTAINLY_FINITE:  # a look at every sum, which a change between tokens can spare
+        try:
+            native.check_finite()
+        except ValueError as error:
+            raise SteeringError(f"category {', '.join(map(quoted, strengths))}: {error}") from None
     resident = mode == "resident" or (mode == "auto" and native.fits_resident)
+    if not resident:
+        native.keep_sums()
     return CompiledPlan(native, resident, tuple(key), tuple(cache_key))

@@ -89,6 +89,7 @@ class SteeredLlama(HookedLlama):
         self._last_logits_key = UNSTEERED.key
         self._warned_unsteered = False
         super().__init__(model_path, **llama_arguments)
+        self._width = self.n_embd()
         if self._pack is not None:
             try:
                 self._pack.check_fits(self.base_model)
@@ -143,7 +144,7 @@ class SteeredLlama(HookedLlama):
             raise SteeringError("there is nothing to steer with; pass pack= to SteeredLlama")
         self._require_open()
         # The types belong to the key because True == 1 == 1.0, and True is no strength.
-        key = tuple((name, type(strength), strength) for name, strength in steering.items())
+        key = tuple([(name, type(value), value) for name, value in steering.items()])
         try:
             plan = self._plans.get(key)
         except TypeError:  # not hashable, hence no number: the check below says which
@@ -152,8 +153,8 @@ class SteeredLlama(HookedLlama):
             plan = compile_plan(
                 self._pack,
                 check_strengths(self._pack, steering),
-                n_layer=self.n_layer,
-                n_embd=self._pack.n_embd,
+                n_layer=self._n_layer,
+                n_embd=self._width,
                 mode=self._mode,
             )
             if len(self._plans) >= _PLANS_KEPT:

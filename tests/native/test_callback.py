@@ -87,8 +87,9 @@ class Graph:
     def ask(self, tensor):
         return self.callback(ctypes.addressof(tensor.contents), True, self.hook.address)
 
-    def computed(self, tensor):
-        assert self.callback(ctypes.addressof(tensor.contents), False, self.hook.address)
+    def computed(self, tensor, *, goes_on=True):
+        address = ctypes.addressof(tensor.contents)
+        assert self.callback(address, False, self.hook.address) is goes_on
 
     def bytes_of(self, tensor, count):
         return (ctypes.c_char * count).from_address(tensor.contents.data)
@@ -139,6 +140,7 @@ def plan(*layers, strength=1.0):
     directions = directions.astype(np.float32)
     made = _native.Plan(N_LAYER, N_EMBD)
     made.add(_native.Site.residual, np.asarray(layers, np.int32), directions, strength)
+    made.keep_sums()
     return made, directions
 
 
@@ -283,6 +285,35 @@ def test_resident_steering_that_the_graph_does_not_add_is_noticed(graph):
         graph.hook.end_decode(N_ROWS)
 
 
+@pytest.mark.parametrize("steered", [False, True])
+def test_a_graph_ends_with_the_last_node_that_is_captured(graph, steered):
+    graph.probe()
+    if steered:  # then what comes after is wanted too
+        graph.hook.set_plan(plan(2)[0], False)
+    wanted = np.zeros(len(_native.Site.__members__) * N_LAYER, np.uint8)
+    wanted[:2] = 1  # the residual of layers 0 and 1
+    graph.hook.begin_capture(
+        wanted=wanted,
+        slots=np.arange(N_ROWS, dtype=np.int32),
+        n_slots=N_ROWS,
+        n_layer=N_LAYER,
+        n_embd=N_EMBD,
+    )
+    nodes = [graph.tensor(f"l_out-{layer}", (N_ROWS, N_EMBD)) for layer in range(2)]
+    graph.hook.begin_decode()
+    for layer, node in enumerate(nodes):
+        graph.fill(node, rows() + layer)
+        assert graph.ask(node)
+        graph.computed(node, goes_on=steered or layer == 0)
+    graph.hook.abandon_decode()
+    captured = graph.hook.end_capture()
+    for layer in range(2):
+        read = captured.read(_native.Site.residual, layer)
+        np.testing.assert_array_equal(read, rows() + layer)
+    with pytest.raises(RuntimeError, match="nothing was captured"):
+        captured.read(_native.Site.residual, 2)
+
+
 def test_nothing_changes_during_a_decode_or_after_the_end(graph):
     graph.probe()
     graph.hook.begin_decode()
@@ -302,21 +333,22 @@ def test_plans_that_do_not_fit_leave_the_former_in_force(graph):
     graph.probe()
     graph.hook.set_plan(plan(1)[0], False)
     node = graph.tensor("l_out-1", (N_ROWS, N_EMBD))
+    ones = np.array([1], np.int32), np.ones((1, N_EMBD), np.float32), 1.0
+    deeper = _native.Plan(N_LAYER + 1, N_EMBD)
+    without_sums = _native.Plan(N_LAYER, N_EMBD)
+    for made in (deeper, without_sums):
+        made.add(_native.Site.residual, *ones)
     for wrong, resident, message in [
-        (_native.Plan(N_LAYER + 1, N_EMBD), False, "another model"),
+        (deeper, False, "another model"),
+        (without_sums, False, "not kept its sums"),
         (plan(0)[0], True, "layers >= 1 only"),
     ]:
-        if "another" in message:
-            wrong.add(
-                _native.Site.residual, np.array([1], np.int32), np.ones((1, N_EMBD), np.float32), 1
-            )
         with pytest.raises(ValueError, match=message):
             graph.hook.set_plan(wrong, resident)
         assert graph.ask(node)
     attention = _native.Plan(N_LAYER, N_EMBD)
-    attention.add(
-        _native.Site.attention, np.array([1], np.int32), np.ones((1, N_EMBD), np.float32), 1.0
-    )
+    attention.add(_native.Site.attention, *ones)
+    attention.keep_sums()
     with pytest.raises(ValueError, match="no site attention, layer 1"):
         graph.hook.set_plan(attention, False)
 
@@ -326,8 +358,9 @@ def test_directions_that_are_not_finite_are_refused(value):
     made = _native.Plan(N_LAYER, N_EMBD)
     directions = np.zeros((1, N_EMBD), np.float32)
     directions[0, 3] = value
-    with pytest.raises(ValueError, match="not finite"):
-        made.add(_native.Site.residual, np.array([1], np.int32), directions, 1.0)
+    made.add(_native.Site.residual, np.array([1], np.int32), directions, 1.0)
+    with pytest.raises(ValueError, match="layer 1 times its strength is not finite"):
+        made.check_finite()
     with pytest.raises(ValueError, match="layer 3 is not one"):
         made.add(_native.Site.residual, np.array([3], np.int32), directions, 1.0)
     with pytest.raises(ValueError, match="must be"):

@@ -42,6 +42,8 @@ class Reference:
         block = self.blocks[layer]
         if site == "residual":
             return block
+        if site == "mlp":
+            return block.mlp
         return block.attn if hasattr(block, "attn") else block.self_attn
 
     @contextmanager
@@ -86,7 +88,7 @@ def reference(tiny_model):
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("site", ["residual", "attention"])
+@pytest.mark.parametrize("site", ["residual", "attention", "mlp"])
 @pytest.mark.parametrize("family", ATTENTION_FAMILIES)
 def test_captured_rows_are_those_of_transformers(tiny_model, reference, family, site):
     with closing(HookedLlama(tiny_model(family), **ARGUMENTS)) as llm:
@@ -101,7 +103,8 @@ def test_captured_rows_are_those_of_transformers(tiny_model, reference, family, 
 
 @pytest.mark.torch
 @pytest.mark.parametrize(
-    ("site", "layer"), [("residual", 0), ("residual", 3), ("attention", 0), ("attention", 3)]
+    ("site", "layer"),
+    [("residual", 0), ("residual", 3), ("attention", 0), ("attention", 3), ("mlp", 0), ("mlp", 3)],
 )
 @pytest.mark.parametrize("family", ATTENTION_FAMILIES)
 def test_steered_logits_are_those_of_transformers(tiny_model, reference, family, site, layer):
@@ -140,9 +143,9 @@ def _median_cosine(a, b):
     return np.median((a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1))
 
 
-def test_mamba_has_a_residual_and_no_attention(tiny_model):
+def test_mamba_has_a_residual_and_nothing_else(tiny_model):
     with closing(HookedLlama(tiny_model("mamba"), **ARGUMENTS)) as llm:
-        assert llm.sites == {"residual": (0, 1, 2, 3), "attention": ()}
+        assert llm.sites == {"residual": (0, 1, 2, 3), "attention": (), "mlp": ()}
         with pytest.raises(HookError, match="no attention"):
             llm.capture(TOKENS, sites=["attention"])
     vector = SteeringVector({1: np.ones(N_EMBD)}, site="attention")
@@ -228,6 +231,34 @@ def test_pooling_is_numpy_on_all_rows(tiny_llama, n_ubatch, span):
             np.testing.assert_allclose(
                 mean[site][layer], expected.astype(np.float64).mean(0), rtol=1e-6
             )
+
+
+@pytest.mark.parametrize("layers", [None, [1], [3]])
+@pytest.mark.parametrize("family", ATTENTION_FAMILIES)
+def test_sequences_of_a_batch_are_captured_as_alone(tiny_model, family, layers):
+    tolerance = TOLERANCE.get(family, 2e-5)
+    sites = ["residual", "attention", "mlp"]
+    sequences = [TOKENS, TOKENS[:1], TOKENS[3:12], TOKENS[::-1]]
+    spans = [(0, 21), (0, 1), (8, 9), (5, 19)]
+    arguments = {**ARGUMENTS, "n_ctx": 128}
+    with closing(HookedLlama(tiny_model(family), max_sequences=4, **arguments)) as llm:
+        together = llm.capture_means(sequences, spans, sites=sites, layers=layers)
+        with pytest.raises(SteeringError, match="max_sequences=4"):
+            llm.capture_means([TOKENS] * 5, [(0, 1)] * 5)
+        with pytest.raises(SteeringError, match="of sequence 1"):
+            llm.capture_means([TOKENS] * 2, [(0, 1), (3, 3)])
+    with closing(HookedLlama(tiny_model(family), **ARGUMENTS)) as llm:
+        for number, (tokens, span) in enumerate(zip(sequences, spans, strict=True)):
+            alone = llm.capture(tokens, sites=sites, layers=layers, pool="mean", span=span)
+            for site in sites:
+                assert list(together[site]) == list(alone[site])
+                for layer, row in alone[site].items():
+                    np.testing.assert_allclose(together[site][layer][number], row, atol=tolerance)
+
+
+def test_recurrent_models_take_one_sequence_at_a_time(tiny_model):
+    with pytest.raises(HookError, match="one sequence at a time"):
+        HookedLlama(tiny_model("mamba"), max_sequences=2, **ARGUMENTS)
 
 
 def test_n_batch_does_not_change_what_is_captured(tiny_llama):
