@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from numbers import Real
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from pysteer.errors import (
     ModelMismatchError,
@@ -17,6 +17,7 @@ from pysteer.errors import (
     quoted,
 )
 from pysteer.formats import gguf
+from pysteer.router import Router
 from pysteer.vector import MAX_LAYER, SteeringVector, finite
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 
 _MAX_COUNT = 2**32 - 1
+_MAX_DEPTH = 16  # of the provenance: far more than anyone needs, far less than breaks a reader
 
 
 @dataclass(frozen=True)
@@ -68,16 +70,22 @@ class SteeringPack:
             control-vector file).
         residual_norm: layer to typical (median) L2 norm of the residual stream there, in the units
             of the model's activations, as measured when the pack was made. May be empty.
-        provenance: where the pack came from: method, parameters, data, versions.
+        provenance: where the pack came from: method, parameters, data, versions. Whatever JSON can
+            say: text, finite numbers, True, False, None, and lists and mappings (with text as
+            keys) of those, at most 16 deep. A read-only copy of what was given.
+        router: what tells the categories apart in a prompt's hidden state, or None. It may know
+            fewer categories than the pack has.
 
     Raises:
-        SteeringError: no categories, or vectors that do not fit each other or the base model.
+        SteeringError: no categories, or vectors or a router that do not fit each other or the base
+            model.
     """
 
     categories: Mapping[str, SteeringVector]
     base_model: BaseModel | None = None
     residual_norm: Mapping[int, float] = field(default_factory=dict)
-    provenance: Mapping[str, str | int | float] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    router: Router | None = None
 
     def __post_init__(self) -> None:
         if not self.categories:
@@ -89,10 +97,13 @@ class SteeringPack:
         widths = {name: vector.n_embd for name, vector in self.categories.items()}
         if len(set(widths.values())) > 1:
             raise SteeringError(f"the categories differ in width: {widths}")
+        self._check_router()
         if self.base_model is not None:
             self._check_shape(self.base_model)
         self._check_residual_norm()
-        self._check_provenance()
+        if not isinstance(self.provenance, Mapping):
+            raise SteeringError(f"the provenance is {quoted(self.provenance)}, not a mapping")
+        object.__setattr__(self, "provenance", _frozen(self.provenance, "the provenance"))
         for name in ("categories", "residual_norm", "provenance"):  # read-only from here on
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
 
@@ -104,17 +115,20 @@ class SteeringPack:
             if not isinstance(norm, Real) or finite(norm, f"{what} must be") < 0:
                 raise SteeringError(f"{what} is {quoted(norm)}")
 
-    def _check_provenance(self) -> None:
-        for key, value in self.provenance.items():
-            _check_text(key, "a key of the provenance")
-            if isinstance(value, str):
-                _check_text(value, f"provenance {quoted(key)}")
-            elif type(value) is float:
-                finite(value, f"provenance {quoted(key)} must be")
-            elif not isinstance(value, int):
-                raise SteeringError(
-                    f"provenance {quoted(key)} is {quoted(value)}, neither text nor a number"
-                )
+    def _check_router(self) -> None:
+        router = self.router
+        if router is None:
+            return
+        if not isinstance(router, Router):
+            raise SteeringError(f"{quoted(router)} is not a router")
+        if router.n_embd != self.n_embd:
+            raise SteeringError(
+                f"the router looks at hidden states of width {router.n_embd}, "
+                f"the directions have width {self.n_embd}"
+            )
+        unknown = [name for name in router.categories if name not in self.categories]
+        if unknown:
+            raise SteeringError(f"the router knows {quoted(unknown)}, which the pack does not hold")
 
     def __getitem__(self, category: str) -> SteeringVector:
         try:
@@ -131,6 +145,7 @@ class SteeringPack:
             self.base_model,
             dict(self.residual_norm),
             dict(self.provenance),
+            self.router,
         )
 
     @property
@@ -163,6 +178,11 @@ class SteeringPack:
                     f"category {category!r} has a direction for layer {vector.layers[-1]}, "
                     f"the model has layers 0 to {model.n_layer - 1}"
                 )
+        if self.router is not None and self.router.layer >= model.n_layer:
+            raise ModelMismatchError(
+                f"the router looks at layer {self.router.layer}, "
+                f"the model has layers 0 to {model.n_layer - 1}"
+            )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the pack to one GGUF file; an older file is replaced in one step."""
@@ -174,6 +194,7 @@ class SteeringPack:
             base_model=asdict(self.base_model) if self.base_model is not None else None,
             residual_norm=dict(self.residual_norm),
             provenance=dict(self.provenance),
+            router=self.router.content() if self.router is not None else None,
         )
         gguf.write_pack(Path(path), content)
 
@@ -187,7 +208,7 @@ class SteeringPack:
         path = Path(path)
         content = gguf.read_pack(path)
         with naming(path):
-            model = content.base_model
+            model, router = content.base_model, content.router
             return cls(
                 {
                     name: SteeringVector(directions, site=site)
@@ -196,6 +217,7 @@ class SteeringPack:
                 base_model=BaseModel(**model) if model is not None else None,  # type: ignore[arg-type]
                 residual_norm=content.residual_norm,
                 provenance=content.provenance,
+                router=Router.from_content(router) if router is not None else None,
             )
 
 
@@ -207,3 +229,57 @@ def _check_text(value: object, what: str) -> None:
     except UnicodeEncodeError:
         pass
     raise SteeringError(f"{what} is {quoted(value)}, which is not text")
+
+
+def _refuse(self: object, *_: object, **__: object) -> NoReturn:
+    raise TypeError("a pack is read-only; build another with what should differ")
+
+
+class _FrozenDict(dict[str, Any]):
+    """A mapping that compares, prints and turns into JSON as a dict does, and never changes."""
+
+    __setitem__ = __delitem__ = __ior__ = _refuse
+    clear = pop = popitem = setdefault = update = _refuse
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return _FrozenDict, (dict(self),)
+
+
+class _FrozenList(list[Any]):
+    """A list that compares, prints and turns into JSON as a list does, and never changes."""
+
+    __setitem__ = __delitem__ = __iadd__ = __imul__ = _refuse
+    append = clear = extend = insert = _refuse
+    pop = remove = reverse = sort = _refuse
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return _FrozenList, (list(self),)
+
+
+def _frozen(value: object, what: str, depth: int = 0) -> Any:
+    """A read-only copy of JSON data; SteeringError names the part that is none."""
+    if depth > _MAX_DEPTH:
+        raise SteeringError(f"{what} is more than {_MAX_DEPTH} deep")
+    if value is None or isinstance(value, (bool, int)):
+        return value
+    if isinstance(value, str):
+        _check_text(value, what)
+        return value
+    if isinstance(value, float):
+        return finite(value, f"{what} must be")
+    if isinstance(value, Mapping):
+        for key in value:
+            _check_text(key, f"a key of {what}")
+        return _FrozenDict(
+            {key: _frozen(part, _part(what, key), depth + 1) for key, part in value.items()}
+        )
+    if isinstance(value, (list, tuple)):
+        return _FrozenList(_frozen(part, _part(what, i), depth + 1) for i, part in enumerate(value))
+    raise SteeringError(
+        f"{what} is {quoted(value)}, which JSON cannot say; give text, numbers, lists or mappings"
+    )
+
+
+def _part(what: str, key: object) -> str:
+    # The names of hostile keys may be long, and as many as the data is deep.
+    return what if len(what) > 200 else f"{what}[{quoted(key)}]"

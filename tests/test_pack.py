@@ -2,8 +2,10 @@
 
 import copy
 import dataclasses
+import json
 import pickle
 
+import numpy as np
 import pytest
 
 from pysteer import (
@@ -14,10 +16,33 @@ from pysteer import (
     SteeringVector,
     UnknownCategoryError,
 )
+from pysteer.router import GATES, Gate, Router
 
 MODEL = BaseModel("llama", "Tiny", n_layer=4, n_embd=2, n_vocab=320)
 HATE = SteeringVector({1: [1.0, 2.0], 3: [3.0, 4.0]})
 MALWARE = SteeringVector({0: [5.0, 6.0]}, site="attention")
+
+
+def a_router(*categories, width=2, layer=3):
+    k = len(categories)
+    half = np.full(k, 0.5)
+    return Router(
+        site="residual",
+        layer=layer,
+        pooling="last",
+        categories=categories,
+        weight=np.ones((k + 1, width)),
+        bias=np.zeros(k + 1),
+        probe_weight=np.ones((k, width)),
+        probe_bias=np.zeros(k),
+        centroids=np.ones((k + 1, width)),
+        conditions=np.ones((k, width)),
+        gates=dict.fromkeys(GATES, Gate(half, half > 0, half, half, half)),
+        confusion=np.eye(k + 1, dtype=int),
+        threshold_rule="youden",
+        train_counts=np.ones(k + 1, int),
+        layer_scores={layer: 0.5},
+    )
 
 
 def a_pack(**changes):
@@ -134,6 +159,8 @@ def test_nothing_in_a_pack_can_be_changed(name):
         {"base_model": MODEL},
         {"residual_norm": {1: 2.5}},
         {"provenance": {"method": "mean", "n": 3, "x": 0.5}},
+        {"provenance": {"data": {"hashes": ["a", "b"], "counts": {"hate": 3}}, "seed": None}},
+        {"router": a_router("malware", "hate")},
     ],
 )
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda p: pickle.loads(pickle.dumps(p))])
@@ -144,5 +171,138 @@ def test_copies_and_pickles_are_equal(duplicate, changes):
     assert again.base_model == pack.base_model
     assert dict(again.residual_norm) == dict(pack.residual_norm)
     assert dict(again.provenance) == dict(pack.provenance)
+    assert again.router == pack.router
     if changes:
         assert again != a_pack()
+
+
+# ---- the router ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("categories", [["hate"], ["malware"], ["malware", "hate"]])
+def test_a_router_may_know_some_of_the_categories(categories):
+    router = a_router(*categories)
+    assert a_pack(base_model=MODEL, router=router).router is router
+    assert a_pack().router is None
+
+
+def test_a_router_of_categories_that_the_pack_does_not_hold_is_refused():
+    with pytest.raises(SteeringError, match=r"'fraud'.*does not hold"):
+        a_pack(router=a_router("hate", "fraud"))
+
+
+def test_a_router_of_another_width_is_refused():
+    with pytest.raises(SteeringError, match=r"width 3.*width 2"):
+        a_pack(router=a_router("hate", width=3))
+
+
+def test_a_router_for_a_layer_that_the_model_does_not_have_is_refused():
+    router = a_router("hate", layer=4)
+    with pytest.raises(ModelMismatchError, match=r"router looks at layer 4.*layers 0 to 3"):
+        a_pack(base_model=MODEL, router=router)
+    with pytest.raises(ModelMismatchError, match=r"router looks at layer 4.*layers 0 to 3"):
+        a_pack(router=router).check_fits(MODEL)
+    a_pack(router=router).check_fits(dataclasses.replace(MODEL, n_layer=5))
+
+
+def test_what_is_no_router_is_refused():
+    with pytest.raises(SteeringError, match="not a router"):
+        a_pack(router={"layer": 1})
+
+
+# ---- provenance ------------------------------------------------------------------------------
+
+NESTED = {
+    "method": {"name": "mean", "options": {"layers": [1, 2, [3]], "scale": 0.5, "mask": None}},
+    "counts": {"hate": 3},
+    "seen": True,
+}
+
+
+def test_provenance_holds_what_json_can_say():
+    pack = a_pack(provenance=NESTED)
+    assert dict(pack.provenance) == NESTED
+    assert pack.provenance["method"]["options"]["layers"] == [1, 2, [3]]
+    assert json.loads(json.dumps(dict(pack.provenance))) == NESTED
+    assert dict(a_pack(provenance={"pair": (1, "two")}).provenance) == {"pair": [1, "two"]}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda p: p["counts"].update(hate=4),
+        lambda p: p["counts"].__setitem__("hate", 4),
+        lambda p: p["counts"].__delitem__("hate"),
+        lambda p: p["counts"].__ior__({"hate": 4}),
+        lambda p: p["counts"].pop("hate"),
+        lambda p: p["counts"].popitem(),
+        lambda p: p["counts"].clear(),
+        lambda p: p["counts"].setdefault("x", 1),
+        *(
+            lambda p, n=name, a=arguments: getattr(p["method"]["options"]["layers"], n)(*a)
+            for name, arguments in {
+                "append": [4],
+                "extend": [[4]],
+                "insert": [0, 4],
+                "pop": [],
+                "remove": [1],
+                "clear": [],
+                "sort": [],
+                "reverse": [],
+                "__setitem__": [0, 4],
+                "__delitem__": [0],
+                "__iadd__": [[4]],
+                "__imul__": [2],
+            }.items()
+        ),
+    ],
+)
+@pytest.mark.parametrize("duplicate", [lambda p: p, copy.deepcopy, copy.copy])
+def test_no_part_of_the_provenance_can_be_changed(change, duplicate):
+    pack = duplicate(a_pack(provenance=NESTED))
+    with pytest.raises(TypeError, match="read-only"):
+        change(pack.provenance)
+    assert dict(pack.provenance) == NESTED
+
+
+def test_what_the_caller_does_to_its_provenance_later_does_not_reach_the_pack():
+    mine = {"a": {"b": [1]}}
+    pack = a_pack(provenance=mine)
+    mine["a"]["b"].append(2)
+    assert dict(pack.provenance) == {"a": {"b": [1]}}
+
+
+def nested(depth):
+    value = 1
+    for _ in range(depth):
+        value = [value]
+    return {"x": value}
+
+
+@pytest.mark.parametrize(
+    ("provenance", "words"),
+    [
+        ({"a": {"b": float("nan")}}, r"\['a'\]\['b'\]"),
+        ({"a": [0, float("inf")]}, r"\['a'\]\[1\]"),
+        ({"a": [object()]}, r"\['a'\]\[0\].*JSON"),
+        ({"a": {1: 2}}, r"key of the provenance\['a'\]"),
+        ({"a": {"\ud800": 2}}, "key"),
+        ({"a": ["\ud800"]}, "not text"),
+        ({"a": {2, 3}}, "JSON"),
+        ({"a": b"x"}, "JSON"),
+        ({"a": np.float32(1)}, "JSON"),
+        ({"a": np.arange(3)}, "JSON"),
+        (nested(16), "16 deep"),
+        (nested(5000), "16 deep"),
+        ([1], "not a mapping"),
+        (None, "not a mapping"),
+    ],
+    ids=[*"abcdefghij", "17 deep", "5001 deep", "list", "None"],
+)
+def test_what_json_cannot_say_is_refused_and_the_place_named(provenance, words):
+    with pytest.raises(SteeringError, match=words):
+        a_pack(provenance=provenance)
+
+
+def test_provenance_as_deep_as_allowed_is_kept():
+    assert dict(a_pack(provenance=nested(15)).provenance) == nested(15)

@@ -12,6 +12,15 @@ the file instead of adding all categories at once. Metadata:
 - `pysteer.residual_norm.layers`, `pysteer.residual_norm.values` (float64): typical L2 norms, if
   known;
 - `pysteer.provenance`: a JSON object.
+
+A pack with a router also has the tensors `router.weight`, `router.bias`, `router.probe.weight`,
+`router.probe.bias`, `router.centroids` and `router.conditions`, and the metadata
+
+- `pysteer.router.site`, `pysteer.router.layer`, `pysteer.router.pooling`: what the router looks at;
+- `pysteer.router.categories`: the categories it knows, in the order of its tensors' rows;
+- `pysteer.router.tables`: a JSON object with thresholds, rates and the confusion table.
+
+`pysteer.router.Router` says what they mean.
 """
 
 from __future__ import annotations
@@ -23,7 +32,7 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -41,7 +50,30 @@ PACK_VERSION = 1
 
 _BASE_MODEL = {"architecture": str, "name": str, "n_layer": int, "n_embd": int, "n_vocab": int}
 _DIRECTION = re.compile(r"direction\.(0|[1-9][0-9]{0,5})")
+_ROUTER = "pysteer.router."
+_ROUTER_TENSORS = ("weight", "bias", "probe.weight", "probe.bias", "centroids", "conditions")
 _PACK_DIRECTION = re.compile(r"category\.(0|[1-9][0-9]{0,5})\.direction\.(0|[1-9][0-9]{0,5})")
+
+
+@dataclass(frozen=True)
+class RouterContent:
+    """What a pack file says of its router, as plain data; `Router` gives it its meaning.
+
+    Attributes:
+        site: where in a block the router looks.
+        layer: and at which layer.
+        pooling: which tokens' activations are averaged.
+        categories: the categories it knows.
+        tensors: its arrays by name, without `router.`.
+        tables: numbers and text as JSON holds them.
+    """
+
+    site: str
+    layer: int
+    pooling: str
+    categories: list[str]
+    tensors: dict[str, npt.NDArray[np.float32]]
+    tables: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -52,13 +84,15 @@ class PackContent:
         categories: category to site and directions.
         base_model: the fields of `BaseModel`, or None.
         residual_norm: layer to typical L2 norm.
-        provenance: text and numbers.
+        provenance: a JSON object.
+        router: what tells the categories apart, or None.
     """
 
     categories: dict[str, tuple[str, Directions]]
     base_model: dict[str, str | int] | None
     residual_norm: dict[int, float]
-    provenance: dict[str, str | int | float]
+    provenance: dict[str, Any]
+    router: RouterContent | None = None
 
 
 def write_vector(path: Path, directions: Directions, *, model_hint: str) -> None:
@@ -108,12 +142,13 @@ def write_pack(path: Path, content: PackContent) -> None:
                 GGUFValueType.ARRAY,
                 sub_type=GGUFValueType.FLOAT64,
             )
-        provenance = json.dumps(content.provenance, sort_keys=True, allow_nan=False)
-        _add_string(writer, "pysteer.provenance", provenance)
+        _add_json(writer, "pysteer.provenance", content.provenance)
         for index, (_, directions) in enumerate(content.categories.values()):
             for layer, direction in directions.items():
                 name = f"category.{index}.direction.{layer}"
                 writer.add_tensor(name, np.ascontiguousarray(direction))
+        if content.router is not None:
+            _add_router(writer, content.router)
 
     _write(path, PACK_ARCHITECTURE, fill)
 
@@ -155,7 +190,11 @@ def _pack(container: Container) -> PackContent:
     if len(names) != len(sites) or len(set(names)) != len(names):
         raise FormatError("the lists of categories and sites do not belong together")
     directions: list[Directions] = [{} for _ in names]
+    router = _router(container)
+    known = {f"router.{name}" for name in router.tensors} if router is not None else set()
     for tensor_name, tensor in container.tensors.items():
+        if tensor_name in known:
+            continue
         match = _PACK_DIRECTION.fullmatch(tensor_name)
         if match is None or int(match[1]) >= len(names):
             raise FormatError(f"tensor {quoted(tensor_name)} belongs to no category")
@@ -164,7 +203,10 @@ def _pack(container: Container) -> PackContent:
         {name: (site, layers) for name, site, layers in zip(names, sites, directions, strict=True)},
         _base_model(container),
         _residual_norm(container),
-        _provenance(container),
+        _json(container, "pysteer.provenance")
+        if "pysteer.provenance" in container.metadata
+        else {},
+        router,
     )
 
 
@@ -203,15 +245,50 @@ def _residual_norm(container: Container) -> dict[int, float]:
     return {int(layer): float(norm) for layer, norm in zip(layers, norms, strict=True)}
 
 
-def _provenance(container: Container) -> dict[str, str | int | float]:
-    text = container.metadata.get("pysteer.provenance", "{}")
+def _router(container: Container) -> RouterContent | None:
+    if not any(key.startswith(_ROUTER) for key in container.metadata):
+        return None  # and tensors that look like a router's belong to no category
+    values: dict[str, Any] = {}
+    for name, expected in {"site": str, "layer": int, "pooling": str}.items():
+        values[name] = container.metadata.get(_ROUTER + name)
+        if type(values[name]) is not expected:
+            raise FormatError(f"metadata value {_ROUTER + name!r} is missing or wrong")
+    tensors = {}
+    for name in _ROUTER_TENSORS:
+        if f"router.{name}" not in container.tensors:
+            raise FormatError(f"the tensor 'router.{name}' is missing")
+        tensors[name] = container.tensors[f"router.{name}"]
+    return RouterContent(
+        categories=_strings(container, _ROUTER + "categories"),
+        tensors=tensors,
+        tables=_json(container, _ROUTER + "tables"),
+        **values,
+    )
+
+
+def _add_router(writer: GGUFWriter, router: RouterContent) -> None:
+    _add_string(writer, _ROUTER + "site", router.site)
+    writer.add_uint32(_ROUTER + "layer", router.layer)
+    _add_string(writer, _ROUTER + "pooling", router.pooling)
+    writer.add_array(_ROUTER + "categories", router.categories)
+    _add_json(writer, _ROUTER + "tables", router.tables)
+    for name, tensor in router.tensors.items():
+        writer.add_tensor(f"router.{name}", np.ascontiguousarray(tensor))
+
+
+def _json(container: Container, key: str, *, default: str | None = None) -> dict[str, Any]:
+    text = container.metadata.get(key, default)
     try:
         value = json.loads(text) if isinstance(text, str) else None
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        raise FormatError("the provenance is not a JSON object")
+        raise FormatError(f"metadata value {key!r} is not a JSON object")
     return value
+
+
+def _add_json(writer: GGUFWriter, key: str, value: dict[str, Any]) -> None:
+    _add_string(writer, key, json.dumps(value, sort_keys=True, allow_nan=False))
 
 
 def _add_string(writer: GGUFWriter, key: str, value: str) -> None:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from pysteer import BaseModel, FormatError, SteeringError, SteeringPack, SteeringVector
+from pysteer.router import GATES, POOLINGS, Gate, Router
 
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
 relaxed = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -31,30 +32,70 @@ def steering_vectors(draw, width=None, first_layer=1, site="residual"):
     return SteeringVector({layer: draw(row) for layer in layers}, site=site)
 
 
+exact = st.floats(allow_nan=False, allow_infinity=False)
+json_values = st.recursive(
+    words | st.integers() | st.booleans() | exact | st.none(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3),
+    max_leaves=5,
+)
+sites = st.sampled_from(["residual", "attention", "mlp"])
+
+
+@st.composite
+def routers(draw, categories, width):
+    k = len(categories)
+    count = st.integers(0, 2**53)
+
+    def floats(*shape, elements=finite, dtype=np.float32):
+        # Not hypothesis' arrays: with several of them in one example its data runs out.
+        seed = draw(st.integers(0, 2**32 - 1))
+        values = np.random.default_rng(seed).normal(size=shape).astype(dtype)
+        values.flat[0] = draw(elements)
+        return values
+
+    def gate():
+        rates = st.lists(st.floats(0, 1), min_size=k, max_size=k)
+        return Gate(
+            floats(k, elements=exact, dtype=np.float64),
+            draw(st.lists(st.booleans(), min_size=k, max_size=k)),
+            *(draw(rates) for _ in range(3)),
+        )
+
+    return Router(
+        site=draw(sites),
+        layer=draw(st.integers(0, 200)),
+        pooling=draw(st.sampled_from(POOLINGS)),
+        categories=categories,
+        weight=floats(k + 1, width),
+        bias=floats(k + 1),
+        probe_weight=floats(k, width),
+        probe_bias=floats(k),
+        centroids=floats(k + 1, width),
+        conditions=floats(k, width, elements=st.floats(0.5, 2**100, width=32)),
+        gates={kind: gate() for kind in GATES},
+        confusion=np.eye(k + 1, dtype=np.int64) + draw(st.integers(0, 2**52)),
+        threshold_rule=draw(st.sampled_from(["youden", "fpr=0.01", "fpr=1e-05"])),
+        train_counts=draw(st.lists(count, min_size=k + 1, max_size=k + 1)),
+        layer_scores=draw(st.dictionaries(st.integers(0, 200), st.floats(0, 1), max_size=3)),
+    )
+
+
 @st.composite
 def packs(draw):
     width = draw(st.integers(1, 40))
-    sites = st.sampled_from(["residual", "attention"])
     categories = {
         name: draw(steering_vectors(width=width, first_layer=0, site=draw(sites)))
         for name in draw(st.lists(names, min_size=1, max_size=3, unique=True))
     }
     model = BaseModel(draw(words), draw(words), 201, width, draw(st.integers(1, 10**6)))
     norm = st.floats(0, 2.0**100, width=32)
+    known = draw(st.lists(st.sampled_from(list(categories)), unique=True))
     return SteeringPack(
         categories,
         base_model=draw(st.none() | st.just(model)),
         residual_norm=draw(st.dictionaries(st.integers(0, 200), norm, max_size=3)),
-        provenance=draw(
-            st.dictionaries(
-                words,
-                words
-                | st.integers()
-                | st.booleans()
-                | st.floats(allow_nan=False, allow_infinity=False),
-                max_size=3,
-            )
-        ),
+        provenance=draw(st.dictionaries(words, json_values, max_size=3)),
+        router=draw(routers(known, width)) if known else None,
     )
 
 
@@ -263,6 +304,7 @@ def test_packs_survive_saving_and_loading(pack, tmp_path):
         n: v.site for n, v in pack.categories.items()
     }
     assert again.base_model == pack.base_model
+    assert again.router == pack.router
 
 
 @relaxed
@@ -294,14 +336,34 @@ def test_gguf_reads_from_a_pack_what_went_in_and_llama_cpp_refuses_it(pack, tmp_
     if pack.residual_norm:
         layers, norms = content("residual_norm.layers"), content("residual_norm.values")
         assert dict(zip(layers, norms, strict=True)) == dict(pack.residual_norm)
-    assert same_values(
-        {tensor.name: tensor.data for tensor in reader.tensors},
-        {
-            f"category.{i}.direction.{layer}": row
-            for i, vector in enumerate(pack.categories.values())
-            for layer, row in vector.items()
-        },
-    )
+    expected = {
+        f"category.{i}.direction.{layer}": row
+        for i, vector in enumerate(pack.categories.values())
+        for layer, row in vector.items()
+    }
+    router = pack.router
+    if router is None:
+        assert not [key for key in reader.fields if "router" in key]
+    else:
+        for name in ("weight", "bias", "centroids", "conditions"):
+            expected[f"router.{name}"] = getattr(router, name)
+        expected["router.probe.weight"] = router.probe_weight
+        expected["router.probe.bias"] = router.probe_bias
+        for name in ("site", "layer", "pooling"):
+            assert content(f"router.{name}") == getattr(router, name)
+        assert content("router.categories") == list(router.categories)
+        tables = json.loads(content("router.tables"))
+        assert tables["confusion"] == router.confusion.tolist()
+        assert tables["threshold_rule"] == router.threshold_rule
+        assert tables["train_counts"] == router.train_counts.tolist()
+        assert dict(tables["layer_scores"]) == dict(router.layer_scores)
+        for kind in GATES:
+            assert tables["gates"][kind] == {
+                name: values.tolist() for name, values in vars(router.gates[kind]).items()
+            }
+    assert same_values({tensor.name: tensor.data for tensor in reader.tensors}, expected)
+    for tensor in reader.tensors:
+        assert tensor.data.shape == np.shape(expected[tensor.name])
 
 
 VECTOR = SteeringVector({1: [1.0, 2.0]})
@@ -335,8 +397,11 @@ def test_residual_norms_keep_their_precision(tmp_path):
     [
         {"provenance": {"layers": [1, 2]}},
         {"provenance": {"x": None}},
-        {"provenance": {"x": {"y": 1}}},
+        {"provenance": {"x": {"y": {"z": [[{}], []]}}}},
+        {"provenance": {"x": {"y": float("nan")}}},
+        pytest.param({"provenance": {"x": [10**5000]}}, id="5000 digits"),
         {"provenance": {"x": np.float32(1)}},
+        {"provenance": {"x": np.float64(1)}},
         {"provenance": {"x": float("nan")}},
         {"provenance": {1: "x"}},
         {"provenance": {"x": "\ud800"}},

@@ -141,7 +141,51 @@ def a_pack(tensors=True, **changes):
     return file
 
 
-FILES = {"vector": a_vector, "pack": a_pack}
+ONE_GATE = {
+    "thresholds": [0.5],
+    "above": [True],
+    "true_positive_rates": [1.0],
+    "false_positive_rates": [0.0],
+    "leak_rates": [0.25],
+}
+TABLES = {
+    "gates": dict.fromkeys(("multinomial", "probe", "centroid", "cast"), ONE_GATE),
+    "confusion": [[4, 1], [0, 3]],
+    "train_counts": [20, 12],
+    "layer_scores": [[1, 0.5], [2, 0.75]],
+    "threshold_rule": "youden",
+}
+ROUTER_VALUES = {
+    "pysteer.router.site": (STRING, "residual"),
+    "pysteer.router.layer": (U32, 2),
+    "pysteer.router.pooling": (STRING, "last"),
+    "pysteer.router.categories": (ARRAY, (STRING, ["malware"])),
+    "pysteer.router.tables": (STRING, json.dumps(TABLES, separators=(",", ":"))),
+}
+ROUTER_TENSORS = {
+    "router.weight": ROWS,
+    "router.bias": ROWS[0, :2],
+    "router.probe.weight": ROWS[:1],
+    "router.probe.bias": ROWS[0, :1],
+    "router.centroids": ROWS,
+    "router.conditions": ROWS[1:],  # last: 32 bytes, so that the file ends without padding
+}
+
+
+def a_routed_pack(values=None, tensors=None, **changes):
+    """A pack with a router; `values` and `tensors` replace the router's, or drop them with None."""
+    values = {**ROUTER_VALUES, **(values or {})}
+    file = a_pack(**changes)
+    for key, value in values.items():
+        if value is not None:
+            file.value(key, *value)
+    for name, tensor in {**ROUTER_TENSORS, **(tensors or {})}.items():
+        if tensor is not None:
+            file.tensor(name, tensor, shape=tuple(reversed(np.shape(tensor))))
+    return file
+
+
+FILES = {"vector": a_vector, "pack": a_pack, "routed": a_routed_pack}
 
 
 @contextmanager
@@ -195,10 +239,28 @@ def check_refused_or_sound(path, content, second):
         for vector in vectors:
             assert vector.matrix.dtype == np.float32
             assert np.isfinite(vector.matrix).all()
-            assert vector.site in ("residual", "attention")
+            assert vector.site in ("residual", "attention", "mlp")
         if isinstance(found, SteeringPack):
+            check_sound_router(found)
             found.save(second)
             assert load(loader, second) == found
+
+
+def check_sound_router(pack):
+    router = pack.router
+    if router is None:
+        return
+    k, n = len(router.categories), pack.n_embd
+    assert set(router.categories) <= set(pack.categories)
+    assert router.weight.shape == router.centroids.shape == (k + 1, n)
+    assert router.probe_weight.shape == router.conditions.shape == (k, n)
+    assert (router.bias.shape, router.probe_bias.shape) == ((k + 1,), (k,))
+    assert router.confusion.shape == (k + 1, k + 1)
+    for kind in TABLES["gates"]:
+        with np.errstate(all="ignore"):  # flipped bits make numbers near the largest
+            assert router.opens(kind, np.ones(n)).shape == (k,)
+        for values in vars(router.gates[kind]).values():
+            assert np.isfinite(values).all()
 
 
 # ---- the files themselves --------------------------------------------------------------------
@@ -221,6 +283,21 @@ def test_the_files_made_here_are_valid(tmp_path):
     }
     assert dict(pack.residual_norm) == {1: 1.5, 2: 2.5}
     assert dict(pack.provenance) == {"method": "mean"}
+    assert pack.router is None
+
+    path.write_bytes(a_routed_pack().build())
+    router = SteeringPack.load(path).router
+    assert (router.site, router.layer, router.pooling) == ("residual", 2, "last")
+    assert router.categories == ("malware",)
+    for name, values in ROUTER_TENSORS.items():
+        attribute = name.removeprefix("router.").replace(".", "_")
+        np.testing.assert_array_equal(getattr(router, attribute), values)
+    assert router.confusion.tolist() == [[4, 1], [0, 3]]
+    assert router.train_counts.tolist() == [20, 12]
+    assert dict(router.layer_scores) == {1: 0.5, 2: 0.75}
+    assert router.threshold_rule == "youden"
+    for gate in router.gates.values():
+        assert {name: values.tolist() for name, values in vars(gate).items()} == ONE_GATE
 
 
 @pytest.mark.parametrize("version", [2, 3])
@@ -254,7 +331,8 @@ def test_a_file_cut_anywhere_is_refused(kind, tmp_path):
 @pytest.mark.parametrize("kind", FILES)
 def test_a_flipped_byte_anywhere_is_refused_or_harmless(kind, flip, tmp_path):
     content = FILES[kind]().build()
-    for i in range(len(content)):
+    # What comes before the router is the same as in the pack without.
+    for i in range(content.find(b"pysteer.router") if kind == "routed" else 0, len(content)):
         changed = bytearray(content)
         changed[i] ^= flip
         check_refused_or_sound(tmp_path / "x.gguf", changed, tmp_path / "y.gguf")
@@ -287,7 +365,7 @@ def fields_of(kind):
     return [pytest.param(kind, label, id=f"{kind}: {label}") for label in file.fields]
 
 
-@pytest.mark.parametrize(("kind", "label"), [*fields_of("vector"), *fields_of("pack")])
+@pytest.mark.parametrize(("kind", "label"), [p for k in FILES for p in fields_of(k)])
 def test_extreme_integers_in_any_field_are_refused(kind, label, tmp_path):
     file = FILES[kind]()
     content = file.build()
@@ -512,7 +590,7 @@ def test_an_array_of_millions_of_values_is_refused_at_once(tmp_path):
         {"pysteer__categories": (ARRAY, (U32, [1, 2]))},
         {"pysteer__sites": None},
         {"pysteer__sites": (ARRAY, (STRING, ["residual"]))},
-        {"pysteer__sites": (ARRAY, (STRING, ["residual", "mlp"]))},
+        {"pysteer__sites": (ARRAY, (STRING, ["residual", "output"]))},
         {"pysteer__sites": (ARRAY, (STRING, ["residual", ""]))},
         {"pysteer__sites": (U32, 1)},
         {"pysteer__base_model__name": None},
@@ -553,9 +631,11 @@ def test_other_metadata_of_a_pack_is_refused(changes, tmp_path):
         "[]",
         "1",
         "null",
-        '{"a": null}',
-        '{"a": [1]}',
-        '{"a": {"b": 1}}',
+        '{"a": [NaN]}',
+        '{"a": {"b": [1e999]}}',
+        '{"a": [{"\\ud800": 1}]}',
+        pytest.param('{"a":' + "[" * 17 + "]" * 17 + "}", id="17 arrays deep"),
+        pytest.param('{"a":' * 18 + "1" + "}" * 18, id="18 objects deep"),
         pytest.param("[" * 100_000, id="nested arrays"),
         pytest.param('{"a":' * 100_000, id="nested objects"),
         pytest.param('{"a":' * 100_000 + "1" + "}" * 100_000, id="nested and closed"),
@@ -569,6 +649,126 @@ def test_other_metadata_of_a_pack_is_refused(changes, tmp_path):
 )
 def test_other_provenance_is_refused(text, tmp_path):
     check_refused(tmp_path / "x.gguf", a_pack(pysteer__provenance=(STRING, text)).build())
+
+
+def changed_tables(**changes):
+    tables = {key: value for key, value in {**TABLES, **changes}.items() if value is not None}
+    return {"pysteer.router.tables": (STRING, json.dumps(tables))}
+
+
+def a_changed_gate(**changes):
+    gate = {key: value for key, value in {**ONE_GATE, **changes}.items() if value is not None}
+    return changed_tables(gates={**TABLES["gates"], "cast": gate})
+
+
+NAN, INFINITY = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        *({key: None} for key in ROUTER_VALUES),
+        dict.fromkeys(ROUTER_VALUES),
+        {"pysteer.router.site": (STRING, "output")},
+        {"pysteer.router.site": (U32, 1)},
+        {"pysteer.router.layer": (U32, 4)},
+        {"pysteer.router.layer": (I64, -1)},
+        {"pysteer.router.layer": (F32, 2.0)},
+        {"pysteer.router.layer": (BOOL, 1)},
+        {"pysteer.router.pooling": (STRING, "mean")},
+        {"pysteer.router.pooling": (ARRAY, (STRING, ["last"]))},
+        {"pysteer.router.categories": (STRING, "malware")},
+        {"pysteer.router.categories": (ARRAY, (STRING, []))},
+        {"pysteer.router.categories": (ARRAY, (STRING, ["fraud"]))},
+        {"pysteer.router.categories": (ARRAY, (STRING, ["malware", "hate"]))},
+        {"pysteer.router.categories": (ARRAY, (STRING, ["malware", "malware"]))},
+        {"pysteer.router.tables": (STRING, "[]")},
+        {"pysteer.router.tables": (STRING, "{}")},
+        {"pysteer.router.tables": (STRING, "{")},
+        {"pysteer.router.tables": (STRING, "[" * 100_000)},
+        {"pysteer.router.tables": (U32, 1)},
+        *(changed_tables(**{key: None}) for key in TABLES),
+        changed_tables(extra=1),
+        changed_tables(gates=[]),
+        changed_tables(gates={}),
+        changed_tables(gates={**TABLES["gates"], "svm": ONE_GATE}),
+        changed_tables(gates={**TABLES["gates"], "cast": None}),
+        changed_tables(gates={**TABLES["gates"], "cast": [1]}),
+        *(a_changed_gate(**{key: None}) for key in ONE_GATE),
+        *(a_changed_gate(**{key: [0.5, 0.5]}) for key in ONE_GATE),
+        *(a_changed_gate(**{key: []}) for key in ONE_GATE),
+        *(a_changed_gate(**{key: "1"}) for key in ONE_GATE),
+        *(a_changed_gate(**{key: {"0": 1}}) for key in ONE_GATE),
+        *(a_changed_gate(**{key: [[1]]}) for key in ONE_GATE),
+        *(a_changed_gate(**{key: [None]}) for key in ONE_GATE),
+        *(a_changed_gate(**{key: [10**400]}) for key in ONE_GATE),
+        a_changed_gate(above=[1]),
+        a_changed_gate(thresholds=[NAN]),
+        a_changed_gate(thresholds=[-INFINITY]),
+        a_changed_gate(leak_rates=[1.5]),
+        a_changed_gate(leak_rates=[-0.5]),
+        a_changed_gate(extra=[1]),
+        changed_tables(confusion=[[4, 1]]),
+        changed_tables(confusion=[[4, 1], [0, 3, 0]]),
+        changed_tables(confusion=[[4, 1], [0, -3]]),
+        changed_tables(confusion=[[4, 1], [0, 3.5]]),
+        changed_tables(confusion=[[4, 1], [0, "3"]]),
+        changed_tables(confusion=[[4, 1], [0, 10**30]]),
+        changed_tables(confusion=[[4, 1], [0, 2**63]]),
+        changed_tables(confusion=[[4, 1], [0, 0]]),
+        changed_tables(confusion=7),
+        changed_tables(train_counts=[1]),
+        changed_tables(train_counts=[1, -1]),
+        changed_tables(train_counts={"a": 1}),
+        changed_tables(layer_scores={"1": 0.5}),
+        changed_tables(layer_scores=[1, 0.5]),
+        changed_tables(layer_scores=[[1, 0.5, 2]]),
+        changed_tables(layer_scores=[[1.5, 0.5]]),
+        changed_tables(layer_scores=[[[], 0.5]]),
+        changed_tables(layer_scores=[[1, 0.5], [1, 0.6]]),
+        changed_tables(layer_scores=[[1, NAN]]),
+        changed_tables(layer_scores=[[1, 2]]),
+        changed_tables(layer_scores=[[-1, 0.5]]),
+        changed_tables(threshold_rule="best"),
+        changed_tables(threshold_rule=["youden"]),
+        changed_tables(threshold_rule="fpr=" + "9" * 100_000),
+    ],
+    ids=lambda value: str(value)[-60:],
+)
+def test_other_metadata_of_a_router_is_refused(values, tmp_path):
+    check_refused(tmp_path / "x.gguf", a_routed_pack(values).build())
+
+
+@pytest.mark.parametrize("name", ROUTER_TENSORS)
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda values: None,
+        lambda values: np.concatenate([values, values]),
+        lambda values: np.concatenate([values, values], axis=-1),
+        lambda values: values[None],
+        lambda values: values.reshape(values.shape[::-1] if values.ndim > 1 else (-1, 1)),
+        lambda values: np.full_like(values, NAN),
+        lambda values: np.full_like(values, -INFINITY),
+    ],
+    ids=["missing", "too many rows", "too wide", "three dimensions", "turned", "NaN", "infinite"],
+)
+def test_other_tensors_of_a_router_are_refused(change, name, tmp_path):
+    tensors = {name: change(ROUTER_TENSORS[name])}
+    check_refused(tmp_path / "x.gguf", a_routed_pack(tensors=tensors).build())
+
+
+def test_condition_vectors_of_zero_and_stray_tensors_are_refused(tmp_path):
+    zero = {"router.conditions": np.zeros((1, 8))}
+    check_refused(tmp_path / "x.gguf", a_routed_pack(tensors=zero).build())
+    for name in ("router.other", "router.", "router.router.weight", "weight"):
+        stray = a_routed_pack(tensors={name: ROWS})
+        check_refused(tmp_path / "x.gguf", stray.build())
+
+
+def test_a_router_of_another_width_than_the_directions_is_refused(tmp_path):
+    narrow = {name: v[..., :4] if v.ndim > 1 else v for name, v in ROUTER_TENSORS.items()}
+    check_refused(tmp_path / "x.gguf", a_routed_pack(tensors=narrow).build())
 
 
 def test_a_pack_without_the_optional_metadata_loads(tmp_path):

@@ -1,0 +1,1 @@
+"""Learning directions and routers: from transformers models, or from GGUF models without torch."""

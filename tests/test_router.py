@@ -1,0 +1,307 @@
+"""Router: each score against its formula written out, and what is refused."""
+
+import copy
+import dataclasses
+import pickle
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from pysteer import SteeringError
+from pysteer.router import GATES, POOLINGS, Gate, Router
+
+values = st.floats(-8, 8, width=32)
+
+
+def a_gate(k=2, **changes):
+    parts = {
+        "thresholds": np.linspace(0.25, 0.5, k),
+        "above": [True] * k,
+        "true_positive_rates": np.linspace(0.75, 1, k),
+        "false_positive_rates": np.linspace(0, 0.125, k),
+        "leak_rates": [0.5] * k,
+    }
+    return Gate(**{**parts, **changes})
+
+
+def a_router(k=2, n=5, seed=0, **changes):
+    rng = np.random.default_rng(seed)
+    parts = {
+        "site": "residual",
+        "layer": 3,
+        "pooling": "user",
+        "categories": [f"category {i}" for i in range(k)],
+        "weight": rng.normal(size=(k + 1, n)),
+        "bias": rng.normal(size=k + 1),
+        "probe_weight": rng.normal(size=(k, n)),
+        "probe_bias": rng.normal(size=k),
+        "centroids": rng.normal(size=(k + 1, n)),
+        "conditions": rng.normal(size=(k, n)),
+        "gates": {kind: a_gate(k) for kind in GATES},
+        "confusion": np.arange(1, (k + 1) ** 2 + 1).reshape(k + 1, k + 1),
+        "threshold_rule": "youden",
+        "train_counts": np.arange(k + 1) + 4,
+        "layer_scores": {3: 0.75, 1: 0.5},
+    }
+    return Router(**{**parts, **changes})
+
+
+@st.composite
+def routers_and_rows(draw):
+    k, n = draw(st.integers(1, 3)), draw(st.integers(1, 6))
+    arrays = {
+        name: draw(hnp.arrays(np.float32, shape, elements=values))
+        for name, shape in {
+            "weight": (k + 1, n),
+            "bias": (k + 1,),
+            "probe_weight": (k, n),
+            "probe_bias": (k,),
+            "centroids": (k + 1, n),
+        }.items()
+    }
+    conditions = draw(
+        hnp.arrays(np.float32, (k, n), elements=st.floats(0.125, 8, width=32))
+        | hnp.arrays(np.float32, (k, n), elements=st.floats(-8, -0.125, width=32))
+    )
+    rows = draw(hnp.arrays(np.float32, (draw(st.integers(1, 4)), n), elements=values))
+    return a_router(k, n, conditions=conditions, **arrays), rows
+
+
+def cosine(a, b):
+    lengths = np.linalg.norm(a) * np.linalg.norm(b)
+    return a @ b / lengths if lengths else 0.0
+
+
+def by_hand(router, kind, h):
+    """The score of one hidden state, category by category."""
+    h = h.astype(np.float64)
+    w, m, c = (np.float64(getattr(router, n)) for n in ("weight", "centroids", "conditions"))
+    categories = range(len(router.categories))
+    if kind == "multinomial":
+        logits = [w[j] @ h + float(router.bias[j]) for j in range(len(w))]
+        return [1 / sum(np.exp(other - logits[i + 1]) for other in logits) for i in categories]
+    if kind == "probe":
+        v, b = np.float64(router.probe_weight), np.float64(router.probe_bias)
+        return [v[i] @ h + b[i] for i in categories]
+    if kind == "centroid":
+        return [cosine(h - m.mean(0), m[i + 1] - m.mean(0)) for i in categories]
+    return [cosine(h, np.tanh(np.outer(c[i], c[i]) / (c[i] @ c[i]) @ h)) for i in categories]
+
+
+@pytest.mark.parametrize("kind", GATES)
+@settings(deadline=None, max_examples=50)
+@given(case=routers_and_rows())
+def test_scores_follow_their_formula_row_by_row(kind, case):
+    router, rows = case
+    with np.errstate(over="ignore"):
+        expected = [by_hand(router, kind, row) for row in rows]
+    found = router.scores(kind, rows)
+    assert found.dtype == np.float64
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(router.scores(kind, rows[0]), found[0], rtol=1e-9, atol=1e-12)
+
+
+def test_the_probabilities_have_benign_first_and_sum_to_one_at_any_size():
+    router = a_router()
+    h = 1000 * np.random.default_rng(2).normal(size=(4, 5))
+    found = router.probabilities(h)
+    assert found.shape == (4, 3)
+    np.testing.assert_allclose(found.sum(axis=1), 1)
+    largest = (h @ router.weight.T + router.bias).argmax(axis=1)
+    assert found.argmax(axis=1).tolist() == largest.tolist()
+    np.testing.assert_array_equal(router.scores("multinomial", h), found[:, 1:])
+
+
+def test_a_gate_opens_at_its_threshold_and_on_its_side_of_it():
+    gate = a_gate(thresholds=[1.0, -2.0], above=[True, False])
+    scores = [[1.0, -2.0], [0.9, -1.9], [1.1, -2.1]]
+    assert gate.opens(scores).tolist() == [[True, True], [False, False], [True, True]]
+    assert gate.opens(scores[1]).tolist() == [False, False]
+
+
+@pytest.mark.parametrize("kind", GATES)
+def test_the_router_opens_the_gates_of_the_kind_asked_for(kind):
+    rows = np.random.default_rng(5).normal(size=(20, 5))
+    thresholds = np.median(a_router().scores(kind, rows), axis=0)
+    never = a_gate(thresholds=[1e30, 1e30])
+    gates = {**dict.fromkeys(GATES, never), kind: a_gate(thresholds=thresholds)}
+    opens = a_router(gates=gates).opens(kind, rows)
+    assert opens.sum(axis=0).tolist() == [10, 10]
+    assert opens.tolist() == (a_router().scores(kind, rows) >= thresholds).tolist()
+
+
+def test_an_unknown_gate_is_told_which_there_are():
+    with pytest.raises(SteeringError, match=r"'svm'.*multinomial, probe, centroid, cast"):
+        a_router().opens("svm", np.zeros(5))
+
+
+def test_the_shares_come_from_the_confusion_table():
+    router = a_router(confusion=[[6, 1, 1], [2, 5, 1], [0, 3, 9]])
+    assert router.benign_false_positive_rate == 2 / 8
+    assert router.category_accuracy == 14 / 20
+
+
+@pytest.mark.parametrize("h", [np.zeros(4), np.zeros((2, 6)), np.zeros((1, 1, 5)), 0.0])
+@pytest.mark.parametrize("kind", GATES)
+def test_hidden_states_of_another_width_are_refused(kind, h):
+    with pytest.raises(SteeringError, match="width 5"):
+        a_router().scores(kind, h)
+
+
+@pytest.mark.parametrize("kind", GATES)
+def test_hidden_states_that_are_not_finite_are_refused(kind):
+    with pytest.raises(SteeringError, match="NaN"):
+        a_router().scores(kind, [0, 0, np.nan, 0, 0])
+
+
+ARRAYS = ["weight", "bias", "probe_weight", "probe_bias", "centroids", "conditions"]
+
+
+def test_values_are_kept_as_float32_and_cannot_be_changed():
+    mine = np.ones((3, 5))
+    router = a_router(weight=mine)
+    mine[:] = 2
+    assert router.weight.tolist() == np.ones((3, 5)).tolist()
+    for name in [*ARRAYS, "confusion", "train_counts"]:
+        array = getattr(router, name)
+        assert array.dtype == (np.float32 if name in ARRAYS else np.int64)
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 0
+    for part in dataclasses.fields(Gate):
+        with pytest.raises(ValueError, match="read-only"):
+            getattr(router.gates["cast"], part.name)[0] = 0
+    for name in ("gates", "layer_scores"):
+        with pytest.raises(TypeError):
+            getattr(router, name)["x"] = 1
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        router.layer = 1
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda r: pickle.loads(pickle.dumps(r))])
+def test_copies_and_pickles_are_equal_and_read_only(duplicate):
+    router = a_router()
+    again = duplicate(router)
+    assert again == router
+    assert list(again.layer_scores) == [1, 3]
+    with pytest.raises(ValueError, match="read-only"):
+        again.weight[0] = 0
+    with pytest.raises(ValueError, match="read-only"):
+        again.gates["probe"].thresholds[0] = 0
+
+
+DIFFERENT = {
+    "site": "mlp",
+    "layer": 4,
+    "pooling": "last",
+    "categories": ["category 0", "x"],
+    **{name: np.ones_like(getattr(a_router(), name)) for name in ARRAYS},
+    "gates": {**a_router().gates, "cast": a_gate(thresholds=[0, 1])},
+    "confusion": np.eye(3, dtype=int),
+    "threshold_rule": "fpr=0.01",
+    "train_counts": [1, 2, 3],
+    "layer_scores": {},
+}
+
+
+@pytest.mark.parametrize("what", DIFFERENT)
+def test_any_difference_makes_two_routers_unequal_and_survives_as_plain_data(what):
+    other = a_router(**{what: DIFFERENT[what]})
+    assert other != a_router()
+    assert Router.from_content(other.content()) == other
+
+
+def test_every_part_is_compared():
+    assert set(DIFFERENT) == {part.name for part in dataclasses.fields(Router)}
+    for part in dataclasses.fields(Gate):
+        if part.name == "above":
+            assert a_gate(above=[True, False]) != a_gate()
+        else:
+            assert a_gate(**{part.name: [0.0, 0.0]}) != a_gate()
+    assert a_router() != "a router"
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_every_pooling_can_be_kept(pooling):
+    assert a_router(pooling=pooling).pooling == pooling
+
+
+NAN, INFINITY = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"site": "output"}, "unknown site"),
+        ({"site": None}, "unknown site"),
+        ({"layer": -1}, "no layer -1"),
+        ({"layer": True}, "no layer True"),
+        ({"layer": 10**6}, "no layer"),
+        ({"layer": 1.0}, "no layer"),
+        ({"pooling": "mean"}, "unknown pooling"),
+        ({"categories": []}, "at least one"),
+        ({"categories": "ab"}, "list"),
+        ({"categories": ["a", " "]}, "not a category name"),
+        ({"categories": ["a", 1]}, "not a category name"),
+        ({"categories": ["a", "a"]}, "twice"),
+        ({"categories": ["a"]}, "shape"),
+        *(({name: np.ones((4, 4))}, "shape") for name in ARRAYS),
+        *(
+            ({name: np.full_like(getattr(a_router(), name), NAN)}, name.replace("_", " "))
+            for name in ARRAYS
+        ),
+        ({"weight": np.full((3, 5), 1e39)}, "weight hold NaN or infinity"),
+        ({"bias": [0, INFINITY, 0]}, "bias hold NaN or infinity"),
+        ({"bias": ["0", "0", "0"]}, "bias"),
+        ({"bias": [None, 0, 0]}, "bias"),
+        ({"bias": [[0], 0, 0]}, "bias"),
+        ({"bias": [10**400, 0, 0]}, "bias"),
+        ({"conditions": [[1, 1, 1, 1, 1], [0, 0, 0, 0, 0]]}, "condition vector .* zero"),
+        ({"conditions": 1.0}, "conditions|weight"),
+        ({"gates": {}}, "needs the gates"),
+        ({"gates": None}, "needs the gates"),
+        ({"gates": {kind: a_gate(3) for kind in GATES}}, "one threshold for each"),
+        ({"gates": dict.fromkeys(GATES)}, "one threshold for each"),
+        ({"confusion": np.eye(3)}, "confusion"),
+        ({"confusion": np.eye(2, dtype=int)}, "confusion"),
+        ({"confusion": -np.eye(3, dtype=int)}, "confusion"),
+        ({"confusion": np.diag([1, 1, 0])}, "without a prompt"),
+        ({"confusion": [[2**60, 0, 0], [0, 1, 0], [0, 0, 1]]}, "confusion"),
+        ({"confusion": [[True, False, False]] * 3}, "confusion"),
+        ({"train_counts": [1, 2]}, "train counts"),
+        ({"train_counts": [1, 2, -1]}, "train counts"),
+        ({"threshold_rule": "best"}, "unknown threshold rule"),
+        ({"threshold_rule": None}, "unknown threshold rule"),
+        ({"layer_scores": [1]}, "layer scores"),
+        ({"layer_scores": {-1: 0.5}}, "layer -1"),
+        ({"layer_scores": {1: NAN}}, "layer 1"),
+        ({"layer_scores": {1: 1.5}}, "layer 1"),
+        ({"layer_scores": {1: "0"}}, "layer 1"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_parts_that_do_not_fit_are_refused(changes, words):
+    with pytest.raises(SteeringError, match=words):
+        a_router(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"above": []}, "sides"),
+        ({"above": [1, 1]}, "sides"),
+        ({"above": True}, "for each category"),
+        ({"thresholds": [0.5]}, "thresholds"),
+        ({"thresholds": [0.5, NAN]}, "thresholds"),
+        ({"thresholds": ["1", "2"]}, "thresholds"),
+        ({"true_positive_rates": [0.5, 1.01]}, "true positive rates"),
+        ({"false_positive_rates": [-0.01, 0.5]}, "false positive rates"),
+        ({"leak_rates": [0.5, NAN]}, "leak rates"),
+    ],
+    ids=str,
+)
+def test_gates_that_do_not_fit_are_refused(changes, words):
+    with pytest.raises(SteeringError, match=words):
+        a_gate(**changes)
