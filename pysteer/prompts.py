@@ -1,9 +1,12 @@
-"""Prompt sets: JSONL files with `prompt` and, optionally, `category`, `response` and `pair_id`."""
+"""Prompt sets: JSONL files, one object a line.
+
+`prompt` is text; optional are `category`, `response`, `pair_id` and `label`, text too.
+"""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +14,9 @@ from pysteer.errors import FormatError, naming
 
 if TYPE_CHECKING:
     import os
+
+
+_OPTIONAL = ("category", "response", "pair_id", "label")
 
 
 @dataclass(frozen=True)
@@ -22,12 +28,16 @@ class Prompt:
         category: the kind of content, or "".
         response: an answer that comes with the data, or None.
         pair_id: shared by an unsafe prompt and its harmless twin, or None.
+        label: what a judge found the response to be, "safe" or "unsafe", or None.
+        source: file and line, for messages; not part of what makes prompts equal.
     """
 
     prompt: str
     category: str = ""
     response: str | None = None
     pair_id: str | None = None
+    label: str | None = None
+    source: str = field(default="", compare=False)
 
 
 def load_prompts(path: str | os.PathLike[str]) -> list[Prompt]:
@@ -50,16 +60,20 @@ def load_prompts(path: str | os.PathLike[str]) -> list[Prompt]:
             raise FormatError(f"{path}, line {number}: not a JSON object") from None
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
             raise FormatError(f"{path}, line {number}: needs a 'prompt' that is a string")
-        optional = {key: row.get(key) for key in ("category", "response", "pair_id")}
+        optional = {key: row.get(key) for key in _OPTIONAL}
         for key, value in optional.items():
             if value is not None and not isinstance(value, str):
                 raise FormatError(f"{path}, line {number}: {key!r} is not a string")
+        if optional["label"] not in (None, "safe", "unsafe"):
+            raise FormatError(f"{path}, line {number}: 'label' is neither 'safe' nor 'unsafe'")
         prompts.append(
             Prompt(
                 row["prompt"],
                 optional["category"] or "",
                 optional["response"],
                 optional["pair_id"],
+                optional["label"],
+                f"{path}, line {number}",
             )
         )
     if not prompts:

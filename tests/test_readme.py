@@ -3,11 +3,14 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from pysteer import shipped
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
@@ -36,15 +39,25 @@ def test_python_examples(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.strip()
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where the commands run, one after the other: with the two prompt files that one asks for."""
+    folder = tmp_path_factory.mktemp("readme")
+    data = Path(shipped.__file__).parent / "data"
+    for side, name in (("unsafe", "demo_unsafe.jsonl"), ("safe", "demo_harmless.jsonl")):
+        shutil.copy(data / name, folder / f"{side}.jsonl")
+    return folder
+
+
 @pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("pysteer")])
-def test_commands(tmp_path, command):
+def test_commands(folder, command):
     program, *arguments = shlex.split(command)
     path = Path(sys.executable).with_name(program)
     result = subprocess.run(
         [path, *arguments],
         capture_output=True,
         text=True,
-        cwd=tmp_path,
+        cwd=folder,
         timeout=300,
         check=False,
         env={**os.environ, "COLUMNS": "100"},

@@ -7,8 +7,10 @@ import sys
 import typer
 
 from pysteer.cli import console
+from pysteer.cli.compare import compare
 from pysteer.cli.demo import demo
 from pysteer.cli.doctor import doctor
+from pysteer.cli.extract import extract
 from pysteer.cli.generate import generate
 from pysteer.cli.inspect import inspect
 from pysteer.errors import SteeringError
@@ -22,7 +24,7 @@ app = typer.Typer(
 )
 _INTERRUPTED = 130
 
-for command in (demo, generate, inspect, doctor):
+for command in (demo, extract, generate, inspect, compare, doctor):
     app.command()(command)
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any
 
-import numpy as np
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 
-from pysteer.cli import console, options
+from pysteer.cli import console, options, tables
+from pysteer.compare import category_cosines, norms, separation
 from pysteer.pack import SteeringPack
+from pysteer.router import Gate, Router
 from pysteer.shipped import demo_pack_path
 
 
@@ -21,6 +22,10 @@ def inspect(
         Path | None,
         typer.Argument(help="A pack, or a llama.cpp control-vector file; else the shipped pack."),
     ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Draw it too, into this picture (.png, .svg, .pdf); needs matplotlib."),
+    ] = None,
     json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
@@ -28,30 +33,73 @@ def inspect(
     file = file or demo_pack_path()
     pack = SteeringPack.load(file)
     found = describe(pack)
+    if plot is not None:
+        from pysteer.plots import plot_pack
+
+        plot_pack(pack, plot)
     if json:
         console.print_json({"file": str(file), **found})
         return
     _print(file, pack, found)
+    if plot is not None:
+        console.say(f"plot: {console.plain(str(plot))}")
 
 
 def describe(pack: SteeringPack) -> dict[str, Any]:
-    """A pack as plain data: categories, layers, L2 norm of each direction, origin."""
-    return {
+    """A pack as plain data: categories, layers, L2 norm of each direction, origin.
+
+    Present only where there is something to say: "cosines" (category to each later category to the
+    mean over common layers and the layers), "separation" (category to layer to AUC), "router".
+    """
+    found = {
         "base_model": asdict(pack.base_model) if pack.base_model else None,
         "n_embd": pack.n_embd,
         "categories": {
             name: {
                 "site": vector.site,
                 "layers": list(vector.layers),
-                "norms": {
-                    str(i): float(np.linalg.norm(row.astype(np.float64)))
-                    for i, row in vector.items()
-                },
+                "norms": {str(layer): norm for layer, norm in norms(vector).items()},
             }
             for name, vector in pack.categories.items()
         },
         "residual_norm": {str(layer): norm for layer, norm in pack.residual_norm.items()},
-        "provenance": dict(pack.provenance),
+        "provenance": _plain_data(pack.provenance),
+    }
+    cosines: dict[str, Any] = {}
+    for (name, other), layers in category_cosines(pack).items():
+        cosines.setdefault(name, {})[other] = {
+            "mean": fmean(layers.values()),
+            "layers": {str(layer): value for layer, value in layers.items()},
+        }
+    separated = {
+        name: {str(layer): auc for layer, auc in layers.items()}
+        for name, layers in separation(pack).items()
+    }
+    router = _describe_router(pack.router) if pack.router is not None else None
+    more = {"cosines": cosines, "separation": separated, "router": router}
+    return found | {key: value for key, value in more.items() if value}
+
+
+def _describe_router(router: Router) -> dict[str, Any]:
+    def rates(gate: Gate) -> dict[str, Any]:
+        columns = {part.name: getattr(gate, part.name).tolist() for part in fields(gate)}
+        return {
+            name: {key: column[i] for key, column in columns.items()}
+            for i, name in enumerate(router.categories)
+        }
+
+    return {
+        "site": router.site,
+        "layer": router.layer,
+        "pooling": router.pooling,
+        "categories": list(router.categories),
+        "threshold_rule": router.threshold_rule,
+        "category_accuracy": router.category_accuracy,
+        "benign_false_positive_rate": router.benign_false_positive_rate,
+        "confusion": router.confusion.tolist(),
+        "train_counts": router.train_counts.tolist(),
+        "layer_scores": {str(layer): score for layer, score in router.layer_scores.items()},
+        "gates": {kind: rates(gate) for kind, gate in router.gates.items()},
     }
 
 
@@ -65,40 +113,122 @@ def _print(file: Path, pack: SteeringPack, found: dict[str, Any]) -> None:
     )
     console.say(f"[bold]{console.plain(str(file))}[/]")
     console.say(f"base model: {console.plain(made_for)}")
-    table = Table(
-        "category", "site", "layers", "norm", "of residual", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
-    )
-    table.columns[0].no_wrap = True
-    for name, category in found["categories"].items():
-        norms = list(category["norms"].values())
+    short = tables.numbers(list(pack.categories))
+    summary = tables.table("", "category", "site", "layers", "norm", "of residual")
+    summary.columns[1].no_wrap = True
+    for name, vector in pack.categories.items():
+        lengths = norms(vector)
         relative = [
-            category["norms"][layer] / typical
-            for layer, typical in found["residual_norm"].items()
-            if layer in category["norms"] and typical > 0
+            lengths[layer] / typical
+            for layer, typical in pack.residual_norm.items()
+            if layer in lengths and typical > 0
         ]
-        table.add_row(
+        summary.add_row(
+            short[name],
             console.plain(name),
-            category["site"],
-            _ranges(category["layers"]),
-            _span(norms),
-            _span(relative) if relative else "not stated",
+            vector.site,
+            tables.ranges(vector.layers),
+            tables.span(list(lengths.values())),
+            tables.span(relative) if relative else "not stated",
         )
-    console.out.print(table)
-    for key, value in found["provenance"].items():
-        console.say(f"{console.plain(key)}: {console.plain(str(value))}")
+    console.out.print(summary)
+    _print_by_layer(pack, short)
+    if pack.router is not None:
+        _print_router(pack.router)
+    # What has been printed as a table is not printed again.
+    skip = ("separation",) if "separation" in found else ()
+    for line in _lines({k: v for k, v in found["provenance"].items() if k not in skip}):
+        console.say(console.plain(line))
 
 
-def _ranges(layers: list[int]) -> str:
-    """Write 1, 2, 3, 7 as 1-3, 7."""
-    parts: list[list[int]] = []
-    for layer in layers:
-        if parts and layer == parts[-1][-1] + 1:
-            parts[-1] = [parts[-1][0], layer]
+def _print_by_layer(pack: SteeringPack, short: Mapping[str, str]) -> None:
+    lengths = {name: norms(vector) for name, vector in pack.categories.items()}
+    if any(len(by_layer) > 1 for by_layer in lengths.values()):
+        tables.say_by_layer("norm of each direction", short, lengths, ".3g")
+    cosines = category_cosines(pack)
+    if cosines:
+        means = {pair: fmean(layers.values()) for pair, layers in cosines.items()}
+        means |= {(other, name): value for (name, other), value in means.items()}
+        tables.say_square(
+            "cosine between categories, mean over common layers",
+            {
+                name: [
+                    ""
+                    if name == other or (name, other) not in means
+                    else f"{means[name, other]:.2f}"
+                    for other in pack.categories
+                ]
+                for name in pack.categories
+            },
+        )
+    separated = separation(pack)
+    if separated:
+        title = "separation: AUC of the projection on held-out prompts"
+        tables.say_by_layer(title, short, separated, ".3f")
+
+
+def _print_router(router: Router) -> None:
+    console.say(
+        f"router: layer {router.layer}, site {router.site}, pooling {router.pooling}, "
+        f"thresholds by {console.plain(router.threshold_rule)}\n"
+        f"held out: category accuracy {router.category_accuracy:.1%}, "
+        f"benign false positives {router.benign_false_positive_rate:.1%}"
+    )
+    rates = tables.table("gate", "category", "threshold", "opens for", "benign", "others")
+    rates.columns[1].no_wrap = True
+    for kind, gate in router.gates.items():
+        for i, name in enumerate(router.categories):
+            rates.add_row(
+                kind if i == 0 else "",
+                console.plain(name),
+                f"{'>=' if gate.above[i] else '<='} {gate.thresholds[i]:.3g}",
+                f"{gate.true_positive_rates[i]:.1%}",
+                f"{gate.false_positive_rates[i]:.1%}",
+                f"{gate.leak_rates[i]:.1%}",
+            )
+    console.out.print(rates)
+    names = ["benign", *router.categories]
+    rows = zip(names, router.confusion, strict=True)
+    counts = {name: [str(count) if count else "" for count in row] for name, row in rows}
+    tables.say_square("confusion of held-out prompts: is (row), taken for", counts, first=0)
+
+
+def _plain_data(value: Any) -> Any:
+    """Read-only nested data as the dicts and lists that JSON knows."""
+    if isinstance(value, Mapping):
+        return {key: _plain_data(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain_data(item) for item in value]
+    return value
+
+
+def _lines(value: Any, indent: str = "") -> Iterator[str]:
+    """Nested data, one thing a line, what is inside of a thing indented."""
+    items = value.items() if isinstance(value, dict) else (("-", item) for item in value)
+    for key, item in items:
+        start = f"{indent}{key}" + ("" if isinstance(value, list) else ":")
+        if _is_nested(item):
+            yield start
+            yield from _lines(item, indent + "  ")
+        elif isinstance(item, list):
+            yield f"{start} {', '.join(_text(part) for part in item) or 'none'}"
         else:
-            parts.append([layer])
-    return ", ".join("-".join(str(end) for end in part) for part in parts)
+            yield f"{start} {_text(item)}"
 
 
-def _span(values: list[float]) -> str:
-    low, high = min(values), max(values)
-    return f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
+def _is_nested(value: Any) -> bool:
+    """Whether it takes more than one line: a dict, or a list of more than plain values."""
+    if isinstance(value, list):
+        return any(isinstance(item, (dict, list)) for item in value)
+    return isinstance(value, dict) and bool(value)
+
+
+def _text(value: Any) -> str:
+    """A JSON value that is no container, or an empty one."""
+    if isinstance(value, dict):
+        return "none"
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value)

@@ -47,6 +47,17 @@ def model_path(model: Path | None) -> str:
     return str(model)
 
 
+def model_source(model: str | None) -> str:
+    """The model named, which may be a hub id, or the default one.
+
+    Raises:
+        SteeringError: a GGUF file that is not there.
+    """
+    if model is None:
+        return str(default_model())
+    return model_path(Path(model)) if model.endswith(".gguf") else model
+
+
 def parse_steering(pairs: list[str]) -> dict[str, float]:
     """Read CATEGORY=STRENGTH arguments.
 

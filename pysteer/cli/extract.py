@@ -1,0 +1,359 @@
+"""`pysteer extract`: learn a pack from prompts."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.logging import RichHandler
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from pysteer.cli import console, options
+from pysteer.errors import SteeringError
+from pysteer.pack import SteeringPack
+from pysteer.prompts import Prompt, load_prompts
+
+if TYPE_CHECKING:
+    from pysteer.extract.capture import Capture
+
+
+def extract(
+    unsafe: Annotated[Path, typer.Option(help="Prompts to steer away from (JSONL).")],
+    safe: Annotated[Path, typer.Option(help="Harmless prompts to hold them against (JSONL).")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The pack to write (GGUF).")],
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="A GGUF file, a model folder, or a hub id."),
+    ] = None,
+    method: Annotated[
+        str,
+        typer.Option(help="mean, pruned, guided, pca, logistic, lda, contrast or learned."),
+    ] = "mean",
+    variant: Annotated[
+        str | None, typer.Option(help="pca: pairwise, centred or difference.")
+    ] = None,
+    paired: Annotated[bool, typer.Option("--paired", help="pruned: by pair_id.")] = False,
+    layers: Annotated[
+        str | None, typer.Option(help="Such as 12,15,18 or 5-25 or all; else three in the middle.")
+    ] = None,
+    site: Annotated[str, typer.Option(help="residual, attention or mlp.")] = "residual",
+    pooling: Annotated[
+        str,
+        typer.Option(help="Tokens averaged: last, prompt, user, response, or a range as 3:10."),
+    ] = "user",
+    safe_data: Annotated[
+        str,
+        typer.Option(help="matched (by category), generic, or auto."),
+    ] = "auto",
+    benign: Annotated[
+        Path | None, typer.Option(help="More harmless prompts, for the router alone (JSONL).")
+    ] = None,
+    answers: Annotated[
+        Path | None, typer.Option(help="Safe answers for contrast and learned (JSONL).")
+    ] = None,
+    judge: Annotated[
+        str, typer.Option(help="guided: labels (in the data), or refusal (what is none is unsafe).")
+    ] = "labels",
+    response_tokens: Annotated[
+        int, typer.Option(min=1, help="contrast: tokens of the answers averaged.")
+    ] = 8,
+    mask_massive: Annotated[
+        bool, typer.Option(help="Leave out dimensions that dwarf the rest.")
+    ] = True,
+    top_k: Annotated[
+        int | None, typer.Option(min=1, help="Keep only the k largest dimensions.")
+    ] = None,
+    orthogonalise: Annotated[
+        str, typer.Option(help="categories (against each other), benign (their mean), or none.")
+    ] = "none",
+    unit_norm: Annotated[bool, typer.Option("--unit-norm", help="Directions of norm 1.")] = False,
+    scale: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            help="Strength 1 adds this fraction of the residual's norm; 0 leaves directions be.",
+        ),
+    ] = None,
+    router: Annotated[bool, typer.Option(help="Fit a router.")] = True,
+    router_pooling: Annotated[
+        str, typer.Option(help="Tokens the router looks at: last, prompt or user.")
+    ] = "user",
+    false_positive_rate: Annotated[
+        float | None,
+        typer.Option(help="Router thresholds that let through so many benign prompts."),
+    ] = None,
+    held_out: Annotated[
+        float, typer.Option(help="Share of prompts kept for the figures reported.")
+    ] = 0.2,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same pack.")] = 0,
+    engine: Annotated[
+        str,
+        typer.Option(help="torch or llama; auto is llama for GGUF files, torch for others."),
+    ] = "auto",
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="torch: float32, bfloat16 or float16; else the processor's fastest."),
+    ] = None,
+    device_map: Annotated[
+        str | None, typer.Option(help="torch: as transformers takes it, such as auto.")
+    ] = None,
+    context: Annotated[int, typer.Option(min=16, max=1 << 22, help="llama: tokens.")] = 2048,
+    cache: Annotated[
+        Path | None, typer.Option(help="Where activations are kept; else beside the output.")
+    ] = None,
+    threads: options.Threads = None,
+    json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Learn steering vectors and a router from unsafe and harmless prompts.
+
+    Interrupted with Ctrl-C, the same command goes on where it stopped.
+    """
+    require("sklearn", "extract")
+    from pysteer.extract.run import extract as run_extraction
+    from pysteer.extract.session import Data
+    from pysteer.extract.settings import ExtractSettings
+
+    _show_warnings()
+    started = time.monotonic()
+    data = Data(
+        load_prompts(unsafe),
+        load_prompts(safe),
+        _loaded(benign),
+        _loaded(answers, may_be_empty=True),
+    )
+    wanted: dict[str, Any] = {
+        **({"variant": variant} if variant is not None else {}),
+        **({"paired": True} if paired else {}),
+    }
+    settings = ExtractSettings(
+        method=method,
+        options=wanted,
+        site=site,
+        pooling=_pooling(pooling),
+        matched=_choice("safe-data", safe_data, {"auto": None, "matched": True, "generic": False}),
+        response_tokens=response_tokens,
+        mask_massive=ExtractSettings.mask_massive if mask_massive else None,
+        top_k=top_k,
+        orthogonalise="" if orthogonalise == "none" else orthogonalise,
+        unit_norm=unit_norm,
+        scale=scale,
+        router=router,
+        router_pooling=router_pooling,
+        false_positive_rate=false_positive_rate,
+        held_out=held_out,
+        seed=seed,
+        layers=None,
+    )
+    judged = _choice("judge", judge, {"labels": None, "refusal": _not_a_refusal})
+    if not output.parent.is_dir():
+        raise SteeringError(f"there is no folder {output.parent} to write {output.name} to")
+    folder = cache or output.with_name(f"{output.name}.cache")
+    capture = open_capture(
+        options.model_source(model), engine, method, dtype, device_map, context, threads
+    )
+    settings = _with_layers(settings, layers, capture)
+    try:
+        with _reporter() as reporter:
+            pack = run_extraction(
+                capture, data, settings, cache=folder, judge=judged, report=reporter
+            )
+    except KeyboardInterrupt:
+        console.err.print(f"what was computed is kept in {folder}; the same command goes on there")
+        raise
+    pack.save(output)
+    if cache is None:
+        shutil.rmtree(folder, ignore_errors=True)
+    seconds = time.monotonic() - started
+    if json:
+        console.print_json(_report(pack, output, seconds))
+    else:
+        _print(pack, output, seconds)
+
+
+def require(module: str, extra: str) -> None:
+    """Raise SteeringError that names the extra to install if a module is missing."""
+    if find_spec(module) is None:
+        raise SteeringError(f"this needs {module}; run: pip install 'pysteer[{extra}]'")
+
+
+def open_capture(
+    source: str,
+    engine: str,
+    method: str,
+    dtype: str | None,
+    device_map: str | None,
+    context: int,
+    threads: int | None,
+) -> Capture:
+    """The model, run by the engine asked for.
+
+    Raises:
+        SteeringError: it cannot be loaded, or an option does not go with the engine.
+    """
+    gguf = source.endswith(".gguf")
+    if engine not in ("auto", "torch", "llama"):
+        raise SteeringError(f"--engine {engine}: use torch, llama or auto")
+    if engine == "auto":
+        engine = "llama" if gguf and method != "learned" and dtype is None else "torch"
+    if engine == "llama":
+        if not gguf:
+            raise SteeringError(f"{source} is no GGUF file; --engine llama runs those only")
+        if dtype is not None or device_map is not None:
+            raise SteeringError("--dtype and --device-map need --engine torch")
+        from pysteer.extract.llama_capture import LlamaCapture
+
+        extra = {} if threads is None else {"n_threads": threads, "n_threads_batch": threads}
+        return LlamaCapture(source, n_ctx=context, **extra)
+    for module in ("torch", "transformers"):
+        require(module, "extract")
+    import torch
+    import transformers
+
+    if not console.err.is_terminal:
+        transformers.utils.logging.disable_progress_bar()
+    from pysteer.extract.torch_capture import TorchCapture
+    from pysteer.extract.torch_model import TorchModel
+
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype is not None and dtype not in dtypes:
+        raise SteeringError(f"--dtype {dtype}: use one of {', '.join(dtypes)}")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    chosen = dtypes[dtype] if dtype is not None else None
+    return TorchCapture(TorchModel(source, dtype=chosen, device_map=device_map))
+
+
+def _loaded(path: Path | None, *, may_be_empty: bool = False) -> list[Prompt]:
+    return [] if path is None else load_prompts(path)
+
+
+def _choice(option: str, value: str, known: dict[str, Any]) -> Any:
+    if value not in known:
+        raise SteeringError(f"--{option} {value}: use one of {', '.join(known)}")
+    return known[value]
+
+
+def _pooling(text: str) -> Any:
+    start, colon, stop = text.partition(":")
+    if not colon:
+        return text
+    if not (start.isdecimal() and stop.isdecimal()) or int(start) >= int(stop):
+        raise SteeringError(f"--pooling {text}: a range is START:STOP, as in 3:10")
+    return int(start), int(stop)
+
+
+def _with_layers(settings: Any, text: str | None, capture: Capture) -> Any:
+    from dataclasses import replace
+
+    if text is None:
+        return settings
+    available = capture.sites.get(settings.site, ())
+    if text == "all":
+        return replace(settings, layers=tuple(available))
+    chosen: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise SteeringError(f"--layers {text}: write them as 12,15,18 or 5-25, or all")
+        chosen += range(int(first), int(last or first) + 1)
+    if not chosen:
+        raise SteeringError(f"--layers {text}: that is none")
+    return replace(settings, layers=tuple(sorted(set(chosen))))
+
+
+def _not_a_refusal(prompt: str, answer: str) -> bool:
+    from pysteer.evaluate.judges import is_refusal
+
+    return not is_refusal(answer)
+
+
+def _show_warnings() -> None:
+    """What the library logs, on standard error."""
+    logger = logging.getLogger("pysteer")
+    if not logger.handlers:
+        logger.addHandler(
+            RichHandler(console=console.err, show_time=False, show_path=False, markup=False)
+        )
+
+
+class _Rate(ProgressColumn):
+    """Units per second."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:.0f} {task.fields['unit']}/s")
+
+
+class _Bars:
+    """A bar for each stage."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def start(self, what: str, total: int, unit: str) -> Callable[[int, int], None]:
+        task = self._progress.add_task(what, total=total, unit=unit)
+        return lambda units, _rows: self._progress.advance(task, units)
+
+
+@contextmanager
+def _reporter() -> Iterator[_Bars]:
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        _Rate(),
+        TimeRemainingColumn(),
+        console=console.err,
+        transient=True,
+        disable=not console.err.is_terminal,
+    ) as progress:
+        yield _Bars(progress)
+
+
+def _report(pack: SteeringPack, output: Path, seconds: float) -> dict[str, Any]:
+    report: dict[str, Any] = {
+        "pack": str(output),
+        "seconds": seconds,
+        "provenance": dict(pack.provenance),
+        "router": None,
+    }
+    if pack.router is not None:
+        report["router"] = {
+            "layer": pack.router.layer,
+            "category_accuracy": pack.router.category_accuracy,
+            "benign_false_positive_rate": pack.router.benign_false_positive_rate,
+        }
+    return report
+
+
+def _print(pack: SteeringPack, output: Path, seconds: float) -> None:
+    table = Table("category")
+    for heading in ("prompts", "held out", "AUC, worst to best layer"):
+        table.add_column(heading, justify="right")
+    counts: Any = pack.provenance["counts"]
+    separation: Any = pack.provenance["separation"]
+    for name in pack.categories:
+        found = sorted(separation.get(name, {}).values())
+        table.add_row(
+            console.plain(name),
+            str(counts[name]["used"]),
+            str(counts[name]["held_out"]),
+            f"{found[0]:.2f} to {found[-1]:.2f}" if found else "",
+        )
+    console.out.print(table)
+    if pack.router is not None:
+        console.say(
+            f"router at layer {pack.router.layer}: held-out category accuracy "
+            f"{pack.router.category_accuracy:.2f}, benign false positives "
+            f"{pack.router.benign_false_positive_rate:.3f}"
+        )
+    console.say(f"wrote {console.plain(output)} in {seconds:.0f} s; pysteer inspect shows it")

@@ -1,0 +1,90 @@
+"""Tables that more than one command prints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from pysteer.cli import console
+
+
+def table(*headings: str) -> Table:
+    """An empty table in the house style."""
+    return Table(*headings, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+
+
+def numbers(names: Sequence[str]) -> dict[str, str]:
+    """Short headings for names that are too long for the columns of one table: 1, 2, 3, ..."""
+    return {name: str(number) for number, name in enumerate(names, 1)}
+
+
+def say_by_layer(
+    title: str, headings: Mapping[str, str], values: Mapping[str, Mapping[int, float]], form: str
+) -> None:
+    """Print a row for each layer and a column for each category.
+
+    Args:
+        title: what the numbers are.
+        headings: category to the heading of its column.
+        values: category to layer to number.
+        form: how a number is written, such as ".2f".
+    """
+    layers = sorted({layer for row in values.values() for layer in row})
+    cells = {
+        str(layer): [
+            format(row[layer], form) if layer in (row := values.get(name, {})) else ""
+            for name in headings
+        ]
+        for layer in layers
+    }
+    _say(title, "layer", [console.plain(heading) for heading in headings.values()], cells)
+
+
+def say_square(title: str, rows: Mapping[str, Sequence[str]], *, first: int = 1) -> None:
+    """Print a matrix whose columns are in the order of its rows, numbered from `first`.
+
+    Args:
+        title: what the cells are.
+        rows: name of a row to its cells.
+        first: the number of the first row and column.
+    """
+    short = [str(first + i) for i in range(len(rows))]
+    names = [f"{i} {console.plain(name)}" for i, name in zip(short, rows, strict=True)]
+    _say(title, "", short, dict(zip(names, rows.values(), strict=True)))
+
+
+def _say(
+    title: str, corner: str, headings: Sequence[str], cells: Mapping[str, Sequence[str]]
+) -> None:
+    """Print a title and one table, or as many as the width of the terminal asks for."""
+    wide = max((len(text) for row in [headings, *cells.values()] for text in row), default=1)
+    left = max(len(text) for text in [corner, *cells])
+    fit = max(1, (console.out.width - left - 3) // (wide + 1))
+    console.say(title)
+    for start in range(0, len(headings), fit):
+        part = Table(corner, box=SIMPLE_HEAD, padding=0)
+        part.columns[0].no_wrap = True
+        for heading in headings[start : start + fit]:
+            part.add_column(heading, justify="right", no_wrap=True)
+        for name, row in cells.items():
+            part.add_row(name, *row[start : start + fit])
+        console.out.print(part)
+
+
+def ranges(layers: Sequence[int]) -> str:
+    """Write 1, 2, 3, 7 as 1-3, 7."""
+    parts: list[list[int]] = []
+    for layer in layers:
+        if parts and layer == parts[-1][-1] + 1:
+            parts[-1] = [parts[-1][0], layer]
+        else:
+            parts.append([layer])
+    return ", ".join("-".join(str(end) for end in part) for part in parts)
+
+
+def span(values: Sequence[float], form: str = ".3g") -> str:
+    """Write the smallest and the largest of some numbers."""
+    low, high = format(min(values), form), format(max(values), form)
+    return low if low == high else f"{low} to {high}"

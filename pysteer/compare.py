@@ -1,0 +1,204 @@
+"""How directions relate: those of two packs, and those of the categories of one pack."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pysteer.errors import SteeringError, quoted
+from pysteer.pack import SteeringPack
+from pysteer.vector import SteeringVector
+
+
+@dataclass(frozen=True)
+class LayerComparison:
+    """Two directions of one layer, a of the first pack and b of the second.
+
+    Attributes:
+        cosine: a . b / (|a| |b|), from -1 to 1; None if one of them is 0.
+        norm_ratio: |b| / |a|, L2 norms; None if a is 0.
+    """
+
+    cosine: float | None
+    norm_ratio: float | None
+
+
+@dataclass(frozen=True)
+class CategoryComparison:
+    """One category in both packs.
+
+    Attributes:
+        first: its name in the first pack.
+        second: its name in the second pack.
+        site: where in a block both steer.
+        layers: the layers that both have, ascending.
+        only_in_first: the layers that only the first has.
+        only_in_second: the layers that only the second has.
+    """
+
+    first: str
+    second: str
+    site: str
+    layers: Mapping[int, LayerComparison]
+    only_in_first: tuple[int, ...]
+    only_in_second: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two packs.
+
+    Attributes:
+        categories: the categories that both have, by their name in the first.
+        only_in_first: the categories that only the first has.
+        only_in_second: the categories that only the second has.
+    """
+
+    categories: Mapping[str, CategoryComparison]
+    only_in_first: tuple[str, ...]
+    only_in_second: tuple[str, ...]
+
+
+def compare(first: SteeringPack, second: SteeringPack) -> Comparison:
+    """Compare two packs, category by category and layer by layer.
+
+    Categories are matched by name; where both packs hold exactly one, these two are matched
+    whatever their names are.
+
+    Raises:
+        SteeringError: the widths differ, a category is at different sites, or the packs have no
+            layer of any category in common.
+    """
+    if first.n_embd != second.n_embd:
+        raise SteeringError(
+            f"the first has directions of width {first.n_embd}, the second of width "
+            f"{second.n_embd}; directions of different models cannot be compared"
+        )
+    if len(first.categories) == len(second.categories) == 1:
+        names = {next(iter(first.categories)): next(iter(second.categories))}
+    else:
+        names = {name: name for name in first.categories if name in second.categories}
+    if not names:
+        raise SteeringError(
+            f"no category in common: the first has {_list(first.categories)}, "
+            f"the second {_list(second.categories)}"
+        )
+    categories = {name: _category(first, name, second, other) for name, other in names.items()}
+    if not any(category.layers for category in categories.values()):
+        raise SteeringError("the categories in common have no layer in common")
+    return Comparison(
+        categories,
+        tuple(name for name in first.categories if name not in names),
+        tuple(name for name in second.categories if name not in names.values()),
+    )
+
+
+def cosine(a: npt.ArrayLike, b: npt.ArrayLike) -> float | None:
+    """a . b / (|a| |b|) in float64, from -1 to 1; None if one of them is 0.
+
+    Args:
+        a: shape (n_embd,), any real dtype.
+        b: shape (n_embd,), any real dtype.
+    """
+    left, right = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    lengths = float(np.linalg.norm(left) * np.linalg.norm(right))
+    return float(np.clip(left @ right / lengths, -1, 1)) if lengths > 0 else None
+
+
+def norms(vector: SteeringVector) -> dict[int, float]:
+    """L2 norm of each direction, by layer, in the units of the model's activations."""
+    return {layer: float(np.linalg.norm(row.astype(np.float64))) for layer, row in vector.items()}
+
+
+def category_cosines(pack: SteeringPack) -> dict[tuple[str, str], dict[int, float]]:
+    """Cosine between the directions of each two categories, by layer.
+
+    Args:
+        pack: any pack.
+
+    Returns:
+        For each two categories, in the order of the pack, layer to cosine. Layers that only one of
+        them has, and directions that are 0, are left out, and so are pairs with no layer left,
+        among them those at different sites.
+    """
+    found = {}
+    for (name, vector), (other_name, other) in combinations(pack.categories.items(), 2):
+        if vector.site != other.site:
+            continue
+        values = {
+            layer: cosine(row, other.direction(layer))
+            for layer, row in vector.items()
+            if layer in other.layers
+        }
+        layers = {layer: value for layer, value in values.items() if value is not None}
+        if layers:
+            found[name, other_name] = layers
+    return found
+
+
+def separation(pack: SteeringPack) -> dict[str, dict[int, float]]:
+    """How well a projection on the directions tells held-out unsafe prompts from safe ones.
+
+    Args:
+        pack: any pack; what it has under "separation" in its provenance is returned.
+
+    Returns:
+        Category to layer to area under the ROC curve, from 0 to 1: 1 is perfect, 0.5 is chance.
+        Empty where the pack says nothing, or nothing of that shape.
+    """
+    stored = pack.provenance.get("separation")
+    if not isinstance(stored, Mapping):
+        return {}
+    found = {}
+    for category, by_layer in stored.items():
+        if category not in pack.categories or not isinstance(by_layer, Mapping):
+            return {}
+        if not all(_is_layer(layer) and _is_share(auc) for layer, auc in by_layer.items()):
+            return {}
+        if by_layer:
+            ascending = sorted(by_layer.items(), key=lambda item: int(item[0]))
+            found[category] = {int(layer): float(auc) for layer, auc in ascending}
+    return found
+
+
+def _category(
+    first: SteeringPack, name: str, second: SteeringPack, other_name: str
+) -> CategoryComparison:
+    one, two = first[name], second[other_name]
+    if one.site != two.site:
+        raise SteeringError(
+            f"category {quoted(name)} steers the site {one.site} in the first and {two.site} in "
+            "the second; directions of different sites cannot be compared"
+        )
+    layers = {}
+    for layer in one.layers:
+        if layer in two.layers:
+            a, b = one.direction(layer), two.direction(layer)
+            length = float(np.linalg.norm(a.astype(np.float64)))
+            ratio = float(np.linalg.norm(b.astype(np.float64))) / length if length > 0 else None
+            layers[layer] = LayerComparison(cosine(a, b), ratio)
+    return CategoryComparison(
+        name,
+        other_name,
+        one.site,
+        layers,
+        tuple(layer for layer in one.layers if layer not in two.layers),
+        tuple(layer for layer in two.layers if layer not in one.layers),
+    )
+
+
+def _is_layer(value: Any) -> bool:
+    return isinstance(value, str) and value.isascii() and value.isdecimal() and len(value) <= 6
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
+
+
+def _list(names: Mapping[str, Any]) -> str:
+    return quoted(", ".join(names))

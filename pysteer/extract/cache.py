@@ -1,0 +1,300 @@
+"""Captured activations: their running means, or every row in a file that can be resumed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+import shutil
+import time
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pysteer.errors import SteeringError
+from pysteer.extract.capture import Capture, Row
+
+_log = logging.getLogger(__name__)
+
+Floats = npt.NDArray[np.float32]
+
+Source = Callable[..., Iterator[tuple[int, Floats]]]
+"""`Capture.activations`, or what answers in its place."""
+
+Progress = Callable[[int, int], None]
+"""Called with the number of tokens done since the last call and the number of rows done."""
+
+_FLUSH_EVERY = 64  # rows
+_SAVE_EVERY = 10.0  # seconds
+_OURS = re.compile(r"[0-9a-f]{64}\.(npy|done\.npy|means\.npz|means\.part\.npz|answers\.jsonl)")
+
+
+def no_progress(_tokens: int, _rows: int) -> None:
+    """Tell nobody."""
+
+
+def run_key(capture: Capture, rows: Sequence[Row], site: str, layers: Sequence[int]) -> str:
+    """SHA-256, in hex, of everything that the activations depend on."""
+    model = capture.base_model
+    sha = hashlib.sha256(
+        json.dumps(
+            [type(capture).__name__, capture.identity, vars(model), site, list(layers)],
+            sort_keys=True,
+        ).encode()
+    )
+    for row in rows:
+        sha.update(np.asarray([len(row.tokens), row.start, row.stop, *row.tokens], "<i8").tobytes())
+    return sha.hexdigest()
+
+
+def clear(folder: Path) -> None:
+    """Delete what caches have written to a folder, and the folder if nothing else is in it."""
+    try:
+        for path in folder.iterdir():
+            if _OURS.fullmatch(path.name):
+                path.unlink()
+        if not any(folder.iterdir()):
+            folder.rmdir()
+    except OSError as error:
+        _log.warning("the cache %s could not be deleted: %s", folder, error)
+
+
+class ActivationCache:
+    """Mean activations of every row, in a memory-mapped file; what is there is not computed again.
+
+    Two files: `<key>.npy`, float32 of shape (rows, layers, n_embd), and `<key>.done.npy`, uint64 of
+    shape (rows,): 0 for a row that is missing, else 1 + CRC-32 of its bytes. Interrupted at any
+    time, the next `fill` goes on where this one stopped. A row that is not what was written, as
+    after a crash, is captured again, which is logged.
+
+    Args:
+        folder: where to; created.
+        capture: the model.
+        rows: what to run.
+        site: site.
+        layers: layers.
+
+    Raises:
+        SteeringError: the folder cannot be written, or has no room.
+    """
+
+    def __init__(
+        self, folder: Path, capture: Capture, rows: Sequence[Row], site: str, layers: Sequence[int]
+    ) -> None:
+        self._capture, self._rows, self._site, self._layers = capture, rows, site, list(layers)
+        key = run_key(capture, rows, site, layers)
+        shape = (len(rows), len(layers), capture.base_model.n_embd)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.activations: Floats = _open(folder / f"{key}.npy", np.float32, shape)
+            self._done = _open(folder / f"{key}.done.npy", np.uint64, shape[:1])
+        except (OSError, ValueError) as error:
+            raise SteeringError(f"cannot use {folder} as a cache: {error}") from None
+        damaged = [i for i in np.flatnonzero(self._done) if self._done[i] != self._sum(i)]
+        if damaged:
+            _log.warning(
+                "%d rows of the cache %s are damaged and are captured again",
+                len(damaged),
+                folder / f"{key}.npy",
+            )
+            self._done[damaged] = 0
+
+    @property
+    def missing(self) -> list[int]:
+        """Indices of the rows that have not been captured."""
+        return [int(i) for i in np.flatnonzero(self._done == 0)]
+
+    def fill(self, progress: Progress = no_progress, source: Source | None = None) -> Floats:
+        """Capture what is missing.
+
+        Args:
+            progress: called for every row.
+            source: where activations come from, if not from the model.
+
+        Returns:
+            float32 of shape (rows, layers, n_embd), memory-mapped.
+
+        Raises:
+            SteeringError: activations are not finite, or a row got none.
+        """
+        missing = self.missing
+        rows = [self._rows[i] for i in missing]
+        source = source or self._capture.activations
+        stream = source(rows, site=self._site, layers=self._layers)
+        pending: list[int] = []
+        try:
+            for number, means in stream:
+                require_finite(means, self._layers)
+                self.activations[missing[number]] = means
+                pending.append(missing[number])
+                progress(len(rows[number].tokens), 1)
+                if len(pending) == _FLUSH_EVERY:
+                    self._mark(pending)
+        finally:
+            self._mark(pending)
+        _require_all(self.missing)
+        return self.activations
+
+    def _sum(self, row: int) -> int:
+        return 1 + zlib.crc32(self.activations[row].tobytes())
+
+    def _mark(self, pending: list[int]) -> None:
+        _flush(self.activations)  # first the rows, then the word that they are there
+        for row in pending:
+            self._done[row] = self._sum(row)
+        _flush(self._done)
+        pending.clear()
+
+
+class RunningMeans:
+    """Mean activations of groups of rows, without keeping the rows.
+
+    Sums in float64. One file, `<key>.means.npz`, holds them with the word which rows are in them;
+    it is written every few seconds and when interrupted, so that the next `fill` goes on from
+    there. A file that is damaged is not used, which is logged.
+
+    Args:
+        folder: where to; created.
+        capture: the model.
+        rows: what to run.
+        owners: for each row its group.
+        n_groups: number of groups.
+        site: site.
+        layers: layers.
+
+    Raises:
+        SteeringError: the folder cannot be written.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        capture: Capture,
+        rows: Sequence[Row],
+        owners: Sequence[int],
+        n_groups: int,
+        site: str,
+        layers: Sequence[int],
+    ) -> None:
+        self._capture, self._rows, self._site, self._layers = capture, rows, site, list(layers)
+        self._owners = list(owners)
+        key = run_key(capture, rows, site, layers)
+        key = hashlib.sha256(f"{key} {self._owners} {n_groups}".encode()).hexdigest()
+        self._path = folder / f"{key}.means.npz"
+        self._sums = np.zeros((n_groups, len(layers), capture.base_model.n_embd))
+        self._done = np.zeros(len(rows), bool)
+        self._adding = False
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if self._path.exists():
+                self._load()
+        except OSError as error:
+            raise SteeringError(f"cannot use {folder} as a cache: {error}") from None
+
+    def _load(self) -> None:
+        try:
+            with np.load(self._path) as kept:  # a ZIP file, whose reader compares checksums
+                sums, done = kept["sums"], kept["done"]
+            if (sums.shape, sums.dtype) != (self._sums.shape, self._sums.dtype) or (
+                (done.shape, done.dtype) != (self._done.shape, self._done.dtype)
+            ):
+                raise ValueError("another shape")
+        except (ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile) as error:
+            _log.warning("%s is damaged (%s), and is made anew", self._path, error)
+            return
+        self._sums, self._done = sums, done
+
+    @property
+    def missing(self) -> list[int]:
+        """Indices of the rows that have not been captured."""
+        return [int(i) for i in np.flatnonzero(~self._done)]
+
+    def fill(
+        self, progress: Progress = no_progress, source: Source | None = None
+    ) -> npt.NDArray[np.float64]:
+        """Capture what is missing.
+
+        Args:
+            progress: called for every row.
+            source: where activations come from, if not from the model.
+
+        Returns:
+            float64 of shape (n_groups, layers, n_embd); NaN for a group without rows.
+
+        Raises:
+            SteeringError: activations are not finite, or a row got none.
+        """
+        missing = self.missing
+        rows = [self._rows[i] for i in missing]
+        source = source or self._capture.activations
+        saved = time.monotonic()
+        try:
+            for number, means in source(rows, site=self._site, layers=self._layers):
+                require_finite(means, self._layers)
+                self._adding = True
+                self._sums[self._owners[missing[number]]] += means
+                self._done[missing[number]] = True
+                self._adding = False
+                progress(len(rows[number].tokens), 1)
+                if time.monotonic() - saved > _SAVE_EVERY:
+                    self._save()
+                    saved = time.monotonic()
+        finally:
+            self._save()
+        _require_all(self.missing)
+        counts = np.bincount(self._owners, minlength=len(self._sums)).astype(np.float64)
+        counts[counts == 0] = np.nan
+        means_of_groups: npt.NDArray[np.float64] = self._sums / counts[:, None, None]
+        return means_of_groups
+
+    def _save(self) -> None:
+        if self._adding:  # interrupted between a sum and the word that the row is in it
+            return
+        part = self._path.with_suffix(".part.npz")
+        np.savez(part, sums=self._sums, done=self._done)
+        part.replace(self._path)
+
+
+def require_finite(means: Floats, layers: Sequence[int]) -> None:
+    """Raise SteeringError where activations are not numbers, as half precision may overflow."""
+    finite = np.asarray(np.isfinite(means).all(axis=-1))
+    if not finite.all():
+        bad = [layer for layer, good in zip(layers, finite, strict=True) if not good]
+        raise SteeringError(
+            f"activations at layers {bad} overflow; extract with --dtype float32 or bfloat16"
+        )
+
+
+def _require_all(missing: Sequence[int]) -> None:
+    if missing:
+        raise SteeringError(f"the model gave no activations for {len(missing)} prompts")
+
+
+def _open(path: Path, dtype: Any, shape: tuple[int, ...]) -> Any:
+    if path.exists():
+        try:
+            found = np.lib.format.open_memmap(path, mode="r+")
+            if found.shape == shape and found.dtype == dtype:
+                return found
+            why = "another shape"
+        except (ValueError, EOFError, SyntaxError) as error:
+            why = str(error)
+        _log.warning("%s is damaged (%s), and is made anew", path, why)
+        path.unlink()
+    needed, free = int(np.prod(shape)) * np.dtype(dtype).itemsize, shutil.disk_usage(path.parent)
+    if needed > free.free:  # writing to a mapped file without room would kill the process
+        raise ValueError(
+            f"{needed / 1e9:.1f} GB are needed and {free.free / 1e9:.1f} GB free; "
+            "name another folder with --cache"
+        )
+    return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+
+
+def _flush(array: Any) -> None:
+    array.flush()

@@ -1,0 +1,184 @@
+"""What extraction asks of a model, whichever library runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from pysteer.errors import SteeringError
+from pysteer.pack import BaseModel
+
+Tokens: TypeAlias = tuple[int, ...]
+
+Pooling: TypeAlias = Literal["last", "prompt", "user", "response"] | tuple[int, int]
+"""Which tokens' activations are averaged: the "last" of the prompt, the whole "prompt", the
+"user"'s message in it, the "response", or a range [start, stop) of positions."""
+
+POOLINGS: tuple[str, ...] = ("last", "prompt", "user", "response")
+
+
+@dataclass(frozen=True)
+class Row:
+    """Tokens of one sequence, and the range [start, stop) of them that is averaged."""
+
+    tokens: Tokens
+    start: int
+    stop: int
+
+
+class Capture(Protocol):
+    """A model whose activations can be read. Tokens are those of the model's own vocabulary."""
+
+    @property
+    def base_model(self) -> BaseModel:
+        """What identifies the model."""
+        ...
+
+    @property
+    def weights(self) -> str:
+        """Name of the file or repository, and precision: for the provenance."""
+        ...
+
+    @property
+    def identity(self) -> str:
+        """What else activations depend on: the weights' file, their precision."""
+        ...
+
+    @property
+    def sites(self) -> Mapping[str, tuple[int, ...]]:
+        """Site to the layers that have it, ascending."""
+        ...
+
+    @property
+    def n_ctx(self) -> int:
+        """How many tokens a sequence may have."""
+        ...
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether prompts are put into a chat template; otherwise they are taken as they are."""
+        ...
+
+    def prompt_tokens(self, prompt: str) -> Tokens:
+        """A user's message in the chat template, up to where the response starts."""
+        ...
+
+    def response_tokens(self, text: str) -> Tokens:
+        """Text as it continues a prompt: no special tokens are added or recognised."""
+        ...
+
+    def text(self, tokens: Tokens) -> str:
+        """What tokens of a response say."""
+        ...
+
+    def answers(self, prompts: Sequence[Tokens], n_tokens: int) -> Iterator[tuple[int, Tokens]]:
+        """The model's own greedy answers, at most `n_tokens` each, without the end-of-turn token.
+
+        Yields:
+            index into `prompts` and answer, in any order.
+        """
+        ...
+
+    def activations(
+        self, rows: Sequence[Row], *, site: str, layers: Sequence[int]
+    ) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
+        """Mean activations of each row's range.
+
+        Yields:
+            index into `rows` and a float32 array of shape (len(layers), n_embd), in any order.
+        """
+        ...
+
+
+def file_identity(path: Path) -> str:
+    """Name, size and time of a file: changes when the file does, and needs no reading of it."""
+    status = path.stat()
+    return f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
+
+
+def shared_ends(capture: Capture) -> tuple[int, int]:
+    """How many tokens the chat template puts before and after every user's message."""
+    # Two messages that share no token at either end; a third guards against an accident.
+    rendered = [capture.prompt_tokens(text) for text in ("Hello", "why 7?", "(so it is)")]
+    shortest = min(map(len, rendered))
+    start = next((i for i in range(shortest) if len({r[i] for r in rendered}) > 1), shortest)
+    end = next((i for i in range(shortest) if len({r[-1 - i] for r in rendered}) > 1), shortest)
+    return start, end
+
+
+def continuation(encode: Callable[[str], Sequence[int]], text: str) -> Tokens:
+    """Tokens of a text that follows other text.
+
+    Sentencepiece tokenizers put a space before text that stands alone, so it is encoded behind a
+    line break, which is then taken away.
+    """
+    anchor, both = list(encode("\n")), list(encode("\n" + text))
+    if both[: len(anchor)] == anchor:
+        return tuple(both[len(anchor) :])
+    return tuple(encode(text))  # begins with line breaks of its own, which are one token together
+
+
+def pooled_row(
+    prompt: Tokens, response: Tokens, pooling: Pooling, template: tuple[int, int]
+) -> Row:
+    """Tokens to run, and the range of them to average.
+
+    Args:
+        prompt: the prompt's tokens, in the chat template.
+        response: the response's, or ().
+        pooling: see `Pooling`. Only "response" and a range reach beyond the prompt; for the
+            others the response is left away, since later tokens do not change earlier ones.
+        template: from `shared_ends`.
+
+    Raises:
+        SteeringError: there is nothing to average.
+    """
+    if isinstance(pooling, tuple):
+        row = Row(prompt + response, pooling[0], min(pooling[1], len(prompt + response)))
+    elif pooling == "last":
+        row = Row(prompt, len(prompt) - 1, len(prompt))
+    elif pooling == "prompt":
+        row = Row(prompt, 0, len(prompt))
+    elif pooling == "user":
+        before, after = template
+        row = Row(prompt, before, len(prompt) - after)
+    elif pooling == "response":
+        row = Row(prompt + response, len(prompt), len(prompt + response))
+    else:
+        raise SteeringError(f"unknown pooling {pooling!r}; use one of {', '.join(POOLINGS)}")
+    if not 0 <= row.start < row.stop:
+        what = "response" if pooling == "response" else "text"
+        raise SteeringError(f"there is no {what} to average over (pooling {pooling!r})")
+    return row
+
+
+def token_batches(
+    lengths: Sequence[int], budget: int, max_rows: int, *, padded: bool
+) -> Iterator[list[int]]:
+    """Rows grouped by length: indices of batches of at most `budget` tokens.
+
+    The longest come first, so that what does not fit into memory shows at once. A row longer than
+    the budget is a batch of its own.
+
+    Args:
+        lengths: tokens of each row.
+        budget: tokens of a batch.
+        max_rows: rows of a batch.
+        padded: whether the rows of a batch take as many tokens as its longest.
+    """
+    batch: list[int] = []
+    total = 0
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        length = lengths[batch[0]] if padded and batch else lengths[index]
+        if batch and (len(batch) == max_rows or total + length > budget):
+            yield batch
+            batch, total, length = [], 0, lengths[index]
+        batch.append(index)
+        total += length
+    if batch:
+        yield batch

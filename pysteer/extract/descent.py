@@ -1,0 +1,334 @@
+"""Gradient descent on directions: the loss, a run with early stopping, and what it is made with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from itertools import chain, islice, zip_longest
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from pysteer.errors import SteeringError, quoted
+from pysteer.extract.capture import token_batches
+from pysteer.extract.steered_forward import Prepared, Span, SteeredForward
+
+Progress: TypeAlias = Callable[[int, int, str], None]
+"""Called with steps done, steps in total (at most), and what is being done."""
+
+_STEP_TOKENS = 1024
+_LAST_RATE = 0.1
+
+
+@dataclass(frozen=True)
+class LearnedSettings:
+    """What a run is made with.
+
+    Attributes:
+        learning_rate: of Adam, as a share of the typical size of one component of the residual
+            stream at each layer (`SteeredForward.typical_sizes`), so that it suits any model. It
+            falls evenly to a tenth over a run's steps.
+        batch_size: unsafe prompts per step.
+        benign_batch_size: benign prompts per step.
+        shared_steps: at most so many for the vector shared by all categories; 0 for none.
+        category_steps: at most so many for each category, from the shared vector.
+        kl_weight: of the term that holds the model still on benign prompts; 0 leaves it out.
+        kl_tokens: how many tokens of the answers to benign prompts are held.
+        first_token_weight: how often the first token of an answer counts.
+        max_benign: at most so many benign prompts are used, drawn by the seed.
+        max_tokens: longer examples and benign prompts are left out.
+        validation_share: of a category's prompts, and of the benign ones, kept aside to choose the
+            best state by; 0 for none.
+        validation_prompts: at most so many unsafe, and as many benign, prompts are looked at.
+        min_prompts: categories with fewer different prompts are trained on all of them.
+        check_every: steps between two looks at the loss on the validation prompts.
+        patience: a run stops early after so many looks without a lower loss.
+        seed: of the split, the order of the prompts and the choice of benign ones.
+
+    Raises:
+        SteeringError: a value is out of its range.
+    """
+
+    learning_rate: float = 0.25
+    batch_size: int = 8
+    benign_batch_size: int = 4
+    shared_steps: int = 40
+    category_steps: int = 14
+    kl_weight: float = 1.0
+    kl_tokens: int = 8
+    first_token_weight: float = 4.0
+    max_benign: int = 128
+    max_tokens: int = 1024
+    validation_share: float = 0.2
+    validation_prompts: int = 12
+    min_prompts: int = 10
+    check_every: int = 7
+    patience: int = 3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        at_least = {"shared_steps": 0, "category_steps": 0, "kl_weight": 0, "seed": 0}
+        for each in fields(self):
+            value, least = getattr(self, each.name), at_least.get(each.name, 1)
+            if each.name == "validation_share":
+                good = 0 <= value < 1
+            elif each.name == "learning_rate":
+                good = value > 0
+            else:
+                good = value >= least
+            if not good or not math.isfinite(value):
+                raise SteeringError(f"{each.name} cannot be {quoted(value)} in LearnedSettings")
+        if not self.shared_steps and not self.category_steps:
+            raise SteeringError("nothing is learned in 0 steps; raise shared_steps")
+
+
+@dataclass(frozen=True)
+class LearnedDirection:
+    """What was learned for one category.
+
+    Attributes:
+        directions: layer to direction, shape (n_embd,), float32.
+        steps: steps taken.
+        best_step: after how many of them the directions were as they are here.
+        n_prompts: different prompts it was trained on.
+        n_validation: different prompts kept aside, and looked at.
+        validation_loss: of them, at `best_step`, in nats per token; None without such prompts.
+        validation_kl: the KL in it, unweighted; None also if no benign prompts were kept aside.
+    """
+
+    directions: dict[int, npt.NDArray[np.float32]]
+    steps: int
+    best_step: int
+    n_prompts: int
+    n_validation: int
+    validation_loss: float | None
+    validation_kl: float | None
+
+
+def losses(
+    forward: SteeredForward,
+    unsafe: Sequence[Prepared],
+    benign: Sequence[Prepared],
+    directions: Tensor,
+    settings: LearnedSettings,
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of safe answers, and KL from the unsteered model, each summed over prompts.
+
+    A prompt's share is the weighted mean over its answer's tokens, in nats, in float32. The model
+    runs once, for all prompts.
+
+    Args:
+        forward: the model.
+        unsafe: spans whose positions predict the safe answer, which is part of the tokens.
+        benign: spans prepared with `final`.
+        directions: shape (layers, n_embd), float32.
+        settings: for first_token_weight.
+    """
+    logits, before = forward.logits([*unsafe, *benign], directions)
+    scores = torch.log_softmax(logits.float(), dim=-1)
+    targets = [t for p in unsafe for t in p.span.tokens[p.span.start + 1 : p.span.stop + 1]]
+    weights = torch.cat([_weights(len(p.span), settings) for p in [*unsafe, *benign]])
+    weights = weights.to(scores.device)
+    chosen = torch.tensor(targets, dtype=torch.long, device=scores.device)
+    n = len(targets)
+    ce = -(weights[:n] * scores[:n].gather(1, chosen[:, None])[:, 0]).sum()
+    known = torch.log_softmax(before.float(), dim=-1)
+    kl = (weights[n:] * (known.exp() * (known - scores[n:])).sum(dim=-1)).sum()
+    return ce, kl
+
+
+def _weights(n_tokens: int, settings: LearnedSettings) -> Tensor:
+    weights = torch.ones(n_tokens)
+    weights[0] = settings.first_token_weight
+    return weights / weights.sum()
+
+
+def generator(settings: LearnedSettings, *titles: str) -> np.random.Generator:
+    """Random numbers of a run's own, which do not depend on what other runs have drawn."""
+    return np.random.default_rng([settings.seed, *"\0".join(titles).encode()])
+
+
+def _draw(groups: Sequence[Sequence[Span]], random: np.random.Generator) -> Iterator[Span]:
+    """Spans without end, each group in turn, each group's without replacement until used up."""
+    left: list[list[int]] = [[] for _ in groups]
+    while all(groups):
+        for group in random.permutation(len(groups)).tolist():
+            left[group] = left[group] or random.permutation(len(groups[group])).tolist()
+            yield groups[group][left[group].pop()]
+
+
+@dataclass(frozen=True)
+class Spans:
+    """What is trained on, and what is kept aside.
+
+    Attributes:
+        train: category to prompts with safe answers.
+        validation: the same, of other prompts; a category may have none.
+        benign_train: benign prompts with the model's own answers.
+        benign_validation: the same, of other prompts.
+    """
+
+    train: dict[str, list[Span]]
+    validation: dict[str, list[Span]]
+    benign_train: list[Span]
+    benign_validation: list[Span]
+
+
+@dataclass
+class Descent:
+    """Runs of gradient descent on the same data.
+
+    Attributes:
+        forward: the model.
+        spans: the data.
+        settings: see there.
+        scale: size of one component of each layer, shape (layers, 1).
+        total: steps of all runs together, for `progress`.
+        progress: see there.
+    """
+
+    forward: SteeredForward
+    spans: Spans
+    settings: LearnedSettings
+    scale: Tensor
+    total: int
+    progress: Progress
+    _done: int = 0
+    _kept: dict[tuple[Span, bool], Prepared] = field(default_factory=dict)
+
+    def run(
+        self, title: str, categories: Sequence[str], start: Tensor, steps: int
+    ) -> tuple[Tensor, LearnedDirection]:
+        """Train one vector for some categories from `start`, given in units of `scale`.
+
+        Returns:
+            The best state, in the same units, and the result.
+        """
+        train = [self.spans.train[c] for c in categories]
+        aside = [self.spans.validation[c] for c in categories]
+        batches = self._batches(title, train, steps)
+        in_turn = [span for row in zip_longest(*aside) for span in row if span is not None]
+        validation = Batch(
+            in_turn[: self.settings.validation_prompts],
+            self.spans.benign_validation[: self.settings.validation_prompts],
+        )
+        self.progress(self._done, self.total, f"{title}: running the prompts")
+        self._prepare([validation, *batches])
+        best = self._descend(title, batches, validation, start)
+        self._done += steps
+        if len(categories) == 1:  # the prompts of a run for all are needed again
+            for span in chain(*train, *aside):
+                self._kept.pop((span, False), None)
+        directions = (best.state * self.scale).numpy().astype(np.float32)
+        return best.state, LearnedDirection(
+            directions=dict(zip(self.forward.layers, directions, strict=True)),
+            steps=best.taken,
+            best_step=best.step,
+            n_prompts=_count(chain(*train)),
+            n_validation=_count(validation.unsafe),
+            validation_loss=best.loss if validation.unsafe else None,
+            validation_kl=best.kl if validation.unsafe and validation.benign else None,
+        )
+
+    def _batches(self, title: str, train: Sequence[Sequence[Span]], steps: int) -> list[Batch]:
+        random = generator(self.settings, "order", title)
+        unsafe, benign = _draw(train, random), _draw([self.spans.benign_train], random)
+        return [
+            Batch(
+                list(islice(unsafe, self.settings.batch_size)),
+                list(islice(benign, self.settings.benign_batch_size)),
+            )
+            for _ in range(steps)
+        ]
+
+    def _prepare(self, batches: Sequence[Batch]) -> None:
+        """Run what the batches need, and only that: there may be far more prompts."""
+        for final in (False, True):
+            wanted = (span for b in batches for span in (b.benign if final else b.unsafe))
+            missing = [s for s in dict.fromkeys(wanted) if (s, final) not in self._kept]
+            prepared = self.forward.prepare(missing, final=final)
+            self._kept.update(zip(((s, final) for s in missing), prepared, strict=True))
+
+    def _descend(
+        self, title: str, batches: Sequence[Batch], validation: Batch, start: Tensor
+    ) -> _Best:
+        settings = self.settings
+        state = start.clone().requires_grad_(True)
+        optimizer = torch.optim.Adam([state], lr=settings.learning_rate)
+        best = _Best(start, 0, 0, math.inf, math.inf)
+        message = title
+        for step, batch in enumerate([*batches, None]):
+            best.taken = step
+            if not validation.unsafe:
+                best.state, best.step = state.detach().clone(), step
+            elif batch is None or step % settings.check_every == 0:
+                with torch.no_grad():
+                    ce, kl = self._losses(validation, state)
+                loss = ce + settings.kl_weight * kl
+                if loss < best.loss:
+                    best = _Best(state.detach().clone(), step, step, loss, kl)
+                elif step - best.step >= settings.patience * settings.check_every:
+                    break
+            if batch is None:
+                break
+            self.progress(self._done + step, self.total, message)
+            # The last steps are small ones, so that the result does not hang on the last batch.
+            fallen = (1 - _LAST_RATE) * step / max(1, len(batches) - 1)
+            optimizer.param_groups[0]["lr"] = settings.learning_rate * (1 - fallen)
+            optimizer.zero_grad()
+            ce, kl = self._losses(batch, state)
+            message = f"{title}: loss {ce:.2f}, KL {kl:.2f}"
+            optimizer.step()
+        return best
+
+    def _losses(self, batch: Batch, state: Tensor) -> tuple[float, float]:
+        """Mean cross-entropy and KL; where gradients are wanted, the loss's is added to `state`."""
+        unsafe = [self._kept[span, False] for span in batch.unsafe]
+        benign = [self._kept[span, True] for span in batch.benign]
+        both = [*unsafe, *benign]
+        lengths = [len(one.span.tokens) for one in both]
+        total_ce = total_kl = 0.0
+        # By length, and not all at once: less padding, and bounded memory.
+        for part in token_batches(lengths, _STEP_TOKENS, len(both), padded=True):
+            ce, kl = losses(
+                self.forward,
+                [both[i] for i in part if i < len(unsafe)],
+                [both[i] for i in part if i >= len(unsafe)],
+                state * self.scale,
+                self.settings,
+            )
+            ce, kl = ce / len(unsafe), kl / max(1, len(benign))
+            loss = ce + self.settings.kl_weight * kl
+            if not torch.isfinite(loss):
+                raise SteeringError(
+                    "the loss is no longer a number; try a lower learning rate, or dtype float32"
+                )
+            if loss.requires_grad:
+                loss.backward()
+            total_ce, total_kl = total_ce + ce.item(), total_kl + kl.item()
+        return total_ce, total_kl
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Spans that a loss is the mean of."""
+
+    unsafe: list[Span]
+    benign: list[Span]
+
+
+@dataclass
+class _Best:
+    state: Tensor
+    step: int
+    taken: int
+    loss: float
+    kl: float
+
+
+def _count(spans: Iterable[Span]) -> int:
+    return len({span.tokens[: span.start + 1] for span in spans})

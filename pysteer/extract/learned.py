@@ -1,0 +1,214 @@
+"""Directions learned by gradient descent: the method `learned`.
+
+With directions v added to a site of some layers, at every token, safe answers become likely
+continuations of a category's unsafe prompts, while answers to benign prompts stay what they were.
+Only v is trained. It minimises
+
+    CE(safe answer | unsafe prompt; v) + kl_weight * KL(p(. | benign prompt; 0) || p(. | ...; v))
+
+The cross-entropy is that of Subramani et al. 2022, "Extracting Latent Steering Vectors from
+Pretrained Language Models" (arXiv 2205.05124), here with one v for all prompts of a category; the
+KL term runs along the model's own greedy answers. Both are means over prompts, in nats per token of
+the answer; the first token, which decides whether an answer is a refusal, may count more.
+
+A vector shared by all categories is learned first, and each category's starts from it: so a
+category needs few steps, and few prompts.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+
+from pysteer.errors import SteeringError, quoted
+from pysteer.extract.capture import Tokens
+from pysteer.extract.descent import (
+    Descent,
+    LearnedDirection,
+    LearnedSettings,
+    Progress,
+    Spans,
+    generator,
+)
+from pysteer.extract.safe_answers import SAFE_ANSWERS, Example, end_of_turn, safe_examples
+from pysteer.extract.steered_forward import Span, SteeredForward
+from pysteer.extract.torch_model import TorchModel
+
+__all__ = [
+    "SAFE_ANSWERS",
+    "Example",
+    "LearnedDirection",
+    "LearnedDirections",
+    "LearnedSettings",
+    "Progress",
+    "end_of_turn",
+    "learn",
+    "safe_examples",
+]
+
+_log = logging.getLogger(__name__)
+
+_SHARED = "shared"
+
+
+@dataclass(frozen=True)
+class LearnedDirections:
+    """What `learn` returns.
+
+    Attributes:
+        categories: by category.
+        shared: the vector that the categories started from; None with 0 shared steps.
+        typical_sizes: layer to the size that the learning rate is a share of.
+        settings: what it was made with.
+    """
+
+    categories: dict[str, LearnedDirection]
+    shared: LearnedDirection | None
+    typical_sizes: dict[int, float]
+    settings: LearnedSettings
+
+
+def learn(
+    model: TorchModel,
+    unsafe: Mapping[str, Sequence[Example]],
+    benign: Sequence[Tokens],
+    *,
+    layers: Sequence[int],
+    site: str = "residual",
+    settings: LearnedSettings | None = None,
+    progress: Progress | None = None,
+) -> LearnedDirections:
+    """Learn directions for each category; see the module's text for the method.
+
+    On one machine, with as many threads, the same seed gives the same directions, bit for bit.
+    Elsewhere sums are rounded in another order, and what follows from that grows with every step,
+    most of all in bfloat16: the directions come out alike, not equal.
+
+    Args:
+        model: the model; it is left as it was, also after an exception.
+        unsafe: category to its examples, for instance from `safe_examples`.
+        benign: benign prompts in the chat template, as tokens.
+        layers: the layers to learn directions for, together.
+        site: residual, attention or mlp.
+        settings: see there.
+        progress: called before every step, and at the end.
+
+    Raises:
+        SteeringError: a category without examples, an empty prompt or answer, no benign prompts
+            although kl_weight is above 0, a site that the model lacks, or a loss that stops being a
+            number or never falls.
+    """
+    settings = settings or LearnedSettings()
+    spans = _spans(model, unsafe, benign, settings)
+    forward = SteeredForward(model, layers, site=site)
+    sizes = forward.typical_sizes([span.tokens for span in chain(*spans.train.values())])
+    descent = Descent(
+        forward,
+        spans,
+        settings,
+        torch.tensor([[sizes[layer]] for layer in forward.layers]),
+        settings.shared_steps + len(unsafe) * settings.category_steps,
+        progress or (lambda _done, _total, _text: None),
+    )
+    start = torch.zeros(len(forward.layers), model.n_embd)
+    shared = None
+    if settings.shared_steps:
+        start, shared = descent.run(_SHARED, list(unsafe), start, settings.shared_steps)
+    categories = {
+        category: descent.run(category, [category], start, settings.category_steps)[1]
+        for category in unsafe
+    }
+    descent.progress(descent.total, descent.total, "done")
+    for category, found in categories.items():
+        if not any(direction.any() for direction in found.directions.values()):
+            raise SteeringError(
+                f"category {quoted(category)}: no step lowered the loss on validation prompts; "
+                "try a lower learning rate or kl_weight, more prompts, or another layer"
+            )
+    return LearnedDirections(categories, shared, sizes, settings)
+
+
+def _spans(
+    model: TorchModel,
+    unsafe: Mapping[str, Sequence[Example]],
+    benign: Sequence[Tokens],
+    settings: LearnedSettings,
+) -> Spans:
+    """The examples, checked and split."""
+    if not unsafe:
+        raise SteeringError("there are no categories to learn directions for")
+    train: dict[str, list[Span]] = {}
+    validation: dict[str, list[Span]] = {}
+    longest = min(model.n_ctx, settings.max_tokens)
+    for category, examples in unsafe.items():
+        where = f"category {quoted(category)}"
+        if any(not e.prompt or not e.answer for e in examples):
+            raise SteeringError(f"{where} has an example with an empty prompt or answer")
+        fitting = [e for e in examples if len(e.prompt) + len(e.answer) <= longest]
+        _say_dropped(where, len(examples) - len(fitting), longest)
+        if not fitting:
+            raise SteeringError(f"{where} has no examples of at most {longest} tokens")
+        aside = _aside([e.prompt for e in fitting], where, category, settings)
+        spans = [(e.prompt in aside, _span(e.prompt, e.answer, len(e.answer))) for e in fitting]
+        train[category] = [span for kept_aside, span in spans if not kept_aside]
+        validation[category] = [span for kept_aside, span in spans if kept_aside]
+    return Spans(train, validation, *_benign(model, benign, longest, settings))
+
+
+def _benign(
+    model: TorchModel, benign: Sequence[Tokens], longest: int, settings: LearnedSettings
+) -> tuple[list[Span], list[Span]]:
+    """Benign prompts with the model's own answers: to train on, and to keep aside."""
+    if not settings.kl_weight:
+        return [], []
+    distinct = list(dict.fromkeys(benign))
+    fitting = [p for p in distinct if p and len(p) + settings.kl_tokens <= longest]
+    where = "the benign data"
+    _say_dropped(where, len(distinct) - len(fitting), longest)
+    if not fitting:
+        raise SteeringError(
+            "there are no benign prompts to hold the model still on; give some, or set kl_weight "
+            "to 0 and expect refusals of benign prompts"
+        )
+    chosen = generator(settings, "benign").permutation(len(fitting))[: settings.max_benign]
+    prompts = [fitting[i] for i in sorted(chosen.tolist())]
+    answers: dict[int, Tokens] = dict.fromkeys(range(len(prompts)), ())
+    if settings.kl_tokens > 1:  # the first token is predicted from the prompt alone
+        answers.update(model.answers(prompts, settings.kl_tokens - 1))
+    aside = _aside(prompts, where, "benign", settings)
+    # An answer that ends early is held as far as its end, which its last position predicts.
+    spans = [(p in aside, _span(p, answers[i], len(answers[i]) + 1)) for i, p in enumerate(prompts)]
+    return [s for kept_aside, s in spans if not kept_aside], [s for kept, s in spans if kept]
+
+
+def _aside(
+    prompts: Sequence[Tokens], where: str, title: str, settings: LearnedSettings
+) -> set[Tokens]:
+    """The prompts to validate with: whole prompts, so that none is on both sides."""
+    distinct = list(dict.fromkeys(prompts))
+    count = round(settings.validation_share * len(distinct))
+    if not settings.validation_share:
+        return set()
+    if len(distinct) < settings.min_prompts or not 0 < count < len(distinct):
+        _log.warning(
+            "%s has %d prompts, too few to keep some aside to choose the best state by",
+            where,
+            len(distinct),
+        )
+        return set()
+    chosen = generator(settings, "split", title).permutation(len(distinct))[:count]
+    return {distinct[i] for i in chosen.tolist()}
+
+
+def _span(prompt: Tokens, answer: Tokens, n_predicted: int) -> Span:
+    start = len(prompt) - 1
+    return Span(prompt + answer, start, start + n_predicted)
+
+
+def _say_dropped(where: str, count: int, longest: int) -> None:
+    if count:
+        _log.warning("%s: left out %d, empty or of more than %d tokens", where, count, longest)

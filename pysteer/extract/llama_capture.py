@@ -1,0 +1,172 @@
+"""Activations of a GGUF model as llama.cpp runs it, quantised and without torch."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
+from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+from pysteer.errors import HookError, SteeringError
+from pysteer.extract.capture import Row, Tokens, continuation, file_identity, token_batches
+from pysteer.hooked import HookedLlama
+from pysteer.pack import BaseModel
+
+_log = logging.getLogger(__name__)
+
+_MAX_SEQUENCES = 64
+
+
+class LlamaCapture:
+    """`Capture` by llama.cpp; see there.
+
+    Many rows are decoded as one batch, as separate sequences. Recurrent and hybrid models take one
+    at a time.
+
+    Args:
+        model_path: a GGUF model.
+        n_ctx: how many tokens a sequence may have.
+        token_budget: tokens per batch.
+        **llama_arguments: everything else that `llama_cpp.Llama` takes.
+
+    Raises:
+        HookError: the llama.cpp or the model cannot be hooked.
+        SteeringError: the model cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        model_path: str | os.PathLike[str],
+        *,
+        n_ctx: int = 2048,
+        token_budget: int = 512,
+        **llama_arguments: Any,
+    ) -> None:
+        arguments = {"verbose": False, "n_threads": os.cpu_count(), **llama_arguments}
+        arguments.update(
+            n_batch=token_budget, n_ubatch=token_budget, n_ctx=max(n_ctx, token_budget)
+        )
+        try:
+            try:
+                self.llm = HookedLlama(model_path, max_sequences=_MAX_SEQUENCES, **arguments)
+            except HookError as error:
+                if "one sequence at a time" not in str(error):
+                    raise
+                self.llm = HookedLlama(model_path, **arguments)
+        except SteeringError:
+            raise
+        except ValueError as error:
+            raise SteeringError(f"{model_path}: {error}; is it a GGUF model?") from None
+        self._path = Path(model_path)
+        self._identity = file_identity(self._path)
+        self._formatter = self._chat_formatter()
+        if self._formatter is None:
+            _log.warning("%s has no chat template; prompts are taken as they are", model_path)
+
+    def _chat_formatter(self) -> Jinja2ChatFormatter | None:
+        template = self.llm.metadata.get("tokenizer.chat_template")
+        if not template:
+            return None
+        vocabulary = llama_cpp.llama_model_get_vocab(self.llm.model)
+
+        def text(token: int) -> str:
+            return "" if token < 0 else llama_cpp.llama_vocab_get_text(vocabulary, token).decode()
+
+        return Jinja2ChatFormatter(
+            template=template,
+            eos_token=text(self.llm.token_eos()),
+            bos_token=text(self.llm.token_bos()),
+        )
+
+    def close(self) -> None:
+        """Free the model."""
+        self.llm.close()
+
+    @property
+    def base_model(self) -> BaseModel:
+        """What identifies the model."""
+        return self.llm.base_model
+
+    @property
+    def weights(self) -> str:
+        """Name of the file, which usually tells its quantisation."""
+        return self._path.name
+
+    @property
+    def identity(self) -> str:
+        """What else activations depend on."""
+        return self._identity
+
+    @property
+    def sites(self) -> Mapping[str, tuple[int, ...]]:
+        """Site to the layers that have it, ascending."""
+        return self.llm.sites
+
+    @property
+    def n_ctx(self) -> int:
+        """How many tokens a sequence may have."""
+        return int(self.llm.n_ctx())
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether prompts are put into a chat template."""
+        return self._formatter is not None
+
+    def prompt_tokens(self, prompt: str) -> Tokens:
+        """A user's message in the chat template, up to where the response starts."""
+        if self._formatter is None:
+            return tuple(self.llm.tokenize(prompt.encode()))
+        text = self._formatter(messages=[{"role": "user", "content": prompt}]).prompt
+        return tuple(self.llm.tokenize(text.encode(), add_bos=False, special=True))
+
+    def response_tokens(self, text: str) -> Tokens:
+        """Text as it continues a prompt."""
+
+        def encode(text: str) -> list[int]:
+            return self.llm.tokenize(text.encode(), add_bos=False, special=False)
+
+        return continuation(encode, text)
+
+    def text(self, tokens: Tokens) -> str:
+        """What tokens of a response say."""
+        return self.llm.detokenize(list(tokens)).decode("utf-8", errors="replace")
+
+    def answers(self, prompts: Sequence[Tokens], n_tokens: int) -> Iterator[tuple[int, Tokens]]:
+        """The model's own greedy answers; see `Capture.answers`."""
+        vocabulary = llama_cpp.llama_model_get_vocab(self.llm.model)
+        for index, prompt in enumerate(prompts):
+            answer: list[int] = []
+            for token in self.llm.generate(list(prompt), temp=0.0, repeat_penalty=1.0):
+                if llama_cpp.llama_vocab_is_eog(vocabulary, token):
+                    break
+                answer.append(int(token))
+                if len(answer) == n_tokens:
+                    break
+            yield index, tuple(answer)
+
+    def activations(
+        self, rows: Sequence[Row], *, site: str, layers: Sequence[int]
+    ) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
+        """Mean activations of each row's range, averaged in float64; see `Capture.activations`.
+
+        Raises:
+            HookError: the model has no such site there.
+        """
+        # Sequences of a batch are not padded, so the budget is of real tokens; sorting keeps short
+        # rows together, of which many fit.
+        lengths = [len(row.tokens) for row in rows]
+        for batch in token_batches(lengths, self.llm.n_batch, self.llm.max_sequences, padded=False):
+            found = self.llm.capture_means(
+                [rows[i].tokens for i in batch],
+                [(rows[i].start, rows[i].stop) for i in batch],
+                sites=[site],
+                layers=layers,
+            )[site]
+            means = np.stack([found[layer] for layer in layers], axis=1)
+            yield from zip(batch, means, strict=True)

@@ -1,0 +1,227 @@
+"""From prompts and a model to a pack: the whole of an extraction."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pysteer.errors import SteeringError
+from pysteer.extract import postprocess
+from pysteer.extract.answers import Judge
+from pysteer.extract.capture import Capture
+from pysteer.extract.examples import Sides, distinct, split_sides, warn_of_both
+from pysteer.extract.figures import provenance, separation
+from pysteer.extract.find import check, find_directions
+from pysteer.extract.session import Data, Reporter, Run, Silent
+from pysteer.extract.settings import DEFAULT_STRENGTH, ExtractSettings
+from pysteer.extract.typical import Typical, measure
+from pysteer.pack import SteeringPack
+from pysteer.router import Router
+from pysteer.vector import SteeringVector
+
+_log = logging.getLogger(__name__)
+
+MAX_ROUTER_ROWS = 10_000
+"""Of more prompts a sample does, as the router needs the activations of all layers at once."""
+
+
+def extract(
+    capture: Capture,
+    data: Data,
+    settings: ExtractSettings | None = None,
+    *,
+    cache: Path,
+    judge: Judge | None = None,
+    report: Reporter | None = None,
+) -> SteeringPack:
+    """Find each category's directions, fit the router, and say where it all came from.
+
+    Args:
+        capture: the model.
+        data: the prompts.
+        settings: what to do.
+        cache: a folder for activations, so that an interrupted extraction can be repeated and goes
+            on where it stopped. May be deleted afterwards.
+        judge: for the method `guided`; None takes the labels in the data.
+        report: told about progress.
+
+    Returns:
+        A pack with the held-out figures in its provenance: `separation`, by category and layer the
+        AUC of held-out prompts' projections on the direction (0.5 is chance), and the router's own.
+
+    Raises:
+        SteeringError: names what is wrong with the data or the settings.
+    """
+    data = replace(
+        data,
+        unsafe=distinct(data.unsafe, "unsafe"),
+        safe=distinct(data.safe, "safe"),
+        benign=distinct(data.benign, "benign"),
+    )
+    run = Run(capture, data, settings or ExtractSettings(), judge, cache, report or Silent())
+    settings = run.settings
+    run.layers = _layers(capture, settings)
+    run.sides = split_sides(
+        data.unsafe,
+        data.safe,
+        matched=settings.matched,
+        paired=settings.paired,
+        held_out=settings.held_out,
+        seed=settings.seed,
+    )
+    _log_imbalance(run.sides)
+    warn_of_both(data.unsafe, data.safe)
+    check(run)
+    fit = _router_can_be_fitted(run)
+    if fit:
+        run.rows(data.benign, _router_pooling(run))
+    rows = run.rows([*data.unsafe, *data.safe], "user")
+    typical, residual = (
+        measure(run.activations, rows, site=site, layers=run.layers, seed=settings.seed)
+        for site in (settings.site, "residual")
+    )
+    router = _router(run) if fit else None
+    found = find_directions(run)
+    vectors = {
+        name: SteeringVector(directions, site=settings.site) for name, directions in found.items()
+    }
+    vectors = _postprocess(run, vectors, typical, residual)
+    run.figures["separation"] = separation(run, vectors)
+    return SteeringPack(
+        vectors,
+        base_model=capture.base_model,
+        residual_norm=residual.norm,
+        provenance=provenance(run),
+        router=router,
+    )
+
+
+def _layers(capture: Capture, settings: ExtractSettings) -> tuple[int, ...]:
+    available = capture.sites.get(settings.site, ())
+    if not available:
+        raise SteeringError(f"this model has no site {settings.site}")
+    n_layer = capture.base_model.n_layer
+    chosen = settings.layers
+    if chosen is None:
+        chosen = tuple(sorted({round(share * n_layer) for share in (0.4, 0.5, 0.6)}))
+        chosen = tuple(layer for layer in chosen if layer in available) or available[:1]
+    missing = sorted(set(chosen) - set(available))
+    if missing:
+        raise SteeringError(
+            f"this model has no site {settings.site} at layers {missing}; "
+            f"it has layers {available[0]} to {available[-1]}"
+        )
+    return tuple(sorted(set(chosen)))
+
+
+def _log_imbalance(sides: Sides) -> None:
+    sizes = {name: len(prompts) for name, prompts in sides.unsafe.items()}
+    if max(sizes.values()) > 10 * min(sizes.values()):
+        _log.warning("the categories differ widely in size: %s", sizes)
+
+
+def _router_pooling(run: Run) -> Any:
+    return run.settings.router_pooling
+
+
+def _router_can_be_fitted(run: Run) -> bool:
+    """Whether a router is asked for and there are prompts enough; logged, if not."""
+    from pysteer.extract.router import MIN_PROMPTS  # scikit-learn takes a while to import
+
+    if not run.settings.router:
+        if run.data.benign:
+            _log.warning("benign prompts are for the router alone, and none is asked for")
+        return False
+    of_category = Counter(p.category for p in run.data.unsafe)
+    benign = len({p.prompt for p in (*run.data.safe, *run.data.benign)})
+    if benign < MIN_PROMPTS or max(of_category.values()) < MIN_PROMPTS:
+        _log.warning(
+            "no router is fitted: that takes %d prompts of a category and %d harmless ones",
+            MIN_PROMPTS,
+            MIN_PROMPTS,
+        )
+        return False
+    return True
+
+
+def _router(run: Run) -> Router:
+    """Fitted to the residual stream of every layer, for all prompts."""
+    from pysteer.extract.router import fit_router  # scikit-learn takes a while to import
+
+    unsafe = {(p.prompt, p.category or "unsafe"): p for p in run.data.unsafe}
+    # Each text once, so that none is held out and learned from.
+    by_text = {**unsafe, **{(p.prompt, ""): p for p in (*run.data.safe, *run.data.benign)}}
+    prompts = list(by_text.values())
+    labels = [label for _, label in by_text]
+    if len(prompts) > MAX_ROUTER_ROWS:
+        _log.warning("the router is fitted to %d of %d prompts", MAX_ROUTER_ROWS, len(prompts))
+        chosen = np.random.default_rng(run.settings.seed).permutation(len(prompts))
+        keep = sorted(chosen[:MAX_ROUTER_ROWS].tolist())
+        prompts, labels = [prompts[i] for i in keep], [labels[i] for i in keep]
+    pooling = _router_pooling(run)
+    layers = run.capture.sites["residual"]
+    rows = run.rows(prompts, pooling)
+    activations = run.activations(rows, "residual", layers)
+    if list(layers) == list(range(run.capture.base_model.n_layer)):
+        run.remember(rows, activations)
+    return fit_router(
+        activations,
+        labels,
+        layers=layers,
+        site="residual",
+        pooling=pooling,
+        false_positive_rate=run.settings.false_positive_rate,
+        seed=run.settings.seed,
+    )
+
+
+def _postprocess(
+    run: Run, vectors: dict[str, SteeringVector], typical: Typical, residual: Typical
+) -> dict[str, SteeringVector]:
+    """What the settings ask for, in this order: mask, top-k, orthogonalise, length."""
+    settings = run.settings
+    learned = settings.method == "learned"  # as it is, it has the strength it was trained for
+    if settings.mask_massive is not None and not learned:
+        found = postprocess.massive_dimensions(typical.magnitude, ratio=settings.mask_massive)
+        run.figures["massive_dimensions"] = {
+            str(layer): dimensions.tolist() for layer, dimensions in found.items()
+        }
+        vectors = {
+            name: postprocess.mask_massive(vector, typical.magnitude, ratio=settings.mask_massive)
+            for name, vector in vectors.items()
+        }
+    if settings.top_k is not None:
+        vectors = {n: postprocess.top_k(v, settings.top_k) for n, v in vectors.items()}
+    if settings.orthogonalise == "categories":
+        vectors = postprocess.orthogonalise(vectors)
+    elif settings.orthogonalise == "benign":
+        benign = _benign_mean(run)
+        vectors = {n: postprocess.project_out(v, benign) for n, v in vectors.items()}
+    run.figures["norms"] = {
+        name: {str(layer): norm for layer, norm in postprocess.norms(vector).items()}
+        for name, vector in vectors.items()
+    }
+    if settings.unit_norm:
+        return {name: postprocess.unit_norm(vector)[0] for name, vector in vectors.items()}
+    if settings.scale == 0 or (learned and settings.scale is None):
+        return vectors
+    fraction = settings.scale or DEFAULT_STRENGTH / math.sqrt(len(run.layers))
+    run.figures["fraction_of_residual_norm"] = fraction
+    return {
+        name: postprocess.scale_to(vector, residual.norm, fraction=fraction)
+        for name, vector in vectors.items()
+    }
+
+
+def _benign_mean(run: Run) -> dict[int, npt.NDArray[np.float32]]:
+    prompts = [p for group in run.sides.safe.values() for p in group]
+    rows = run.rows(prompts, "user")
+    mean = run.means(rows, [0] * len(rows), 1)[0]
+    return {layer: row.astype(np.float32) for layer, row in zip(run.layers, mean, strict=True)}

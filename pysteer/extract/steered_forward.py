@@ -1,0 +1,307 @@
+"""Forward passes with directions added, as fast as gradient descent on the directions needs them.
+
+Three things save time, none of which depends on a model's family:
+
+- Nothing below the first steered block depends on the directions. So that block's output is
+  computed once per sequence and kept; a steered pass returns it in the place of that block and of
+  all below it.
+- The output head, the largest matrix of many models, sees only the positions asked for. What the
+  model does to its logits (a soft cap, a scale) still happens.
+- Sequences are padded on the right and run without an attention mask. Attention being causal, no
+  token sees the padding behind it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.rnn import pad_sequence
+
+from pysteer.errors import SteeringError
+from pysteer.extract.capture import Tokens, token_batches
+from pysteer.extract.torch_model import TorchModel
+
+_log = logging.getLogger(__name__)
+
+_MAX_ROWS = 64
+_TYPICAL_SEQUENCES = 32
+
+# By how much the kept states may change the final ones, relative to their size. They are the very
+# numbers that the block would compute, but for the order in which other batches add them up.
+_TOLERANCE = 0.05
+
+
+class _Done(Exception):
+    """Ends a forward pass: everything wanted has been computed."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """A sequence, and the range [start, stop) of positions whose predictions are wanted."""
+
+    tokens: Tokens
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A span, and what the unsteered model computes for it.
+
+    Attributes:
+        span: the span.
+        hidden: output of the last block that the directions do not reach, shape
+            (len(span.tokens), n_embd); None where they reach all.
+        final: what the output head reads at the span's positions, shape (len(span), n_embd); None
+            where it was not asked for.
+    """
+
+    span: Span
+    hidden: Tensor | None
+    final: Tensor | None
+
+
+class SteeredForward:
+    """A model that is run with directions added at a site of some layers, at every token.
+
+    A direction added to the output of `model.module(site, layer)` is what `SteeringVector` means.
+    The model is changed only while a method runs, and is as before afterwards, also if it fails.
+
+    Args:
+        model: the model.
+        layers: the layers steered.
+        site: residual, attention or mlp.
+        token_budget: tokens per batch, padding included, where sequences are prepared.
+
+    Raises:
+        SteeringError: no layers, or the model has no such site there.
+    """
+
+    def __init__(
+        self,
+        model: TorchModel,
+        layers: Sequence[int],
+        *,
+        site: str = "residual",
+        token_budget: int = 1024,
+    ) -> None:
+        self.model = model
+        self.layers = tuple(sorted(set(layers)))
+        self.token_budget = token_budget
+        known = model.sites.get(site, ())
+        if not self.layers or not set(self.layers) <= set(known):
+            raise SteeringError(
+                f"cannot learn directions for site {site!r} of layers {list(self.layers)}; "
+                f"this model has that site in layers {list(known)}"
+            )
+        self._modules = [model.module(site, layer) for layer in self.layers]
+        head = model.model.get_output_embeddings()
+        if head is None:
+            raise SteeringError(f"no output head was found in {type(model.model).__name__}")
+        self._head: nn.Module = head
+        # A block's own output is replaced, and the direction added to that; a direction inside the
+        # block needs the block to run.
+        self._n_skipped = self.layers[0] + (1 if site == "residual" else 0)
+        self._others_returned: int | None = None
+        if self._n_skipped and not self._skipping_works():
+            _log.warning(
+                "the blocks of %s cannot run without those below; learning will be slower",
+                type(model.model).__name__,
+            )
+            self._n_skipped = 0
+
+    def prepare(self, spans: Sequence[Span], *, final: bool) -> list[Prepared]:
+        """Run sequences without steering, and keep what `logits` needs of each, in their order.
+
+        Args:
+            spans: the sequences.
+            final: whether to keep what the head reads, from which `logits` computes the unsteered
+                logits again. Without it the blocks above the first steered one do not run.
+        """
+        prepared: list[Prepared | None] = [None] * len(spans)
+        lengths = [len(span.tokens) for span in spans]
+        for batch in token_batches(lengths, self.token_budget, _MAX_ROWS, padded=True):
+            chosen = [spans[i] for i in batch]
+            for i, one in zip(batch, self._prepare(chosen, final), strict=True):
+                prepared[i] = one
+        return [one for one in prepared if one is not None]
+
+    def logits(self, batch: Sequence[Prepared], directions: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits with directions added, and without.
+
+        Args:
+            batch: sequences from `prepare`.
+            directions: shape (len(layers), n_embd), float32, in the order of `layers`. Sums are
+                formed in float32 and rounded to the model's type.
+
+        Returns:
+            Steered logits of all spans, end to end, shape (sum of their lengths, n_vocab), and the
+            unsteered ones of those spans that were prepared with `final`, in the same order. Both
+            in the model's type; the first carry gradients to `directions`.
+        """
+        finals = [one.final for one in batch if one.final is not None]
+        spans = [one.span for one in batch]
+
+        def gather(_module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            states = _rows(inputs[0], spans)
+            return (torch.cat([states, *finals])[None], *inputs[1:])
+
+        with ExitStack() as stack:
+            if self._n_skipped:
+                hidden = pad_sequence([_kept(one) for one in batch], batch_first=True)
+                stack.enter_context(self._skipping(hidden))
+            for module, direction in zip(self._modules, directions, strict=True):
+                stack.enter_context(module.register_forward_hook(partial(_add, direction)))
+            stack.enter_context(self._head.register_forward_pre_hook(gather))
+            if self.model.device.type == "cpu":
+                # The fused kernel's backward pass takes several times as long there.
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            logits: Tensor = self._run([span.tokens for span in spans]).logits[0]
+        n_steered = sum(map(len, spans))
+        return logits[:n_steered], logits[n_steered:].detach()
+
+    def typical_sizes(self, sequences: Sequence[Tokens]) -> dict[int, float]:
+        """Layer to the typical size of one component of the residual stream after that block.
+
+        It is the median absolute value over the components and tokens of up to 32 sequences, not a
+        mean: a few components, and the first token, are far larger than all others.
+        """
+        found: dict[int, list[Tensor]] = {layer: [] for layer in self.layers}
+
+        def keep(layer: int, _module: Any, _inputs: Any, output: Any) -> None:
+            found[layer].append(_states(output)[0].float().abs().flatten())
+            if layer == self.layers[-1]:
+                raise _Done
+
+        with ExitStack() as stack:
+            for layer in self.layers:
+                block = self.model.blocks[layer]
+                stack.enter_context(block.register_forward_hook(partial(keep, layer)))
+            for tokens in sequences[:_TYPICAL_SEQUENCES]:
+                self._run_until_done([tokens])
+        return {layer: float(torch.cat(parts).median()) for layer, parts in found.items()}
+
+    def _run(self, sequences: Sequence[Tokens]) -> Any:
+        ids = self.model.padded(sequences)["input_ids"]
+        return self.model.model(input_ids=ids, use_cache=False)
+
+    def _run_until_done(self, sequences: Sequence[Tokens]) -> None:
+        try:
+            with torch.no_grad():
+                self._run(sequences)
+        except _Done:
+            pass
+
+    def _prepare(self, spans: Sequence[Span], final: bool) -> list[Prepared]:
+        hidden: list[Tensor] = []
+        finals: list[Tensor] = []
+
+        def keep(_module: Any, _inputs: Any, output: Any) -> None:
+            hidden.append(_states(output))
+            self._others_returned = len(output) - 1 if isinstance(output, tuple) else None
+            if not final:
+                raise _Done
+
+        def keep_final(_module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            rows = _rows(inputs[0], spans)
+            finals.extend(part.clone() for part in rows.split([len(span) for span in spans]))
+            return (rows[:1][None], *inputs[1:])  # the logits themselves are not wanted
+
+        if self._n_skipped or final:
+            with ExitStack() as stack:
+                if self._n_skipped:
+                    last = self.model.blocks[self._n_skipped - 1]
+                    stack.enter_context(last.register_forward_hook(keep))
+                stack.enter_context(self._head.register_forward_pre_hook(keep_final))
+                self._run_until_done([span.tokens for span in spans])
+        return [
+            Prepared(
+                span,
+                hidden[0][i, : len(span.tokens)].clone() if hidden else None,
+                finals[i] if finals else None,
+            )
+            for i, span in enumerate(spans)
+        ]
+
+    @contextmanager
+    def _skipping(self, hidden: Tensor) -> Iterator[None]:
+        """The blocks that no direction reaches return `hidden`, whatever they are given."""
+        others = self._others_returned
+        output = hidden if others is None else (hidden, *[None] * others)
+
+        def forward(*_args: Any, **_kwargs: Any) -> Any:
+            return output
+
+        with ExitStack() as stack:
+            for block in self.model.blocks[: self._n_skipped]:
+                stack.enter_context(_replaced_forward(block, forward))
+            yield
+
+    def _skipping_works(self) -> bool:
+        """Whether the kept states give the final ones that the plain model computes."""
+        longest = Span(tuple(range(1, 9)), 0, 8)
+        prepared = self.prepare([longest, Span((3, 1, 2), 0, 3)], final=True)
+        found: list[Tensor] = []
+
+        def keep(_module: Any, inputs: tuple[Any, ...]) -> None:
+            found.append(_rows(inputs[0], [one.span for one in prepared]))
+            raise _Done
+
+        hidden = pad_sequence([_kept(one) for one in prepared], batch_first=True)
+        try:
+            with self._skipping(hidden), self._head.register_forward_pre_hook(keep):
+                self._run_until_done([one.span.tokens for one in prepared])
+        except Exception as error:  # whatever a block does that misses something from below
+            _log.info("running without the lower blocks failed: %r", error)
+            return False
+        wanted = torch.cat([one.final for one in prepared if one.final is not None]).float()
+        apart = (found[0].float() - wanted).norm() / wanted.norm()
+        return bool(apart < _TOLERANCE)
+
+
+@contextmanager
+def _replaced_forward(block: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    # One may be there already: accelerate spreads a model over devices by such replacements.
+    before = block.__dict__.get("forward")
+    block.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del block.forward
+        else:
+            block.forward = before
+
+
+def _add(direction: Tensor, _module: Any, _inputs: Any, output: Any) -> Any:
+    states = _states(output)
+    steered = (states + direction.to(states.device)).to(states.dtype)
+    return (steered, *output[1:]) if isinstance(output, tuple) else steered
+
+
+def _states(output: Any) -> Tensor:
+    states: Tensor = output[0] if isinstance(output, tuple) else output
+    return states
+
+
+def _kept(one: Prepared) -> Tensor:
+    if one.hidden is None:
+        raise SteeringError("the sequence was prepared for other layers")
+    return one.hidden
+
+
+def _rows(states: Tensor, spans: Sequence[Span]) -> Tensor:
+    """The spans' rows of states of shape (spans, tokens, n_embd), end to end."""
+    # Slices, not an index: its gradient adds up in an order that is not fixed everywhere.
+    return torch.cat([states[i, span.start : span.stop] for i, span in enumerate(spans)])

@@ -1,0 +1,235 @@
+"""A causal language model of transformers: loading it and finding its way around in it."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pysteer.errors import SteeringError
+from pysteer.extract.capture import Tokens, continuation, file_identity, token_batches
+from pysteer.pack import BaseModel
+
+_log = logging.getLogger(__name__)
+
+# transformers' model_type where GGUF's general.architecture is another.
+_ARCHITECTURES = {
+    "gemma3_text": "gemma3",
+    "gpt_neox": "gptneox",
+    "ministral": "llama",
+    "mistral": "llama",
+    "mixtral": "llama",
+    "phi": "phi2",
+    "qwen2_moe": "qwen2moe",
+    "qwen3_moe": "qwen3moe",
+    "smollm3": "smollm3",
+}
+
+_ATTENTION = re.compile(r"attn|attention|mixer", re.IGNORECASE)
+_MLP = re.compile(r"mlp|ffn|feed_?forward|moe", re.IGNORECASE)
+_NORM = re.compile(r"norm|(^|_)ln(_|$)", re.IGNORECASE)
+
+
+class TorchModel:
+    """A causal language model, its tokenizer, and where its sites are.
+
+    Nothing is listed by the name of an architecture: the blocks are the module list that is as long
+    as the configuration says, and a block's attention and feed-forward part are its children of
+    such a name.
+
+    Args:
+        source: a hub id, a local folder, or a `.gguf` file (which transformers de-quantises).
+        dtype: of weights and activations; None is the fastest that the processor computes in:
+            bfloat16 where it has instructions for it, else float32.
+        device_map: as `from_pretrained` takes it; None is the CPU.
+
+    Raises:
+        SteeringError: the model cannot be loaded, or has no such blocks.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        *,
+        dtype: torch.dtype | None = None,
+        device_map: str | dict[str, Any] | None = None,
+    ) -> None:
+        where: dict[str, Any] = {}
+        unpacked: dict[str, Any] = {}
+        name = str(source)
+        path = Path(source)
+        if path.suffix == ".gguf":
+            if not path.is_file():
+                raise SteeringError(f"{source}: no such file")
+            name, where["gguf_file"] = str(path.parent), path.name
+            if hasattr(transformers, "GgufConfig"):
+                # Newer versions would keep the weights quantised and compute in float32.
+                unpacked["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        self.dtype = dtype if dtype is not None else fastest_dtype()
+        self.identity = f"{file_identity(path) if path.is_file() else source} {self.dtype}"
+        self.weights = f"{path.name}, {str(self.dtype).removeprefix('torch.')}"
+        try:
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(name, **where)
+            self.model: Any = AutoModelForCausalLM.from_pretrained(
+                name, dtype=self.dtype, device_map=device_map, **where, **unpacked
+            )
+        except Exception as error:  # of many kinds, from several packages
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise SteeringError(f"{source}: transformers cannot load it: {reason[0]}") from None
+        self.model.requires_grad_(False)
+        self.model.eval()
+        config = self.model.config.get_text_config()
+        self.n_layer = int(config.num_hidden_layers)
+        self.n_embd = int(config.hidden_size)
+        self.n_ctx = int(getattr(config, "max_position_embeddings", 0) or 2**31)
+        self.blocks = find_blocks(self.model, self.n_layer)
+        self.base_model = _identity(path if where else None, config, self.n_layer, self.n_embd)
+        self.device: Any = self.model.get_input_embeddings().weight.device
+        if not self.has_chat_template:
+            _log.warning("%s has no chat template; prompts are taken as they are", source)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether prompts are put into a chat template."""
+        return bool(self.tokenizer.chat_template)
+
+    @property
+    def sites(self) -> dict[str, tuple[int, ...]]:
+        """Site to the layers that have it, ascending."""
+        found: dict[str, tuple[int, ...]] = {"residual": tuple(range(self.n_layer))}
+        for site in ("attention", "mlp"):
+            found[site] = tuple(
+                layer for layer, block in enumerate(self.blocks) if _child(block, site) is not None
+            )
+        return found
+
+    def module(self, site: str, layer: int) -> nn.Module:
+        """The module whose output is a site.
+
+        Raises:
+            SteeringError: the model has no such site there.
+        """
+        block = self.blocks[layer]
+        found = block if site == "residual" else _child(block, site)
+        if found is None:
+            raise SteeringError(f"no site {site!r} was found in layer {layer} of this model")
+        return found
+
+    def prompt_tokens(self, prompt: str) -> Tokens:
+        """A user's message in the chat template, up to where the response starts."""
+        if not self.has_chat_template:
+            return tuple(self.tokenizer(prompt)["input_ids"])
+        text = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+        )
+        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def response_tokens(self, text: str) -> Tokens:
+        """Text as it continues a prompt."""
+
+        def encode(text: str) -> list[int]:
+            ids: list[int] = self.tokenizer(
+                text, add_special_tokens=False, split_special_tokens=True
+            )["input_ids"]
+            return ids
+
+        return continuation(encode, text)
+
+    def text(self, tokens: Tokens) -> str:
+        """What tokens of a response say."""
+        return str(self.tokenizer.decode(list(tokens)))
+
+    def padded(self, sequences: Sequence[Tokens]) -> dict[str, Tensor]:
+        """`input_ids` and `attention_mask`, padded on the right.
+
+        So every token has the position that it has alone, and, attention being causal, sees the
+        same tokens: padding cannot change what is read off a row.
+        """
+        longest = max(map(len, sequences))
+        ids = torch.zeros(len(sequences), longest, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for i, tokens in enumerate(sequences):
+            ids[i, : len(tokens)] = torch.tensor(tokens)
+            mask[i, : len(tokens)] = 1
+        return {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
+
+    def answers(self, prompts: Sequence[Tokens], n_tokens: int) -> Iterator[tuple[int, Tokens]]:
+        """Greedy answers; see `Capture.answers`."""
+        ends = {self.tokenizer.eos_token_id, *_listed(self.model.generation_config.eos_token_id)}
+        for batch in token_batches(list(map(len, prompts)), 2048, 32, padded=True):
+            inputs = self.padded([prompts[i] for i in batch])
+            # generate() continues the last column, so here the padding has to be on the left.
+            for row in range(len(batch)):
+                shift = int((inputs["attention_mask"][row] == 0).sum())
+                for name in ("input_ids", "attention_mask"):
+                    inputs[name][row] = inputs[name][row].roll(shift)
+            with torch.inference_mode():
+                out = self.model.generate(
+                    **inputs,
+                    max_new_tokens=n_tokens,
+                    do_sample=False,
+                    pad_token_id=self.tokenizer.eos_token_id or 0,
+                )
+            for index, ids in zip(batch, out[:, inputs["input_ids"].shape[1] :], strict=True):
+                answer = ids.tolist()
+                stop = next((i for i, token in enumerate(answer) if token in ends), len(answer))
+                yield index, tuple(answer[:stop])
+
+
+def fastest_dtype() -> torch.dtype:
+    """bfloat16 where the processor has instructions for it, else float32."""
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if torch.backends.mps.is_available():
+        return torch.float16
+    # Without the instructions bfloat16 runs, but emulated and slower than float32.
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def find_blocks(model: nn.Module, n_layer: int) -> nn.ModuleList:
+    """The model's blocks: the module list of that length whose modules are the largest.
+
+    Raises:
+        SteeringError: there is none.
+    """
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layer]
+    if not lists:
+        raise SteeringError(f"no list of {n_layer} blocks was found in {type(model).__name__}")
+    return max(lists, key=lambda m: sum(p.numel() for p in m.parameters()))
+
+
+def _child(block: nn.Module, site: str) -> nn.Module | None:
+    pattern = _ATTENTION if site == "attention" else _MLP
+    found = [
+        child
+        for name, child in block.named_children()
+        if pattern.search(name) and not _NORM.search(name) and any(True for _ in child.parameters())
+    ]
+    return found[0] if len(found) == 1 else None
+
+
+def _listed(value: int | list[int] | None) -> list[int]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _identity(gguf_file: Path | None, config: Any, n_layer: int, n_embd: int) -> BaseModel:
+    """The base model, in GGUF's terms: read from the file, or by what conversion would write."""
+    if gguf_file is not None:
+        from gguf import GGUFReader
+
+        fields = GGUFReader(gguf_file).fields
+        architecture = str(fields["general.architecture"].contents())
+        name = str(fields["general.name"].contents()) if "general.name" in fields else ""
+        n_vocab = len(fields["tokenizer.ggml.tokens"].data)
+        return BaseModel(architecture, name, n_layer, n_embd, n_vocab)
+    kind = str(config.model_type)
+    name = str(getattr(config, "_name_or_path", "")).rstrip("/").split("/")[-1]
+    return BaseModel(_ARCHITECTURES.get(kind, kind), name, n_layer, n_embd, int(config.vocab_size))

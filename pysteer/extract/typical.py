@@ -1,0 +1,62 @@
+"""What activations are like on ordinary tokens: norms, and dimensions that dwarf the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from pysteer.extract.capture import Row
+
+SAMPLE = 64
+"""Tokens looked at, each of another prompt as far as there are as many."""
+
+
+@dataclass(frozen=True)
+class Typical:
+    """Single tokens' activations over a sample of prompts.
+
+    Attributes:
+        norm: layer to median L2 norm.
+        magnitude: layer to mean |activation| of each dimension, float64 of shape (n_embd,).
+    """
+
+    norm: dict[int, float]
+    magnitude: dict[int, npt.NDArray[np.float64]]
+
+
+def measure(
+    activations: Callable[[Sequence[Row], str, Sequence[int]], npt.NDArray[np.float32]],
+    rows: Sequence[Row],
+    *,
+    site: str,
+    layers: Sequence[int],
+    seed: int,
+) -> Typical:
+    """Look at one random token of the pooled range of each of up to `SAMPLE` rows.
+
+    Of single tokens, because a mean over tokens is shorter than any of them; never of the first of
+    a sequence, whose norm is unlike any other's (an attention sink).
+
+    Args:
+        activations: from rows, site and layers to activations, shape (rows, layers, n_embd).
+        rows: what to choose from.
+        site: site.
+        layers: layers.
+        seed: of the choice.
+    """
+    random = np.random.default_rng(seed)
+    chosen = [rows[i % len(rows)] for i in random.permutation(max(len(rows), SAMPLE))[:SAMPLE]]
+    tokens = []
+    for row in chosen:
+        at = int(random.integers(min(max(row.start, 1), row.stop - 1), row.stop))
+        tokens.append(Row(row.tokens[: at + 1], at, at + 1))
+    found = activations(tokens, site, layers)
+    norms = np.median(np.linalg.norm(found.astype(np.float64), axis=2), axis=0)
+    magnitudes = np.abs(found).mean(axis=0, dtype=np.float64)
+    return Typical(
+        {layer: float(norm) for layer, norm in zip(layers, norms, strict=True)},
+        dict(zip(layers, magnitudes, strict=True)),
+    )

@@ -1,0 +1,195 @@
+"""Pictures of a pack, by matplotlib (the extra `plot`), which is imported when one is asked for."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pysteer.compare import category_cosines, norms, separation
+from pysteer.errors import SteeringError, quoted
+from pysteer.pack import SteeringPack
+from pysteer.router import Router
+
+if TYPE_CHECKING:
+    import os
+
+_PANEL = (6.4, 5.4)  # inches
+_LONGEST_NAME = 28
+
+
+def plot_pack(pack: SteeringPack, path: str | os.PathLike[str]) -> None:
+    """Draw what `pysteer inspect` prints, in one picture.
+
+    A panel each for: the norm of the directions by layer, with the typical norm of the residual
+    stream where it is known; the cosines between the categories, averaged over the layers that both
+    have; the held-out separation (area under the ROC curve) by layer; and the router's held-out
+    confusion. Panels of which the pack says nothing are left out.
+
+    Args:
+        pack: any pack.
+        path: where to; the ending (.png, .svg, .pdf, ...) says what it will be.
+
+    Raises:
+        SteeringError: matplotlib is not installed, does not know the ending, or cannot write there.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise SteeringError(
+            "a plot needs matplotlib; install it with: pip install 'pysteer[plot]'"
+        ) from None
+    path = Path(path)
+    figure = Figure(layout="constrained")
+    known = sorted(figure.canvas.get_supported_filetypes())
+    if path.suffix[1:].lower() not in known:
+        raise SteeringError(
+            f"{path}: the ending says what a plot will be; use one of .{', .'.join(known)}"
+        )
+    panels = [_draw_norms]
+    if category_cosines(pack):
+        panels.append(_draw_cosines)
+    if separation(pack):
+        panels.append(_draw_separation)
+    if pack.router is not None:
+        panels.append(_draw_confusion)
+    columns = 1 if len(panels) == 1 else 2
+    rows = -(-len(panels) // columns)
+    figure.set_size_inches(_PANEL[0] * columns, _PANEL[1] * rows)
+    for axes, draw in zip(figure.subplots(rows, columns, squeeze=False).flat, panels, strict=False):
+        draw(axes, pack)
+    for axes in figure.axes:
+        if not axes.has_data():
+            axes.remove()
+    with warnings.catch_warnings():
+        # A category's name may be in a script that the font does not have: boxes, then.
+        warnings.filterwarnings("ignore", message="Glyph")
+        try:
+            figure.savefig(path, dpi=120)
+        except OSError as error:
+            raise SteeringError(f"cannot write {path}: {error.strerror or error}") from None
+        except ValueError as error:
+            raise SteeringError(f"cannot write {quoted(str(path))}: {error}") from None
+
+
+def _draw_norms(axes: Any, pack: SteeringPack) -> None:
+    values = {name: norms(vector) for name, vector in pack.categories.items()}
+    _draw_lines(axes, values)
+    layers = {layer for row in values.values() for layer in row}
+    typical = {layer: norm for layer, norm in sorted(pack.residual_norm.items()) if layer in layers}
+    if typical:
+        axes.plot(
+            list(typical),
+            list(typical.values()),
+            color="black",
+            linestyle=":",
+            marker="." if len(typical) == 1 else "",
+            label="typical residual",
+        )
+    everything = [*typical.values(), *(norm for row in values.values() for norm in row.values())]
+    positive = [value for value in everything if value > 0]
+    if positive and max(positive) > 20 * min(positive):
+        axes.set_yscale("log")
+    axes.set_title("norm of each direction")
+    _draw_legend(axes)
+
+
+def _draw_cosines(axes: Any, pack: SteeringPack) -> None:
+    names = list(pack.categories)
+    matrix = np.eye(len(names))
+    matrix[~np.eye(len(names), dtype=bool)] = np.nan
+    for (one, other), layers in category_cosines(pack).items():
+        i, j = names.index(one), names.index(other)
+        matrix[i, j] = matrix[j, i] = fmean(layers.values())
+    _draw_matrix(axes, matrix, names, "coolwarm", (-1.0, 1.0), [f"{v:.2f}" for v in matrix.flat])
+    axes.set_title("cosine between categories, mean over layers")
+
+
+def _draw_separation(axes: Any, pack: SteeringPack) -> None:
+    values = separation(pack)
+    _draw_lines(axes, {name: values.get(name, {}) for name in pack.categories})
+    axes.axhline(0.5, color="black", linestyle=":", label="chance")
+    axes.set_ylim(min(0.45, *(auc for row in values.values() for auc in row.values())) - 0.02, 1.02)
+    axes.set_title("separation on held-out prompts (AUC)")
+    _draw_legend(axes)
+
+
+def _draw_confusion(axes: Any, pack: SteeringPack) -> None:
+    router = pack.router
+    assert isinstance(router, Router)
+    counts = np.asarray(router.confusion)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    names = ["benign", *router.categories]
+    cells = [str(count) if count else "" for count in counts.flat]
+    _draw_matrix(axes, shares, names, "Blues", (0.0, 1.0), cells)
+    axes.set_xlabel("taken for")
+    axes.set_ylabel("is")
+    axes.set_title(f"router at layer {router.layer}: held-out prompts")
+
+
+def _draw_lines(axes: Any, values: Mapping[str, Mapping[int, float]]) -> None:
+    """A line for each category over the layers; those without a layer keep their colour."""
+    from matplotlib import colormaps
+
+    pairs = colormaps["tab20"].colors  # type: ignore[attr-defined]
+    colours = [*pairs[::2], *pairs[1::2]]  # the strong ones first, then their pale twins
+    for number, (name, row) in enumerate(values.items()):
+        if row:
+            axes.plot(
+                list(row),
+                list(row.values()),
+                color=colours[number % len(colours)],
+                linestyle=("-", "--", "-.")[number // len(colours) % 3],
+                marker="o",
+                markersize=3,
+                linewidth=1.2,
+                label=_label(name),
+            )
+    axes.set_xlabel("layer")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+
+
+def _draw_legend(axes: Any) -> None:
+    """Beside the lines, not over them."""
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+
+def _draw_matrix(
+    axes: Any,
+    matrix: npt.NDArray[np.float64],
+    names: Sequence[str],
+    colours: str,
+    limits: tuple[float, float],
+    cells: Sequence[str],
+) -> None:
+    axes.imshow(matrix, cmap=colours, vmin=limits[0], vmax=limits[1])
+    labels = [_label(name) for name in names]
+    size = 8 if len(names) <= 14 else 5
+    axes.set_xticks(range(len(names)), labels, rotation=60, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(names)), labels)
+    axes.tick_params(labelsize=size)
+    middle, half = sum(limits) / 2, (limits[1] - limits[0]) / 2
+    diverging = limits[0] < 0
+    for index, text in enumerate(cells):
+        row, column = divmod(index, len(names))
+        value = matrix[row, column]
+        if np.isfinite(value):
+            # White where the colour beneath is dark: at both ends, or at the upper one.
+            distance = abs(value - middle) / half if diverging else value
+            colour = "white" if distance > 0.65 else "black"
+            axes.text(column, row, text, ha="center", va="center", fontsize=size - 1, color=colour)
+
+
+def _label(name: str) -> str:
+    """A name as matplotlib shows it: cut, on one line, and with no formula in it."""
+    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name)
+    if len(text) > _LONGEST_NAME:
+        text = text[: _LONGEST_NAME - 3] + "..."
+    # A leading underscore would hide it from the legend.
+    return ("\N{ZERO WIDTH SPACE}" if text.startswith("_") else "") + text.replace("$", r"\$")

@@ -1,0 +1,311 @@
+"""Captures agree with one-by-one transformers, with each other, and about where a prompt ends."""
+
+from contextlib import closing
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pysteer import shipped
+from pysteer.errors import HookError, SteeringError
+from pysteer.extract.capture import Row, pooled_row, shared_ends, token_batches
+from pysteer.extract.llama_capture import LlamaCapture
+
+FAMILIES = ["llama", "qwen3", "gemma2", "phi3", "gpt2"]
+N_LAYER, N_EMBD = 4, 64
+LAYERS = list(range(N_LAYER))
+# llama.cpp's CPU backend reads GELU from a table in half precision.
+LLAMA_TOLERANCE = {"gemma2": 8e-3, "gpt2": 8e-3}
+TEXTS = ["a", "the ring of the sea", "tell me of it and of all the rest in there " * 3, "oil"]
+
+
+def exact_cache():
+    import llama_cpp
+
+    return {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}
+
+
+@pytest.fixture(scope="module")
+def torch_model(tiny_model):
+    models = {}
+
+    def get(family):
+        import torch
+
+        from pysteer.extract.torch_model import TorchModel
+
+        if family not in models:
+            models[family] = TorchModel(str(tiny_model(family)), dtype=torch.float32)
+        return models[family]
+
+    return get
+
+
+@pytest.fixture
+def llama(tiny_model):
+    opened = []
+
+    def get(family, **arguments):
+        opened.append(LlamaCapture(tiny_model(family), **{**exact_cache(), **arguments}))
+        return opened[-1]
+
+    yield get
+    for capture in opened:
+        capture.close()
+
+
+def rows_for(capture):
+    """Rows of all poolings, of differing lengths."""
+    ends = shared_ends(capture)
+    prompts = [capture.prompt_tokens(text) for text in TEXTS]
+    response = capture.response_tokens("of the sea")
+    return [
+        pooled_row(prompt, response, pooling, ends)
+        for prompt in prompts
+        for pooling in ("last", "prompt", "user", "response", (2, 9))
+    ]
+
+
+def collected(capture, rows, site, layers=LAYERS):
+    found = np.full((len(rows), len(layers), N_EMBD), np.nan, np.float32)
+    for index, means in capture.activations(rows, site=site, layers=layers):
+        assert np.isnan(found[index]).all()  # each once
+        found[index] = means
+    return found
+
+
+def one_by_one(model, row, site, layer):
+    """What transformers computes for one unpadded prompt; residuals by `output_hidden_states`."""
+    import torch
+
+    ids = torch.tensor([row.tokens])
+    if site == "residual" and layer + 1 < N_LAYER:
+        with torch.no_grad():
+            states = model.model(ids, output_hidden_states=True, use_cache=False).hidden_states
+        rows = states[layer + 1][0]
+    else:  # the last hidden state comes after the final norm; other sites do not come at all
+        kept = []
+        block = model.blocks[layer]
+        names = {"attention": ("self_attn", "attn"), "mlp": ("mlp",)}
+        module = block
+        if site != "residual":
+            module = next(getattr(block, n) for n in names[site] if hasattr(block, n))
+        handle = module.register_forward_hook(lambda _m, _i, output: kept.append(output))
+        with torch.no_grad():
+            model.model(ids, use_cache=False)
+        handle.remove()
+        rows = (kept[0][0] if isinstance(kept[0], tuple) else kept[0])[0]
+    return rows[row.start : row.stop].double().mean(0).numpy()
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("site", ["residual", "attention", "mlp"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padded_batches_are_as_one_by_one(torch_model, family, site):
+    from pysteer.extract.torch_capture import TorchCapture
+
+    model = torch_model(family)
+    capture = TorchCapture(model, token_budget=200)
+    assert capture.sites[site] == tuple(LAYERS)
+    rows = rows_for(capture)
+    assert len({len(row.tokens) for row in rows}) > 4
+    found = collected(capture, rows, site)
+    for row, means in zip(rows, found, strict=True):
+        for layer in LAYERS:
+            expected = one_by_one(model, row, site, layer)
+            np.testing.assert_allclose(means[layer], expected, atol=1e-4)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("site", ["residual", "attention", "mlp"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_llama_and_torch_agree(torch_model, llama, family, site):
+    from pysteer.extract.torch_capture import TorchCapture
+
+    torch_capture, llama_capture = TorchCapture(torch_model(family)), llama(family)
+    rows = rows_for(torch_capture)
+    if family != "phi3":  # there transformers puts a space of its own behind special tokens
+        assert rows == rows_for(llama_capture)
+    assert torch_capture.base_model == llama_capture.base_model
+    ours = collected(torch_capture, rows, site)
+    theirs = collected(llama_capture, rows, site)
+    assert np.abs(ours).max() > 0.5
+    np.testing.assert_allclose(theirs, ours, atol=LLAMA_TOLERANCE.get(family, 1e-3))
+
+
+@pytest.mark.torch
+def test_layers_are_those_asked_for(torch_model, llama):
+    from pysteer.extract.torch_capture import TorchCapture
+
+    for capture in (TorchCapture(torch_model("llama")), llama("llama")):
+        rows = rows_for(capture)
+        everything = collected(capture, rows, "residual")
+        some = collected(capture, rows, "residual", [1, 2])
+        np.testing.assert_allclose(some, everything[:, [1, 2]], atol=1e-6)
+
+
+@pytest.mark.torch
+def test_captures_leave_the_model_as_it_was(torch_model):
+    import torch
+
+    from pysteer.extract.torch_capture import TorchCapture
+
+    model = torch_model("qwen3")
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        before = model.model(ids).logits
+        collected(TorchCapture(model), rows_for(TorchCapture(model)), "mlp", [0])
+        after = model.model(ids).logits
+    assert torch.equal(before, after)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_answers_are_greedy(torch_model, llama, family):
+    """Batched and padded in torch, one by one in llama.cpp, against an argmax loop."""
+    import torch
+
+    model = torch_model(family)
+    prompts = [model.prompt_tokens(text) for text in TEXTS]
+    ends = {model.tokenizer.eos_token_id}
+    expected = []
+    for prompt in prompts:
+        ids = list(prompt)
+        for _ in range(6):
+            with torch.no_grad():
+                ids.append(int(model.model(torch.tensor([ids])).logits[0, -1].argmax()))
+            if ids[-1] in ends:
+                ids.pop()
+                break
+        expected.append(tuple(ids[len(prompt) :]))
+    assert dict(model.answers(prompts, 6)) == dict(enumerate(expected))
+    assert dict(llama(family).answers(prompts, 6)) == dict(enumerate(expected))
+
+
+def test_special_tokens_in_a_response_are_text(llama):
+    capture = llama("llama")
+    special = capture.prompt_tokens("a")[0]  # <|im_start|>
+    assert special not in capture.response_tokens("<|im_start|>")
+    assert capture.text(capture.response_tokens("of the sea")) == "of the sea"
+
+
+@pytest.mark.torch
+def test_special_tokens_in_a_response_are_text_in_torch_too(torch_model, llama):
+    model = torch_model("llama")
+    text = "of <|im_end|> it"
+    assert model.response_tokens(text) == llama("llama").response_tokens(text)
+
+
+@pytest.mark.torch
+def test_both_read_the_default_models_template_alike(default_model):
+    """A byte-level tokenizer and a system message, on prompts of every kind."""
+    from pysteer.extract.torch_model import TorchModel
+
+    model = TorchModel(str(default_model))
+    texts = [p.prompt for rows in shipped.demo_prompts() for p in rows]
+    texts += ["", " a  b\n\nc ", "\n\nA list:\n- 1\n", "naïve café 日本語 🙂", "<|im_end|>"]
+    with closing(LlamaCapture(default_model)) as capture:
+        for text in texts:
+            assert model.prompt_tokens(text) == capture.prompt_tokens(text)
+            assert model.response_tokens(text) == capture.response_tokens(text)
+            assert capture.text(capture.response_tokens(text)) == text
+        assert shared_ends(capture) == (24, 6)
+
+
+def test_prompt_and_response_are_told_apart_exactly(llama):
+    """The response's tokens are those after the prompt's, whatever a joint tokenizer would do."""
+    capture = llama("llama")
+    prompt, response = capture.prompt_tokens("the r"), capture.response_tokens("ing of it")
+    row = pooled_row(prompt, response, "response", shared_ends(capture))
+    assert row.tokens[: row.start] == prompt
+    assert row.tokens[row.start : row.stop] == response
+
+
+def test_the_users_message_is_found_in_the_template(llama):
+    capture = llama("llama")
+    before, after = shared_ends(capture)
+    tokens = capture.prompt_tokens("the sea")
+    assert capture.text(tokens[before : len(tokens) - after]) == "the sea"
+    assert before > 0
+    assert after > 0
+
+
+def test_without_a_template_prompts_are_taken_as_they_are(tiny_model, tmp_path, caplog):
+    data = tiny_model("llama").read_bytes()
+    assert data.count(b"tokenizer.chat_template") == 1
+    path = tmp_path / "bare.gguf"
+    path.write_bytes(data.replace(b"tokenizer.chat_template", b"tokenizer.chat_tempXXXX"))
+    with closing(LlamaCapture(path)) as capture:
+        assert not capture.has_chat_template
+        assert "no chat template" in caplog.text
+        bos, *rest = capture.prompt_tokens("the sea")
+        assert bos == capture.llm.token_bos()
+        assert tuple(rest) == capture.response_tokens("the sea")
+        assert shared_ends(capture) == (1, 0)
+
+
+def test_recurrent_models_are_captured_one_at_a_time(llama):
+    capture = llama("mamba")
+    rows = rows_for(capture)
+    found = collected(capture, rows, "residual")
+    for row, means in zip(rows, found, strict=True):
+        alone = capture.llm.capture(row.tokens, pool="mean", span=(row.start, row.stop))["residual"]
+        np.testing.assert_allclose(means, np.stack([alone[i] for i in LAYERS]), atol=1e-5)
+    with pytest.raises(HookError, match="no attention"):
+        collected(capture, rows, "attention")
+
+
+@pytest.mark.torch
+def test_what_cannot_be_loaded_is_named(tmp_path):
+    from pysteer.extract.torch_model import TorchModel
+
+    with pytest.raises(SteeringError, match="no such file"):
+        TorchModel(str(tmp_path / "none.gguf"))
+    with pytest.raises(SteeringError, match="cannot load"):
+        TorchModel(str(tmp_path))
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF nonsense")
+    with pytest.raises(SteeringError, match="cannot load"):
+        TorchModel(str(tmp_path / "bad.gguf"))
+    with pytest.raises(SteeringError, match=r"bad\.gguf"):
+        LlamaCapture(tmp_path / "bad.gguf")
+
+
+@pytest.mark.parametrize(
+    ("pooling", "response", "expected"),
+    [
+        ("last", (), Row((1, 2, 3, 4, 5), 4, 5)),
+        ("prompt", (), Row((1, 2, 3, 4, 5), 0, 5)),
+        ("user", (9,), Row((1, 2, 3, 4, 5), 2, 4)),
+        ("response", (8, 9), Row((1, 2, 3, 4, 5, 8, 9), 5, 7)),
+        ((1, 3), (), Row((1, 2, 3, 4, 5), 1, 3)),
+        ((4, 99), (8,), Row((1, 2, 3, 4, 5, 8), 4, 6)),
+    ],
+)
+def test_poolings(pooling, response, expected):
+    assert pooled_row((1, 2, 3, 4, 5), response, pooling, (2, 1)) == expected
+
+
+@pytest.mark.parametrize(
+    ("pooling", "message"),
+    [("response", "no response"), ((5, 9), "no text"), ("mean", "unknown pooling")],
+)
+def test_nothing_to_average(pooling, message):
+    with pytest.raises(SteeringError, match=message):
+        pooled_row((1, 2, 3, 4, 5), (), pooling, (2, 1))
+
+
+@given(
+    st.lists(st.integers(1, 40), max_size=30),
+    st.integers(1, 60),
+    st.integers(1, 8),
+    st.booleans(),
+)
+def test_batches_hold_every_row_once_and_keep_the_budget(lengths, budget, max_rows, padded):
+    batches = list(token_batches(lengths, budget, max_rows, padded=padded))
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    for batch in batches:
+        sizes = [lengths[i] for i in batch]
+        total = max(sizes) * len(sizes) if padded else sum(sizes)
+        assert len(batch) <= max_rows
+        assert total <= budget or len(batch) == 1

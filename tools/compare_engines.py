@@ -1,0 +1,91 @@
+"""Whether directions from the GGUF agree with those from torch, at each quantisation.
+
+Extracts `mean` directions with torch (the file de-quantised), with llama.cpp from the file itself,
+and from F16, Q8_0 and Q4_K_M versions of the same weights, which it writes to a temporary folder,
+and prints the cosine between the two over the layers asked for: lowest, and median.
+
+usage: python tools/compare_engines.py [--unsafe U.jsonl] [--safe S.jsonl] [--layers 5-25]
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import statistics
+import tempfile
+from contextlib import closing
+from pathlib import Path
+from typing import Annotated
+
+import llama_cpp
+import typer
+
+from pysteer import SteeringPack, shipped
+from pysteer.compare import compare
+from pysteer.extract.capture import Capture
+from pysteer.extract.llama_capture import LlamaCapture
+from pysteer.extract.run import extract
+from pysteer.extract.session import Data
+from pysteer.extract.settings import ExtractSettings
+from pysteer.extract.torch_capture import TorchCapture
+from pysteer.extract.torch_model import TorchModel
+from pysteer.prompts import load_prompts
+
+_FTYPES = {"F16": 1, "Q8_0": 7, "Q4_K_M": 15}  # enum llama_ftype
+
+
+def main(
+    model: Annotated[Path | None, typer.Argument(help="A GGUF model; SmolLM2 by default.")] = None,
+    unsafe: Annotated[Path | None, typer.Option(help="JSONL; the demonstration's.")] = None,
+    safe: Annotated[Path | None, typer.Option(help="JSONL; the demonstration's.")] = None,
+    layers: Annotated[str, typer.Option(help="First and last, as in 5-25.")] = "5-25",
+) -> None:
+    """Print one row for each version of the weights."""
+    path = model or shipped.default_model()
+    shown = shipped.demo_prompts()
+    data = Data(
+        load_prompts(unsafe) if unsafe else shown[0], load_prompts(safe) if safe else shown[1]
+    )
+    first, last = map(int, layers.split("-"))
+    settings = ExtractSettings(layers=tuple(range(first, last + 1)), router=False, scale=0)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+
+        def run(capture: Capture, kept: str) -> SteeringPack:
+            return extract(capture, data, settings, cache=folder / kept)
+
+        reference = run(TorchCapture(TorchModel(str(path))), "torch")
+        print(f"{path.name}: {len(data.unsafe)} unsafe and {len(data.safe)} safe prompts\n")
+        print(f"| weights | cosine, lowest of layers {layers} | median |\n|---|---|---|")
+        for ftype in (path.stem.rpartition(".")[2], *_FTYPES):
+            version = path
+            if ftype in _FTYPES:
+                version = _requantized(path, folder / f"{ftype}.gguf", ftype)
+            with closing(LlamaCapture(version)) as capture:
+                found = run(capture, ftype)
+            cosines = [
+                layer.cosine
+                for category in compare(reference, found).categories.values()
+                for layer in category.layers.values()
+                if layer.cosine is not None
+            ]
+            print(
+                f"| {ftype} | {min(cosines):.4f} | {statistics.median(cosines):.4f} |", flush=True
+            )
+
+
+def _requantized(source: Path, target: Path, ftype: str) -> Path:
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = _FTYPES[ftype]
+    params.nthread = os.cpu_count() or 1
+    params.allow_requantize = True
+    code = llama_cpp.llama_model_quantize(
+        os.fsencode(source), os.fsencode(target), ctypes.byref(params)
+    )
+    if code != 0:
+        raise SystemExit(f"llama.cpp cannot quantise {source} to {ftype} ({code})")
+    return target
+
+
+if __name__ == "__main__":
+    typer.run(main)
