@@ -78,13 +78,15 @@ def cosine(a, b):
 def by_hand(router, kind, h):
     """The score of one hidden state, category by category."""
     h = h.astype(np.float64)
-    w, m, c = (np.float64(getattr(router, n)) for n in ("weight", "centroids", "conditions"))
+    w, m, c = (
+        np.asarray(getattr(router, n), np.float64) for n in ("weight", "centroids", "conditions")
+    )
     categories = range(len(router.categories))
     if kind == "multinomial":
         logits = [w[j] @ h + float(router.bias[j]) for j in range(len(w))]
         return [1 / sum(np.exp(other - logits[i + 1]) for other in logits) for i in categories]
     if kind == "probe":
-        v, b = np.float64(router.probe_weight), np.float64(router.probe_bias)
+        v, b = (np.asarray(a, np.float64) for a in (router.probe_weight, router.probe_bias))
         return [v[i] @ h + b[i] for i in categories]
     if kind == "centroid":
         return [cosine(h - m.mean(0), m[i + 1] - m.mean(0)) for i in categories]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import Progress, ProgressColumn
 
 out = Console(highlight=False, emoji=False)
 err = Console(stderr=True, highlight=False, emoji=False)
@@ -30,6 +33,17 @@ def debugging() -> bool:
 def print_json(value: dict[str, Any]) -> None:
     """Print one JSON object on standard output."""
     sys.stdout.write(json.dumps(value, allow_nan=False, indent=2) + "\n")
+
+
+@contextmanager
+def progress(*columns: ProgressColumn) -> Iterator[Progress]:
+    """Bars on standard error while the block runs; nothing at all where that is no terminal."""
+    bars = Progress(*columns, console=err, transient=True)
+    if err.is_terminal:
+        with bars:
+            yield bars
+    else:  # without being started, because some versions of rich print an empty line at the end
+        yield bars
 
 
 def say(text: str) -> None:

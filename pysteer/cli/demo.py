@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from pysteer import shipped
@@ -49,26 +49,24 @@ def demo(
     unsafe, harmless = (_per_category(rows, categories, prompts) for rows in shipped.demo_prompts())
     if not unsafe:
         raise SteeringError("no prompts to show")
-    with closing(load_steered(model, pack, n_ctx=1024, n_threads=threads)) as llm:
-        progress = Progress(
+    with (
+        closing(load_steered(model, pack, n_ctx=1024, n_threads=threads)) as llm,
+        console.progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            console=console.err,
-            transient=True,
-            disable=not console.err.is_terminal,
+        ) as progress,
+    ):
+        task = progress.add_task("answering twice", total=len(unsafe) + len(harmless))
+        pairs = answer_twice(
+            llm,
+            unsafe,
+            harmless,
+            strength=strength,
+            max_tokens=max_tokens,
+            on_answer=lambda pair: progress.advance(task),
         )
-        with progress:
-            task = progress.add_task("answering twice", total=len(unsafe) + len(harmless))
-            pairs = answer_twice(
-                llm,
-                unsafe,
-                harmless,
-                strength=strength,
-                max_tokens=max_tokens,
-                on_answer=lambda pair: progress.advance(task),
-            )
     summary = summarise(pairs)
     if json:
         console.print_json(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -37,6 +38,8 @@ def generate(
     debug: options.Debug = False,
 ) -> None:
     """Answer a prompt, steered by the categories named."""
+    if not math.isfinite(temperature):  # nan is not below any minimum
+        raise SteeringError(f"--temperature {temperature}: give a number, 0 or above")
     if raw and system is not None:
         raise SteeringError("--system needs the chat template; leave out --raw")
     if pack is None and model is None and steer:
