@@ -40,8 +40,12 @@ class Prompt:
     source: str = field(default="", compare=False)
 
 
-def load_prompts(path: str | os.PathLike[str]) -> list[Prompt]:
+def load_prompts(path: str | os.PathLike[str], *, answers: bool = False) -> list[Prompt]:
     """Read a JSONL file of prompts; blank lines are skipped, unknown keys ignored.
+
+    Args:
+        path: the file.
+        answers: whether each row needs a `response`, and `prompt` may be left out.
 
     Raises:
         FormatError: names the file and the line.
@@ -58,6 +62,10 @@ def load_prompts(path: str | os.PathLike[str]) -> list[Prompt]:
             row = json.loads(line)
         except (ValueError, RecursionError):
             raise FormatError(f"{path}, line {number}: not a JSON object") from None
+        if answers and isinstance(row, dict):
+            row = {"prompt": "", **row}
+            if not isinstance(row.get("response"), str) or not row["response"].strip():
+                raise FormatError(f"{path}, line {number}: needs a 'response'")
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
             raise FormatError(f"{path}, line {number}: needs a 'prompt' that is a string")
         optional = {key: row.get(key) for key in _OPTIONAL}
@@ -66,6 +74,11 @@ def load_prompts(path: str | os.PathLike[str]) -> list[Prompt]:
                 raise FormatError(f"{path}, line {number}: {key!r} is not a string")
         if optional["label"] not in (None, "safe", "unsafe"):
             raise FormatError(f"{path}, line {number}: 'label' is neither 'safe' nor 'unsafe'")
+        try:
+            for value in (row["prompt"], *optional.values()):
+                (value or "").encode()
+        except UnicodeEncodeError:  # JSON can escape half of a surrogate pair
+            raise FormatError(f"{path}, line {number}: not Unicode text") from None
         prompts.append(
             Prompt(
                 row["prompt"],

@@ -12,7 +12,12 @@ from pysteer.prompts import Prompt, load_prompts
 texts = st.text(st.characters(exclude_categories=["Cs"]))
 optional_texts = st.none() | texts
 prompts = st.builds(
-    Prompt, prompt=texts, category=texts, response=optional_texts, pair_id=optional_texts
+    Prompt,
+    prompt=texts,
+    category=texts,
+    response=optional_texts,
+    pair_id=optional_texts,
+    label=st.sampled_from(["safe", "unsafe", None]),
 )
 
 
@@ -63,6 +68,12 @@ def test_blank_lines_and_unknown_keys_are_skipped(newline, tmp_path):
         '{"prompt": "a", "category": 1}',
         '{"prompt": "a", "response": ["x"]}',
         '{"prompt": "a", "pair_id": 7}',
+        '{"prompt": "a", "label": true}',
+        '{"prompt": "a", "label": "harmful"}',
+        '{"prompt": "a", "label": ""}',
+        r'{"prompt": "\ud800"}',
+        r'{"prompt": "a", "category": "\udfff"}',
+        r'{"prompt": "a", "response": "b\ud83d"}',
         '{"prompt": "a"} {"prompt": "b"}',
         "[" * 100_000,
         '{"a":' * 100_000,
@@ -104,3 +115,40 @@ def test_missing_files_and_folders_are_refused_and_named_once(tmp_path):
 
 def test_a_path_may_be_a_string(tmp_path):
     assert load_prompts(str(write(tmp_path, '{"prompt": "a"}'))) == [Prompt("a")]
+
+
+def test_a_prompt_knows_its_file_and_line_and_is_equal_without(tmp_path):
+    path = write(tmp_path, '{"prompt": "a"}\n\n{"prompt": "a"}\n')
+    first, second = load_prompts(path)
+    assert (first.source, second.source) == (f"{path}, line 1", f"{path}, line 3")
+    assert first == second
+    assert hash(first) == hash(second)
+
+
+def test_surrogate_pairs_are_one_character(tmp_path):
+    path = write(tmp_path, r'{"prompt": "\ud83d\ude00"}')
+    assert load_prompts(path) == [Prompt("\U0001f600")]
+
+
+def test_answers_need_no_prompt(tmp_path):
+    lines = ['{"response": "no"}', '{"prompt": "a", "response": "never", "category": "c"}']
+    found = load_prompts(write(tmp_path, "\n".join(lines)), answers=True)
+    assert found == [Prompt("", response="no"), Prompt("a", "c", "never")]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"prompt": "a"}',
+        '{"response": ""}',
+        '{"response": " "}',
+        '{"response": 1}',
+        '{"prompt": 1, "response": "no"}',
+        '["no"]',
+    ],
+)
+def test_an_answer_without_a_response_is_named(line, tmp_path):
+    path = write(tmp_path, '{"response": "no"}\n' + line)
+    with pytest.raises(FormatError) as caught:
+        load_prompts(path, answers=True)
+    assert str(caught.value).startswith(f"{path}, line 2: ")

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import logging
-import shutil
+import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -20,7 +20,8 @@ from rich.text import Text
 from pysteer.cli import console, options
 from pysteer.errors import SteeringError
 from pysteer.pack import SteeringPack
-from pysteer.prompts import Prompt, load_prompts
+from pysteer.prompts import load_prompts
+from pysteer.vector import MAX_LAYER
 
 if TYPE_CHECKING:
     from pysteer.extract.capture import Capture
@@ -118,7 +119,10 @@ def extract(
 
     Interrupted with Ctrl-C, the same command goes on where it stopped.
     """
-    require("sklearn", "extract")
+    source = options.model_source(model)
+    engine = chosen_engine(source, engine, method, dtype, device_map)
+    require("sklearn", "extract" if engine == "torch" else "extract-gguf")
+    from pysteer.extract.cache import clear
     from pysteer.extract.run import extract as run_extraction
     from pysteer.extract.session import Data
     from pysteer.extract.settings import ExtractSettings
@@ -128,8 +132,8 @@ def extract(
     data = Data(
         load_prompts(unsafe),
         load_prompts(safe),
-        _loaded(benign),
-        _loaded(answers, may_be_empty=True),
+        [] if benign is None else load_prompts(benign),
+        [] if answers is None else load_prompts(answers, answers=True),
     )
     wanted: dict[str, Any] = {
         **({"variant": variant} if variant is not None else {}),
@@ -155,24 +159,27 @@ def extract(
         layers=None,
     )
     judged = _choice("judge", judge, {"labels": None, "refusal": _not_a_refusal})
-    if not output.parent.is_dir():
-        raise SteeringError(f"there is no folder {output.parent} to write {output.name} to")
+    chosen = None if layers is None else _layers(layers)
+    _check_output(output, (Path(source), unsafe, safe, benign, answers))
     folder = cache or output.with_name(f"{output.name}.cache")
-    capture = open_capture(
-        options.model_source(model), engine, method, dtype, device_map, context, threads
-    )
-    settings = _with_layers(settings, layers, capture)
+    capture = open_capture(source, engine, dtype, device_map, context, threads)
+    settings = replace(settings, layers=_those_there(chosen, site, capture))
     try:
         with _reporter() as reporter:
             pack = run_extraction(
                 capture, data, settings, cache=folder, judge=judged, report=reporter
             )
-    except KeyboardInterrupt:
-        console.err.print(f"what was computed is kept in {folder}; the same command goes on there")
+    except BaseException as error:
+        kept = f"what was computed is kept in {folder}"
+        if folder.is_dir() and isinstance(error, SteeringError):
+            raise SteeringError(f"{error} ({kept})") from None
+        if folder.is_dir():
+            say_kept = f"{console.plain(kept)}; the same command goes on from there"
+            console.err.print(say_kept, soft_wrap=True)
         raise
     pack.save(output)
     if cache is None:
-        shutil.rmtree(folder, ignore_errors=True)
+        clear(folder)
     seconds = time.monotonic() - started
     if json:
         console.print_json(_report(pack, output, seconds))
@@ -186,10 +193,33 @@ def require(module: str, extra: str) -> None:
         raise SteeringError(f"this needs {module}; run: pip install 'pysteer[{extra}]'")
 
 
+def chosen_engine(
+    source: str, engine: str, method: str, dtype: str | None, device_map: str | None
+) -> str:
+    """The engine to use, "torch" or "llama".
+
+    Raises:
+        SteeringError: the engine does not exist, or does not go with the other options.
+    """
+    gguf = source.endswith(".gguf")
+    for_torch = dtype is not None or device_map is not None
+    if engine not in ("auto", "torch", "llama"):
+        raise SteeringError(f"--engine {engine}: use torch, llama or auto")
+    if engine == "auto":
+        return "llama" if gguf and method != "learned" and not for_torch else "torch"
+    if engine == "llama":
+        if not gguf:
+            raise SteeringError(f"{source} is no GGUF file; --engine llama runs those only")
+        if for_torch:
+            raise SteeringError("--dtype and --device-map need --engine torch")
+        if method == "learned":
+            raise SteeringError("--method learned needs --engine torch")
+    return engine
+
+
 def open_capture(
     source: str,
     engine: str,
-    method: str,
     dtype: str | None,
     device_map: str | None,
     context: int,
@@ -198,18 +228,9 @@ def open_capture(
     """The model, run by the engine asked for.
 
     Raises:
-        SteeringError: it cannot be loaded, or an option does not go with the engine.
+        SteeringError: it cannot be loaded, or there is no such dtype.
     """
-    gguf = source.endswith(".gguf")
-    if engine not in ("auto", "torch", "llama"):
-        raise SteeringError(f"--engine {engine}: use torch, llama or auto")
-    if engine == "auto":
-        engine = "llama" if gguf and method != "learned" and dtype is None else "torch"
     if engine == "llama":
-        if not gguf:
-            raise SteeringError(f"{source} is no GGUF file; --engine llama runs those only")
-        if dtype is not None or device_map is not None:
-            raise SteeringError("--dtype and --device-map need --engine torch")
         from pysteer.extract.llama_capture import LlamaCapture
 
         extra = {} if threads is None else {"n_threads": threads, "n_threads_batch": threads}
@@ -233,10 +254,6 @@ def open_capture(
     return TorchCapture(TorchModel(source, dtype=chosen, device_map=device_map))
 
 
-def _loaded(path: Path | None, *, may_be_empty: bool = False) -> list[Prompt]:
-    return [] if path is None else load_prompts(path)
-
-
 def _choice(option: str, value: str, known: dict[str, Any]) -> Any:
     if value not in known:
         raise SteeringError(f"--{option} {value}: use one of {', '.join(known)}")
@@ -252,23 +269,41 @@ def _pooling(text: str) -> Any:
     return int(start), int(stop)
 
 
-def _with_layers(settings: Any, text: str | None, capture: Capture) -> Any:
-    from dataclasses import replace
-
-    if text is None:
-        return settings
-    available = capture.sites.get(settings.site, ())
+def _layers(text: str) -> list[range]:
+    """What --layers says; "all" is as many as there can be."""
     if text == "all":
-        return replace(settings, layers=tuple(available))
-    chosen: list[int] = []
+        return [range(MAX_LAYER + 1)]
+    parts: list[range] = []
     for part in text.split(","):
-        first, dash, last = part.partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
+        first, dash, last = part.strip().partition("-")
+        written = first.isdecimal() and (last.isdecimal() or not dash) and len(text) < 1000
+        if not written or int(first) > int(last or first):
             raise SteeringError(f"--layers {text}: write them as 12,15,18 or 5-25, or all")
-        chosen += range(int(first), int(last or first) + 1)
-    if not chosen:
-        raise SteeringError(f"--layers {text}: that is none")
-    return replace(settings, layers=tuple(sorted(set(chosen))))
+        if int(last or first) > MAX_LAYER:
+            raise SteeringError(f"--layers {text}: no model has as many")
+        parts.append(range(int(first), int(last or first) + 1))
+    return parts
+
+
+def _those_there(parts: list[range] | None, site: str, capture: Capture) -> tuple[int, ...] | None:
+    """The layers named; of all, those that the model has."""
+    if parts is None:
+        return None
+    if parts == [range(MAX_LAYER + 1)]:
+        return tuple(capture.sites.get(site, ()))
+    return tuple(sorted({layer for part in parts for layer in part}))
+
+
+def _check_output(output: Path, inputs: Iterable[Path | None]) -> None:
+    """Raise SteeringError if the pack cannot be written there, or would replace what it is from."""
+    if not output.parent.is_dir():
+        raise SteeringError(f"there is no folder {output.parent} to write {output.name} to")
+    if output.is_dir():
+        raise SteeringError(f"{output} is a folder; --output names a file")
+    if not os.access(output.parent, os.W_OK):
+        raise SteeringError(f"the folder {output.parent} cannot be written to")
+    if output.exists() and any(p is not None and p.exists() and output.samefile(p) for p in inputs):
+        raise SteeringError(f"--output {output} would replace what the pack is made from")
 
 
 def _not_a_refusal(prompt: str, answer: str) -> bool:
@@ -277,13 +312,19 @@ def _not_a_refusal(prompt: str, answer: str) -> bool:
     return not is_refusal(answer)
 
 
+class _Lines(logging.Handler):
+    """A line on standard error for each message, above the bars; wrapping would break paths."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = console.plain(record.getMessage())
+        console.err.print(f"{record.levelname.lower()}: {message}", soft_wrap=True)
+
+
 def _show_warnings() -> None:
     """What the library logs, on standard error."""
     logger = logging.getLogger("pysteer")
     if not logger.handlers:
-        logger.addHandler(
-            RichHandler(console=console.err, show_time=False, show_path=False, markup=False)
-        )
+        logger.addHandler(_Lines(logging.WARNING))
 
 
 class _Rate(ProgressColumn):
@@ -307,15 +348,8 @@ class _Bars:
 
 @contextmanager
 def _reporter() -> Iterator[_Bars]:
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        _Rate(),
-        TimeRemainingColumn(),
-        console=console.err,
-        transient=True,
-        disable=not console.err.is_terminal,
-    ) as progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), _Rate(), TimeRemainingColumn())
+    with console.progress(*columns) as progress:
         yield _Bars(progress)
 
 

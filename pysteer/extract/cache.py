@@ -8,7 +8,6 @@ import logging
 import re
 import shutil
 import time
-import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -96,7 +95,7 @@ class ActivationCache:
             self._done = _open(folder / f"{key}.done.npy", np.uint64, shape[:1])
         except (OSError, ValueError) as error:
             raise SteeringError(f"cannot use {folder} as a cache: {error}") from None
-        damaged = [i for i in np.flatnonzero(self._done) if self._done[i] != self._sum(i)]
+        damaged = [int(i) for i in np.flatnonzero(self._done) if self._done[i] != self._sum(int(i))]
         if damaged:
             _log.warning(
                 "%d rows of the cache %s are damaged and are captured again",
@@ -205,7 +204,7 @@ class RunningMeans:
                 (done.shape, done.dtype) != (self._done.shape, self._done.dtype)
             ):
                 raise ValueError("another shape")
-        except (ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile) as error:
+        except Exception as error:  # zipfile has half a dozen kinds of them
             _log.warning("%s is damaged (%s), and is made anew", self._path, error)
             return
         self._sums, self._done = sums, done
@@ -283,7 +282,7 @@ def _open(path: Path, dtype: Any, shape: tuple[int, ...]) -> Any:
             if found.shape == shape and found.dtype == dtype:
                 return found
             why = "another shape"
-        except (ValueError, EOFError, SyntaxError) as error:
+        except Exception as error:  # numpy has several kinds of them
             why = str(error)
         _log.warning("%s is damaged (%s), and is made anew", path, why)
         path.unlink()

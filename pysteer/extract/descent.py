@@ -36,6 +36,8 @@ class LearnedSettings:
         benign_batch_size: benign prompts per step.
         shared_steps: at most so many for the vector shared by all categories; 0 for none.
         category_steps: at most so many for each category, from the shared vector.
+        category_rate: what a category's steps from the shared vector begin at, as a share of
+            learning_rate: full steps would leave where the shared one has arrived.
         kl_weight: of the term that holds the model still on benign prompts; 0 leaves it out.
         kl_tokens: how many tokens of the answers to benign prompts are held.
         first_token_weight: how often the first token of an answer counts.
@@ -53,11 +55,12 @@ class LearnedSettings:
         SteeringError: a value is out of its range.
     """
 
-    learning_rate: float = 0.25
+    learning_rate: float = 0.5
     batch_size: int = 8
     benign_batch_size: int = 4
-    shared_steps: int = 40
-    category_steps: int = 14
+    shared_steps: int = 60
+    category_steps: int = 10
+    category_rate: float = 0.1
     kl_weight: float = 1.0
     kl_tokens: int = 8
     first_token_weight: float = 4.0
@@ -66,7 +69,7 @@ class LearnedSettings:
     validation_share: float = 0.2
     validation_prompts: int = 12
     min_prompts: int = 10
-    check_every: int = 7
+    check_every: int = 5
     patience: int = 3
     seed: int = 0
 
@@ -76,7 +79,7 @@ class LearnedSettings:
             value, least = getattr(self, each.name), at_least.get(each.name, 1)
             if each.name == "validation_share":
                 good = 0 <= value < 1
-            elif each.name == "learning_rate":
+            elif each.name in ("learning_rate", "category_rate"):
                 good = value > 0
             else:
                 good = value >= least
@@ -201,9 +204,9 @@ class Descent:
     _kept: dict[tuple[Span, bool], Prepared] = field(default_factory=dict)
 
     def run(
-        self, title: str, categories: Sequence[str], start: Tensor, steps: int
+        self, title: str, categories: Sequence[str], start: Tensor, steps: int, rate: float
     ) -> tuple[Tensor, LearnedDirection]:
-        """Train one vector for some categories from `start`, given in units of `scale`.
+        """Train one vector for some categories from `start`, given in units of `scale`, at `rate`.
 
         Returns:
             The best state, in the same units, and the result.
@@ -218,7 +221,7 @@ class Descent:
         )
         self.progress(self._done, self.total, f"{title}: running the prompts")
         self._prepare([validation, *batches])
-        best = self._descend(title, batches, validation, start)
+        best = self._descend(title, batches, validation, start, rate)
         self._done += steps
         if len(categories) == 1:  # the prompts of a run for all are needed again
             for span in chain(*train, *aside):
@@ -254,11 +257,11 @@ class Descent:
             self._kept.update(zip(((s, final) for s in missing), prepared, strict=True))
 
     def _descend(
-        self, title: str, batches: Sequence[Batch], validation: Batch, start: Tensor
+        self, title: str, batches: Sequence[Batch], validation: Batch, start: Tensor, rate: float
     ) -> _Best:
         settings = self.settings
         state = start.clone().requires_grad_(True)
-        optimizer = torch.optim.Adam([state], lr=settings.learning_rate)
+        optimizer = torch.optim.Adam([state], lr=rate)
         best = _Best(start, 0, 0, math.inf, math.inf)
         message = title
         for step, batch in enumerate([*batches, None]):
@@ -278,7 +281,7 @@ class Descent:
             self.progress(self._done + step, self.total, message)
             # The last steps are small ones, so that the result does not hang on the last batch.
             fallen = (1 - _LAST_RATE) * step / max(1, len(batches) - 1)
-            optimizer.param_groups[0]["lr"] = settings.learning_rate * (1 - fallen)
+            optimizer.param_groups[0]["lr"] = rate * (1 - fallen)
             optimizer.zero_grad()
             ce, kl = self._losses(batch, state)
             message = f"{title}: loss {ce:.2f}, KL {kl:.2f}"

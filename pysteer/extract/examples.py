@@ -171,7 +171,7 @@ def require_fits(row: Row, capture: Capture, where: str, *, more: int = 0) -> No
         answer = f" and an answer of {more}" if more else ""
         raise SteeringError(
             f"{where}{len(row.tokens)} tokens{answer}, and the context holds {capture.n_ctx}; "
-            "shorten the prompt, or raise --context"
+            "shorten the prompt, or with --engine llama raise --context"
         )
 
 

@@ -46,30 +46,36 @@ def check(run: Run) -> None:
         raise SteeringError(f"safe answers are for contrast and learned, not for {method}")
     if run.judge is not None and method != "guided":
         raise SteeringError(f"a judge is for guided, not for {method}")
-    used = [p for side in (sides.unsafe, sides.safe) for group in side.values() for p in group]
+    # Those held out too: what is wrong with the data should not depend on the seed.
+    both_sides = (
+        (sides.unsafe, sides.held_out_unsafe),
+        (sides.safe, sides.held_out_safe),
+    )
+    groups = [
+        (what == 1, [*group, *held_out.get(name, ())])
+        for what, (side, held_out) in enumerate(both_sides)
+        for name, group in side.items()
+    ]
+    used = [p for _, group in groups for p in group]
     if not answered:
         run.rows(used, run.settings.pooling)
-    unsafe = [p for group in sides.unsafe.values() for p in group]
+    unsafe = [p for is_safe, group in groups if not is_safe for p in group]
     if answered:
         safe_answers(unsafe, data.answers)
         _warn_of_unused_answers(run, unsafe)
     if method == "contrast":
-        require_room(
-            run.capture, unsafe, run.rows(unsafe, "prompt"), run.settings.response_tokens
-        )
+        require_room(run.capture, unsafe, run.rows(unsafe, "prompt"), run.settings.response_tokens)
     if method == "guided" and run.judge is None:
-        for side in (sides.unsafe, sides.safe):
-            for group in side.values():
-                if not _taken_as_they_are(run, side is sides.safe, group):
-                    require_labels(group)
+        for is_safe, group in groups:
+            if not _taken_as_they_are(run, is_safe, group):
+                require_labels(group)
     elif method == "guided":
         silent = [p for p in used if p.response is None]
         require_room(run.capture, silent, run.rows(silent, "prompt"), JUDGED_TOKENS)
 
 
 def _warn_of_unused_answers(run: Run, unsafe: Sequence[Prompt]) -> None:
-    known = {p.prompt for side in (run.sides.unsafe, run.sides.held_out_unsafe)
-             for group in side.values() for p in group}
+    known = {p.prompt for p in unsafe}
     unused = [
         a
         for a in run.data.answers

@@ -103,32 +103,44 @@ def learn(
             number or never falls.
     """
     settings = settings or LearnedSettings()
-    spans = _spans(model, unsafe, benign, settings)
+    progress = progress or (lambda _done, _total, _text: None)
+    total = settings.shared_steps + len(unsafe) * settings.category_steps
     forward = SteeredForward(model, layers, site=site)
+    progress(0, total, "the model's own answers to benign prompts")
+    spans = _spans(model, unsafe, benign, settings)
     sizes = forward.typical_sizes([span.tokens for span in chain(*spans.train.values())])
     descent = Descent(
         forward,
         spans,
         settings,
         torch.tensor([[sizes[layer]] for layer in forward.layers]),
-        settings.shared_steps + len(unsafe) * settings.category_steps,
-        progress or (lambda _done, _total, _text: None),
+        total,
+        progress,
     )
     start = torch.zeros(len(forward.layers), model.n_embd)
+    rate = settings.learning_rate
     shared = None
     if settings.shared_steps:
-        start, shared = descent.run(_SHARED, list(unsafe), start, settings.shared_steps)
+        start, shared = descent.run(_SHARED, list(unsafe), start, settings.shared_steps, rate)
+        rate *= settings.category_rate
     categories = {
-        category: descent.run(category, [category], start, settings.category_steps)[1]
+        category: descent.run(category, [category], start, settings.category_steps, rate)[1]
         for category in unsafe
     }
-    descent.progress(descent.total, descent.total, "done")
+    progress(total, total, "done")
     for category, found in categories.items():
         if not any(direction.any() for direction in found.directions.values()):
             raise SteeringError(
                 f"category {quoted(category)}: no step lowered the loss on validation prompts; "
                 "try a lower learning rate or kl_weight, more prompts, or another layer"
             )
+    unchanged = [c for c, found in categories.items() if shared and found.best_step == 0]
+    if unchanged and settings.category_steps:
+        _log.warning(
+            "no step of their own lowered the loss on prompts kept aside; these categories have "
+            "the shared vector: %s",
+            ", ".join(map(quoted, unchanged)),
+        )
     return LearnedDirections(categories, shared, sizes, settings)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pysteer.errors import SteeringError
+from pysteer.errors import SteeringError, quoted
 from pysteer.extract import postprocess
 from pysteer.extract.answers import Judge
 from pysteer.extract.capture import Capture
@@ -23,6 +23,7 @@ from pysteer.extract.session import Data, Reporter, Run, Silent
 from pysteer.extract.settings import DEFAULT_STRENGTH, ExtractSettings
 from pysteer.extract.typical import Typical, measure
 from pysteer.pack import SteeringPack
+from pysteer.prompts import Prompt
 from pysteer.router import Router
 from pysteer.vector import SteeringVector
 
@@ -115,7 +116,7 @@ def _layers(capture: Capture, settings: ExtractSettings) -> tuple[int, ...]:
     missing = sorted(set(chosen) - set(available))
     if missing:
         raise SteeringError(
-            f"this model has no site {settings.site} at layers {missing}; "
+            f"this model has no site {settings.site} at layers {quoted(missing)}; "
             f"it has layers {available[0]} to {available[-1]}"
         )
     return tuple(sorted(set(chosen)))
@@ -139,9 +140,9 @@ def _router_can_be_fitted(run: Run) -> bool:
         if run.data.benign:
             _log.warning("benign prompts are for the router alone, and none is asked for")
         return False
-    of_category = Counter(p.category for p in run.data.unsafe)
-    benign = len({p.prompt for p in (*run.data.safe, *run.data.benign)})
-    if benign < MIN_PROMPTS or max(of_category.values()) < MIN_PROMPTS:
+    counts = Counter(label for _, label in _router_prompts(run))
+    benign = counts.pop("", 0)
+    if benign < MIN_PROMPTS or max(counts.values()) < MIN_PROMPTS:
         _log.warning(
             "no router is fitted: that takes %d prompts of a category and %d harmless ones",
             MIN_PROMPTS,
@@ -151,13 +152,20 @@ def _router_can_be_fitted(run: Run) -> bool:
     return True
 
 
+def _router_prompts(run: Run) -> dict[tuple[str, str], Prompt]:
+    """By text and label: each once, so that none is both held out and learned from."""
+    benign = (*run.data.safe, *run.data.benign)
+    return {
+        **{(p.prompt, p.category or "unsafe"): p for p in run.data.unsafe},
+        **{(p.prompt, ""): p for p in benign},
+    }
+
+
 def _router(run: Run) -> Router:
     """Fitted to the residual stream of every layer, for all prompts."""
     from pysteer.extract.router import fit_router  # scikit-learn takes a while to import
 
-    unsafe = {(p.prompt, p.category or "unsafe"): p for p in run.data.unsafe}
-    # Each text once, so that none is held out and learned from.
-    by_text = {**unsafe, **{(p.prompt, ""): p for p in (*run.data.safe, *run.data.benign)}}
+    by_text = _router_prompts(run)
     prompts = list(by_text.values())
     labels = [label for _, label in by_text]
     if len(prompts) > MAX_ROUTER_ROWS:

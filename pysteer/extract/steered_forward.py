@@ -1,14 +1,19 @@
 """Forward passes with directions added, as fast as gradient descent on the directions needs them.
 
-Three things save time, none of which depends on a model's family:
+Four things save time, none of which depends on a model's family:
 
 - Nothing below the first steered block depends on the directions. So that block's output is
   computed once per sequence and kept; a steered pass returns it in the place of that block and of
   all below it.
+- What all sequences of a batch begin with, the system message of many chat templates, runs once;
+  the rest of each sequence reads its keys and values.
 - The output head, the largest matrix of many models, sees only the positions asked for. What the
   model does to its logits (a soft cap, a scale) still happens.
 - Sequences are padded on the right and run without an attention mask. Attention being causal, no
   token sees the padding behind it.
+
+The first two change what a model's own code gets to see. So they are tried out first, and left
+away, which is logged, for a model whose final states come out differently.
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -34,8 +40,11 @@ _log = logging.getLogger(__name__)
 _MAX_ROWS = 64
 _TYPICAL_SEQUENCES = 32
 
-# By how much the kept states may change the final ones, relative to their size. They are the very
-# numbers that the block would compute, but for the order in which other batches add them up.
+# A shorter start is not worth a pass of its own.
+_MIN_SHARED = 8
+
+# By how much a pass in parts may change the final states, relative to their size. It adds up the
+# same numbers in another order; a model that misses something is far off.
 _TOLERANCE = 0.05
 
 
@@ -114,12 +123,14 @@ class SteeredForward:
         # block needs the block to run.
         self._n_skipped = self.layers[0] + (1 if site == "residual" else 0)
         self._others_returned: int | None = None
-        if self._n_skipped and not self._skipping_works():
-            _log.warning(
-                "the blocks of %s cannot run without those below; learning will be slower",
-                type(model.model).__name__,
-            )
-            self._n_skipped = 0
+        self._shares = True
+        if not self._works():
+            self._shares = False
+            name = type(model.model).__name__
+            _log.info("%s cannot run what sequences share once for all", name)
+            if self._n_skipped and not self._works():
+                self._n_skipped = 0
+                _log.warning("%s cannot run its upper blocks alone; learning is slower", name)
 
     def prepare(self, spans: Sequence[Span], *, final: bool) -> list[Prepared]:
         """Run sequences without steering, and keep what `logits` needs of each, in their order.
@@ -151,31 +162,23 @@ class SteeredForward:
             in the model's type; the first carry gradients to `directions`.
         """
         finals = [one.final for one in batch if one.final is not None]
-        spans = [one.span for one in batch]
 
-        def gather(_module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-            states = _rows(inputs[0], spans)
-            return (torch.cat([states, *finals])[None], *inputs[1:])
+        def gather(states: Tensor, spans: Sequence[Span]) -> Tensor:
+            return torch.cat([_rows(states, spans), *finals])
 
         with ExitStack() as stack:
-            if self._n_skipped:
-                hidden = pad_sequence([_kept(one) for one in batch], batch_first=True)
-                stack.enter_context(self._skipping(hidden))
             for module, direction in zip(self._modules, directions, strict=True):
                 stack.enter_context(module.register_forward_hook(partial(_add, direction)))
-            stack.enter_context(self._head.register_forward_pre_hook(gather))
-            if self.model.device.type == "cpu":
-                # The fused kernel's backward pass takes several times as long there.
-                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            logits: Tensor = self._run([span.tokens for span in spans]).logits[0]
-        n_steered = sum(map(len, spans))
+            logits = self._upper(batch, gather)
+        n_steered = sum(len(one.span) for one in batch)
         return logits[:n_steered], logits[n_steered:].detach()
 
     def typical_sizes(self, sequences: Sequence[Tokens]) -> dict[int, float]:
         """Layer to the typical size of one component of the residual stream after that block.
 
-        It is the median absolute value over the components and tokens of up to 32 sequences, not a
-        mean: a few components, and the first token, are far larger than all others.
+        It is the median absolute value over the components and tokens of up to 32 of the sequences,
+        evenly spread, and not a mean: a few components, and the first token, are far larger than
+        all others.
         """
         found: dict[int, list[Tensor]] = {layer: [] for layer in self.layers}
 
@@ -188,13 +191,15 @@ class SteeredForward:
             for layer in self.layers:
                 block = self.model.blocks[layer]
                 stack.enter_context(block.register_forward_hook(partial(keep, layer)))
-            for tokens in sequences[:_TYPICAL_SEQUENCES]:
+            for tokens in sequences[:: -(-len(sequences) // _TYPICAL_SEQUENCES)]:
                 self._run_until_done([tokens])
         return {layer: float(torch.cat(parts).median()) for layer, parts in found.items()}
 
-    def _run(self, sequences: Sequence[Tokens]) -> Any:
+    def _run(self, sequences: Sequence[Tokens], past: Any = None) -> Any:
         ids = self.model.padded(sequences)["input_ids"]
-        return self.model.model(input_ids=ids, use_cache=False)
+        if past is None:
+            return self.model.model(input_ids=ids, use_cache=False)
+        return self.model.model(input_ids=ids, past_key_values=past, use_cache=True)
 
     def _run_until_done(self, sequences: Sequence[Tokens]) -> None:
         try:
@@ -216,7 +221,7 @@ class SteeredForward:
         def keep_final(_module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
             rows = _rows(inputs[0], spans)
             finals.extend(part.clone() for part in rows.split([len(span) for span in spans]))
-            return (rows[:1][None], *inputs[1:])  # the logits themselves are not wanted
+            return (rows[:0][None], *inputs[1:])  # the logits themselves are not wanted
 
         if self._n_skipped or final:
             with ExitStack() as stack:
@@ -234,6 +239,67 @@ class SteeredForward:
             for i, span in enumerate(spans)
         ]
 
+    def _upper(
+        self, batch: Sequence[Prepared], at_head: Callable[[Tensor, Sequence[Span]], Tensor]
+    ) -> Tensor:
+        """Run what lies above the kept states.
+
+        Args:
+            batch: sequences from `prepare`.
+            at_head: from final states, shape (len(batch), tokens, n_embd), and where the spans are
+                in them, to the rows that the head shall see, shape (rows, n_embd).
+
+        Returns:
+            Logits of these rows, shape (rows, n_vocab).
+        """
+        shared = self._shared_length([one.span for one in batch])
+        spans = [
+            Span(s.tokens[shared:], s.start - shared, s.stop - shared)
+            for s in (one.span for one in batch)
+        ]
+
+        def gather(_module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (at_head(inputs[0], spans)[None], *inputs[1:])
+
+        with ExitStack() as stack:
+            if self.model.device.type == "cpu":
+                # The fused kernel's backward pass takes several times as long there.
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            past = self._run_shared(batch, shared) if shared else None
+            if self._n_skipped:
+                kept = [_kept(one)[shared:] for one in batch]
+                stack.enter_context(self._skipping(pad_sequence(kept, batch_first=True)))
+            stack.enter_context(self._head.register_forward_pre_hook(gather))
+            logits: Tensor = self._run([span.tokens for span in spans], past).logits[0]
+        return logits
+
+    def _shared_length(self, spans: Sequence[Span]) -> int:
+        """How many tokens all sequences begin with, and predictions of none are wanted."""
+        if not self._shares or len(spans) < 2:
+            return 0
+        columns = zip(*(span.tokens[: span.start] for span in spans), strict=False)
+        length = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+        return length if length >= _MIN_SHARED else 0
+
+    def _run_shared(self, batch: Sequence[Prepared], length: int) -> Any:
+        """Keys and values of the first `length` tokens, which the batch shares, for each row."""
+
+        def gather(_module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (inputs[0][:, :0], *inputs[1:])  # the logits are not wanted
+
+        with ExitStack() as stack:
+            if self._n_skipped:
+                stack.enter_context(self._skipping(_kept(batch[0])[None, :length]))
+            stack.enter_context(self._head.register_forward_pre_hook(gather))
+            ids = self.model.padded([batch[0].span.tokens[:length]])["input_ids"]
+            past = self.model.model(input_ids=ids, use_cache=True).past_key_values
+        # Positions are counted by what the lowest layers hold.
+        for layer in range(self._n_skipped):
+            placeholder = torch.zeros(1, 1, length, 1, dtype=self.model.dtype, device=ids.device)
+            past.update(placeholder, placeholder, layer)
+        past.batch_repeat_interleave(len(batch))
+        return past
+
     @contextmanager
     def _skipping(self, hidden: Tensor) -> Iterator[None]:
         """The blocks that no direction reaches return `hidden`, whatever they are given."""
@@ -248,22 +314,24 @@ class SteeredForward:
                 stack.enter_context(_replaced_forward(block, forward))
             yield
 
-    def _skipping_works(self) -> bool:
-        """Whether the kept states give the final ones that the plain model computes."""
-        longest = Span(tuple(range(1, 9)), 0, 8)
-        prepared = self.prepare([longest, Span((3, 1, 2), 0, 3)], final=True)
+    def _works(self) -> bool:
+        """Whether `_upper` gives the final states that the plain model computes."""
+        start = tuple(range(1, 2 * _MIN_SHARED))
+        spans = [
+            Span(start + end, _MIN_SHARED, len(start + end)) for end in ((3, 1, 2), (5, 6, 7, 8, 9))
+        ]
         found: list[Tensor] = []
 
-        def keep(_module: Any, inputs: tuple[Any, ...]) -> None:
-            found.append(_rows(inputs[0], [one.span for one in prepared]))
-            raise _Done
+        def keep(states: Tensor, spans: Sequence[Span]) -> Tensor:
+            found.append(_rows(states, spans))
+            return found[0]
 
-        hidden = pad_sequence([_kept(one) for one in prepared], batch_first=True)
         try:
-            with self._skipping(hidden), self._head.register_forward_pre_hook(keep):
-                self._run_until_done([one.span.tokens for one in prepared])
-        except Exception as error:  # whatever a block does that misses something from below
-            _log.info("running without the lower blocks failed: %r", error)
+            prepared = self.prepare(spans, final=True)
+            with torch.no_grad():
+                self._upper(prepared, keep)
+        except Exception as error:  # whatever a model does that misses something
+            _log.info("a forward pass in parts failed: %r", error)
             return False
         wanted = torch.cat([one.final for one in prepared if one.final is not None]).float()
         apart = (found[0].float() - wanted).norm() / wanted.norm()

@@ -1,0 +1,520 @@
+"""`pysteer extract`: the pack it writes, its report, users' mistakes, and Ctrl-C."""
+
+import importlib
+import io
+import json
+import logging
+import signal
+from contextlib import closing
+
+import numpy as np
+import pytest
+
+from pysteer import SteeredLlama, SteeringPack
+from pysteer.cli import console, run
+from pysteer.extract.llama_capture import LlamaCapture
+
+# As for the other commands: one thread, and a context that the tiny model was trained for.
+OPTIONS = ("--context", "256", "--threads", "1")
+WORDS = ("the", "of", "and", "sea", "oil", "ring", "all")
+
+
+def rows(side, category, count):
+    random = np.random.default_rng([*f"{side} {category}".encode()])
+    return [
+        {
+            "prompt": " ".join([side, category, *random.choice(WORDS, 4), str(i)]),
+            "category": category if side == "harm" else "",
+            "pair_id": f"{category} {i}",
+            "label": "unsafe" if side == "harm" else "safe",
+        }
+        for i in range(count)
+    ]
+
+
+def write(path, content):
+    path.write_text("".join(json.dumps(row) + "\n" for row in content))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _logging():
+    """The command adds a handler; leave none for other tests."""
+    logger = logging.getLogger("pysteer")
+    before = list(logger.handlers)
+    yield
+    logger.handlers[:] = before
+
+
+@pytest.fixture
+def files(tmp_path, tiny_llama):
+    """Arguments for a good run, by option."""
+    unsafe = [*rows("harm", "hate", 8), *rows("harm", "malware", 8)]
+    safe = [*rows("calm", "hate", 8), *rows("calm", "malware", 8)]
+    return {
+        "--model": tiny_llama,
+        "--unsafe": write(tmp_path / "unsafe.jsonl", unsafe),
+        "--safe": write(tmp_path / "safe.jsonl", safe),
+        "--output": tmp_path / "pack.gguf",
+    }
+
+
+@pytest.fixture
+def cli(capsys):
+    """A function that runs a command and returns its exit code, standard output and error."""
+
+    def call(*arguments):
+        capsys.readouterr()
+        code = run([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def extract(cli, files):
+    """A function that runs `extract`; options replace those of `files`, None removes."""
+
+    def call(*flags, **options):
+        given = {**files, **{f"--{k.replace('_', '-')}": v for k, v in options.items()}}
+        pairs = [part for pair in given.items() if pair[1] is not None for part in pair]
+        context = () if "--context" in given else OPTIONS
+        return cli("extract", *pairs, *context, *flags)
+
+    return call
+
+
+def check_mistake(result, *words):
+    """One line on standard error, which has the words in it, and exit code 2."""
+    code, out, err = result
+    assert code == 2, err
+    assert out == ""
+    assert err.startswith("pysteer: ")
+    assert len(err.splitlines()) == 1, err
+    for word in words:
+        assert str(word) in err
+
+
+def strict_json(text):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def everything(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+# ---- what it makes ---------------------------------------------------------------------------
+
+
+def test_it_writes_a_pack_that_loads_steers_and_can_be_looked_at(extract, cli, files, tiny_llama):
+    code, out, err = extract(layers="1,3")
+    assert (code, err) == (0, "")
+    assert "hate" in out
+    assert "malware" in out
+    assert "router at layer" in out
+    assert str(files["--output"]) in out.replace("\n", "")
+    pack = SteeringPack.load(files["--output"])
+    assert set(pack.categories) == {"hate", "malware"}
+    assert all(vector.layers == (1, 3) for vector in pack.categories.values())
+    assert set(pack.router.categories) == {"hate", "malware"}
+
+    llm = SteeredLlama(tiny_llama, pack=files["--output"], n_ctx=256, n_threads=1, verbose=False)
+    with closing(llm):
+
+        def logits(steering):
+            with llm.steering(steering):
+                llm.reset()
+                llm.eval([1, 5, 9])
+                return np.ctypeslib.as_array(llm._ctx.get_logits_ith(-1), (llm.n_vocab(),)).copy()
+
+        plain, steered = (logits({name: s}) for name, s in (("hate", 0.0), ("hate", 1.0)))
+        assert np.abs(plain - steered).max() > 1e-3
+
+    code, out, _ = cli("inspect", files["--output"], "--json")
+    assert code == 0
+    found = strict_json(out)
+    assert found["provenance"] == json.loads(json.dumps(dict(pack.provenance)))
+    code, out, _ = cli("inspect", files["--output"])
+    assert code == 0
+    assert "hate" in out
+    code, out, _ = cli("compare", files["--output"], files["--output"], "--json")
+    assert code == 0
+    assert '"cosine"' in out
+    # Nothing is left behind.
+    folder = files["--output"].parent
+    assert everything(folder) == ["pack.gguf", "safe.jsonl", "unsafe.jsonl"]
+
+
+def test_the_report_is_one_json_object(extract, files):
+    code, out, err = extract("--json", false_positive_rate="0.1", seed=3)
+    assert code == 0, err
+    found = strict_json(out)
+    pack = SteeringPack.load(files["--output"])
+    assert found["pack"] == str(files["--output"])
+    assert found["seconds"] > 0
+    assert found["router"] == {
+        "layer": pack.router.layer,
+        "category_accuracy": pack.router.category_accuracy,
+        "benign_false_positive_rate": pack.router.benign_false_positive_rate,
+    }
+    assert 0 <= found["router"]["category_accuracy"] <= 1
+    assert found["provenance"] == json.loads(json.dumps(dict(pack.provenance)))
+    assert found["provenance"]["settings"]["seed"] == 3
+    assert set(found["provenance"]["separation"]) == {"hate", "malware"}
+    assert pack.router.threshold_rule == "fpr=0.1"
+
+
+def test_without_a_router(extract, files):
+    code, out, err = extract("--json", "--no-router")
+    assert (code, err) == (0, "")
+    assert strict_json(out)["router"] is None
+    assert SteeringPack.load(files["--output"]).router is None
+    code, out, _ = extract("--no-router", held_out=0)
+    assert code == 0
+    assert "router at layer" not in out
+
+
+OPTIONS_AND_SETTINGS = [
+    (("--method", "pruned", "--paired"), {"method": "pruned", "options": {"paired": True}}),
+    (("--method", "pca", "--variant", "centred"), {"options": {"variant": "centred"}}),
+    (("--method", "guided"), {"method": "guided"}),
+    (("--method", "contrast", "--response-tokens", "3"), {"response_tokens": 3}),
+    (("--site", "mlp", "--pooling", "last"), {"site": "mlp", "pooling": "last"}),
+    (("--pooling", "2:9"), {"pooling": [2, 9]}),
+    (("--layers", "all"), {"layers": [0, 1, 2, 3]}),
+    (("--layers", "0,2-3"), {"layers": [0, 2, 3]}),
+    (("--safe-data", "generic"), {"matched": False}),
+    (("--no-mask-massive", "--top-k", "9"), {"mask_massive": None, "top_k": 9}),
+    (("--orthogonalise", "benign", "--unit-norm"), {"orthogonalise": "benign", "unit_norm": True}),
+    (("--orthogonalise", "none", "--scale", "0"), {"orthogonalise": "", "scale": 0.0}),
+    (("--held-out", "0.4", "--seed", "9"), {"held_out": 0.4, "seed": 9}),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"), OPTIONS_AND_SETTINGS, ids=lambda value: " ".join(value)[:40]
+)
+def test_options_arrive(arguments, expected, extract, files):
+    code, out, err = extract("--json", "--no-router", *arguments)
+    assert (code, err) == (0, "")
+    found = strict_json(out)["provenance"]["settings"]
+    assert {name: found[name] for name in expected} == expected
+
+
+def test_router_pooling_and_benign_prompts_arrive(extract, files, tmp_path):
+    benign = write(tmp_path / "benign.jsonl", rows("hello", "x", 7))
+    code, _, err = extract("--json", router_pooling="last", benign=benign)
+    assert (code, err) == (0, "")
+    router = SteeringPack.load(files["--output"]).router
+    assert router.pooling == "last"
+    assert router.confusion[0].sum() + router.train_counts[0] == 16 + 7
+
+
+def test_judging_by_refusals_and_answers_from_a_file(extract, files, tmp_path):
+    code, _, err = extract("--no-router", "--json", method="guided", judge="refusal")
+    # A random model refuses nothing, so that no safe prompt is confirmed.
+    assert code == 2
+    assert "none of" in err
+    answers = write(tmp_path / "answers.jsonl", [{"response": "never"}, {"response": "no"}])
+    code, out, err = extract("--no-router", "--json", method="contrast", answers=answers)
+    assert (code, err) == (0, "")
+    assert strict_json(out)["provenance"]["data"]["answers"]["prompts"] == 2
+
+
+def test_warnings_go_to_standard_error(extract, files, tmp_path):
+    unsafe = rows("harm", "hate", 8)
+    write(files["--unsafe"], [*unsafe, unsafe[2]])
+    code, out, err = extract("--json")
+    assert code == 0
+    strict_json(out)
+    assert err == (
+        "warning: 1 unsafe prompts repeat others and are left out, the first at "
+        f"{files['--unsafe']}, line 9\n"
+    )
+
+
+# ---- users' mistakes -------------------------------------------------------------------------
+
+
+MISTAKES = [
+    ({"method": "median"}, ["median", "contrast"]),
+    ({"site": "brain"}, ["brain", "residual"]),
+    ({"pooling": "first"}, ["first", "last"]),
+    ({"pooling": "3:"}, ["--pooling 3:", "3:10"]),
+    ({"pooling": "9:3"}, ["--pooling 9:3"]),
+    ({"pooling": "-1:3"}, ["--pooling -1:3"]),
+    ({"layers": ""}, ["--layers"]),
+    ({"layers": "a"}, ["--layers a", "12,15,18"]),
+    ({"layers": "1,"}, ["--layers 1,"]),
+    ({"layers": "3-1"}, ["--layers 3-1"]),
+    ({"layers": "1,3-2"}, ["--layers 1,3-2"]),
+    ({"layers": "1-"}, ["--layers 1-"]),
+    ({"layers": "0-99999999999"}, ["--layers"]),
+    ({"layers": "1," * 3000 + "1"}, ["--layers"]),
+    ({"layers": "4"}, ["no site residual at layers [4]", "0 to 3"]),
+    ({"layers": "0-900000"}, ["no site residual at layers", "0 to 3"]),
+    ({"safe_data": "some"}, ["--safe-data some", "matched"]),
+    ({"safe_data": "matched"}, ["no safe prompts of category", "generic"]),
+    ({"judge": "me"}, ["--judge me", "refusal"]),
+    ({"judge": "refusal"}, ["judge is for guided"]),
+    ({"router_pooling": "response"}, ["response", "user"]),
+    ({"orthogonalise": "all"}, ["all", "benign"]),
+    ({"false_positive_rate": "2"}, ["false_positive_rate cannot be 2.0"]),
+    ({"held_out": "1"}, ["held_out cannot be 1.0"]),
+    ({"seed": "-1"}, ["seed cannot be -1"]),
+    ({"seed": "x"}, ["seed"]),
+    ({"scale": "-1"}, ["scale"]),
+    ({"scale": "nan"}, ["scale"]),
+    ({"top_k": "0"}, ["top-k"]),
+    ({"variant": "centred"}, ["mean has no option 'variant'"]),
+    ({"method": "pca", "variant": "middle"}, ["middle", "centred"]),
+    ({"method": "contrast", "pooling": "last"}, ["contrast", "pooling"]),
+    ({"engine": "jax"}, ["--engine jax", "torch"]),
+    ({"engine": "llama", "dtype": "float32"}, ["--dtype", "--engine torch"]),
+    ({"engine": "llama", "device_map": "auto"}, ["--device-map", "--engine torch"]),
+    ({"engine": "llama", "method": "learned"}, ["learned", "--engine torch"]),
+    ({"engine": "llama", "model": "some/model"}, ["some/model", "GGUF"]),
+    ({"context": "4"}, ["context"]),
+    ({"unsafe": None}, ["--unsafe"]),
+    ({"output": None}, ["--output"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"), MISTAKES, ids=lambda value: str(value)[:50] if value else "none"
+)
+def test_mistakes(options, words, extract, files):
+    folder = files["--safe"].parent
+    before = everything(folder)
+    check_mistake(extract(**options), *words)
+    assert everything(folder) == before
+
+
+@pytest.mark.parametrize("option", ["model", "unsafe", "safe", "benign", "answers"])
+def test_missing_files_are_named(option, extract, tmp_path):
+    path = tmp_path / "missing.gguf"
+    check_mistake(extract(**{option: path}), path)
+
+
+def test_a_model_that_is_none_is_named(extract, files, tmp_path):
+    path = tmp_path / "junk.gguf"
+    path.write_bytes(b"junk" * 100)
+    check_mistake(extract(model=path), path, "GGUF")
+
+
+def test_outputs_that_cannot_be_written_are_refused_before_anything_is_computed(
+    extract, files, tmp_path
+):
+    check_mistake(extract(output=tmp_path / "no" / "pack.gguf"), "no folder", tmp_path / "no")
+    check_mistake(extract(output=tmp_path), tmp_path, "is a folder")
+    for option in ("--model", "--unsafe", "--safe"):
+        before = files[option].read_bytes()
+        check_mistake(extract(output=files[option]), files[option], "would replace")
+        assert files[option].read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{", "not a JSON object"),
+        ('{"prompt": 1}', "needs a 'prompt'"),
+        ('{"prompt": " ", "category": "hate"}', "the prompt is empty"),
+        (
+            json.dumps({"prompt": "word " * 400, "category": "hate"}),
+            "tokens, and the context holds",
+        ),
+        ('{"prompt": "a", "category": " "}', "the category is blank"),
+        ('{"prompt": "a", "label": "bad"}', "'label' is neither"),
+    ],
+)
+@pytest.mark.parametrize("side", ["unsafe", "safe"])
+def test_a_bad_line_is_named_with_its_file(line, words, side, extract, files):
+    path = files[f"--{side}"]
+    line = line.replace('"hate"', '"hate"' if side == "unsafe" else '""')
+    with path.open("a") as file:
+        file.write(f"\n{line}\n")
+    check_mistake(extract(), f"{path}, line 18: ", words)
+    assert not files["--output"].exists()
+
+
+def test_torch_that_is_missing_is_named_with_its_extra(extract, monkeypatch, tmp_path):
+    command = importlib.import_module("pysteer.cli.extract")  # not the function of that name
+    real = command.find_spec
+    missing = "torch"
+    monkeypatch.setattr(command, "find_spec", lambda name: None if name == missing else real(name))
+    for options in ({"method": "learned"}, {"dtype": "float32"}, {"model": tmp_path}):
+        check_mistake(extract(**options), "torch", "pip install 'pysteer[extract]'")
+    assert extract()[0] == 0
+    missing = "transformers"
+    check_mistake(extract(engine="torch"), "transformers", "'pysteer[extract]'")
+    missing = "sklearn"
+    check_mistake(extract(), "sklearn", "pip install 'pysteer[extract-gguf]'")
+    check_mistake(extract(engine="torch"), "sklearn", "pip install 'pysteer[extract]'")
+
+
+def test_a_failed_run_leaves_an_existing_pack_and_says_where_its_work_is(extract, files):
+    output = files["--output"]
+    output.write_bytes(b"precious")
+    # One category is a multiple of the other: found out when everything is captured.
+    hate = rows("harm", "hate", 8)
+    write(files["--unsafe"], [*hate, *({**row, "category": "other"} for row in hate)])
+    result = extract("--no-router", orthogonalise="categories", held_out=0)
+    check_mistake(result, "nothing is left of the direction", "what was computed is kept in")
+    assert output.read_bytes() == b"precious"
+    cache = output.with_name("pack.gguf.cache")
+    assert str(cache) in result[2]
+    assert cache.is_dir()
+    code, _, _ = extract("--no-router", held_out=0)
+    assert code == 0
+    assert not cache.exists()
+    SteeringPack.load(output)
+
+
+def test_on_a_terminal_there_are_bars_with_rate_and_time_left(extract, monkeypatch):
+    from rich.console import Console
+
+    screen = io.StringIO()
+    terminal = Console(file=screen, force_terminal=True, width=120, highlight=False)
+    monkeypatch.setattr(console, "err", terminal)
+    code, out, _ = extract("--json", method="contrast")
+    assert code == 0
+    strict_json(out)
+    shown = screen.getvalue()
+    for word in ("activations", "the model's own answers", "tokens/s", "0:00:0"):
+        assert word in shown
+
+
+def test_a_bug_is_no_users_mistake_and_keeps_the_cache_too(extract, files, monkeypatch):
+    def broken(*_arguments, **_named):
+        raise RuntimeError("out of memory")
+
+    run_module = importlib.import_module("pysteer.extract.run")
+    monkeypatch.setattr(run_module, "separation", broken)
+    code, out, err = extract()
+    assert (code, out) == (1, "")
+    first, last = err.splitlines()
+    assert "what was computed is kept in" in first
+    assert last == "pysteer: RuntimeError: out of memory (--debug shows where)"
+    assert files["--output"].with_name("pack.gguf.cache").is_dir()
+
+
+# ---- Ctrl-C ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def interrupting(monkeypatch):
+    """A function that sets after how many rows Ctrl-C is pressed; returns a list of rows run."""
+    ran = []
+    stop = [None]
+    real = LlamaCapture.activations
+
+    def activations(self, rows, **rest):
+        for index, found in real(self, rows, **rest):
+            if stop[0] is not None and len(ran) == stop[0]:
+                signal.raise_signal(signal.SIGINT)
+            ran.append(rows[index])
+            yield index, found
+
+    monkeypatch.setattr(LlamaCapture, "activations", activations)
+
+    def after(count):
+        ran.clear()
+        stop[0] = count
+        return ran
+
+    return after
+
+
+@pytest.mark.parametrize("stop", [3, 50, 79])
+def test_ctrl_c_keeps_what_is_there_and_the_same_command_goes_on(
+    stop, interrupting, extract, files, tmp_path
+):
+    output = files["--output"]
+    output.write_bytes(b"precious")
+    ran = interrupting(None)
+    code, _, _ = extract(output=tmp_path / "whole.gguf")
+    assert code == 0
+    total = len(ran)
+    assert total == 80
+
+    interrupting(stop)
+    code, out, err = extract("--json")
+    assert (code, out) == (130, "")
+    cache = tmp_path / "pack.gguf.cache"
+    first, last = err.splitlines()
+    assert first == f"what was computed is kept in {cache}; the same command goes on from there"
+    assert last == "pysteer: interrupted"
+    assert cache.is_dir()
+    assert output.read_bytes() == b"precious"
+
+    ran = interrupting(None)
+    code, _, err = extract("--json")
+    assert (code, err) == (0, "")
+    assert len(ran) == total - stop
+    assert not cache.exists()
+    resumed, whole = SteeringPack.load(output), SteeringPack.load(tmp_path / "whole.gguf")
+    for name, vector in whole.categories.items():
+        for layer, row in vector.items():
+            # What is left makes other batches, which are rounded differently.
+            assert resumed[name].direction(layer) == pytest.approx(row, rel=1e-3, abs=1e-5)
+
+
+def test_a_cache_that_was_named_is_kept_and_used_again(interrupting, extract, files, tmp_path):
+    folder = tmp_path / "kept [1]"
+    ran = interrupting(5)
+    code, _, err = extract(cache=folder)
+    assert code == 130
+    assert str(folder) in err
+    ran = interrupting(None)
+    assert extract(cache=folder)[0] == 0
+    assert ran
+    ran = interrupting(None)
+    assert extract(cache=folder)[0] == 0
+    assert ran == []
+    assert folder.is_dir()
+
+
+def test_strangers_files_in_the_cache_survive(extract, files):
+    folder = files["--output"].with_name("pack.gguf.cache")
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    assert extract("--no-router")[0] == 0
+    assert everything(folder) == ["notes.txt"]
+
+
+# ---- torch -----------------------------------------------------------------------------------
+
+
+@pytest.mark.torch
+def test_the_same_file_through_torch(extract, files, cli, tmp_path):
+    for engine in ("llama", "torch"):
+        code, out, err = extract(
+            "--json",
+            engine=engine,
+            output=tmp_path / f"{engine}.gguf",
+            dtype="float32" if engine == "torch" else None,
+        )
+        assert code == 0, err  # where transformers draws a bar of its own
+        assert engine in strict_json(out)["provenance"]["engine"].lower()
+    code, out, _ = cli("compare", tmp_path / "llama.gguf", tmp_path / "torch.gguf", "--json")
+    assert code == 0
+
+    def cosines(part):
+        if isinstance(part, dict):
+            for key, value in part.items():
+                if key == "cosine" and isinstance(value, float):
+                    yield value
+                yield from cosines(value)
+        elif isinstance(part, list):
+            for value in part:
+                yield from cosines(value)
+
+    found = list(cosines(strict_json(out)))
+    assert found
+    assert min(found) > 0.999
+    check_mistake(extract(engine="torch", dtype="int8"), "--dtype int8", "bfloat16")
+    check_mistake(extract(engine="torch", model=tmp_path), tmp_path, "transformers cannot load")

@@ -1,0 +1,182 @@
+"""Answers: the fitting safe one for each prompt, and the model's own, kept across interruptions."""
+
+import json
+from contextlib import closing
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pysteer import SteeringError
+from pysteer.extract.answers import REFUSALS, judge_answers, own_answers, safe_answers
+from pysteer.extract.llama_capture import LlamaCapture
+from pysteer.prompts import Prompt
+
+
+class StopError(Exception):
+    """What a test interrupts with."""
+
+
+@dataclass
+class FakeCapture:
+    """Answers with the prompt's tokens backwards, last prompt first."""
+
+    stop_after: int | None = None
+    asked: list = field(default_factory=list)
+
+    def prompt_tokens(self, prompt):
+        return tuple(prompt.encode())
+
+    def text(self, tokens):
+        return bytes(tokens).decode()
+
+    def answers(self, prompts, n_tokens):
+        for number, index in enumerate(reversed(range(len(prompts)))):
+            if number == self.stop_after:
+                raise StopError
+            self.asked.append(prompts[index])
+            yield index, prompts[index][::-1][:n_tokens]
+
+
+# ---- safe answers ----------------------------------------------------------------------------
+
+
+def test_the_closest_answer_is_chosen():
+    prompts = [Prompt("p1", "a"), Prompt("p2", "a"), Prompt("p3", "b")]
+    for_any = Prompt("", response="any")
+    for_a = Prompt("", "a", "for a")
+    for_p2 = Prompt("p2", response="for p2")
+    answers = [for_any, for_a, for_p2]
+    assert safe_answers(prompts, answers) == ["for a", "for p2", "any"]
+    assert safe_answers(prompts, [for_a, for_p2])[:2] == ["for a", "for p2"]
+    assert safe_answers(prompts, [for_a, for_p2])[2] in REFUSALS
+    assert safe_answers(prompts, [for_any]) == ["any"] * 3
+
+
+def test_several_fitting_answers_take_turns():
+    prompts = [Prompt(str(i), "a") for i in range(7)]
+    answers = [Prompt("", response=text) for text in ("x", "y", "z")]
+    assert safe_answers(prompts, answers) == list("xyzxyzx")
+    assert set(safe_answers(prompts, [])) == set(REFUSALS)
+
+
+@pytest.mark.parametrize("response", [None, "", "  "])
+def test_an_answer_without_text_is_named(response):
+    row = Prompt("", response=response, source="answers.jsonl, line 4")
+    with pytest.raises(SteeringError, match=r"answers.jsonl, line 4: needs a 'response'"):
+        safe_answers([Prompt("p")], [row])
+
+
+# ---- the model's own -------------------------------------------------------------------------
+
+
+def test_own_answers_are_what_the_logits_say(tiny_llama):
+    # Greedy, by hand: evaluate everything anew for each token and take the largest logit.
+    with closing(LlamaCapture(tiny_llama, n_ctx=256, n_threads=1, n_threads_batch=1)) as capture:
+        prompts = [capture.prompt_tokens(text) for text in ("the sea", "a ring of oil in it")]
+        found = own_answers(capture, prompts, 5)
+        llm = capture.llm
+        for prompt, answer in zip(prompts, found, strict=True):
+            assert 0 < len(answer) <= 5
+            tokens = list(prompt)
+            for token in answer:
+                llm.reset()
+                llm.eval(tokens)
+                logits = np.ctypeslib.as_array(llm._ctx.get_logits_ith(-1), shape=(llm.n_vocab(),))
+                assert int(np.argmax(logits)) == token
+                tokens.append(token)
+
+
+@settings(max_examples=20, deadline=None)
+@given(stops=st.lists(st.integers(0, 6), max_size=4))
+def test_interrupted_runs_together_answer_each_prompt_once(stops, tmp_path_factory):
+    kept = tmp_path_factory.mktemp("a") / "answers.jsonl"
+    prompts = [(i, i + 1, 7) for i in range(6)]
+    asked = []
+    for stop in [*stops, None]:
+        capture = FakeCapture(stop_after=stop)
+        try:
+            found = own_answers(capture, prompts, 2, kept=kept)
+        except StopError:
+            found = None
+        asked += capture.asked
+    assert found == [(7, i + 1) for i in range(6)]
+    assert sorted(asked) == prompts
+
+
+def test_a_prompt_that_is_there_twice_is_answered_once():
+    capture = FakeCapture()
+    seen = []
+    found = own_answers(capture, [(1, 2), (3,), (1, 2)], 9, progress=lambda *n: seen.append(n))
+    assert found == [(2, 1), (3,), (2, 1)]
+    assert sorted(capture.asked) == [(1, 2), (3,)]
+    assert sorted(seen) == [(2, 1), (4, 1)]
+
+
+@pytest.mark.parametrize("cut", range(1, 14))
+def test_a_line_that_was_cut_short_costs_that_answer_only(cut, tmp_path):
+    kept = tmp_path / "answers.jsonl"
+    prompts = [(1, 2), (3, 4), (5, 6)]
+    own_answers(FakeCapture(), prompts, 2, kept=kept)
+    kept.write_bytes(kept.read_bytes()[:-cut])
+    capture = FakeCapture()
+    assert own_answers(capture, prompts, 2, kept=kept) == [(2, 1), (4, 3), (6, 5)]
+    assert len(capture.asked) <= 1  # without its line break alone it is whole
+    capture = FakeCapture()
+    assert own_answers(capture, prompts, 2, kept=kept) == [(2, 1), (4, 3), (6, 5)]
+    assert capture.asked == []
+
+
+@pytest.mark.parametrize("line", ["7", "null", "[[1]]", "[1, 2]", "[[1, [2]], [3]]", '"[[1],[2]]"'])
+def test_lines_of_another_shape_are_no_answers(line, tmp_path):
+    kept = tmp_path / "answers.jsonl"
+    kept.write_text(line + "\n")
+    assert own_answers(FakeCapture(), [(1,)], 2, kept=kept) == [(1,)]
+
+
+def test_what_is_kept_is_what_is_used(tmp_path):
+    kept = tmp_path / "answers.jsonl"
+    kept.write_text(json.dumps([[1, 2], [9]]) + "\n")
+    capture = FakeCapture()
+    assert own_answers(capture, [(1, 2)], 2, kept=kept) == [(9,)]
+    assert capture.asked == []
+
+
+# ---- judging ---------------------------------------------------------------------------------
+
+
+def test_labels_are_taken_at_their_word():
+    prompts = [Prompt("a", label="unsafe"), Prompt("b", label="safe")]
+    capture = FakeCapture()
+    assert judge_answers(capture, prompts, None) == [True, False]
+    assert capture.asked == []
+
+
+def test_a_missing_label_is_named():
+    prompts = [Prompt("a", label="safe"), Prompt("b", source="u.jsonl, line 9")]
+    with pytest.raises(SteeringError, match=r"u.jsonl, line 9: has no label"):
+        judge_answers(FakeCapture(), prompts, None)
+
+
+def test_a_judge_reads_the_response_in_the_data_or_the_models_own():
+    prompts = [Prompt("abc"), Prompt("x", response="given"), Prompt("y", response="")]
+    read = []
+
+    def judge(prompt, answer):
+        read.append((prompt, answer))
+        return answer == "given"
+
+    assert judge_answers(FakeCapture(), prompts, judge, n_tokens=2) == [False, True, False]
+    assert read == [("abc", "cb"), ("x", "given"), ("y", "")]
+
+
+def test_answers_to_be_judged_are_kept(tmp_path):
+    kept = tmp_path / "answers.jsonl"
+    prompts = [Prompt(text) for text in ("ab", "cd", "ef")]
+    with pytest.raises(StopError):
+        judge_answers(FakeCapture(stop_after=2), prompts, lambda *_: True, kept=kept)
+    capture = FakeCapture()
+    judge_answers(capture, prompts, lambda *_: True, kept=kept)
+    assert capture.asked == [tuple(b"ab")]

@@ -1,0 +1,333 @@
+"""Prompts: how they are split and paired, which tokens are averaged, and what is refused."""
+
+import logging
+from collections import Counter
+from contextlib import closing
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from pysteer import SteeringError
+from pysteer.extract.examples import (
+    MAX_HELD_OUT,
+    MIN_TO_HOLD_OUT,
+    distinct,
+    require_room,
+    rows_of,
+    split_sides,
+    warn_of_both,
+)
+from pysteer.extract.llama_capture import LlamaCapture
+from pysteer.prompts import Prompt
+
+
+def some(count, category="", text="p", **rest):
+    return [Prompt(f"{text} {category} {i}", category, **rest) for i in range(count)]
+
+
+def split(unsafe, safe, **rest):
+    given = {"matched": None, "paired": False, "held_out": 0.2, "seed": 0, **rest}
+    return split_sides(unsafe, safe, **given)
+
+
+# ---- splitting -------------------------------------------------------------------------------
+
+
+@given(
+    sizes=st.dictionaries(st.sampled_from("abc"), st.integers(1, 40), min_size=1),
+    n_safe=st.integers(1, 40),
+    share=st.floats(0, 1, exclude_max=True),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_a_split_is_a_partition_of_every_group(sizes, n_safe, share, seed):
+    unsafe = [p for name, size in sizes.items() for p in some(size, name)]
+    safe = some(n_safe, text="s")
+    sides = split(unsafe, safe, held_out=share, seed=seed)
+    assert not sides.matched
+    groups = [
+        (sides.unsafe[name], sides.held_out_unsafe[name], [p for p in unsafe if p.category == name])
+        for name in sizes
+    ]
+    groups.append((sides.safe_for("a"), sides.held_out_safe_for("a"), safe))
+    for used, held_out, every in groups:
+        assert Counter([*used, *held_out]) == Counter(every)
+        assert used
+        wanted = round(share * len(every))
+        if share == 0 or len(every) < MIN_TO_HOLD_OUT:
+            assert not held_out
+        else:
+            assert len(held_out) == min(max(wanted, 1), len(every) - 1)
+    assert list(sides.unsafe) == list(sizes)
+
+
+def test_the_seed_decides_and_nothing_else():
+    unsafe, safe = [*some(30, "a"), *some(30, "b")], some(30, text="s")
+    first, again, other = (split(unsafe, safe, seed=seed) for seed in (1, 1, 2))
+    assert first == again
+    assert first.held_out_unsafe != other.held_out_unsafe
+    assert first.held_out_safe != other.held_out_safe
+    # Another category beside it leaves a category's split as it was.
+    assert split(some(30, "a"), safe, seed=1).held_out_unsafe["a"] == first.held_out_unsafe["a"]
+
+
+def test_at_most_so_many_are_held_out():
+    sides = split(some(5 * MAX_HELD_OUT + 50, "a"), some(9))
+    assert len(sides.held_out_unsafe["a"]) == MAX_HELD_OUT
+
+
+def test_a_category_too_small_to_hold_out_is_logged(caplog):
+    sides = split([*some(1, "one"), *some(10, "ten")], some(10))
+    assert len(sides.unsafe["one"]) == 1
+    assert "category one has 1 prompts, too few to hold any out" in caplog.text
+    assert "category ten" not in caplog.text
+
+
+def test_unsafe_prompts_without_a_category_are_one_and_that_is_logged(caplog):
+    sides = split([*some(3), *some(3, "a")], some(3))
+    assert sorted(sides.unsafe) == ["a", "unsafe"]
+    assert {p.category for p in sides.unsafe["unsafe"]} == {"unsafe"}
+    assert "without a category are taken as the category 'unsafe'" in caplog.text
+
+
+# ---- which safe prompts ----------------------------------------------------------------------
+
+
+def test_safe_prompts_are_matched_where_every_category_has_some():
+    twins = [*some(6, "a", "s"), *some(6, "b", "s")]
+    sides = split([*some(6, "a"), *some(6, "b")], [*twins, *some(6, "", "generic")])
+    assert sides.matched
+    for name in "ab":
+        assert {p.category for p in sides.safe_for(name)} == {name}
+        assert {p.category for p in sides.held_out_safe_for(name)} == {name}
+
+
+def test_safe_prompts_are_generic_where_a_category_has_none(caplog):
+    safe = [*some(6, "a", "s"), *some(6, "", "s")]
+    sides = split([*some(6, "a"), *some(6, "b")], safe, held_out=0)
+    assert not sides.matched
+    assert sides.safe_for("a") == sides.safe_for("b") == safe
+    assert "no safe prompts of category 'b', so every category is held against all" in caplog.text
+
+
+def test_no_word_about_generic_data_that_is_nothing_else(caplog):
+    split(some(6, "a"), some(6))
+    assert caplog.text == ""
+
+
+def test_generic_can_be_asked_for_where_twins_are_there():
+    safe = some(6, "a", "s")
+    sides = split(some(6, "a"), safe, matched=False, held_out=0)
+    assert not sides.matched
+    assert sides.safe_for("a") == safe
+
+
+def test_a_category_without_safe_prompts_is_named():
+    with pytest.raises(SteeringError, match=r"no safe prompts of category 'b'.*generic"):
+        split([*some(6, "a"), *some(6, "b")], some(6, "a", "s"), matched=True)
+
+
+# ---- pairs -----------------------------------------------------------------------------------
+
+
+@given(
+    order=st.permutations(range(12)),
+    lone=st.integers(0, 5),
+    seed=st.integers(0, 99),
+    share=st.sampled_from([0, 0.3]),
+)
+def test_pairs_stay_together_whatever_the_order(order, lone, seed, share):
+    unsafe = [Prompt(f"u{i}", "ab"[i % 2], pair_id=str(i)) for i in range(12)]
+    safe = [Prompt(f"s{i}", pair_id=str(i)) for i in order if i != lone]
+    sides = split(unsafe, safe, paired=True, held_out=share, seed=seed)
+    seen = []
+    for theirs, ours in (
+        (sides.safe, sides.unsafe),
+        (sides.held_out_safe, sides.held_out_unsafe),
+    ):
+        for name in "ab":
+            for left, right in zip(ours[name], theirs[name], strict=True):
+                assert left.pair_id == right.pair_id
+                assert (left.prompt[0], right.prompt[0]) == ("u", "s")
+                seen.append(int(left.pair_id))
+    assert sorted(seen) == [i for i in range(12) if i != lone]
+
+
+def test_prompts_without_a_pair_are_logged(caplog):
+    unsafe = [Prompt("u1", "a", pair_id="1"), Prompt("u2", "a"), Prompt("u3", "a", pair_id="9")]
+    sides = split(unsafe, [Prompt("s1", pair_id="1"), Prompt("s2")], paired=True)
+    assert [p.prompt for p in sides.unsafe["a"]] == ["u1"]
+    assert [p.prompt for p in sides.safe_for("a")] == ["s1"]
+    assert "category a: 2 of 3 prompts have no pair and are left out" in caplog.text
+
+
+def test_no_pairs_is_refused():
+    with pytest.raises(SteeringError, match="category 'b' shares a pair_id"):
+        split(
+            [Prompt("u", "a", pair_id="1"), Prompt("v", "b")],
+            [Prompt("s", pair_id="1"), Prompt("t")],
+            paired=True,
+        )
+
+
+def test_pairs_numbered_within_each_category_are_not_mixed_up():
+    unsafe = [Prompt(f"u{c}{i}", c, pair_id=str(i)) for c in "ab" for i in range(3)]
+    safe = [Prompt(f"s{c}{i}", c, pair_id=str(i)) for c in "ba" for i in range(3)]
+    sides = split(unsafe, safe, paired=True, held_out=0)
+    for name in "ab":
+        assert [p.prompt for p in sides.safe_for(name)] == [f"s{name}{i}" for i in range(3)]
+    # Where one is missing, the other category's is no substitute.
+    sides = split(unsafe, [p for p in safe if p.prompt != "sa1"], paired=True, held_out=0)
+    assert [p.prompt for p in sides.unsafe["a"]] == ["ua0", "ua2"]
+
+
+def test_a_pair_id_that_two_safe_prompts_share_is_named():
+    safe = [
+        Prompt("s", pair_id="1", source="s.jsonl, line 1"),
+        Prompt("t", pair_id="1", source="s.jsonl, line 5"),
+    ]
+    with pytest.raises(SteeringError, match=r"s.jsonl, line 5: .*'1'.*s.jsonl, line 1"):
+        split([Prompt("u", "a", pair_id="1")], safe, paired=True)
+
+
+# ---- what is refused or told -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", ["unsafe", "safe"])
+def test_an_empty_side_is_refused(side):
+    sides = {"unsafe": some(3, "a"), "safe": some(3), side: []}
+    with pytest.raises(SteeringError, match=f"there are no {side} prompts"):
+        split(**sides)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
+def test_an_impossible_share_is_refused(share):
+    with pytest.raises(SteeringError, match="share to hold out"):
+        split(some(3, "a"), some(3), held_out=share)
+
+
+def test_a_blank_category_is_named():
+    with pytest.raises(SteeringError, match=r"u.jsonl, line 2: the category is blank"):
+        split([Prompt("p", " \t", source="u.jsonl, line 2")], some(3))
+
+
+@given(st.lists(st.sampled_from([*some(4, "a"), *some(4, "b")])))
+def test_distinct_keeps_the_first_of_each(prompts):
+    assert distinct(prompts, "unsafe") == list(dict.fromkeys(prompts))
+
+
+def test_repeats_are_logged_with_the_first_place(caplog):
+    prompts = [Prompt("a", source=f"u.jsonl, line {i}") for i in (1, 2, 3)]
+    assert distinct(prompts, "unsafe") == prompts[:1]
+    assert "2 unsafe prompts repeat others and are left out, the first at u.jsonl, line 2" in (
+        caplog.text
+    )
+    caplog.clear()
+    distinct([Prompt("a"), Prompt("a", response="x"), Prompt("a", "b")], "unsafe")
+    assert caplog.text == ""
+
+
+def test_what_is_on_both_sides_is_logged(caplog):
+    warn_of_both([Prompt("a", "c", response="yes")], [Prompt("a", response="no")])
+    assert caplog.text == ""
+    warn_of_both([Prompt("a", "c")], [Prompt("b"), Prompt("a", source="s.jsonl, line 2")])
+    assert "1 prompts are both unsafe and safe, the first at s.jsonl, line 2" in caplog.text
+
+
+# ---- rows ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def capture(tiny_llama):
+    with closing(
+        LlamaCapture(tiny_llama, n_ctx=256, token_budget=256, n_threads=1, n_threads_batch=1)
+    ) as capture:
+        yield capture
+
+
+def tokens(capture, text):
+    return tuple(capture.llm.tokenize(text.encode(), add_bos=False, special=True))
+
+
+@given(
+    message=st.text(st.sampled_from("abc dé"), min_size=1, max_size=12),
+    answer=st.text(st.sampled_from("xyz "), min_size=1, max_size=12),
+)
+def test_the_tokens_averaged_are_those_of_the_text_meant(message, answer, capture):
+    assume(message.strip())
+    head, tail = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
+    whole = tokens(capture, f"{head}{message}{tail}")
+    n_head, n_tail, n_answer = (len(tokens(capture, t)) for t in (head, tail, answer))
+    prompts = [Prompt(message, response=answer)]
+    ranges = {
+        "last": (len(whole) - 1, len(whole)),
+        "prompt": (0, len(whole)),
+        "user": (n_head, len(whole) - n_tail),
+        "response": (len(whole), len(whole) + n_answer),
+        (2, 5): (2, 5),
+    }
+    for pooling, (start, stop) in ranges.items():
+        (row,) = rows_of(capture, prompts, pooling, respond=True)
+        assert (row.start, row.stop) == (start, stop), pooling
+        assert row.tokens[: len(whole)] == whole
+        assert len(row.tokens) - len(whole) in (0, n_answer)
+    row = rows_of(capture, prompts, "response")[0]
+    assert row.tokens[row.start : row.stop] == tokens(capture, answer)
+
+
+def test_special_tokens_in_a_response_are_text(capture):
+    (row,) = rows_of(capture, [Prompt("a", response="<|im_end|>")], "response")
+    assert row.stop - row.start > 1
+
+
+@pytest.mark.parametrize(
+    ("prompt", "pooling", "words"),
+    [
+        (Prompt(""), "user", "the prompt is empty"),
+        (Prompt(" \n"), "last", "the prompt is empty"),
+        (Prompt("a"), "response", "no response to average over"),
+        (Prompt("a", response=""), "response", "no response to average over"),
+        (Prompt("a"), (60, 61), "no text to average over"),
+        (Prompt("word " * 300), "user", "and the context holds 256; .*--context"),
+        (Prompt("word " * 500_000), "last", "and the context holds 256"),
+        (Prompt("a", response="word " * 300), "response", "and the context holds 256"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_a_prompt_that_cannot_be_run_is_named(prompt, pooling, words, capture):
+    prompts = [
+        Prompt("fine " * 20, response="fine"),
+        Prompt(**{**vars(prompt), "source": "f, line 7"}),
+    ]
+    with pytest.raises(SteeringError, match=f"^f, line 7: .*{words}"):
+        rows_of(capture, prompts, pooling)
+
+
+def test_a_long_response_is_no_matter_where_it_is_not_read(capture):
+    (row,) = rows_of(capture, [Prompt("a", response="word " * 300)], "user")
+    assert len(row.tokens) < 100
+
+
+def test_there_must_be_room_for_an_answer(capture):
+    prompts = [Prompt("a"), Prompt("word " * 40, source="f, line 2")]
+    rows = rows_of(capture, prompts, "prompt")
+    room = capture.n_ctx - len(rows[1].tokens)
+    require_room(capture, prompts, rows, room)
+    with pytest.raises(SteeringError, match=f"^f, line 2: .*an answer of {room + 1}, .*256"):
+        require_room(capture, prompts, rows, room + 1)
+
+
+def test_range_without_responses(capture):
+    with_response = Prompt("a", response="word " * 30)
+    for respond in (True, False):
+        (row,) = rows_of(capture, [with_response], (0, 10_000), respond=respond)
+        (bare,) = rows_of(capture, [Prompt("a")], "prompt")
+        assert (len(row.tokens) > len(bare.tokens)) is respond
+        assert (row.start, row.stop) == (0, len(row.tokens))
+
+
+def test_nothing_is_logged_about_good_data(capture, caplog):
+    with caplog.at_level(logging.WARNING):
+        split([*some(9, "a"), *some(9, "b")], some(9))
+        rows_of(capture, some(3), "user")
+    assert caplog.text == ""

@@ -1,0 +1,541 @@
+"""Learned directions, against plain forward passes with hooks of the tests' own."""
+
+from contextlib import ExitStack
+
+import numpy as np
+import pytest
+
+from pysteer import SteeringError
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+from pysteer.extract import descent  # noqa: E402
+from pysteer.extract.descent import losses  # noqa: E402
+from pysteer.extract.learned import (  # noqa: E402
+    SAFE_ANSWERS,
+    Example,
+    LearnedSettings,
+    end_of_turn,
+    learn,
+    safe_examples,
+)
+from pysteer.extract.steered_forward import Span, SteeredForward  # noqa: E402
+from pysteer.extract.torch_model import TorchModel  # noqa: E402
+
+pytestmark = pytest.mark.torch
+
+FAMILIES = ["llama", "qwen3", "gemma2", "phi3", "gpt2"]
+WIDTH = 64
+QUICK = LearnedSettings(
+    batch_size=4,
+    benign_batch_size=4,
+    shared_steps=6,
+    category_steps=4,
+    kl_tokens=3,
+    check_every=2,
+)
+
+
+@pytest.fixture(scope="module")
+def load(tiny_model):
+    loaded = {}
+
+    def get(family="llama"):
+        if family not in loaded:
+            loaded[family] = TorchModel(str(tiny_model(family)), dtype=torch.float32)
+        return loaded[family]
+
+    return get
+
+
+@pytest.fixture
+def model(load):
+    return load()
+
+
+# What the sequences of some tests begin with: longer than Gemma's tiny sliding window.
+START = tuple(range(40, 60))
+
+
+def tokens(count, seed, start=()):
+    """Sequences of different lengths, some longer than Gemma's tiny sliding window."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(4, 28, size=count)
+    return [start + tuple(rng.integers(5, 300, size=n).tolist()) for n in lengths]
+
+
+def examples(count, seed, answer_seed=99, start=()):
+    answers = [a[:4] for a in tokens(3, answer_seed)]
+    return [Example(p, answers[i % 3]) for i, p in enumerate(tokens(count, seed, start))]
+
+
+def random_directions(n_layers, seed=0, size=0.3):
+    rng = np.random.default_rng(seed)
+    return torch.tensor(size * rng.standard_normal((n_layers, WIDTH)), dtype=torch.float32)
+
+
+def plain_logits(model, sequence, site="residual", directions=None):
+    """Logits of one sequence, shape (tokens, n_vocab), by ordinary hooks and nothing else."""
+    with ExitStack() as stack, torch.no_grad():
+        for layer, direction in (directions or {}).items():
+
+            def add(_module, _inputs, output, direction=direction):
+                direction = torch.as_tensor(direction)
+                if isinstance(output, tuple):
+                    return (output[0] + direction, *output[1:])
+                return output + direction
+
+            stack.enter_context(model.module(site, layer).register_forward_hook(add))
+        ids = torch.tensor([sequence])
+        return model.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0]
+
+
+def plain_losses(model, unsafe, benign, directions, first_token_weight, kl_tokens):
+    """Mean cross-entropy and KL, in numpy, one sequence at a time."""
+
+    def log_softmax(logits):
+        x = logits.numpy().astype(np.float64)
+        x = x - x.max(axis=1, keepdims=True)
+        return x - np.log(np.exp(x).sum(axis=1, keepdims=True))
+
+    def mean(values):
+        weights = np.ones(len(values))
+        weights[0] = first_token_weight
+        return (weights * values).sum() / weights.sum()
+
+    ce, kl = [], []
+    for prompt, answer in unsafe:
+        logits = log_softmax(plain_logits(model, prompt + answer, directions=directions))
+        rows = np.arange(len(prompt) - 1, len(prompt) + len(answer) - 1)
+        ce.append(mean(-logits[rows, list(answer)]))
+    for prompt in benign:
+        answer = ()
+        while len(answer) < kl_tokens - 1:  # greedy; no token of these models ends an answer
+            answer += (int(plain_logits(model, prompt + answer)[-1].argmax()),)
+        before = log_softmax(plain_logits(model, prompt + answer))[len(prompt) - 1 :]
+        after = log_softmax(plain_logits(model, prompt + answer, directions=directions))
+        after = after[len(prompt) - 1 :]
+        kl.append(mean((np.exp(before) * (before - after)).sum(axis=1)))
+    return np.mean(ce), np.mean(kl) if kl else 0.0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("site", "layers"),
+    [
+        ("residual", (1,)),
+        ("residual", (0, 2, 3)),
+        ("attention", (1, 2)),
+        ("attention", (0,)),
+        ("mlp", (2,)),
+    ],
+)
+@pytest.mark.parametrize("start", [(), START], ids=["", "shared"])
+def test_logits_are_those_of_the_plain_model_with_hooks(load, family, site, layers, start):
+    model = load(family)
+    directions = random_directions(len(layers))
+    forward = SteeredForward(model, layers, site=site, token_budget=64)
+    sequences = tokens(4, seed=1, start=start)
+    spans = [Span(s, len(start) + i, len(s) - i) for i, s in enumerate(sequences)]
+    prepared = forward.prepare(spans, final=True)
+    with torch.no_grad():
+        steered, unsteered = forward.logits(prepared, directions)
+    by_layer = dict(zip(layers, directions, strict=True))
+    wanted = [plain_logits(model, s.tokens, site, by_layer)[s.start : s.stop] for s in spans]
+    before = [plain_logits(model, s.tokens)[s.start : s.stop] for s in spans]
+    assert torch.allclose(steered, torch.cat(wanted), atol=1e-4)
+    assert torch.allclose(unsteered, torch.cat(before), atol=1e-4)
+    assert not torch.allclose(steered, unsteered, atol=1e-2)
+
+
+def test_what_the_directions_do_not_reach_is_not_run_again(model):
+    forward = SteeredForward(model, [2])
+    spans = [Span(s, 0, len(s)) for s in tokens(3, seed=1)]
+    ran = []
+    with ExitStack() as stack:
+        for layer, block in enumerate(model.blocks):
+            stack.enter_context(
+                block.mlp.register_forward_hook(lambda *_, layer=layer: ran.append(layer))
+            )
+        prepared = forward.prepare(spans, final=False)
+        assert ran == [0, 1, 2]
+        ran.clear()
+        forward.logits(prepared, torch.zeros(1, WIDTH))
+        assert ran == [3]
+
+
+def test_what_sequences_share_runs_once(load):
+    for family in FAMILIES:
+        model = load(family)
+        forward = SteeredForward(model, [1])
+        sequences = tokens(3, seed=1, start=START)
+        prepared = forward.prepare([Span(s, len(s) - 1, len(s)) for s in sequences], final=False)
+        ran = []
+        mlp = model.module("mlp", 3)
+        with mlp.register_forward_hook(lambda _m, _i, out, ran=ran: ran.append(out.shape[:2])):
+            forward.logits(prepared, torch.zeros(1, WIDTH))
+        longest = max(map(len, sequences))
+        assert ran == [(1, 20), (3, longest - 20)]
+
+
+def test_a_block_that_needs_those_below_it_is_noticed(model, caplog):
+    """As in models whose upper blocks read keys and values of lower ones."""
+    lower = []
+
+    def keep(_module, _inputs, output):
+        lower.append(output)
+
+    def mix(_module, _inputs, output):
+        return output + lower.pop()
+
+    spans = [Span(s, 0, len(s)) for s in tokens(3, seed=1)]
+    directions = random_directions(1)
+    with (
+        model.blocks[0].mlp.register_forward_hook(keep),
+        model.blocks[3].mlp.register_forward_hook(mix),
+    ):
+        forward = SteeredForward(model, [1])
+        steered, _ = forward.logits(forward.prepare(spans, final=False), directions)
+        wanted = [plain_logits(model, s.tokens, directions={1: directions[0]}) for s in spans]
+    assert torch.allclose(steered, torch.cat(wanted), atol=1e-4)
+    assert "slower" in caplog.text
+
+
+def prepared_batch(model, forward, kl_tokens=3, start=()):
+    unsafe = [(e.prompt, e.answer) for e in examples(4, seed=1, start=start)]
+    benign = tokens(3, seed=2, start=start)
+    answers = dict(model.answers(benign, kl_tokens - 1))
+    u = [Span(p + a, len(p) - 1, len(p) + len(a) - 1) for p, a in unsafe]
+    b = [Span(p + answers[i], len(p) - 1, len(p) + kl_tokens - 1) for i, p in enumerate(benign)]
+    return unsafe, benign, forward.prepare(u, final=False), forward.prepare(b, final=True)
+
+
+@pytest.mark.parametrize(("family", "start"), [("llama", ()), ("gemma2", START)])
+def test_losses_are_those_of_the_formula(load, family, start):
+    model = load(family)
+    forward = SteeredForward(model, [0, 2])
+    unsafe, benign, u, b = prepared_batch(model, forward, start=start)
+    directions = random_directions(2)
+    settings = LearnedSettings(first_token_weight=3.0)
+    ce, kl = losses(forward, u, b, directions, settings)
+    by_layer = dict(zip([0, 2], directions, strict=True))
+    wanted_ce, wanted_kl = plain_losses(model, unsafe, benign, by_layer, 3.0, 3)
+    assert ce.item() / 4 == pytest.approx(wanted_ce, rel=1e-4)
+    assert kl.item() / 3 == pytest.approx(wanted_kl, rel=1e-3)
+    zero, _ = losses(forward, u, b, torch.zeros(2, WIDTH), settings)
+    assert losses(forward, u, b, torch.zeros(2, WIDTH), settings)[1].item() < 1e-5
+    assert abs(zero.item() - ce.item()) > 1e-2
+
+
+@pytest.mark.parametrize("start", [(), START], ids=["", "shared"])
+def test_gradient_is_that_of_finite_differences(model, start):
+    forward = SteeredForward(model, [0, 2])
+    *_, u, b = prepared_batch(model, forward, start=start)
+    settings = LearnedSettings()
+
+    def loss(directions):
+        ce, kl = losses(forward, u, b, directions, settings)
+        return ce + 2 * kl
+
+    at = random_directions(2).requires_grad_()
+    loss(at).backward()
+    rng = np.random.default_rng(0)
+    for _ in range(3):
+        # Along the gradient in part, so that the slope is no small difference of large numbers.
+        way = torch.tensor(rng.standard_normal((2, WIDTH)), dtype=torch.float32)
+        way = way / way.norm() + at.grad / at.grad.norm()
+        step = 1e-2
+        with torch.no_grad():
+            slope = (loss(at + step * way) - loss(at - step * way)) / (2 * step)
+        assert slope.item() == pytest.approx((at.grad * way).sum().item(), rel=1e-2)
+
+
+def learned_quickly(model, settings=QUICK, seed=1, **others):
+    unsafe = {"a": examples(10, seed=seed), "b": examples(12, seed=seed + 1, answer_seed=98)}
+    return learn(model, unsafe, tokens(12, seed=5), layers=[1], settings=settings, **others)
+
+
+def test_learning_raises_the_answers_and_the_kl_term_holds_other_prompts(model):
+    unsafe = examples(10, seed=1)
+    pairs = [(e.prompt, e.answer) for e in unsafe]
+    benign = tokens(12, seed=5)
+    base = {"batch_size": 8, "shared_steps": 25, "category_steps": 5, "kl_tokens": 3}
+    found = {}
+    for weight in (0.0, 3.0):
+        settings = LearnedSettings(kl_weight=weight, **base)
+        result = learn(model, {"a": unsafe}, benign, layers=[1, 2], settings=settings)
+        directions = result.categories["a"].directions
+        assert list(directions) == [1, 2]
+        assert all(d.shape == (WIDTH,) and d.dtype == np.float32 for d in directions.values())
+        found[weight] = plain_losses(model, pairs, benign, directions, 4.0, 3)
+    before, _ = plain_losses(model, pairs, [], {}, 4.0, 3)
+    assert found[0.0][0] < before - 1
+    assert found[3.0][0] < before - 0.2
+    assert found[3.0][1] < 0.5 * found[0.0][1]
+
+
+@pytest.mark.parametrize("site", ["attention", "mlp"])
+def test_other_sites_are_learned_too(model, site):
+    unsafe = examples(10, seed=1)
+    result = learn(model, {"a": unsafe}, tokens(12, seed=5), layers=[2], site=site, settings=QUICK)
+    direction = result.categories["a"].directions[2]
+    sequences = [(e.prompt, e.answer) for e in unsafe]
+
+    def likelihood(directions):
+        total = 0.0
+        for prompt, answer in sequences:
+            logits = plain_logits(model, prompt + answer, site, directions).log_softmax(-1)
+            rows = range(len(prompt) - 1, len(prompt + answer) - 1)
+            total += sum(float(logits[r, t]) for r, t in zip(rows, answer, strict=True))
+        return total
+
+    assert likelihood({2: direction}) > likelihood({}) + 1
+
+
+def test_same_seed_same_directions_another_seed_others(model):
+    first, again = learned_quickly(model), learned_quickly(model)
+    for category in ("a", "b"):
+        one, two = first.categories[category], again.categories[category]
+        assert np.array_equal(one.directions[1], two.directions[1])
+        assert one.validation_loss == two.validation_loss
+    other = learned_quickly(model, LearnedSettings(**{**vars(QUICK), "seed": 1}))
+    assert not np.array_equal(other.categories["a"].directions[1], first.shared.directions[1])
+    assert not np.array_equal(
+        other.categories["a"].directions[1], first.categories["a"].directions[1]
+    )
+
+
+def watched(monkeypatch):
+    """Records of every call of `losses`: whether gradients are on, spans, directions, values."""
+    calls = []
+
+    def record(forward, unsafe, benign, directions, settings):
+        ce, kl = losses(forward, unsafe, benign, directions, settings)
+        spans = [p.span for p in unsafe], [p.span for p in benign]
+        calls.append((torch.is_grad_enabled(), spans, directions.detach().clone(), ce + kl))
+        return ce, kl
+
+    monkeypatch.setattr(descent, "losses", record)
+    return calls
+
+
+def test_the_best_state_is_kept_and_a_run_that_gets_worse_ends(model, monkeypatch):
+    calls = watched(monkeypatch)
+    settings = LearnedSettings(
+        learning_rate=1.0,
+        shared_steps=60,
+        category_steps=0,
+        kl_tokens=3,
+        check_every=1,
+        patience=3,
+        min_prompts=5,
+    )
+    data = {"a": examples(10, seed=1)}
+    found = learn(model, data, tokens(10, seed=5), layers=[1], settings=settings).shared
+    assert found.steps == found.best_step + 3 < 60
+    unsafe = [(e.prompt, e.answer) for e in data["a"]]
+    looks = {}
+    for graded, (us, bs), directions, _ in calls:
+        if not graded:
+            pairs = [(s.tokens[: s.start + 1], s.tokens[s.start + 1 :]) for s in us]
+            assert set(pairs) < set(unsafe)
+            benign = [s.tokens[: s.start + 1] for s in bs]
+            ce, kl = plain_losses(
+                model, pairs, benign, {1: directions[0]}, settings.first_token_weight, 3
+            )
+            looks[ce + settings.kl_weight * kl] = directions[0].numpy()
+    assert len(looks) == found.steps + 1
+    assert found.validation_loss == pytest.approx(min(looks), rel=1e-3)
+    assert np.allclose(found.directions[1], looks[min(looks)])
+
+
+def test_no_prompt_is_both_trained_on_and_looked_at(model, monkeypatch):
+    calls = watched(monkeypatch)
+    # Every prompt twice, with two answers.
+    twice = {name: examples(10, s) + examples(10, s, s) for name, s in (("a", 1), ("b", 2))}
+    learn(model, twice, tokens(12, seed=5), layers=[1], settings=QUICK)
+    seen = {True: set(), False: set()}
+    for graded, (us, bs), *_ in calls:
+        seen[graded] |= {s.tokens[: s.start + 1] for s in us + bs}
+    assert seen[True]
+    assert not seen[True] & seen[False]
+    for name in twice:
+        prompts = {e.prompt for e in twice[name]}
+        assert len(prompts & seen[False]) == 2  # a fifth of ten, of each category
+
+
+def test_a_category_too_small_for_a_split_takes_all_steps(model, caplog):
+    data = {"many": examples(10, seed=1), "few": examples(1, seed=2)}
+    found = learn(model, data, tokens(12, seed=5), layers=[1], settings=QUICK)
+    few = found.categories["few"]
+    assert (few.steps, few.best_step, few.n_prompts) == (4, 4, 1)
+    assert few.validation_loss is None
+    assert few.validation_kl is None
+    assert found.categories["many"].validation_loss is not None
+    assert "'few' has 1 prompts" in caplog.text
+    assert "'many'" not in caplog.text
+    assert few.directions[1].any()
+
+
+def test_a_category_that_cannot_improve_keeps_the_shared_vector(model, caplog):
+    # Steps that drown the model's own activations, and a weight on leaving benign answers alone.
+    settings = LearnedSettings(**{**vars(QUICK), "category_rate": 1e4, "kl_weight": 3.0})
+    found = learned_quickly(model, settings)
+    for category in ("a", "b"):
+        one = found.categories[category]
+        assert (one.best_step, one.steps) == (0, 4)
+        assert np.array_equal(one.directions[1], found.shared.directions[1])
+    assert "have the shared vector: 'a', 'b'" in caplog.text
+
+
+def test_a_category_starts_from_the_shared_vector(model):
+    alone = LearnedSettings(**{**vars(QUICK), "category_steps": 0})
+    found = learned_quickly(model, alone)
+    for category in ("a", "b"):
+        assert np.array_equal(found.categories[category].directions[1], found.shared.directions[1])
+    assert (
+        learned_quickly(model, LearnedSettings(**{**vars(QUICK), "shared_steps": 0})).shared is None
+    )
+
+
+def test_the_model_is_as_it_was_even_after_an_exception(load):
+    for family in ("llama", "gpt2"):
+        model = load(family)
+        sequence = tokens(1, seed=3)[0]
+        before = plain_logits(model, sequence)
+        attributes = [set(vars(m)) for m in model.model.modules()]
+
+        def stop(done, _total, _text):
+            if done == 3:
+                raise KeyboardInterrupt
+
+        learned_quickly(model)
+        with pytest.raises(KeyboardInterrupt):
+            learned_quickly(model, progress=stop)
+        forward = SteeredForward(model, [0, 2])
+        prepared = forward.prepare([Span(sequence, 0, 2)], final=False)
+        with pytest.raises(RuntimeError):  # the second direction has the wrong width
+            forward.logits(prepared, torch.zeros(2, WIDTH + 1))
+        assert torch.equal(plain_logits(model, sequence), before)
+        assert [set(vars(m)) for m in model.model.modules()] == attributes
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.model.modules())
+
+
+def test_a_forward_that_was_replaced_before_is_put_back(model):
+    block = model.blocks[0]
+    original = block.forward
+
+    def replaced(*args, **kwargs):
+        return original(*args, **kwargs)
+
+    block.forward = replaced
+    try:
+        learned_quickly(model)
+        assert block.forward is replaced
+    finally:
+        del block.forward
+
+
+def test_progress_goes_up_to_the_total(model):
+    seen = []
+    learned_quickly(model, progress=lambda *now: seen.append(now))
+    done = [d for d, _, _ in seen]
+    assert done == sorted(done)
+    assert {t for _, t, _ in seen} == {6 + 2 * 4}
+    assert done[-1] == 14
+    assert any("KL" in text for *_, text in seen)
+
+
+def test_safe_examples_are_prompts_with_answers_that_end(model):
+    made = safe_examples(model, [f"question {i}" for i in range(8)])
+    (end,) = end_of_turn(model)
+    assert model.tokenizer.convert_ids_to_tokens(end) == "<|im_end|>"
+    for i, example in enumerate(made):
+        assert example.prompt == model.prompt_tokens(f"question {i}")
+        assert example.answer[-1] == end
+        assert model.text(example.answer[:-1]) == SAFE_ANSWERS[i % len(SAFE_ANSWERS)]
+
+
+def test_without_a_template_an_answer_ends_as_a_text_does(tiny_llama, caplog):
+    model = TorchModel(str(tiny_llama), dtype=torch.float32)
+    model.tokenizer.chat_template = None
+    assert end_of_turn(model) == (model.tokenizer.eos_token_id,)
+    model.tokenizer.eos_token = None
+    assert end_of_turn(model) == ()
+    assert "no token that ends an answer" in caplog.text
+
+
+def test_what_is_too_long_is_left_out_and_said(model, caplog):
+    long = Example(tuple(range(5, 205)), (7, 8))
+    settings = LearnedSettings(**{**vars(QUICK), "max_tokens": 100})
+    data = {"a": [*examples(10, seed=1), long]}
+    benign = [*tokens(12, seed=5), long.prompt]
+    found = learn(model, data, benign, layers=[1], settings=settings)
+    short = learn(model, {"a": data["a"][:-1]}, benign[:-1], layers=[1], settings=settings)
+    assert np.array_equal(found.categories["a"].directions[1], short.categories["a"].directions[1])
+    assert caplog.text.count("left out 1") == 2
+    with pytest.raises(SteeringError, match="'a' has no examples of at most 100 tokens"):
+        learn(model, {"a": [long]}, benign, layers=[1], settings=settings)
+
+
+@pytest.mark.parametrize(
+    ("unsafe", "benign", "others", "message"),
+    [
+        ({}, [(5, 6)], {}, "no categories"),
+        ({"a": []}, [(5, 6)], {}, "no examples"),
+        ({"a": [Example((), (5,))]}, [(5, 6)], {}, "empty prompt or answer"),
+        ({"a": [Example((5,), ())]}, [(5, 6)], {}, "empty prompt or answer"),
+        ({"a": [Example((5,), (6,))]}, [], {}, "no benign prompts"),
+        ({"a": [Example((5,), (6,))]}, [(5, 6)], {"layers": [4]}, r"layers \[4\]"),
+        ({"a": [Example((5,), (6,))]}, [(5, 6)], {"layers": []}, r"layers \[\]"),
+        ({"a": [Example((5,), (6,))]}, [(5, 6)], {"site": "head"}, "site 'head'"),
+    ],
+)
+def test_what_cannot_be_learned_is_refused(model, unsafe, benign, others, message):
+    with pytest.raises(SteeringError, match=message):
+        learn(model, unsafe, benign, **{"layers": [1], "settings": QUICK, **others})
+
+
+def test_a_loss_that_never_falls_is_an_error(model):
+    settings = LearnedSettings(**{**vars(QUICK), "learning_rate": 1e4, "shared_steps": 2})
+    with pytest.raises(SteeringError, match="no step lowered"):
+        learned_quickly(model, settings)
+
+
+def test_a_loss_that_is_no_number_is_an_error(model):
+    with (
+        model.blocks[3].register_forward_hook(lambda _m, _i, output: output * float("nan")),
+        pytest.raises(SteeringError, match="no longer a number"),
+    ):
+        learned_quickly(model)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"learning_rate": 0.0},
+        {"learning_rate": float("nan")},
+        {"batch_size": 0},
+        {"kl_weight": -1.0},
+        {"validation_share": 1.0},
+        {"first_token_weight": float("inf")},
+        {"shared_steps": 0, "category_steps": 0},
+        {"seed": -1},
+    ],
+)
+def test_settings_out_of_range_are_refused(wrong):
+    with pytest.raises(SteeringError, match=next(iter(wrong))):
+        LearnedSettings(**wrong)
+
+
+def test_typical_size_is_the_median_component(model):
+    sequences = tokens(3, seed=1)
+    found = SteeredForward(model, [0, 2]).typical_sizes(sequences)
+    for layer in (0, 2):
+        with torch.no_grad():
+            values = [
+                model.model(torch.tensor([s]), output_hidden_states=True).hidden_states[layer + 1]
+                for s in sequences
+            ]
+        sizes = np.sort(np.abs(np.concatenate([v.numpy().ravel() for v in values])))
+        assert found[layer] == pytest.approx(sizes[(len(sizes) - 1) // 2], rel=1e-4)

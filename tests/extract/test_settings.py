@@ -1,0 +1,92 @@
+"""Settings: what cannot be is refused at once, and what can be is told as plain data."""
+
+import json
+import math
+
+import pytest
+
+from pysteer import SteeringError
+from pysteer.extract.settings import ALL_METHODS, ExtractSettings
+
+
+def test_there_is_a_setting_for_every_method_of_the_papers():
+    assert set(ALL_METHODS) == {
+        "mean", "pruned", "guided", "pca", "logistic", "lda", "contrast", "learned",
+    }  # fmt: skip
+    for method in ALL_METHODS:
+        assert ExtractSettings(method=method).method == method
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"method": "median"}, "unknown method 'median'.*mean, pruned"),
+        ({"site": "nowhere"}, "unknown site 'nowhere'.*residual"),
+        ({"pooling": "first"}, "unknown pooling 'first'.*last"),
+        ({"pooling": (3, 3)}, r"range \(3, 3\) is empty"),
+        ({"pooling": (-1, 3)}, "is empty"),
+        ({"router_pooling": "response"}, "unknown router_pooling 'response'.*last, prompt, user"),
+        ({"orthogonalise": "all"}, "unknown orthogonalise 'all'.*categories, benign"),
+        ({"layers": ()}, "no layers"),
+        ({"response_tokens": 0}, "response_tokens cannot be 0"),
+        ({"top_k": 0}, "top_k cannot be 0"),
+        ({"mask_massive": 1.0}, "mask_massive cannot be 1.0"),
+        ({"mask_massive": math.nan}, "mask_massive cannot be nan"),
+        ({"scale": -0.1}, "scale cannot be -0.1"),
+        ({"scale": math.nan}, "scale cannot be nan"),
+        ({"scale": math.inf}, "scale cannot be inf"),
+        ({"false_positive_rate": 1.0}, "false_positive_rate cannot be 1.0"),
+        ({"false_positive_rate": -0.1}, "false_positive_rate cannot be -0.1"),
+        ({"held_out": 1.0}, "held_out cannot be 1.0"),
+        ({"held_out": -0.1}, "held_out cannot be -0.1"),
+        ({"seed": -1}, "seed cannot be -1"),
+        ({"seed": 2**32}, "seed cannot be"),
+        ({"unit_norm": True, "scale": 0.5}, "norm 1 and a scale"),
+        ({"method": "mean", "options": {"paired": True}}, "mean has no option 'paired'"),
+        ({"method": "learned", "options": {"C": 1.0}}, "learned has no option 'C'"),
+        ({"method": "guided", "options": {"really_unsafe": [True]}}, "has no option"),
+        ({"method": "pca", "options": {"variant": "median"}}, "unknown variant 'median'"),
+        ({"method": "contrast", "matched": True}, "contrast holds answers"),
+        ({"method": "contrast", "pooling": "last"}, "contrast.*no pooling"),
+        ({"method": "learned", "pooling": "last"}, "learned.*no pooling"),
+        ({"method": "pruned", "options": {"paired": True}, "matched": False}, "pairs are matched"),
+        ({"method": "pca", "matched": False}, "pairs are matched"),
+    ],
+)
+def test_what_cannot_be_is_refused(wrong, words):
+    with pytest.raises(SteeringError, match=words):
+        ExtractSettings(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("given", "paired"),
+    [
+        ({"method": "mean"}, False),
+        ({"method": "pruned"}, False),
+        ({"method": "pruned", "options": {"paired": True}}, True),
+        ({"method": "pca"}, True),
+        ({"method": "pca", "options": {"variant": "centred"}}, False),
+        ({"method": "pca", "options": {"variant": "difference"}}, True),
+        ({"method": "contrast"}, False),  # the pairs it needs, it makes
+        ({"method": "learned"}, False),
+    ],
+)
+def test_whether_prompts_must_come_in_pairs(given, paired):
+    assert ExtractSettings(**given).paired is paired
+
+
+def test_edges_that_are_allowed():
+    ExtractSettings(held_out=0, scale=0.0, unit_norm=True, false_positive_rate=0.0, top_k=1)
+    ExtractSettings(mask_massive=None, pooling=(0, 1), seed=2**32 - 1)
+
+
+def test_content_is_json_and_says_everything():
+    settings = ExtractSettings(
+        method="logistic", options={"C": 0.5}, layers=(1, 2), pooling=(3, 10), top_k=4
+    )
+    content = settings.content()
+    assert json.loads(json.dumps(content)) == content
+    assert content["layers"] == [1, 2]
+    assert content["pooling"] == [3, 10]
+    assert content["options"] == {"C": 0.5}
+    assert content.keys() == vars(settings).keys()
