@@ -1,14 +1,17 @@
-"""Prompt sets: JSONL files, one object a line.
+"""Prompt sets: JSONL files, one object a line, and CSV files with a line of column names.
 
 `prompt` is text; optional are `category`, `response`, `pair_id` and `label`, text too.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pysteer.errors import FormatError, naming
 
@@ -41,7 +44,10 @@ class Prompt:
 
 
 def load_prompts(path: str | os.PathLike[str], *, answers: bool = False) -> list[Prompt]:
-    """Read a JSONL file of prompts; blank lines are skipped, unknown keys ignored.
+    """Read a JSONL file of prompts, or a CSV file if its name ends so.
+
+    Blank lines are skipped, and unknown keys and columns ignored. A CSV file begins with a line of
+    column names; an empty cell is as good as none.
 
     Args:
         path: the file.
@@ -52,8 +58,23 @@ def load_prompts(path: str | os.PathLike[str], *, answers: bool = False) -> list
     """
     path = Path(path)
     with naming(path):
-        text = path.read_text(encoding="utf-8-sig")
+        # As bytes first: reading text would change the line breaks inside cells.
+        text = path.read_bytes().decode("utf-8-sig")
+    rows = _csv_rows if path.suffix.lower() == ".csv" else _json_rows
     prompts = []
+    for number, row in rows(text, path):
+        where = f"{path}, line {number}"
+        if answers:
+            row = {"prompt": "", **row}
+            if not isinstance(row.get("response"), str) or not row["response"].strip():
+                raise FormatError(f"{where}: needs a 'response'")
+        prompts.append(_prompt(row, where))
+    if not prompts:
+        raise FormatError(f"{path}: no prompts in it")
+    return prompts
+
+
+def _json_rows(text: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     # Not splitlines(): it also splits at characters that JSON allows inside strings.
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
@@ -61,34 +82,51 @@ def load_prompts(path: str | os.PathLike[str], *, answers: bool = False) -> list
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
-            raise FormatError(f"{path}, line {number}: not a JSON object") from None
-        if answers and isinstance(row, dict):
-            row = {"prompt": "", **row}
-            if not isinstance(row.get("response"), str) or not row["response"].strip():
-                raise FormatError(f"{path}, line {number}: needs a 'response'")
-        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-            raise FormatError(f"{path}, line {number}: needs a 'prompt' that is a string")
-        optional = {key: row.get(key) for key in _OPTIONAL}
-        for key, value in optional.items():
-            if value is not None and not isinstance(value, str):
-                raise FormatError(f"{path}, line {number}: {key!r} is not a string")
-        if optional["label"] not in (None, "safe", "unsafe"):
-            raise FormatError(f"{path}, line {number}: 'label' is neither 'safe' nor 'unsafe'")
-        try:
-            for value in (row["prompt"], *optional.values()):
-                (value or "").encode()
-        except UnicodeEncodeError:  # JSON can escape half of a surrogate pair
-            raise FormatError(f"{path}, line {number}: not Unicode text") from None
-        prompts.append(
-            Prompt(
-                row["prompt"],
-                optional["category"] or "",
-                optional["response"],
-                optional["pair_id"],
-                optional["label"],
-                f"{path}, line {number}",
-            )
-        )
-    if not prompts:
-        raise FormatError(f"{path}: no prompts in it")
-    return prompts
+            row = None
+        if not isinstance(row, dict):
+            raise FormatError(f"{path}, line {number}: not a JSON object")
+        yield number, row
+
+
+def _csv_rows(text: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    columns: list[str] = []
+    number = 1
+    try:
+        for cells in reader:
+            if not columns:
+                columns = [cell.strip() for cell in cells]
+            elif len(cells) == len(columns):
+                yield number, {c: cell for c, cell in zip(columns, cells, strict=True) if cell}
+            elif cells:
+                raise FormatError(
+                    f"{path}, line {number}: {len(cells)} cells, and the first line names "
+                    f"{len(columns)} columns"
+                )
+            number = reader.line_num + 1  # where the next row starts; a cell may have line breaks
+    except csv.Error as error:
+        raise FormatError(f"{path}, line {number}: {error}") from None
+
+
+def _prompt(row: dict[str, Any], where: str) -> Prompt:
+    if not isinstance(row.get("prompt"), str):
+        raise FormatError(f"{where}: needs a 'prompt' that is a string")
+    optional = {key: row.get(key) for key in _OPTIONAL}
+    for key, value in optional.items():
+        if value is not None and not isinstance(value, str):
+            raise FormatError(f"{where}: {key!r} is not a string")
+    if optional["label"] not in (None, "safe", "unsafe"):
+        raise FormatError(f"{where}: 'label' is neither 'safe' nor 'unsafe'")
+    try:
+        for value in (row["prompt"], *optional.values()):
+            (value or "").encode()
+    except UnicodeEncodeError:  # JSON can escape half of a surrogate pair
+        raise FormatError(f"{where}: not Unicode text") from None
+    return Prompt(
+        row["prompt"],
+        optional["category"] or "",
+        optional["response"],
+        optional["pair_id"],
+        optional["label"],
+        where,
+    )

@@ -8,7 +8,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
-from tiny_models import quantize, write_tiny
+from quantized import quantize
+from tiny_models import write_tiny
 
 from pysteer import shipped
 

@@ -1,9 +1,10 @@
 """Prompt files: what is read is what json.dumps wrote, and whatever is wrong is named by line."""
 
+import csv
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from pysteer import FormatError
@@ -152,3 +153,50 @@ def test_an_answer_without_a_response_is_named(line, tmp_path):
     with pytest.raises(FormatError) as caught:
         load_prompts(path, answers=True)
     assert str(caught.value).startswith(f"{path}, line 2: ")
+
+
+@given(rows=st.lists(prompts, min_size=1, max_size=4), dialect=st.sampled_from(["excel", "unix"]))
+def test_what_csv_writes_is_read_back(rows, dialect, tmp_path_factory):
+    """Where text is not empty: a CSV file does not tell an empty cell from none."""
+    path = tmp_path_factory.mktemp("p") / "prompts.CSV"
+    filled = [r for r in rows if r.prompt and r.response != "" and r.pair_id != ""]
+    assume(not any("\0" in str(value) for r in rows for value in vars(r).values()))  # Python 3.10
+    with path.open("w", encoding="utf-8", newline="") as file:
+        names = ["category", "prompt", "label", "pair_id", "response", "source"]
+        writer = csv.DictWriter(file, names, dialect=dialect)
+        writer.writeheader()
+        writer.writerows(map(vars, filled))
+    if filled:
+        assert load_prompts(path) == filled
+    else:
+        with pytest.raises(FormatError, match="no prompts"):
+            load_prompts(path)
+
+
+def test_rows_of_a_csv_file_know_their_first_line(tmp_path):
+    path = tmp_path / "p.csv"
+    path.write_text('\ufeffprompt, category\r\n"a\r\nb",x\r\n\r\nc,\r\n', newline="")
+    found = load_prompts(path)
+    assert found == [Prompt("a\r\nb", "x"), Prompt("c")]
+    assert [p.source for p in found] == [f"{path}, line 2", f"{path}, line 5"]
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "words"),
+    [
+        ("text\na\n", 2, "'prompt'"),
+        ("prompt,category\na,b\nc\n", 3, "1 cells"),
+        ("prompt\na\nb,c\n", 3, "2 cells"),
+        ('prompt\n"a\nb', 2, "end of data"),
+        ('prompt\na\n"b"c\n', 3, "expected"),
+        ("prompt,label\na,bad\n", 2, "'label'"),
+        ("prompt,category\n,b\n", 2, "'prompt'"),
+    ],
+)
+def test_a_bad_row_of_a_csv_file_is_named(content, line, words, tmp_path):
+    path = tmp_path / "p.csv"
+    path.write_text(content)
+    with pytest.raises(FormatError) as caught:
+        load_prompts(path)
+    assert str(caught.value).startswith(f"{path}, line {line}: ")
+    assert words in str(caught.value)

@@ -7,11 +7,14 @@ round; what is printed are medians and their ratios.
 - one by one: a loop over `AutoModelForCausalLM` in float32 with `output_hidden_states`;
 - torch: `pysteer.extract`'s torch capture, in the precision it chooses for the processor;
 - llama.cpp: its own prompt processing of the same tokens, 512 at a time, with nothing captured;
-- llama: `pysteer.extract`'s capture from the GGUF file.
+- llama: `pysteer.extract`'s capture from the GGUF file;
+- cvector-generator: llama.cpp's program of that name, where a build of it is given: the first half
+  of the prompts held against the second, `--method mean`, the whole run of it, loading included.
 
 Both captures take the residual stream of every layer, averaged over the user's message.
 
-usage: python tools/bench_extract.py [MODEL.gguf] [--prompts P.jsonl] [--rounds 5] [--json]
+usage: python tools/bench_extract.py [MODEL.gguf] [--ftype Q8_0] [--prompts P.jsonl] [--rounds 5]
+           [--cvector-generator PATH] [--json]
 """
 
 from __future__ import annotations
@@ -22,14 +25,19 @@ import os
 import random
 import resource
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from contextlib import closing
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from quantized import quantize
 
 from pysteer import shipped
 from pysteer.prompts import load_prompts
@@ -38,8 +46,17 @@ ONE_BY_ONE = "torch, one by one, float32"
 TORCH = "torch capture"
 LLAMA_CPP = "llama.cpp, prompt processing"
 LLAMA = "llama capture"
+CVECTOR = "cvector-generator"
 
 _CHUNK = 512
+
+Loaded = tuple[Callable[[], None], int]
+"""What runs all prompts once, and how many tokens they have."""
+
+Variant = Callable[[str, list[str]], Loaded]
+"""From a model file and prompts."""
+
+Variants = dict[str, Variant]
 
 
 def main(
@@ -47,17 +64,40 @@ def main(
     prompts: Annotated[Path | None, typer.Option(help="JSONL; the demonstration's.")] = None,
     rounds: int = 5,
     limit: Annotated[int, typer.Option(help="At most so many prompts.")] = 160,
+    ftype: Annotated[str | None, typer.Option(help="Quantise to this first.")] = None,
+    cvector_generator: Annotated[Path | None, typer.Option(help="A build of it.")] = None,
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
     """Measure both captures against a plain loop and against llama.cpp itself."""
-    path = str(model or shipped.default_model())
+    path = model or shipped.default_model()
     rows = load_prompts(prompts) if prompts else list(chain(*shipped.demo_prompts()))
     texts = [row.prompt for row in rows][:limit]
+    with tempfile.TemporaryDirectory() as folder:
+        if ftype is not None:
+            path = quantize(path, Path(folder) / f"{path.stem}-{ftype}.gguf", ftype)
+        variants = dict(VARIANTS)
+        if cvector_generator is not None:
+            variants[CVECTOR] = partial(_cvector_generator, cvector_generator)
+        report = _measure(variants, str(path), texts, rounds)
+    if as_json:
+        print(json.dumps(report, indent=2))
+        return
+    print(f"{report['model']}; {len(texts)} prompts; {os.cpu_count()} cores; {rounds} rounds\n")
+    print("| | tokens/s | peak memory, MB |\n|---|---|---|")
+    for name, rate in report["tokens_per_second"].items():
+        print(f"| {name} | {rate:.0f} | {report['peak_memory_mb'][name]:.0f} |")
+    print(f"\ntorch capture over one by one: {report['torch_over_one_by_one']:.2f}")
+    print(f"llama capture over llama.cpp's prompt processing: {report['llama_over_llama_cpp']:.2f}")
+    if cvector_generator is not None:
+        print(f"llama capture over cvector-generator: {report['llama_over_cvector_generator']:.2f}")
+
+
+def _measure(variants: Variants, path: str, texts: list[str], rounds: int) -> dict[str, Any]:
     context = multiprocessing.get_context("spawn")
     workers: dict[str, tuple[Any, Any]] = {}
-    for name in VARIANTS:
+    for name, variant in variants.items():
         ours, theirs = context.Pipe()
-        process = context.Process(target=_work, args=(name, path, texts, theirs), daemon=True)
+        process = context.Process(target=_work, args=(variant, path, texts, theirs))
         process.start()
         workers[name] = process, ours
         print(f"{name}: {ours.recv()}", file=sys.stderr)
@@ -76,7 +116,7 @@ def main(
         tokens[name], memory[name] = pipe.recv()
         process.join()
     rates = {name: tokens[name] / statistics.median(values) for name, values in seconds.items()}
-    report = {
+    report: dict[str, Any] = {
         "model": Path(path).name,
         "prompts": len(texts),
         "tokens": tokens,
@@ -85,32 +125,24 @@ def main(
         "torch_over_one_by_one": rates[TORCH] / rates[ONE_BY_ONE],
         "llama_over_llama_cpp": rates[LLAMA] / rates[LLAMA_CPP],
     }
-    if as_json:
-        print(json.dumps(report, indent=2))
-        return
-    print(f"{report['model']}; {len(texts)} prompts; {os.cpu_count()} cores; {rounds} rounds\n")
-    print("| | tokens/s | peak memory, MB |\n|---|---|---|")
-    for name in VARIANTS:
-        print(f"| {name} | {rates[name]:.0f} | {report['peak_memory_mb'][name]:.0f} |")
-    print(f"\ntorch capture over one by one: {report['torch_over_one_by_one']:.2f}")
-    print(f"llama capture over llama.cpp's prompt processing: {report['llama_over_llama_cpp']:.2f}")
+    if CVECTOR in rates:
+        report["llama_over_cvector_generator"] = rates[LLAMA] / rates[CVECTOR]
+    return report
 
 
-def _work(name: str, path: str, texts: list[str], pipe: Any) -> None:
+def _work(variant: Variant, path: str, texts: list[str], pipe: Any) -> None:
     """A worker process: load, then run on request."""
-    run, tokens = VARIANTS[name](path, texts)
+    run, tokens = variant(path, texts)
     pipe.send("loaded")
     while pipe.recv() == "go":
         start = time.perf_counter()
         run()
         pipe.send(time.perf_counter() - start)
-    pipe.send((tokens, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+    whose = resource.RUSAGE_CHILDREN if isinstance(variant, partial) else resource.RUSAGE_SELF
+    pipe.send((tokens, resource.getrusage(whose).ru_maxrss))
 
 
-Variant = tuple[Callable[[], None], int]
-
-
-def _one_by_one(path: str, texts: list[str]) -> Variant:
+def _one_by_one(path: str, texts: list[str]) -> Loaded:
     import torch
 
     from pysteer.extract.torch_model import TorchModel
@@ -128,7 +160,7 @@ def _one_by_one(path: str, texts: list[str]) -> Variant:
     return run, sum(ids.shape[1] for ids in prompts)
 
 
-def _capture(capture: Any, texts: list[str]) -> Variant:
+def _capture(capture: Any, texts: list[str]) -> Loaded:
     from pysteer.extract.capture import pooled_row, shared_ends
 
     ends = shared_ends(capture)
@@ -142,27 +174,26 @@ def _capture(capture: Any, texts: list[str]) -> Variant:
     return run, sum(len(row.tokens) for row in rows)
 
 
-def _torch(path: str, texts: list[str]) -> Variant:
+def _torch(path: str, texts: list[str]) -> Loaded:
     from pysteer.extract.torch_capture import TorchCapture
     from pysteer.extract.torch_model import TorchModel
 
     return _capture(TorchCapture(TorchModel(path)), texts)
 
 
-def _llama(path: str, texts: list[str]) -> Variant:
+def _llama(path: str, texts: list[str]) -> Loaded:
     from pysteer.extract.llama_capture import LlamaCapture
 
     return _capture(LlamaCapture(path), texts)
 
 
-def _llama_cpp(path: str, texts: list[str]) -> Variant:
+def _llama_cpp(path: str, texts: list[str]) -> Loaded:
     import llama_cpp
 
     from pysteer.extract.llama_capture import LlamaCapture
 
-    capture = LlamaCapture(path)
-    tokens = list(chain(*(capture.prompt_tokens(text) for text in texts)))
-    capture.close()
+    with closing(LlamaCapture(path)) as capture:
+        tokens = list(chain(*(capture.prompt_tokens(text) for text in texts)))
     llm = llama_cpp.Llama(
         path, n_ctx=_CHUNK, n_batch=_CHUNK, n_ubatch=_CHUNK, n_threads=os.cpu_count(), verbose=False
     )
@@ -175,7 +206,31 @@ def _llama_cpp(path: str, texts: list[str]) -> Variant:
     return run, len(tokens)
 
 
-VARIANTS: dict[str, Callable[[str, list[str]], Variant]] = {
+def _cvector_generator(program: Path, path: str, texts: list[str]) -> Loaded:
+    from pysteer.extract.llama_capture import LlamaCapture
+
+    half = len(texts) // 2
+    with closing(LlamaCapture(path)) as capture:
+        prompts = [capture.prompt_tokens(text) for text in texts[: 2 * half]]
+        written = [
+            capture.llm.detokenize(list(tokens), special=True).decode().replace("\n", "\\n")
+            for tokens in prompts
+        ]
+    temporary = tempfile.TemporaryDirectory()  # for as long as `run` lives
+    folder = Path(temporary.name)
+    options = ["--model", path, "--threads", str(os.cpu_count()), "--method", "mean"]
+    for side, lines in (("positive", written[:half]), ("negative", written[half:])):
+        (folder / side).write_text("\n".join(lines) + "\n")
+        options += [f"--{side}-file", str(folder / side)]
+
+    def run() -> None:
+        command = [str(program.resolve()), *options, "--output", f"{temporary.name}/out.gguf"]
+        subprocess.run(command, check=True, capture_output=True)
+
+    return run, sum(map(len, prompts))
+
+
+VARIANTS: Variants = {
     ONE_BY_ONE: _one_by_one,
     TORCH: _torch,
     LLAMA_CPP: _llama_cpp,

@@ -9,16 +9,14 @@ usage: python tools/compare_engines.py [--unsafe U.jsonl] [--safe S.jsonl] [--la
 
 from __future__ import annotations
 
-import ctypes
-import os
 import statistics
 import tempfile
 from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
-import llama_cpp
 import typer
+from quantized import FTYPES, quantize
 
 from pysteer import SteeringPack, shipped
 from pysteer.compare import compare
@@ -30,8 +28,6 @@ from pysteer.extract.settings import ExtractSettings
 from pysteer.extract.torch_capture import TorchCapture
 from pysteer.extract.torch_model import TorchModel
 from pysteer.prompts import load_prompts
-
-_FTYPES = {"F16": 1, "Q8_0": 7, "Q4_K_M": 15}  # enum llama_ftype
 
 
 def main(
@@ -57,10 +53,10 @@ def main(
         reference = run(TorchCapture(TorchModel(str(path))), "torch")
         print(f"{path.name}: {len(data.unsafe)} unsafe and {len(data.safe)} safe prompts\n")
         print(f"| weights | cosine, lowest of layers {layers} | median |\n|---|---|---|")
-        for ftype in (path.stem.rpartition(".")[2], *_FTYPES):
+        for ftype in (path.stem.rpartition(".")[2], *FTYPES):
             version = path
-            if ftype in _FTYPES:
-                version = _requantized(path, folder / f"{ftype}.gguf", ftype)
+            if ftype in FTYPES:
+                version = quantize(path, folder / f"{ftype}.gguf", ftype)
             with closing(LlamaCapture(version)) as capture:
                 found = run(capture, ftype)
             cosines = [
@@ -72,19 +68,6 @@ def main(
             print(
                 f"| {ftype} | {min(cosines):.4f} | {statistics.median(cosines):.4f} |", flush=True
             )
-
-
-def _requantized(source: Path, target: Path, ftype: str) -> Path:
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype = _FTYPES[ftype]
-    params.nthread = os.cpu_count() or 1
-    params.allow_requantize = True
-    code = llama_cpp.llama_model_quantize(
-        os.fsencode(source), os.fsencode(target), ctypes.byref(params)
-    )
-    if code != 0:
-        raise SystemExit(f"llama.cpp cannot quantise {source} to {ftype} ({code})")
-    return target
 
 
 if __name__ == "__main__":

@@ -19,9 +19,7 @@ usage: python tools/tiny_models.py tiny llama out.gguf --n-embd 64 --dtype F32
 
 from __future__ import annotations
 
-import ctypes
 import itertools
-import os
 import string
 import zlib
 from collections.abc import Iterator
@@ -33,6 +31,7 @@ import numpy as np
 import numpy.typing as npt
 import typer
 from gguf import GGUFWriter, LlamaFileType, TokenType
+from quantized import FTYPES, quantize
 
 Array = npt.NDArray[np.float16 | np.float32]
 
@@ -81,7 +80,6 @@ BENCH_SHAPES: dict[str, tuple[int, int, int, int, int]] = {
     "1.1b": (16, 2048, 5632, 32, 8),
     "small": (12, 768, 2048, 12, 4),
 }
-_FTYPES = {"F16": 1, "Q8_0": 7, "Q4_K_M": 15}  # enum llama_ftype
 
 _SSM_CONV, _SSM_STATE = 4, 16  # Mamba's own kernel width and state size
 _CONTROL = ("<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>")
@@ -358,23 +356,6 @@ def write_bench(path: Path, *, shape: str = "1.1b", seed: int = 0) -> Path:
     return _write(path, "llama", dims, "F16", seed)
 
 
-def quantize(source: Path, target: Path, ftype: str) -> Path:
-    """Quantize an F32 or F16 file with llama.cpp to "F16", "Q8_0" or "Q4_K_M"."""
-    import llama_cpp  # here, because writing a model does not need it
-
-    if ftype not in _FTYPES:
-        raise ValueError(f"unknown ftype {ftype!r}; known: {', '.join(_FTYPES)}")
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype = _FTYPES[ftype]
-    params.nthread = os.cpu_count() or 1
-    code = llama_cpp.llama_model_quantize(
-        os.fsencode(source), os.fsencode(target), ctypes.byref(params)
-    )
-    if code != 0:
-        raise RuntimeError(f"llama_model_quantize returned {code} for {source} to {ftype}")
-    return target
-
-
 app = typer.Typer(add_completion=False, help="Write random-weight GGUF models.")
 
 
@@ -384,8 +365,8 @@ app.command("tiny")(write_tiny)
 @app.command()
 def bench(out: Path, shape: str = "1.1b", ftype: str = "F16", seed: int = 0) -> None:
     """Write a Llama-shaped model for timing, then quantize it unless --ftype is F16."""
-    if ftype not in _FTYPES:
-        raise typer.BadParameter(f"ftype must be one of {', '.join(_FTYPES)}")
+    if ftype not in FTYPES:
+        raise typer.BadParameter(f"ftype must be one of {', '.join(FTYPES)}")
     if ftype == "F16":
         typer.echo(write_bench(out, shape=shape, seed=seed))
         return

@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 
 def extract(
-    unsafe: Annotated[Path, typer.Option(help="Prompts to steer away from (JSONL).")],
-    safe: Annotated[Path, typer.Option(help="Harmless prompts to hold them against (JSONL).")],
+    unsafe: Annotated[Path, typer.Option(help="Prompts to steer away from: JSONL or CSV.")],
+    safe: Annotated[Path, typer.Option(help="Harmless prompts to hold them against.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The pack to write (GGUF).")],
     model: Annotated[
         str | None,
@@ -43,6 +43,10 @@ def extract(
         str | None, typer.Option(help="pca: pairwise, centred or difference.")
     ] = None,
     paired: Annotated[bool, typer.Option("--paired", help="pruned: by pair_id.")] = False,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=NUMBER", help="Of logistic and learned, such as C=0.1."),
+    ] = None,
     layers: Annotated[
         str | None, typer.Option(help="Such as 12,15,18 or 5-25 or all; else three in the middle.")
     ] = None,
@@ -56,10 +60,10 @@ def extract(
         typer.Option(help="matched (by category), generic, or auto."),
     ] = "auto",
     benign: Annotated[
-        Path | None, typer.Option(help="More harmless prompts, for the router alone (JSONL).")
+        Path | None, typer.Option(help="More harmless prompts, for the router alone.")
     ] = None,
     answers: Annotated[
-        Path | None, typer.Option(help="Safe answers for contrast and learned (JSONL).")
+        Path | None, typer.Option(help="Safe answers for contrast and learned.")
     ] = None,
     judge: Annotated[
         str, typer.Option(help="guided: labels (in the data), or refusal (what is none is unsafe).")
@@ -138,6 +142,7 @@ def extract(
     wanted: dict[str, Any] = {
         **({"variant": variant} if variant is not None else {}),
         **({"paired": True} if paired else {}),
+        **dict(map(_numeric_option, option or ())),
     }
     settings = ExtractSettings(
         method=method,
@@ -233,8 +238,7 @@ def open_capture(
     if engine == "llama":
         from pysteer.extract.llama_capture import LlamaCapture
 
-        extra = {} if threads is None else {"n_threads": threads, "n_threads_batch": threads}
-        return LlamaCapture(source, n_ctx=context, **extra)
+        return LlamaCapture(source, n_ctx=context, **({"n_threads": threads} if threads else {}))
     for module in ("torch", "transformers"):
         require(module, "extract")
     import torch
@@ -258,6 +262,14 @@ def _choice(option: str, value: str, known: dict[str, Any]) -> Any:
     if value not in known:
         raise SteeringError(f"--{option} {value}: use one of {', '.join(known)}")
     return known[value]
+
+
+def _numeric_option(text: str) -> tuple[str, float]:
+    name, _, number = text.partition("=")
+    for kind in (int, float):
+        with suppress(ValueError):
+            return name, kind(number)
+    raise SteeringError(f"--option {text}: write NAME=NUMBER, as in kl_weight=2")
 
 
 def _pooling(text: str) -> Any:

@@ -31,7 +31,9 @@ Progress = Callable[[int, int], None]
 
 _FLUSH_EVERY = 64  # rows
 _SAVE_EVERY = 10.0  # seconds
-_OURS = re.compile(r"[0-9a-f]{64}\.(npy|done\.npy|means\.npz|means\.part\.npz|answers\.jsonl)")
+_OURS = re.compile(
+    r"[0-9a-f]{64}\.(npy|done\.npy|means\.npz|means\.part\.npz|learned\.npz|learned\.part\.npz|answers\.jsonl)"
+)
 
 
 def no_progress(_tokens: int, _rows: int) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from itertools import chain, islice, zip_longest
+from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
@@ -13,80 +16,18 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pysteer.errors import SteeringError, quoted
+from pysteer.errors import SteeringError
 from pysteer.extract.capture import token_batches
+from pysteer.extract.settings import LearnedSettings
 from pysteer.extract.steered_forward import Prepared, Span, SteeredForward
 
 Progress: TypeAlias = Callable[[int, int, str], None]
 """Called with steps done, steps in total (at most), and what is being done."""
 
+_log = logging.getLogger(__name__)
+
 _STEP_TOKENS = 1024
 _LAST_RATE = 0.1
-
-
-@dataclass(frozen=True)
-class LearnedSettings:
-    """What a run is made with.
-
-    Attributes:
-        learning_rate: of Adam, as a share of the typical size of one component of the residual
-            stream at each layer (`SteeredForward.typical_sizes`), so that it suits any model. It
-            falls evenly to a tenth over a run's steps.
-        batch_size: unsafe prompts per step.
-        benign_batch_size: benign prompts per step.
-        shared_steps: at most so many for the vector shared by all categories; 0 for none.
-        category_steps: at most so many for each category, from the shared vector.
-        category_rate: what a category's steps from the shared vector begin at, as a share of
-            learning_rate: full steps would leave where the shared one has arrived.
-        kl_weight: of the term that holds the model still on benign prompts; 0 leaves it out.
-        kl_tokens: how many tokens of the answers to benign prompts are held.
-        first_token_weight: how often the first token of an answer counts.
-        max_benign: at most so many benign prompts are used, drawn by the seed.
-        max_tokens: longer examples and benign prompts are left out.
-        validation_share: of a category's prompts, and of the benign ones, kept aside to choose the
-            best state by; 0 for none.
-        validation_prompts: at most so many unsafe, and as many benign, prompts are looked at.
-        min_prompts: categories with fewer different prompts are trained on all of them.
-        check_every: steps between two looks at the loss on the validation prompts.
-        patience: a run stops early after so many looks without a lower loss.
-        seed: of the split, the order of the prompts and the choice of benign ones.
-
-    Raises:
-        SteeringError: a value is out of its range.
-    """
-
-    learning_rate: float = 0.5
-    batch_size: int = 8
-    benign_batch_size: int = 4
-    shared_steps: int = 60
-    category_steps: int = 10
-    category_rate: float = 0.1
-    kl_weight: float = 1.0
-    kl_tokens: int = 8
-    first_token_weight: float = 4.0
-    max_benign: int = 128
-    max_tokens: int = 1024
-    validation_share: float = 0.2
-    validation_prompts: int = 12
-    min_prompts: int = 10
-    check_every: int = 5
-    patience: int = 3
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        at_least = {"shared_steps": 0, "category_steps": 0, "kl_weight": 0, "seed": 0}
-        for each in fields(self):
-            value, least = getattr(self, each.name), at_least.get(each.name, 1)
-            if each.name == "validation_share":
-                good = 0 <= value < 1
-            elif each.name in ("learning_rate", "category_rate"):
-                good = value > 0
-            else:
-                good = value >= least
-            if not good or not math.isfinite(value):
-                raise SteeringError(f"{each.name} cannot be {quoted(value)} in LearnedSettings")
-        if not self.shared_steps and not self.category_steps:
-            raise SteeringError("nothing is learned in 0 steps; raise shared_steps")
 
 
 @dataclass(frozen=True)
@@ -192,6 +133,7 @@ class Descent:
         scale: size of one component of each layer, shape (layers, 1).
         total: steps of all runs together, for `progress`.
         progress: see there.
+        folder: where finished runs are kept; None keeps none.
     """
 
     forward: SteeredForward
@@ -200,6 +142,7 @@ class Descent:
     scale: Tensor
     total: int
     progress: Progress
+    folder: Path | None = None
     _done: int = 0
     _kept: dict[tuple[Span, bool], Prepared] = field(default_factory=dict)
 
@@ -220,8 +163,12 @@ class Descent:
             self.spans.benign_validation[: self.settings.validation_prompts],
         )
         self.progress(self._done, self.total, f"{title}: running the prompts")
-        self._prepare([validation, *batches])
-        best = self._descend(title, batches, validation, start, rate)
+        path = self._path(batches, validation, start, rate)
+        best = _load(path)
+        if best is None:
+            self._prepare([validation, *batches])
+            best = self._descend(title, batches, validation, start, rate)
+            _save(best, path)
         self._done += steps
         if len(categories) == 1:  # the prompts of a run for all are needed again
             for span in chain(*train, *aside):
@@ -236,6 +183,19 @@ class Descent:
             validation_loss=best.loss if validation.unsafe else None,
             validation_kl=best.kl if validation.unsafe and validation.benign else None,
         )
+
+    def _path(
+        self, batches: Sequence[Batch], validation: Batch, start: Tensor, rate: float
+    ) -> Path | None:
+        """The file of a finished run, named after everything that it depends on."""
+        if self.folder is None:
+            return None
+        forward = self.forward
+        depends = (
+            *(forward.model.identity, forward.site, forward.layers, vars(self.settings), rate),
+            *(self.scale.tolist(), start.tolist(), validation, batches),
+        )
+        return self.folder / f"{hashlib.sha256(repr(depends).encode()).hexdigest()}.learned.npz"
 
     def _batches(self, title: str, train: Sequence[Sequence[Span]], steps: int) -> list[Batch]:
         random = generator(self.settings, "order", title)
@@ -331,6 +291,31 @@ class _Best:
     taken: int
     loss: float
     kl: float
+
+
+def _load(path: Path | None) -> _Best | None:
+    """A run that is finished; None where there is none, or what is there is damaged."""
+    if path is None or not path.exists():
+        return None
+    try:
+        with np.load(path) as kept:  # a ZIP file, whose reader compares checksums
+            return _Best(
+                torch.tensor(kept["state"]),
+                *(int(kept[name]) for name in ("step", "taken")),
+                *(float(kept[name]) for name in ("loss", "kl")),
+            )
+    except Exception as error:  # zipfile has half a dozen kinds of them
+        _log.warning("%s is damaged (%s), and is made anew", path, error)
+        return None
+
+
+def _save(best: _Best, path: Path | None) -> None:
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part.npz")
+    np.savez(part, **{**vars(best), "state": best.state.numpy()})
+    part.replace(path)
 
 
 def _count(spans: Iterable[Span]) -> int:

@@ -8,9 +8,6 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
-
 from pysteer.errors import SteeringError, quoted
 from pysteer.extract import directions as methods
 from pysteer.extract.answers import (
@@ -22,13 +19,15 @@ from pysteer.extract.answers import (
 )
 from pysteer.extract.cache import Progress, no_progress
 from pysteer.extract.capture import Row
+from pysteer.extract.directions import Direction
 from pysteer.extract.examples import Sides, require_fits, require_room
 from pysteer.extract.session import Run, slices
+from pysteer.extract.settings import LearnedSettings
 from pysteer.prompts import Prompt
 
 _log = logging.getLogger(__name__)
 
-Found: TypeAlias = dict[str, dict[int, npt.NDArray[np.float32]]]
+Found: TypeAlias = dict[str, dict[int, Direction]]
 """Category to layer to direction."""
 
 
@@ -115,22 +114,12 @@ def _from_means(run: Run) -> Found:
         owners += [number] * len(prompts)
     means = run.means(rows, owners, len(groups))
     by_group = dict(zip(groups, means, strict=True))
-    return {
-        name: {
-            layer: _at(
-                run,
-                layer,
-                name,
-                partial(
-                    methods.from_means,
-                    by_group["unsafe", name][i],
-                    by_group["safe", name if run.sides.matched else ""][i],
-                ),
-            )
-            for i, layer in enumerate(run.layers)
-        }
-        for name in run.sides.unsafe
-    }
+
+    def one(name: str, index: int) -> Direction:
+        safe = by_group["safe", name if run.sides.matched else ""]
+        return methods.from_means(by_group["unsafe", name][index], safe[index])
+
+    return _each(run, one)
 
 
 def _from_all(run: Run) -> Found:
@@ -149,30 +138,27 @@ def _from_all(run: Run) -> Found:
     if run.settings.method == "pruned":
         options.setdefault("paired", False)
 
-    def one(name: str, index: int) -> npt.NDArray[np.float32]:
+    def one(name: str, index: int) -> Direction:
         safe = parts[1][name if run.sides.matched else ""]
         return method.function(
             activations[parts[0][name], index], activations[safe, index], **options
         )
 
-    return {
-        name: {
-            layer: _at(run, layer, name, partial(one, name, i))
-            for i, layer in enumerate(run.layers)
-        }
-        for name in run.sides.unsafe
-    }
+    return _each(run, one)
 
 
-def _at(
-    run: Run, layer: int, category: str, find: Callable[[], npt.NDArray[np.float32]]
-) -> npt.NDArray[np.float32]:
-    try:
-        return find()
-    except SteeringError as error:
-        raise SteeringError(
-            f"category {quoted(category)}, layer {layer}, method {run.settings.method}: {error}"
-        ) from None
+def _each(run: Run, find: Callable[[str, int], Direction]) -> Found:
+    """What `find` gives for each category and each index into the layers."""
+    found: Found = {}
+    for name in run.sides.unsafe:
+        found[name] = {}
+        for index, layer in enumerate(run.layers):
+            try:
+                found[name][layer] = find(name, index)
+            except SteeringError as error:
+                where = f"category {quoted(name)}, layer {layer}, method {run.settings.method}"
+                raise SteeringError(f"{where}: {error}") from None
+    return found
 
 
 def _keep_what_was_confirmed(run: Run) -> None:
@@ -256,18 +242,11 @@ def _contrast(run: Run) -> Found:
                 "there is no contrast; use another method"
             )
     means = run.means(rows, owners, 2 * len(names))
-    return {
-        name: {
-            layer: _at(
-                run,
-                layer,
-                name,
-                partial(methods.from_means, means[group[name]][i], means[group[name] + 1][i]),
-            )
-            for i, layer in enumerate(run.layers)
-        }
-        for name in names
-    }
+
+    def one(name: str, index: int) -> Direction:
+        return methods.from_means(means[group[name]][index], means[group[name] + 1][index])
+
+    return _each(run, one)
 
 
 def _torch_model(run: Run) -> Any:
@@ -285,18 +264,17 @@ def _torch_model(run: Run) -> Any:
 def _learned(run: Run) -> Found:
     """By gradient descent, which needs torch; safe prompts are what the model is held still on."""
     model = _torch_model(run)
-    from pysteer.extract.learned import Example, LearnedSettings, end_of_turn, learn
+    from pysteer.extract.learned import Example, learn
 
-    end = end_of_turn(model)
     examples = {}
     for name, prompts in run.sides.unsafe.items():
         texts = safe_answers(prompts, run.data.answers)
         examples[name] = [
-            Example(row.tokens, model.response_tokens(text) + end)
+            Example(row.tokens, model.response_tokens(text) + model.end_of_turn)
             for row, text in zip(run.rows(prompts, "prompt"), texts, strict=True)
         ]
     benign = [row.tokens for group in run.sides.safe.values() for row in run.rows(group, "prompt")]
-    settings = LearnedSettings(seed=run.settings.seed)
+    settings = LearnedSettings(seed=run.settings.seed, **run.settings.options)
     advance: Progress | None = None
     last = 0
 
@@ -315,6 +293,7 @@ def _learned(run: Run) -> Found:
         site=run.settings.site,
         settings=settings,
         progress=progress,
+        kept=run.cache,
     )
     run.figures["learned"] = {
         "settings": asdict(settings),

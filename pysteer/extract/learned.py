@@ -21,6 +21,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 
 import torch
 
@@ -29,30 +30,34 @@ from pysteer.extract.capture import Tokens
 from pysteer.extract.descent import (
     Descent,
     LearnedDirection,
-    LearnedSettings,
     Progress,
     Spans,
     generator,
 )
-from pysteer.extract.safe_answers import SAFE_ANSWERS, Example, end_of_turn, safe_examples
+from pysteer.extract.settings import LearnedSettings
 from pysteer.extract.steered_forward import Span, SteeredForward
 from pysteer.extract.torch_model import TorchModel
 
 __all__ = [
-    "SAFE_ANSWERS",
     "Example",
     "LearnedDirection",
     "LearnedDirections",
     "LearnedSettings",
     "Progress",
-    "end_of_turn",
     "learn",
-    "safe_examples",
 ]
 
 _log = logging.getLogger(__name__)
 
 _SHARED = "shared"
+
+
+@dataclass(frozen=True)
+class Example:
+    """An unsafe prompt in its chat template, and a safe answer with its end of turn, as tokens."""
+
+    prompt: Tokens
+    answer: Tokens
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,7 @@ def learn(
     site: str = "residual",
     settings: LearnedSettings | None = None,
     progress: Progress | None = None,
+    kept: Path | None = None,
 ) -> LearnedDirections:
     """Learn directions for each category; see the module's text for the method.
 
@@ -90,12 +96,14 @@ def learn(
 
     Args:
         model: the model; it is left as it was, also after an exception.
-        unsafe: category to its examples, for instance from `safe_examples`.
+        unsafe: category to its examples.
         benign: benign prompts in the chat template, as tokens.
         layers: the layers to learn directions for, together.
         site: residual, attention or mlp.
         settings: see there.
         progress: called before every step, and at the end.
+        kept: a folder for what has been learned, so that the same call, interrupted and repeated,
+            begins with the first category that was not done.
 
     Raises:
         SteeringError: a category without examples, an empty prompt or answer, no benign prompts
@@ -116,6 +124,7 @@ def learn(
         torch.tensor([[sizes[layer]] for layer in forward.layers]),
         total,
         progress,
+        kept,
     )
     start = torch.zeros(len(forward.layers), model.n_embd)
     rate = settings.learning_rate

@@ -32,7 +32,7 @@ class LlamaCapture:
     Args:
         model_path: a GGUF model.
         n_ctx: how many tokens a sequence may have.
-        token_budget: tokens per batch.
+        token_budget: tokens per batch; not more than `n_ctx`.
         **llama_arguments: everything else that `llama_cpp.Llama` takes.
 
     Raises:
@@ -48,10 +48,15 @@ class LlamaCapture:
         token_budget: int = 512,
         **llama_arguments: Any,
     ) -> None:
-        arguments = {"verbose": False, "n_threads": os.cpu_count(), **llama_arguments}
-        arguments.update(
-            n_batch=token_budget, n_ubatch=token_budget, n_ctx=max(n_ctx, token_budget)
-        )
+        threads = llama_arguments.get("n_threads") or os.cpu_count()
+        arguments = {
+            "verbose": False,
+            "n_threads": threads,
+            "n_threads_batch": threads,
+            **llama_arguments,
+        }
+        batch = min(token_budget, n_ctx)
+        arguments.update(n_batch=batch, n_ubatch=batch, n_ctx=n_ctx)
         try:
             try:
                 self.llm = HookedLlama(model_path, max_sequences=_MAX_SEQUENCES, **arguments)

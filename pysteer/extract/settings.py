@@ -1,10 +1,10 @@
-"""What an extraction is asked to do."""
+"""What an extraction is asked to do, and what the method `learned` is made with."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from pysteer.errors import SteeringError, quoted
@@ -21,13 +21,79 @@ MASSIVE_RATIO = 10.0
 
 
 @dataclass(frozen=True)
+class LearnedSettings:
+    """What the method `learned` is made with; see `pysteer.extract.learned`.
+
+    Attributes:
+        learning_rate: of Adam, as a share of the typical size of one component of the residual
+            stream at each layer (`SteeredForward.typical_sizes`), so that it suits any model. It
+            falls evenly to a tenth over a run's steps.
+        batch_size: unsafe prompts per step.
+        benign_batch_size: benign prompts per step.
+        shared_steps: at most so many for the vector shared by all categories; 0 for none.
+        category_steps: at most so many for each category, from the shared vector.
+        category_rate: what a category's steps from the shared vector begin at, as a share of
+            learning_rate: full steps would leave where the shared one has arrived.
+        kl_weight: of the term that holds the model still on benign prompts; 0 leaves it out.
+        kl_tokens: how many tokens of the answers to benign prompts are held.
+        first_token_weight: how often the first token of an answer counts.
+        max_benign: at most so many benign prompts are used, drawn by the seed.
+        max_tokens: longer examples and benign prompts are left out.
+        validation_share: of a category's prompts, and of the benign ones, kept aside to choose the
+            best state by; 0 for none.
+        validation_prompts: at most so many unsafe, and as many benign, prompts are looked at.
+        min_prompts: categories with fewer different prompts are trained on all of them.
+        check_every: steps between two looks at the loss on the validation prompts.
+        patience: a run stops early after so many looks without a lower loss.
+        seed: of the split, the order of the prompts and the choice of benign ones.
+
+    Raises:
+        SteeringError: a value is out of its range.
+    """
+
+    learning_rate: float = 0.5
+    batch_size: int = 8
+    benign_batch_size: int = 4
+    shared_steps: int = 60
+    category_steps: int = 10
+    category_rate: float = 0.1
+    kl_weight: float = 1.0
+    kl_tokens: int = 8
+    first_token_weight: float = 4.0
+    max_benign: int = 128
+    max_tokens: int = 1024
+    validation_share: float = 0.2
+    validation_prompts: int = 12
+    min_prompts: int = 10
+    check_every: int = 5
+    patience: int = 3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        at_least = {"shared_steps": 0, "category_steps": 0, "kl_weight": 0, "seed": 0}
+        for each in fields(self):
+            value, least = getattr(self, each.name), at_least.get(each.name, 1)
+            if each.name == "validation_share":
+                good = 0 <= value < 1
+            elif each.name in ("learning_rate", "category_rate"):
+                good = value > 0
+            else:
+                good = value >= least
+            whole = isinstance(value, int) or not isinstance(each.default, int)
+            if not (good and whole and math.isfinite(value)):
+                raise SteeringError(f"{each.name} cannot be {quoted(value)} in LearnedSettings")
+        if not self.shared_steps and not self.category_steps:
+            raise SteeringError("nothing is learned in 0 steps; raise shared_steps")
+
+
+@dataclass(frozen=True)
 class ExtractSettings:
     """How directions and the router are found.
 
     Attributes:
         method: one of `ALL_METHODS`; see `pysteer.extract.directions` and `.learned`.
         options: keyword arguments of the method: `paired` (pruned), `variant` (pca), `C`
-            (logistic).
+            (logistic), all of `LearnedSettings` but the seed (learned).
         site: where in a block.
         layers: block indices; None is three around the middle.
         pooling: which tokens' activations are averaged; see `Pooling`. `contrast` averages the
@@ -81,13 +147,17 @@ class ExtractSettings:
         _one_of("orthogonalise", self.orthogonalise, ("", "categories", "benign"))
         if not isinstance(self.pooling, tuple):
             _one_of("pooling", self.pooling, POOLINGS)
-        allowed = METHODS[self.method].options if self.method in METHODS else ()
+        allowed: tuple[str, ...] = tuple(f.name for f in fields(LearnedSettings)[:-1])
+        if self.method in METHODS:
+            allowed = METHODS[self.method].options
         for option in self.options:
             if option not in allowed or option.startswith("really_"):
                 raise SteeringError(f"the method {self.method} has no option {quoted(option)}")
         if "variant" in self.options:
             _one_of("variant", self.options["variant"], PCA_VARIANTS)
         self._check_numbers()
+        if self.method == "learned":
+            LearnedSettings(seed=self.seed, **self.options)
         if self.paired and self.matched is False:
             raise SteeringError("pairs are matched; leave generic safe data to other methods")
         if self.method in ("contrast", "learned") and self.pooling != "user":

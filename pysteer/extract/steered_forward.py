@@ -106,6 +106,7 @@ class SteeredForward:
         token_budget: int = 1024,
     ) -> None:
         self.model = model
+        self.site = site
         self.layers = tuple(sorted(set(layers)))
         self.token_budget = token_budget
         known = model.sites.get(site, ())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,6 @@ class TorchModel:
                 # Newer versions would keep the weights quantised and compute in float32.
                 unpacked["quantization_config"] = transformers.GgufConfig(dequantize=True)
         self.dtype = dtype if dtype is not None else fastest_dtype()
-        self.identity = f"{file_identity(path) if path.is_file() else source} {self.dtype}"
         self.weights = f"{path.name}, {str(self.dtype).removeprefix('torch.')}"
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(name, **where)
@@ -90,7 +90,8 @@ class TorchModel:
         self.n_embd = int(config.hidden_size)
         self.n_ctx = int(getattr(config, "max_position_embeddings", 0) or 2**31)
         self.blocks = find_blocks(self.model, self.n_layer)
-        self.base_model = _identity(path if where else None, config, self.n_layer, self.n_embd)
+        self.base_model = _base_model(path if where else None, config, self.n_layer, self.n_embd)
+        self.identity = f"{_files(path) or _revision(source, self.model.config)} {self.dtype}"
         self.device: Any = self.model.get_input_embeddings().weight.device
         if not self.has_chat_template:
             _log.warning("%s has no chat template; prompts are taken as they are", source)
@@ -145,6 +146,30 @@ class TorchModel:
     def text(self, tokens: Tokens) -> str:
         """What tokens of a response say."""
         return str(self.tokenizer.decode(list(tokens)))
+
+    @cached_property
+    def end_of_turn(self) -> Tokens:
+        """The token that ends an answer: what the chat template puts there, or the end of text.
+
+        One token, or none where the model has neither, which is logged.
+        """
+        tail = ""
+        if self.has_chat_template:
+            turns = [
+                {"role": "user", "content": "Hello"},
+                {"role": "assistant", "content": "pysteer"},
+            ]
+            text = self.tokenizer.apply_chat_template(turns, tokenize=False)
+            tail = text.rpartition("pysteer")[2]
+        special = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        special |= set(self.tokenizer.all_special_ids)
+        for token in self.tokenizer(tail, add_special_tokens=False)["input_ids"]:
+            if token in special:
+                return (int(token),)
+        if self.tokenizer.eos_token_id is not None:
+            return (int(self.tokenizer.eos_token_id),)
+        _log.warning("the model has no token that ends an answer; safe answers are learned without")
+        return ()
 
     def padded(self, sequences: Sequence[Tokens]) -> dict[str, Tensor]:
         """`input_ids` and `attention_mask`, padded on the right.
@@ -220,7 +245,18 @@ def _listed(value: int | list[int] | None) -> list[int]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
-def _identity(gguf_file: Path | None, config: Any, n_layer: int, n_embd: int) -> BaseModel:
+def _files(path: Path) -> str:
+    """What identifies a local model's files; "" if it is no local one."""
+    if path.is_dir():
+        return " ".join(file_identity(file) for file in sorted(path.iterdir()) if file.is_file())
+    return file_identity(path) if path.is_file() else ""
+
+
+def _revision(hub_id: str, config: Any) -> str:
+    return f"{hub_id} {getattr(config, '_commit_hash', None)}"
+
+
+def _base_model(gguf_file: Path | None, config: Any, n_layer: int, n_embd: int) -> BaseModel:
     """The base model, in GGUF's terms: read from the file, or by what conversion would write."""
     if gguf_file is not None:
         from gguf import GGUFReader

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pysteer import SteeringError
-from pysteer.extract.answers import REFUSALS, judge_answers, own_answers, safe_answers
+from pysteer.extract.answers import SAFE_ANSWERS, judge_answers, own_answers, safe_answers
 from pysteer.extract.llama_capture import LlamaCapture
 from pysteer.prompts import Prompt
 
@@ -51,7 +51,7 @@ def test_the_closest_answer_is_chosen():
     answers = [for_any, for_a, for_p2]
     assert safe_answers(prompts, answers) == ["for a", "for p2", "any"]
     assert safe_answers(prompts, [for_a, for_p2])[:2] == ["for a", "for p2"]
-    assert safe_answers(prompts, [for_a, for_p2])[2] in REFUSALS
+    assert safe_answers(prompts, [for_a, for_p2])[2] in SAFE_ANSWERS
     assert safe_answers(prompts, [for_any]) == ["any"] * 3
 
 
@@ -59,7 +59,7 @@ def test_several_fitting_answers_take_turns():
     prompts = [Prompt(str(i), "a") for i in range(7)]
     answers = [Prompt("", response=text) for text in ("x", "y", "z")]
     assert safe_answers(prompts, answers) == list("xyzxyzx")
-    assert set(safe_answers(prompts, [])) == set(REFUSALS)
+    assert set(safe_answers(prompts, [])) == set(SAFE_ANSWERS)
 
 
 @pytest.mark.parametrize("response", [None, "", "  "])

@@ -257,6 +257,63 @@ def test_recurrent_models_are_captured_one_at_a_time(llama):
 
 
 @pytest.mark.torch
+def test_a_local_folder_is_loaded_and_recognised_when_it_changes(tmp_path):
+    import torch
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    from pysteer.extract.torch_capture import TorchCapture
+    from pysteer.extract.torch_model import TorchModel
+
+    words = {word: i for i, word in enumerate(["<unk>", "</s>", "the", "sea", "is", "blue"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>"
+    ).save_pretrained(tmp_path)
+    config = transformers.GPTNeoXConfig(
+        vocab_size=6,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+    )
+
+    def loaded(seed):
+        torch.manual_seed(seed)
+        model = transformers.GPTNeoXForCausalLM(config)
+        model.save_pretrained(tmp_path)
+        return model, TorchCapture(TorchModel(str(tmp_path), dtype=torch.float32))
+
+    model, capture = loaded(1)
+    assert vars(capture.base_model) == {
+        "architecture": "gptneox",
+        "name": tmp_path.name,
+        "n_layer": 2,
+        "n_embd": 16,
+        "n_vocab": 6,
+    }
+    tokens = capture.prompt_tokens("the sea is blue")
+    assert tokens == (2, 3, 4, 5)
+    with torch.no_grad():
+        states = model(torch.tensor([tokens]), output_hidden_states=True).hidden_states
+    [(_, found)] = capture.activations([Row(tokens, 1, 4)], site="residual", layers=[0])
+    np.testing.assert_allclose(found[0], states[1][0, 1:4].mean(0), atol=1e-5)
+    _, again = loaded(2)
+    assert again.identity != capture.identity
+    assert TorchModel(str(tmp_path), dtype=torch.float32).identity == again.identity
+
+
+def test_a_small_context_and_threads_are_what_was_asked_for(tiny_model):
+    import llama_cpp
+
+    with closing(LlamaCapture(tiny_model("llama"), n_ctx=256, n_threads=1)) as capture:
+        assert capture.n_ctx == 256
+        assert llama_cpp.llama_n_threads(capture.llm.ctx) == 1
+        assert llama_cpp.llama_n_threads_batch(capture.llm.ctx) == 1
+
+
+@pytest.mark.torch
 def test_what_cannot_be_loaded_is_named(tmp_path):
     from pysteer.extract.torch_model import TorchModel
 

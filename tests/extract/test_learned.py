@@ -12,13 +12,10 @@ pytest.importorskip("transformers")
 from pysteer.extract import descent  # noqa: E402
 from pysteer.extract.descent import losses  # noqa: E402
 from pysteer.extract.learned import (  # noqa: E402
-    SAFE_ANSWERS,
     Example,
-    LearnedSettings,
-    end_of_turn,
     learn,
-    safe_examples,
 )
+from pysteer.extract.settings import LearnedSettings  # noqa: E402
 from pysteer.extract.steered_forward import Span, SteeredForward  # noqa: E402
 from pysteer.extract.torch_model import TorchModel  # noqa: E402
 
@@ -388,6 +385,56 @@ def test_a_category_that_cannot_improve_keeps_the_shared_vector(model, caplog):
     assert "have the shared vector: 'a', 'b'" in caplog.text
 
 
+class StopError(Exception):
+    """What a test interrupts with."""
+
+
+def test_what_was_learned_before_an_interruption_is_kept(model, tmp_path, monkeypatch):
+    whole = learned_quickly(model)
+    ran = []
+    descend = descent.Descent._descend
+    monkeypatch.setattr(
+        descent.Descent,
+        "_descend",
+        lambda self, title, *rest: ran.append(title) or descend(self, title, *rest),
+    )
+
+    def stop(done, _total, _text):
+        if done == 6 + 4 + 2:  # in the midst of the second category
+            raise StopError
+
+    with pytest.raises(StopError):
+        learned_quickly(model, kept=tmp_path, progress=stop)
+    assert ran == ["shared", "a", "b"]
+    resumed = learned_quickly(model, kept=tmp_path)
+    assert ran[3:] == ["b"]
+    again = learned_quickly(model, kept=tmp_path)
+    assert ran[4:] == []
+    for found in (resumed, again):
+        for one, other in (
+            (found.shared, whole.shared),
+            *((found.categories[c], whole.categories[c]) for c in "ab"),
+        ):
+            assert np.array_equal(one.directions[1], other.directions[1])
+            assert {**vars(one), "directions": 0} == {**vars(other), "directions": 0}
+
+
+def test_what_was_learned_otherwise_or_is_damaged_is_not_used(model, tmp_path, caplog):
+    before = learned_quickly(model, kept=tmp_path).categories["a"].directions[1]
+    names = set(tmp_path.iterdir())
+    assert len(names) == 3
+    settings = LearnedSettings(**{**vars(QUICK), "learning_rate": 0.3})
+    for others in ({"settings": settings}, {"seed": 3}):
+        found = learned_quickly(model, kept=tmp_path, **others)
+        assert not np.array_equal(found.categories["a"].directions[1], before)
+    assert len(set(tmp_path.iterdir())) == 9
+    for path in names:
+        path.write_bytes(path.read_bytes()[:-30])
+    found = learned_quickly(model, kept=tmp_path)
+    assert np.array_equal(found.categories["a"].directions[1], before)
+    assert caplog.text.count("is damaged") == 3
+
+
 def test_a_category_starts_from_the_shared_vector(model):
     alone = LearnedSettings(**{**vars(QUICK), "category_steps": 0})
     found = learned_quickly(model, alone)
@@ -446,22 +493,18 @@ def test_progress_goes_up_to_the_total(model):
     assert any("KL" in text for *_, text in seen)
 
 
-def test_safe_examples_are_prompts_with_answers_that_end(model):
-    made = safe_examples(model, [f"question {i}" for i in range(8)])
-    (end,) = end_of_turn(model)
+def test_an_answer_ends_as_the_template_ends_it(model):
+    (end,) = model.end_of_turn
     assert model.tokenizer.convert_ids_to_tokens(end) == "<|im_end|>"
-    for i, example in enumerate(made):
-        assert example.prompt == model.prompt_tokens(f"question {i}")
-        assert example.answer[-1] == end
-        assert model.text(example.answer[:-1]) == SAFE_ANSWERS[i % len(SAFE_ANSWERS)]
 
 
 def test_without_a_template_an_answer_ends_as_a_text_does(tiny_llama, caplog):
     model = TorchModel(str(tiny_llama), dtype=torch.float32)
     model.tokenizer.chat_template = None
-    assert end_of_turn(model) == (model.tokenizer.eos_token_id,)
-    model.tokenizer.eos_token = None
-    assert end_of_turn(model) == ()
+    assert model.end_of_turn == (model.tokenizer.eos_token_id,)
+    model = TorchModel(str(tiny_llama), dtype=torch.float32)
+    model.tokenizer.chat_template = model.tokenizer.eos_token = None
+    assert model.end_of_turn == ()
     assert "no token that ends an answer" in caplog.text
 
 

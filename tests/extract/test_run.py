@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from pysteer import BaseModel, SteeringError, SteeringPack
 from pysteer.extract import run as run_module
-from pysteer.extract.answers import REFUSALS
+from pysteer.extract.answers import SAFE_ANSWERS
 from pysteer.extract.capture import Row
 from pysteer.extract.examples import split_sides
 from pysteer.extract.llama_capture import LlamaCapture
@@ -269,7 +269,11 @@ def test_contrast_is_between_two_answers_to_the_same_prompts(capture, tmp_path):
     differences = {"hate": [], "malware": []}
     for i, prompt in enumerate(used):
         row = tokens(capture, f"{HEAD}{prompt.prompt}{TAIL}")
-        text = answers[0].response if prompt.category == "malware" else REFUSALS[i % len(REFUSALS)]
+        text = (
+            answers[0].response
+            if prompt.category == "malware"
+            else SAFE_ANSWERS[i % len(SAFE_ANSWERS)]
+        )
         refusing = capture.llm.tokenize(text.encode(), add_bos=False)[:k]
         both = []
         for answer in (greedy(capture, row, k), refusing):
