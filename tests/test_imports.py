@@ -8,7 +8,7 @@ import pytest
 HEAVY = ["torch", "transformers", "sklearn", "matplotlib", "hypothesis", "pytest"]
 
 
-@pytest.mark.parametrize("module", ["pysteer", "pysteer.cli"])
+@pytest.mark.parametrize("module", ["pysteer", "pysteer.cli", "pysteer.extract"])
 def test_importing_loads_no_heavy_package(module):
     code = (
         f"import sys, {module}; assert {module!r} in sys.modules; "

@@ -1,4 +1,4 @@
-"""The README's examples run as they stand."""
+"""The README's examples, and those of the documentation, run as they stand."""
 
 import os
 import re
@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from pysteer import shipped
+from pysteer import SteeringPack, shipped
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
 PYTHON = [text for language, text in BLOCKS if language == "python"]
 COMMANDS = [
@@ -47,6 +48,16 @@ def folder(tmp_path_factory):
     for side, name in (("unsafe", "demo_unsafe.jsonl"), ("safe", "demo_harmless.jsonl")):
         shutil.copy(data / name, folder / f"{side}.jsonl")
     return folder
+
+
+def test_the_python_example_of_the_documentation(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    text = (ROOT / "docs" / "extract.md").read_text(encoding="utf-8")
+    [example] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(compile(example, "extract.md", "exec"), {})
+    pack = SteeringPack.load("mine.gguf")
+    assert {layer for vector in pack.categories.values() for layer in vector.layers} == {12, 15}
+    assert pack.router is not None
 
 
 @pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("pysteer")])

@@ -241,6 +241,8 @@ def open_capture(
         return LlamaCapture(source, n_ctx=context, **({"n_threads": threads} if threads else {}))
     for module in ("torch", "transformers"):
         require(module, "extract")
+    if not console.err.is_terminal:  # first, because tqdm looks at it when it is imported
+        os.environ.setdefault("TQDM_DISABLE", "1")
     import torch
     import transformers
 

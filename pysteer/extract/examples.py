@@ -109,6 +109,16 @@ def split_sides(
             "or use generic safe data"
         )
     else:
+        left = [
+            p for name, group in safe_by_category.items() if name not in by_category for p in group
+        ]
+        if left:
+            _log.warning(
+                "%d safe prompts are of none of the categories and are left out, because each "
+                "category is held against its own; the first is at %s",
+                len(left),
+                left[0].source or quoted(left[0].prompt),
+            )
         safe_by_category = {name: safe_by_category[name] for name in by_category}
     split = {}
     for name, prompts in by_category.items():

@@ -21,7 +21,7 @@ def separation(run: Run, vectors: Mapping[str, SteeringVector]) -> dict[str, dic
 
     # Over the prompt, where a response is not there to be averaged.
     pooling = run.settings.pooling
-    if pooling == "response" or run.settings.method in ("contrast", "learned"):
+    if pooling == "response" or run.settings.on_answers:
         pooling = "user"
     sides = [run.sides.held_out_unsafe, run.sides.held_out_safe]
     prompts = [p for side in sides for group in side.values() for p in group]

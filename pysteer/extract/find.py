@@ -38,7 +38,7 @@ def check(run: Run) -> None:
         SteeringError: names file and line where it is in the data.
     """
     method, data, sides = run.settings.method, run.data, run.sides
-    answered = method in ("contrast", "learned")
+    answered = run.settings.on_answers
     if method == "learned":
         _torch_model(run)
     if data.answers and not answered:

@@ -72,7 +72,7 @@ def extract(
     run.sides = split_sides(
         data.unsafe,
         data.safe,
-        matched=settings.matched,
+        matched=False if settings.on_answers else settings.matched,
         paired=settings.paired,
         held_out=settings.held_out,
         seed=settings.seed,

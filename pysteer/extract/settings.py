@@ -63,7 +63,7 @@ class LearnedSettings:
     max_benign: int = 128
     max_tokens: int = 1024
     validation_share: float = 0.2
-    validation_prompts: int = 12
+    validation_prompts: int = 8
     min_prompts: int = 10
     check_every: int = 5
     patience: int = 3
@@ -160,12 +160,12 @@ class ExtractSettings:
             LearnedSettings(seed=self.seed, **self.options)
         if self.paired and self.matched is False:
             raise SteeringError("pairs are matched; leave generic safe data to other methods")
-        if self.method in ("contrast", "learned") and self.pooling != "user":
+        if self.on_answers and self.pooling != "user":
             raise SteeringError(f"{self.method} looks at answers; it has no pooling of prompts")
         if self.unit_norm and self.scale:
             raise SteeringError("directions cannot have both norm 1 and a scale")
-        if self.method == "contrast" and self.matched is not None:
-            raise SteeringError("contrast holds answers against each other, not prompts")
+        if self.on_answers and self.matched is not None:
+            raise SteeringError(f"{self.method} looks at answers; it does not match prompts")
 
     def _check_numbers(self) -> None:
         # Here rather than where they are used, which may be hours later.
@@ -187,9 +187,14 @@ class ExtractSettings:
             raise SteeringError("no layers are named")
 
     @property
+    def on_answers(self) -> bool:
+        """Whether the method is about answers to unsafe prompts, and not about prompts."""
+        return self.method in ("contrast", "learned")
+
+    @property
     def paired(self) -> bool:
         """Whether the method needs pairs of an unsafe and a safe prompt."""
-        if self.method == "learned" or self.method == "contrast":
+        if self.on_answers:
             return False
         return METHODS[self.method].needs_pairs(**self.options)
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pysteer.errors import SteeringError
 from pysteer.extract.capture import Tokens, continuation, file_identity, token_batches
+from pysteer.formats.container import read_metadata
 from pysteer.pack import BaseModel
 
 _log = logging.getLogger(__name__)
@@ -259,13 +260,13 @@ def _revision(hub_id: str, config: Any) -> str:
 def _base_model(gguf_file: Path | None, config: Any, n_layer: int, n_embd: int) -> BaseModel:
     """The base model, in GGUF's terms: read from the file, or by what conversion would write."""
     if gguf_file is not None:
-        from gguf import GGUFReader
-
-        fields = GGUFReader(gguf_file).fields
-        architecture = str(fields["general.architecture"].contents())
-        name = str(fields["general.name"].contents()) if "general.name" in fields else ""
-        n_vocab = len(fields["tokenizer.ggml.tokens"].data)
-        return BaseModel(architecture, name, n_layer, n_embd, n_vocab)
+        metadata = read_metadata(gguf_file)
+        architecture = str(metadata["general.architecture"])
+        tokens = metadata["tokenizer.ggml.tokens"]
+        n_vocab = len(tokens) if isinstance(tokens, list) else 0
+        return BaseModel(
+            architecture, str(metadata.get("general.name", "")), n_layer, n_embd, n_vocab
+        )
     kind = str(config.model_type)
     name = str(getattr(config, "_name_or_path", "")).rstrip("/").split("/")[-1]
     return BaseModel(_ARCHITECTURES.get(kind, kind), name, n_layer, n_embd, int(config.vocab_size))

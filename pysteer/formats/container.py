@@ -18,6 +18,8 @@ from __future__ import annotations
 import mmap
 import stat
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -137,17 +139,35 @@ def read(path: Path, *, architectures: tuple[str, ...]) -> Container:
     Raises:
         FormatError: the file cannot be read, breaks a rule above, or is of another architecture.
     """
-    with naming(path):
-        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would wait, a device never end
-            raise FormatError("not a file")
-        with path.open("rb") as file:
-            if file.seek(0, 2) == 0:
-                raise FormatError("the file is empty")
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _parse(_Cursor(data), architectures)
+    with naming(path), _opened(path) as cursor:
+        n_tensors, metadata = _head(cursor, architectures)
+        _check_architecture(metadata, architectures)
+        return Container(metadata, _tensors(cursor, n_tensors, metadata))
 
 
-def _parse(cursor: _Cursor, architectures: tuple[str, ...]) -> Container:
+def read_metadata(path: Path) -> dict[str, Value]:
+    """Read the metadata of a GGUF file of any architecture, such as a model.
+
+    Raises:
+        FormatError: the file cannot be read, or breaks a rule above.
+    """
+    with naming(path), _opened(path) as cursor:
+        return _head(cursor, None)[1]
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[_Cursor]:
+    if not stat.S_ISREG(path.stat().st_mode):  # a pipe would wait, a device never end
+        raise FormatError("not a file")
+    with path.open("rb") as file:
+        if file.seek(0, 2) == 0:
+            raise FormatError("the file is empty")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            yield _Cursor(data)
+
+
+def _head(cursor: _Cursor, architectures: tuple[str, ...] | None) -> tuple[int, dict[str, Value]]:
+    """The number of tensors, and the metadata."""
     if cursor.data[:4] != b"GGUF":
         raise FormatError("not a GGUF file")
     cursor.at = 4
@@ -163,10 +183,15 @@ def _parse(cursor: _Cursor, architectures: tuple[str, ...]) -> Container:
         if key in metadata:
             raise FormatError(f"metadata key {quoted(key)} occurs twice")
         metadata[key] = cursor.value(f"metadata value {quoted(key)}")
-        if key == _ARCHITECTURE:  # first in every ordinary file: turn others away at once
+        # First in every ordinary file: turn others away at once.
+        if key == _ARCHITECTURE and architectures is not None:
             _check_architecture(metadata, architectures)
-    _check_architecture(metadata, architectures)
+    return n_tensors, metadata
 
+
+def _tensors(
+    cursor: _Cursor, n_tensors: int, metadata: dict[str, Value]
+) -> dict[str, npt.NDArray[np.float32]]:
     infos: dict[str, tuple[tuple[int, ...], int]] = {}
     for _ in range(n_tensors):
         name = cursor.string("a tensor name")
@@ -188,7 +213,7 @@ def _parse(cursor: _Cursor, architectures: tuple[str, ...]) -> Container:
         flat = np.frombuffer(cursor.data, "<f4", count, start + offset)
         tensors[name] = flat.reshape(shape).astype(np.float32, copy=True)
         del flat  # a view would keep the mapping from closing
-    return Container(metadata, tensors)
+    return tensors
 
 
 def _aligned(position: int, alignment: int) -> int:

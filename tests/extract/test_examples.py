@@ -127,6 +127,15 @@ def test_a_category_without_safe_prompts_is_named():
         split([*some(6, "a"), *some(6, "b")], some(6, "a", "s"), matched=True)
 
 
+def test_safe_prompts_of_no_category_are_left_out_aloud(caplog):
+    twins = some(6, "a", "s")
+    sides = split(some(6, "a"), [*twins, Prompt("x"), Prompt("y", "z", source="f, line 8")])
+    assert sides.matched
+    assert "2 safe prompts are of none of the categories and are left out" in caplog.text
+    found = [*sides.safe_for("a"), *sides.held_out_safe_for("a")]
+    assert sorted(p.prompt for p in found) == sorted(p.prompt for p in twins)
+
+
 # ---- pairs -----------------------------------------------------------------------------------
 
 

@@ -14,10 +14,12 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
+from gguf import GGUFReader
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pysteer import FormatError, SteeringPack, SteeringVector
+from pysteer.formats.container import read_metadata
 
 U8, I8, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64 = 0, 1, 4, 5, 6, 7, 8, 9, 10, 11, 12
 EXTREMES = [0, 1, 3, 2**31, 2**32 - 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1]
@@ -230,6 +232,7 @@ def check_refused(path, content=None):
 
 def check_refused_or_sound(path, content, second):
     path.write_bytes(content)
+    assert isinstance(load(read_metadata, path), (dict, FormatError))
     for loader in LOADERS:
         found = load(loader, path)
         if isinstance(found, FormatError):
@@ -833,6 +836,13 @@ def test_a_path_that_no_system_allows_is_refused():
 def test_a_model_is_refused_as_such(tiny_llama):
     check_refused(tiny_llama)
     assert "'llama'" in str(load(SteeringPack.load, tiny_llama))
+
+
+def test_the_metadata_of_a_model_is_what_the_gguf_package_reads(tiny_llama):
+    fields = GGUFReader(tiny_llama).fields
+    wanted = {key: field.contents() for key, field in fields.items() if not key.startswith("GGUF.")}
+    assert read_metadata(tiny_llama) == wanted
+    assert len(wanted["tokenizer.ggml.tokens"]) == 320
 
 
 def test_the_file_is_named_also_if_its_name_begins_the_message(tmp_path, monkeypatch):
