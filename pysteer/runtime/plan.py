@@ -60,7 +60,7 @@ def check_strengths(pack: SteeringPack, steering: Mapping[str, float | str]) -> 
         name = quoted(category)
         if isinstance(strength, str) and strength == "auto":
             raise SteeringError(
-                f"category {name} is to be gated, and the pack holds no router; "
+                f"category {name} is to be gated, and this version applies no router; "
                 "give it a number as strength"
             )
         if not isinstance(strength, Real) or isinstance(strength, bool):

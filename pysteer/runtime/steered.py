@@ -166,7 +166,7 @@ class SteeredLlama(HookedLlama):
         if self._pack is not None and not self._warned_unsteered:
             self._warned_unsteered = True
             _log.warning(
-                "this pack has no router, so nothing is steered unless a request brings "
+                "this version applies no router, so nothing is steered unless a request brings "
                 "steering={category: strength} or stands in `with llm.steering(...)`"
             )
 

@@ -80,7 +80,7 @@ def test_a_strength_that_is_no_finite_number_is_refused(strength):
 
 
 def test_gating_needs_a_router():
-    with pytest.raises(SteeringError, match="no router"):
+    with pytest.raises(SteeringError, match="applies no router"):
         check_strengths(PACK, {"middle": "auto"})
 
 

@@ -370,7 +370,7 @@ def test_recurrent_models_start_over(tiny_model):
         ({"a": float("inf")}, SteeringError, "finite"),
         ({"a": 1e39}, SteeringError, "not finite"),
         ({"a": "1.0"}, SteeringError, "not a number"),
-        ({"a": "auto"}, SteeringError, "no router"),
+        ({"a": "auto"}, SteeringError, "applies no router"),
         ({"a": True}, SteeringError, "not a number"),
         ("a", SteeringError, "mapping"),
         ("auto", SteeringError, "mapping"),
@@ -433,7 +433,7 @@ def test_a_control_vector_taken_away_behind_the_back_is_noticed(llm):
 def test_a_pack_without_router_warns_once_that_nothing_is_steered(llm, caplog):
     llm.create_completion(PROMPT, **GREEDY)
     llm.create_completion(PROMPT, **GREEDY)
-    warnings = [record for record in caplog.records if "no router" in record.message]
+    warnings = [record for record in caplog.records if "applies no router" in record.message]
     assert len(warnings) == 1
 
 
