@@ -287,6 +287,7 @@ class HookedLlama(llama_cpp.Llama):
         *,
         sites: Iterable[str] = ("residual",),
         layers: Iterable[int] | None = None,
+        shared: int = 0,
     ) -> dict[str, dict[int, npt.NDArray[np.float32]]]:
         """Mean activations over a span of each of several sequences, decoded as one batch.
 
@@ -294,6 +295,8 @@ class HookedLlama(llama_cpp.Llama):
             sequences: token sequences, each for itself from position 0; at most `max_sequences` of
                 them, together at most n_batch tokens (one alone: n_ctx).
             spans: for each sequence a token range [start, stop).
+            shared: how many tokens all sequences begin with; they are decoded, and count, once. No
+                span may reach into them.
             sites: of "residual", "attention" and "mlp".
             layers: block indices; None is every layer that has the site.
 
@@ -316,14 +319,27 @@ class HookedLlama(llama_cpp.Llama):
                     f"the token range [{start}, {stop}) is empty or outside the {len(tokens)} "
                     f"tokens of sequence {number}"
                 )
-            slots += [number if start <= at < stop else -1 for at in range(len(tokens))]
-        return self._capture(sequences, np.array(slots, np.int32), self._wanted(sites, layers))
+            if not 0 <= shared <= start or tokens[:shared] != sequences[0][:shared]:
+                raise SteeringError(
+                    f"sequence {number} does not share its first {shared} tokens, or is to be "
+                    "captured there"
+                )
+            slots += [number if start <= at < stop else -1 for at in range(shared, len(tokens))]
+        at_start = np.full(shared, -1)
+        return self._capture(
+            sequences,
+            np.concatenate([at_start, slots]).astype(np.int32),
+            self._wanted(sites, layers),
+            shared=shared,
+        )
 
     def _capture(
         self,
         sequences: Sequence[Sequence[int]],
         slots: npt.NDArray[np.int32],
         wanted: Mapping[str, list[int]],
+        *,
+        shared: int = 0,
     ) -> dict[str, dict[int, npt.NDArray[np.float32]]]:
         """Means of the tokens that share a slot; site to layer to (slots, n_embd)."""
         limit = self.n_ctx() if len(sequences) == 1 else self.n_batch
@@ -354,7 +370,7 @@ class HookedLlama(llama_cpp.Llama):
             except ValueError as error:
                 raise SteeringError(str(error)) from None
             try:
-                self._decode_sequences(sequences, every_row=every_row)
+                self._decode_sequences(sequences, shared, every_row=every_row)
             finally:
                 captured = self._hook.end_capture()
                 self._ctx.kv_cache_clear()
@@ -386,7 +402,9 @@ class HookedLlama(llama_cpp.Llama):
             raise SteeringError("nothing to capture: name at least one site and one layer")
         return wanted
 
-    def _decode_sequences(self, sequences: Sequence[Sequence[int]], *, every_row: bool) -> None:
+    def _decode_sequences(
+        self, sequences: Sequence[Sequence[int]], shared: int, *, every_row: bool
+    ) -> None:
         """Decode from an empty context: several sequences as one batch, or one as many as needed.
 
         The logits are left undefined.
@@ -395,11 +413,13 @@ class HookedLlama(llama_cpp.Llama):
         self.n_tokens = 0
         with self._decoding():
             if len(sequences) > 1:
+                everyone = range(len(sequences))
                 self._batch.reset()
+                self._add(sequences[0][:shared], 0, everyone, every_row)
                 for number, tokens in enumerate(sequences):
-                    self._batch.add_sequence(list(tokens), number, every_row)
+                    self._add(tokens[shared:], shared, [number], every_row)
                 self._ctx.decode(self._batch)
-                self.n_tokens = sum(map(len, sequences))
+                self.n_tokens = self._batch.n_tokens()
                 return
             tokens = list(sequences[0])
             for at in range(0, len(tokens), self.n_batch):
@@ -407,6 +427,21 @@ class HookedLlama(llama_cpp.Llama):
                 self._batch.set_batch(batch=part, n_past=at, logits_all=every_row)
                 self._ctx.decode(self._batch)
                 self.n_tokens += len(part)
+
+    def _add(
+        self, tokens: Sequence[int], position: int, sequences: Sequence[int], every_row: bool
+    ) -> None:
+        """Add tokens to the batch, as part of each of the sequences."""
+        batch = self._batch.batch
+        for offset, token in enumerate(tokens):
+            at = batch.n_tokens
+            batch.token[at] = token
+            batch.pos[at] = position + offset
+            batch.n_seq_id[at] = len(sequences)
+            for number, sequence in enumerate(sequences):
+                batch.seq_id[at][number] = sequence
+            batch.logits[at] = every_row
+            batch.n_tokens += 1
 
     def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
         """Tokenize a string; see `llama_cpp.Llama.tokenize`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Literal, Protocol, TypeAlias
 
@@ -109,6 +110,12 @@ def shared_ends(capture: Capture) -> tuple[int, int]:
     start = next((i for i in range(shortest) if len({r[i] for r in rendered}) > 1), shortest)
     end = next((i for i in range(shortest) if len({r[-1 - i] for r in rendered}) > 1), shortest)
     return start, end
+
+
+def shared_start(sequences: Sequence[Tokens]) -> int:
+    """How many tokens all of the sequences begin with."""
+    columns = zip(*sequences, strict=False)
+    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
 
 
 def continuation(encode: Callable[[str], Sequence[int]], text: str) -> Tokens:

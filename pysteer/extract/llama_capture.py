@@ -14,7 +14,14 @@ import numpy.typing as npt
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 from pysteer.errors import HookError, SteeringError
-from pysteer.extract.capture import Row, Tokens, continuation, file_identity, token_batches
+from pysteer.extract.capture import (
+    Row,
+    Tokens,
+    continuation,
+    file_identity,
+    shared_start,
+    token_batches,
+)
 from pysteer.hooked import HookedLlama
 from pysteer.pack import BaseModel
 
@@ -165,13 +172,18 @@ class LlamaCapture:
         """
         # Sequences of a batch are not padded, so the budget is of real tokens; sorting keeps short
         # rows together, of which many fit.
-        lengths = [len(row.tokens) for row in rows]
-        for batch in token_batches(lengths, self.llm.n_batch, self.llm.max_sequences, padded=False):
+        # What all rows begin with, up to where the first is averaged, is decoded once a batch.
+        limit = min([self.llm.n_batch // 2, *(row.start for row in rows)])
+        shared = shared_start([row.tokens[:limit] for row in rows])
+        lengths = [len(row.tokens) - shared for row in rows]
+        room = self.llm.n_batch - shared
+        for batch in token_batches(lengths, room, self.llm.max_sequences, padded=False):
             found = self.llm.capture_means(
                 [rows[i].tokens for i in batch],
                 [(rows[i].start, rows[i].stop) for i in batch],
                 sites=[site],
                 layers=layers,
+                shared=shared if len(batch) > 1 else 0,
             )[site]
             means = np.stack([found[layer] for layer in layers], axis=1)
             yield from zip(batch, means, strict=True)

@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import takewhile
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 
 from pysteer.errors import SteeringError
-from pysteer.extract.capture import Tokens, token_batches
+from pysteer.extract.capture import Tokens, shared_start, token_batches
 from pysteer.extract.torch_model import TorchModel
 
 _log = logging.getLogger(__name__)
@@ -278,8 +277,7 @@ class SteeredForward:
         """How many tokens all sequences begin with, and predictions of none are wanted."""
         if not self._shares or len(spans) < 2:
             return 0
-        columns = zip(*(span.tokens[: span.start] for span in spans), strict=False)
-        length = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+        length = shared_start([span.tokens[: span.start] for span in spans])
         return length if length >= _MIN_SHARED else 0
 
     def _run_shared(self, batch: Sequence[Prepared], length: int) -> Any:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import copy
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -12,22 +15,50 @@ import torch
 from torch import Tensor
 
 from pysteer.errors import SteeringError
-from pysteer.extract.capture import Row, Tokens, token_batches
+from pysteer.extract.capture import Row, Tokens, shared_start, token_batches
 from pysteer.extract.torch_model import TorchModel
 from pysteer.pack import BaseModel
 
+_log = logging.getLogger(__name__)
+
 _MAX_ROWS = 256
+
+_MIN_SHARED = 8
+"""A shorter start is not worth a pass of its own."""
+
+_COPIES = 4
+"""Times the token budget: tokens of starts whose keys and values are held at once."""
+
+_TOLERANCE = 0.05
+"""By how much a pass in parts may change activations, relative to their size. It adds up the same
+numbers in another order; a model that misses something is far off."""
 
 
 class _Done(Exception):
     """Ends a forward pass: everything wanted has been computed."""
 
 
+class _Wanted(NamedTuple):
+    site: str
+    layers: tuple[int, ...]
+
+
+class _Start(NamedTuple):
+    """Tokens that all rows begin with: how many, their states by layer, their keys and values."""
+
+    length: int = 0
+    states: Mapping[int, Tensor] = MappingProxyType({})
+    past: Any = None
+
+
 class TorchCapture:
     """`Capture` by transformers; see there.
 
     Rows are sorted by length and padded on the right to batches of at most `token_budget` tokens.
-    Nothing behind the last site wanted is computed, the output head included.
+    What all of them begin with, the system message of many chat templates, runs once; the rest of
+    each row reads its keys and values. That is tried out first, and left away for a model where it
+    changes the activations. Nothing behind the last site wanted is computed, the output head
+    included.
 
     Args:
         model: the model.
@@ -37,6 +68,7 @@ class TorchCapture:
     def __init__(self, model: TorchModel, *, token_budget: int = 1024) -> None:
         self.model = model
         self.token_budget = token_budget
+        self._shares: bool | None = None  # not known before it has been tried
 
     @property
     def base_model(self) -> BaseModel:
@@ -92,42 +124,108 @@ class TorchCapture:
         Raises:
             SteeringError: the model has no such site there.
         """
-        lengths = [len(row.tokens) for row in rows]
-        for batch in token_batches(lengths, self.token_budget, _MAX_ROWS, padded=True):
-            means = self._means([rows[i] for i in batch], site, layers)
-            yield from zip(batch, means, strict=True)
+        wanted = _Wanted(site, tuple(layers))
+        start = self._start(rows, wanted)
+        # Every row gets a copy of the keys and values of its start.
+        copies = _COPIES * self.token_budget // start.length if start.length else _MAX_ROWS
+        lengths = [len(row.tokens) - start.length for row in rows]
+        max_rows = max(1, min(_MAX_ROWS, copies))
+        for batch in token_batches(lengths, self.token_budget, max_rows, padded=True):
+            yield from zip(batch, self._means([rows[i] for i in batch], wanted, start), strict=True)
+
+    def _start(self, rows: Sequence[Row], wanted: _Wanted) -> _Start:
+        """What all rows begin with, run once; nothing where that is short, or does not work."""
+        shortest = min((row.tokens for row in rows), key=len, default=())
+        length = min(shared_start([row.tokens for row in rows]), len(shortest) - 1)
+        if len(rows) < 2 or length < _MIN_SHARED or self._shares is False:
+            return _Start()
+        inputs = self.model.padded([rows[0].tokens[:length]])
+        try:
+            states, out = self._run(
+                wanted, {**inputs, "use_cache": True}, lambda _layer, states: states, stop=False
+            )
+            start = _Start(length, states, out.past_key_values)
+            if self._shares is None:
+                self._shares = self._agrees(rows, wanted, start)
+                if not self._shares:
+                    _log.info("what prompts share cannot be run once for all: it changes them")
+        except SteeringError:
+            raise
+        except Exception as error:  # whatever a model does that keeps no such cache
+            _log.info("what prompts share cannot be run once for all: %r", error)
+            self._shares = False
+        return start if self._shares else _Start()
+
+    def _agrees(self, rows: Sequence[Row], wanted: _Wanted, start: _Start) -> bool:
+        """Whether two rows come out as they do when run whole."""
+        by_length = sorted(rows, key=lambda row: len(row.tokens))
+        two = [by_length[0], by_length[-1]]
+        whole = self._means(two, wanted, _Start())
+        apart = np.linalg.norm(self._means(two, wanted, start) - whole, axis=-1)
+        return bool((apart < _TOLERANCE * np.linalg.norm(whole, axis=-1)).all())
 
     def _means(
-        self, rows: Sequence[Row], site: str, layers: Sequence[int]
+        self, rows: Sequence[Row], wanted: _Wanted, start: _Start
     ) -> npt.NDArray[np.float32]:
         """Shape (len(rows), len(layers), n_embd)."""
-        inputs = self.model.padded([row.tokens for row in rows])
-        weights = torch.zeros(len(rows), 1, inputs["input_ids"].shape[1])
+        inputs = self.model.padded([row.tokens[start.length :] for row in rows])
+        mask = inputs["attention_mask"]
+        weights = torch.zeros(len(rows), start.length + mask.shape[1])
         for i, row in enumerate(rows):
-            weights[i, 0, row.start : row.stop] = 1 / (row.stop - row.start)
+            weights[i, row.start : row.stop] = 1 / (row.stop - row.start)
+
+        def pool(layer: int, states: Tensor) -> Tensor:
+            shares = weights.to(states.device)
+            mean = torch.bmm(shares[:, None, start.length :], states.float())[:, 0]
+            if start.length:
+                mean += shares[:, : start.length] @ start.states[layer][0].float()
+            return mean.cpu()
+
+        if start.length:
+            past = copy.deepcopy(start.past)
+            past.batch_repeat_interleave(len(rows))
+            inputs["attention_mask"] = torch.cat([mask.new_ones(len(rows), start.length), mask], 1)
+            found, _ = self._run(wanted, {**inputs, "past_key_values": past}, pool, stop=True)
+        else:
+            found, _ = self._run(wanted, {**inputs, "use_cache": False}, pool, stop=True)
+        means: npt.NDArray[np.float32] = torch.stack(
+            [found[layer] for layer in wanted.layers], dim=1
+        ).numpy()
+        return means
+
+    def _run(
+        self,
+        wanted: _Wanted,
+        inputs: dict[str, Any],
+        pool: Callable[[int, Tensor], Tensor],
+        *,
+        stop: bool,
+    ) -> tuple[dict[int, Tensor], Any]:
+        """What `pool` makes of each layer and its states, and the model's output.
+
+        With `stop` nothing above the last layer wanted is run, and there is no output.
+        """
         found: dict[int, Tensor] = {}
+        out = None
 
         def keep(layer: int, _module: Any, _inputs: Any, output: Any) -> None:
-            states = output[0] if isinstance(output, tuple) else output
-            means = torch.bmm(weights.to(states.device), states.float())
-            found[layer] = means[:, 0].cpu()
-            if layer == max(layers):
+            found[layer] = pool(layer, output[0] if isinstance(output, tuple) else output)
+            if stop and layer == max(wanted.layers):
                 raise _Done
 
         handles = [
-            self.model.module(site, layer).register_forward_hook(partial(keep, layer))
-            for layer in layers
+            self.model.module(wanted.site, layer).register_forward_hook(partial(keep, layer))
+            for layer in wanted.layers
         ]
         try:
             with torch.inference_mode():
-                self.model.model(**inputs, use_cache=False)
+                out = self.model.model.base_model(**inputs)  # without the output head
         except _Done:
             pass
         finally:
             for handle in handles:
                 handle.remove()
-        missing = sorted(set(layers) - set(found))
+        missing = sorted(set(wanted.layers) - set(found))
         if missing:
             raise SteeringError(f"the model did not run its layers {missing}")
-        means: npt.NDArray[np.float32] = torch.stack([found[i] for i in layers], dim=1).numpy()
-        return means
+        return found, out

@@ -120,6 +120,62 @@ def test_padded_batches_are_as_one_by_one(torch_model, family, site):
 @pytest.mark.torch
 @pytest.mark.parametrize("site", ["residual", "attention", "mlp"])
 @pytest.mark.parametrize("family", FAMILIES)
+def test_what_rows_share_is_run_once_and_they_are_as_one_by_one(torch_model, family, site):
+    """A start longer than Gemma's tiny sliding window, and ranges before, across and behind it."""
+    from pysteer.extract.torch_capture import TorchCapture
+
+    model = torch_model(family)
+    capture = TorchCapture(model, token_budget=60)
+    start = tuple(range(40, 64))
+    ends = [tuple(range(70, 70 + n)) for n in (1, 2, 9, 17, 5, 5, 30)]
+    rows = [
+        Row(start + end, first, last)
+        for end in ends
+        for first, last in ((0, 3), (20, 25), (24, 24 + len(end)))
+    ]
+    ran = []
+    handle = model.model.get_input_embeddings().register_forward_hook(
+        lambda _module, inputs, _output: ran.append(tuple(inputs[0].shape))
+    )
+    found = collected(capture, rows, site)
+    handle.remove()
+    assert ran[0] == (1, 24)
+    # Two rows are run whole, to see whether it works; after that nothing of the start is.
+    assert ran[1] == (2, 54)
+    assert sum(n * length for n, length in ran[3:]) < 3 * sum(map(len, ends)) * 1.3
+    for row, means in zip(rows, found, strict=True):
+        for layer in LAYERS:
+            expected = one_by_one(model, row, site, layer)
+            np.testing.assert_allclose(means[layer], expected, atol=1e-4)
+
+
+@pytest.mark.torch
+def test_a_model_whose_cache_is_wrong_is_run_whole(torch_model, monkeypatch, caplog):
+    from pysteer.extract.torch_capture import TorchCapture
+
+    model = torch_model("llama")
+    rows = [Row((*range(40, 64), 70, n), 0, 26) for n in (71, 72, 73)]
+    from transformers import DynamicCache
+
+    def forget(cache, repeats):
+        for layer in cache.layers:
+            layer.keys, layer.values = layer.keys * 0, layer.values * 0
+        original(cache, repeats)
+
+    original = DynamicCache.batch_repeat_interleave
+    monkeypatch.setattr(DynamicCache, "batch_repeat_interleave", forget)
+    caplog.set_level("INFO")
+    found = collected(TorchCapture(model), rows, "residual")
+    assert "it changes them" in caplog.text
+    for row, means in zip(rows, found, strict=True):
+        for layer in LAYERS:
+            expected = one_by_one(model, row, "residual", layer)
+            np.testing.assert_allclose(means[layer], expected, atol=1e-4)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("site", ["residual", "attention", "mlp"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_llama_and_torch_agree(torch_model, llama, family, site):
     from pysteer.extract.torch_capture import TorchCapture
 

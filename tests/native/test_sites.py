@@ -256,6 +256,33 @@ def test_sequences_of_a_batch_are_captured_as_alone(tiny_model, family, layers):
                     np.testing.assert_allclose(together[site][layer][number], row, atol=tolerance)
 
 
+@pytest.mark.parametrize("layers", [None, [1], [3]])
+@pytest.mark.parametrize("family", ATTENTION_FAMILIES)
+def test_a_start_that_sequences_share_is_decoded_once(tiny_model, family, layers):
+    """In several micro-batches too, the border of which may lie anywhere in it."""
+    tolerance = TOLERANCE.get(family, 2e-5)
+    sites = ["residual", "attention", "mlp"]
+    ends = [TOKENS[:1], TOKENS[3:12], TOKENS[::-1]]
+    sequences = [[*TOKENS[:9], *end] for end in ends]
+    spans = [(9, 10), (11, 18), (9, 30)]
+    arguments = {**ARGUMENTS, "n_ctx": 128}
+    with closing(
+        HookedLlama(tiny_model(family), max_sequences=4, **{**arguments, "n_batch": 40})
+    ) as llm:
+        found = llm.capture_means(sequences, spans, sites=sites, layers=layers, shared=9)
+        for shared, ranges in ((10, spans), (9, [(8, 9), *spans[1:]]), (-1, spans)):
+            with pytest.raises(SteeringError, match=f"share its first {shared} tokens"):
+                llm.capture_means(sequences, ranges, sites=sites, shared=shared)
+        with pytest.raises(SteeringError, match="cannot capture 58 tokens"):
+            llm.capture_means(sequences, spans, sites=sites)
+    with closing(HookedLlama(tiny_model(family), **arguments)) as llm:
+        for number, (tokens, span) in enumerate(zip(sequences, spans, strict=True)):
+            alone = llm.capture(tokens, sites=sites, layers=layers, pool="mean", span=span)
+            for site in sites:
+                for layer, row in alone[site].items():
+                    np.testing.assert_allclose(found[site][layer][number], row, atol=tolerance)
+
+
 def test_recurrent_models_take_one_sequence_at_a_time(tiny_model):
     with pytest.raises(HookError, match="one sequence at a time"):
         HookedLlama(tiny_model("mamba"), max_sequences=2, **ARGUMENTS)
