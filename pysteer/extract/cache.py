@@ -9,7 +9,7 @@ import re
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -193,23 +193,14 @@ class RunningMeans:
         self._adding = False
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if self._path.exists():
-                self._load()
+            self._load()
         except OSError as error:
             raise SteeringError(f"cannot use {folder} as a cache: {error}") from None
 
     def _load(self) -> None:
-        try:
-            with np.load(self._path) as kept:  # a ZIP file, whose reader compares checksums
-                sums, done = kept["sums"], kept["done"]
-            if (sums.shape, sums.dtype) != (self._sums.shape, self._sums.dtype) or (
-                (done.shape, done.dtype) != (self._done.shape, self._done.dtype)
-            ):
-                raise ValueError("another shape")
-        except Exception as error:  # zipfile has half a dozen kinds of them
-            _log.warning("%s is damaged (%s), and is made anew", self._path, error)
-            return
-        self._sums, self._done = sums, done
+        kept = load_arrays(self._path, {"sums": self._sums, "done": self._done})
+        if kept is not None:
+            self._sums, self._done = kept["sums"], kept["done"]
 
     @property
     def missing(self) -> list[int]:
@@ -257,9 +248,37 @@ class RunningMeans:
     def _save(self) -> None:
         if self._adding:  # interrupted between a sum and the word that the row is in it
             return
-        part = self._path.with_suffix(".part.npz")
-        np.savez(part, sums=self._sums, done=self._done)
-        part.replace(self._path)
+        save_arrays(self._path, {"sums": self._sums, "done": self._done})
+
+
+def save_arrays(path: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+    """Write arrays to an `.npz` file, which is there whole or not at all."""
+    part = path.with_suffix(".part.npz")
+    named: dict[str, Any] = dict(arrays)
+    np.savez(part, **named)
+    part.replace(path)
+
+
+def load_arrays(
+    path: Path, like: Mapping[str, npt.NDArray[Any]]
+) -> dict[str, npt.NDArray[Any]] | None:
+    """What `save_arrays` wrote; None where there is no file, or a damaged one, which is logged.
+
+    Args:
+        path: the file.
+        like: arrays by name, of the shapes and types expected.
+    """
+    if not path.exists():
+        return None
+    try:
+        with np.load(path) as kept:  # a ZIP file, whose reader compares checksums
+            found = {name: np.asarray(kept[name]) for name in like}
+        if any((found[n].shape, found[n].dtype) != (a.shape, a.dtype) for n, a in like.items()):
+            raise ValueError("another shape")
+    except Exception as error:  # zipfile has half a dozen kinds of them
+        _log.warning("%s is damaged (%s), and is made anew", path, error)
+        return None
+    return found
 
 
 def require_finite(means: Floats, layers: Sequence[int]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,14 +16,13 @@ import torch
 from torch import Tensor
 
 from pysteer.errors import SteeringError
+from pysteer.extract.cache import load_arrays, save_arrays
 from pysteer.extract.capture import token_batches
 from pysteer.extract.settings import LearnedSettings
 from pysteer.extract.steered_forward import Prepared, Span, SteeredForward
 
 Progress: TypeAlias = Callable[[int, int, str], None]
 """Called with steps done, steps in total (at most), and what is being done."""
-
-_log = logging.getLogger(__name__)
 
 _STEP_TOKENS = 1024
 _LAST_RATE = 0.1
@@ -164,7 +162,7 @@ class Descent:
         )
         self.progress(self._done, self.total, f"{title}: running the prompts")
         path = self._path(batches, validation, start, rate)
-        best = _load(path)
+        best = _load(path, start)
         if best is None:
             self._prepare([validation, *batches])
             best = self._descend(title, batches, validation, start, rate)
@@ -293,29 +291,21 @@ class _Best:
     kl: float
 
 
-def _load(path: Path | None) -> _Best | None:
+def _load(path: Path | None, like: Tensor) -> _Best | None:
     """A run that is finished; None where there is none, or what is there is damaged."""
-    if path is None or not path.exists():
+    wanted = {"state": like.numpy(), "counts": np.zeros(2, np.int64), "losses": np.zeros(2)}
+    kept = None if path is None else load_arrays(path, wanted)
+    if kept is None:
         return None
-    try:
-        with np.load(path) as kept:  # a ZIP file, whose reader compares checksums
-            return _Best(
-                torch.tensor(kept["state"]),
-                *(int(kept[name]) for name in ("step", "taken")),
-                *(float(kept[name]) for name in ("loss", "kl")),
-            )
-    except Exception as error:  # zipfile has half a dozen kinds of them
-        _log.warning("%s is damaged (%s), and is made anew", path, error)
-        return None
+    return _Best(torch.tensor(kept["state"]), *kept["counts"].tolist(), *kept["losses"].tolist())
 
 
 def _save(best: _Best, path: Path | None) -> None:
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part.npz")
-    np.savez(part, **{**vars(best), "state": best.state.numpy()})
-    part.replace(path)
+    counts, losses = np.array([best.step, best.taken]), np.array([best.loss, best.kl], np.float64)
+    save_arrays(path, {"state": best.state.numpy(), "counts": counts, "losses": losses})
 
 
 def _count(spans: Iterable[Span]) -> int:

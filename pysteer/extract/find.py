@@ -47,12 +47,12 @@ def check(run: Run) -> None:
         raise SteeringError(f"a judge is for guided, not for {method}")
     # Those held out too: what is wrong with the data should not depend on the seed.
     both_sides = (
-        (sides.unsafe, sides.held_out_unsafe),
-        (sides.safe, sides.held_out_safe),
+        (False, sides.unsafe, sides.held_out_unsafe),
+        (True, sides.safe, sides.held_out_safe),
     )
     groups = [
-        (what == 1, [*group, *held_out.get(name, ())])
-        for what, (side, held_out) in enumerate(both_sides)
+        (is_safe, [*group, *held_out.get(name, ())])
+        for is_safe, side, held_out in both_sides
         for name, group in side.items()
     ]
     used = [p for _, group in groups for p in group]

@@ -38,15 +38,6 @@ from pysteer.extract.settings import LearnedSettings
 from pysteer.extract.steered_forward import Span, SteeredForward
 from pysteer.extract.torch_model import TorchModel
 
-__all__ = [
-    "Example",
-    "LearnedDirection",
-    "LearnedDirections",
-    "LearnedSettings",
-    "Progress",
-    "learn",
-]
-
 _log = logging.getLogger(__name__)
 
 _SHARED = "shared"

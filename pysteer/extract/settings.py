@@ -147,7 +147,9 @@ class ExtractSettings:
         _one_of("orthogonalise", self.orthogonalise, ("", "categories", "benign"))
         if not isinstance(self.pooling, tuple):
             _one_of("pooling", self.pooling, POOLINGS)
-        allowed: tuple[str, ...] = tuple(f.name for f in fields(LearnedSettings)[:-1])
+        allowed: tuple[str, ...] = tuple(
+            f.name for f in fields(LearnedSettings) if f.name != "seed"
+        )
         if self.method in METHODS:
             allowed = METHODS[self.method].options
         for option in self.options:

@@ -32,23 +32,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 from pysteer.errors import SteeringError
 from pysteer.extract.capture import Tokens, shared_start, token_batches
+from pysteer.extract.passes import MIN_SHARED, TOLERANCE, Done, states_of
 from pysteer.extract.torch_model import TorchModel
 
 _log = logging.getLogger(__name__)
 
 _MAX_ROWS = 64
 _TYPICAL_SEQUENCES = 32
-
-# A shorter start is not worth a pass of its own.
-_MIN_SHARED = 8
-
-# By how much a pass in parts may change the final states, relative to their size. It adds up the
-# same numbers in another order; a model that misses something is far off.
-_TOLERANCE = 0.05
-
-
-class _Done(Exception):
-    """Ends a forward pass: everything wanted has been computed."""
 
 
 @dataclass(frozen=True)
@@ -183,9 +173,9 @@ class SteeredForward:
         found: dict[int, list[Tensor]] = {layer: [] for layer in self.layers}
 
         def keep(layer: int, _module: Any, _inputs: Any, output: Any) -> None:
-            found[layer].append(_states(output)[0].float().abs().flatten())
+            found[layer].append(states_of(output)[0].float().abs().flatten())
             if layer == self.layers[-1]:
-                raise _Done
+                raise Done
 
         with ExitStack() as stack:
             for layer in self.layers:
@@ -205,7 +195,7 @@ class SteeredForward:
         try:
             with torch.no_grad():
                 self._run(sequences)
-        except _Done:
+        except Done:
             pass
 
     def _prepare(self, spans: Sequence[Span], final: bool) -> list[Prepared]:
@@ -213,10 +203,10 @@ class SteeredForward:
         finals: list[Tensor] = []
 
         def keep(_module: Any, _inputs: Any, output: Any) -> None:
-            hidden.append(_states(output))
+            hidden.append(states_of(output))
             self._others_returned = len(output) - 1 if isinstance(output, tuple) else None
             if not final:
-                raise _Done
+                raise Done
 
         def keep_final(_module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
             rows = _rows(inputs[0], spans)
@@ -278,7 +268,7 @@ class SteeredForward:
         if not self._shares or len(spans) < 2:
             return 0
         length = shared_start([span.tokens[: span.start] for span in spans])
-        return length if length >= _MIN_SHARED else 0
+        return length if length >= MIN_SHARED else 0
 
     def _run_shared(self, batch: Sequence[Prepared], length: int) -> Any:
         """Keys and values of the first `length` tokens, which the batch shares, for each row."""
@@ -315,9 +305,9 @@ class SteeredForward:
 
     def _works(self) -> bool:
         """Whether `_upper` gives the final states that the plain model computes."""
-        start = tuple(range(1, 2 * _MIN_SHARED))
+        start = tuple(range(1, 2 * MIN_SHARED))
         spans = [
-            Span(start + end, _MIN_SHARED, len(start + end)) for end in ((3, 1, 2), (5, 6, 7, 8, 9))
+            Span(start + end, MIN_SHARED, len(start + end)) for end in ((3, 1, 2), (5, 6, 7, 8, 9))
         ]
         found: list[Tensor] = []
 
@@ -334,7 +324,7 @@ class SteeredForward:
             return False
         wanted = torch.cat([one.final for one in prepared if one.final is not None]).float()
         apart = (found[0].float() - wanted).norm() / wanted.norm()
-        return bool(apart < _TOLERANCE)
+        return bool(apart < TOLERANCE)
 
 
 @contextmanager
@@ -352,14 +342,9 @@ def _replaced_forward(block: nn.Module, forward: Callable[..., Any]) -> Iterator
 
 
 def _add(direction: Tensor, _module: Any, _inputs: Any, output: Any) -> Any:
-    states = _states(output)
+    states = states_of(output)
     steered = (states + direction.to(states.device)).to(states.dtype)
     return (steered, *output[1:]) if isinstance(output, tuple) else steered
-
-
-def _states(output: Any) -> Tensor:
-    states: Tensor = output[0] if isinstance(output, tuple) else output
-    return states
 
 
 def _kept(one: Prepared) -> Tensor:

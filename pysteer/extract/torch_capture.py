@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pysteer.errors import SteeringError
 from pysteer.extract.capture import Row, Tokens, shared_start, token_batches
+from pysteer.extract.passes import MIN_SHARED, TOLERANCE, Done, states_of
 from pysteer.extract.torch_model import TorchModel
 from pysteer.pack import BaseModel
 
@@ -23,19 +24,8 @@ _log = logging.getLogger(__name__)
 
 _MAX_ROWS = 256
 
-_MIN_SHARED = 8
-"""A shorter start is not worth a pass of its own."""
-
 _COPIES = 4
 """Times the token budget: tokens of starts whose keys and values are held at once."""
-
-_TOLERANCE = 0.05
-"""By how much a pass in parts may change activations, relative to their size. It adds up the same
-numbers in another order; a model that misses something is far off."""
-
-
-class _Done(Exception):
-    """Ends a forward pass: everything wanted has been computed."""
 
 
 class _Wanted(NamedTuple):
@@ -137,7 +127,7 @@ class TorchCapture:
         """What all rows begin with, run once; nothing where that is short, or does not work."""
         shortest = min((row.tokens for row in rows), key=len, default=())
         length = min(shared_start([row.tokens for row in rows]), len(shortest) - 1)
-        if len(rows) < 2 or length < _MIN_SHARED or self._shares is False:
+        if len(rows) < 2 or length < MIN_SHARED or self._shares is False:
             return _Start()
         inputs = self.model.padded([rows[0].tokens[:length]])
         try:
@@ -162,7 +152,7 @@ class TorchCapture:
         two = [by_length[0], by_length[-1]]
         whole = self._means(two, wanted, _Start())
         apart = np.linalg.norm(self._means(two, wanted, start) - whole, axis=-1)
-        return bool((apart < _TOLERANCE * np.linalg.norm(whole, axis=-1)).all())
+        return bool((apart < TOLERANCE * np.linalg.norm(whole, axis=-1)).all())
 
     def _means(
         self, rows: Sequence[Row], wanted: _Wanted, start: _Start
@@ -209,9 +199,9 @@ class TorchCapture:
         out = None
 
         def keep(layer: int, _module: Any, _inputs: Any, output: Any) -> None:
-            found[layer] = pool(layer, output[0] if isinstance(output, tuple) else output)
+            found[layer] = pool(layer, states_of(output))
             if stop and layer == max(wanted.layers):
-                raise _Done
+                raise Done
 
         handles = [
             self.model.module(wanted.site, layer).register_forward_hook(partial(keep, layer))
@@ -220,7 +210,7 @@ class TorchCapture:
         try:
             with torch.inference_mode():
                 out = self.model.model.base_model(**inputs)  # without the output head
-        except _Done:
+        except Done:
             pass
         finally:
             for handle in handles:
