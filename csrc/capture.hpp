@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "plan.hpp"
+#include "site.hpp"
 
 namespace pysteer {
 

@@ -1,5 +1,6 @@
 #include "hook.hpp"
 
+#include <algorithm>
 #include <cstdio>
 #include <exception>
 #include <utility>
@@ -47,7 +48,7 @@ class RowAccess {
     FloatType type_;
 };
 
-std::string place(Site site, std::size_t layer) {
+std::string named(Site site, std::size_t layer) {
     return std::string("site ") + site_name(site) + ", layer " + std::to_string(layer);
 }
 
@@ -81,11 +82,14 @@ void Hook::begin_probe(std::size_t n_layer, std::size_t n_embd) {
     n_layer_ = n_layer;
     n_embd_ = n_embd;
     sites_.emplace(n_layer, n_embd);
-    steered_rows_.assign(n_sites * n_layer, 0);
-    seen_rows_.assign(n_sites * n_layer, 0);
+    active_.assign(n_sites * n_layer, 0);
+    required_.assign(n_sites * n_layer, 0);
+    asked_rows_.assign(n_sites * n_layer, 0);
+    reached_rows_.assign(n_sites * n_layer, 0);
     resident_written_.assign(n_layer, true);  // they hold the markers now
     zeros_.assign(n_embd, 0.0f);
     row_.assign(n_embd, 0.0f);
+    sum_.assign(n_embd, 0.0f);
     error_[0] = '\0';
     probing_ = true;
 }
@@ -93,7 +97,7 @@ void Hook::begin_probe(std::size_t n_layer, std::size_t n_embd) {
 void Hook::end_probe() {
     probing_ = false;
     sites_->learn();
-    write_resident(nullptr);
+    write_resident(nullptr, 0);
     if (error_[0] != '\0') {
         throw std::runtime_error(error_.data());
     }
@@ -106,7 +110,7 @@ const std::vector<FoundSite> & Hook::sites() const {
     return sites_->found();
 }
 
-// ---- plan -----------------------------------------------------------------------------------------------------------
+// ---- sequences ------------------------------------------------------------------------------------------------------
 
 void Hook::require_idle(const char * what) const {
     if (detached_) {
@@ -117,115 +121,233 @@ void Hook::require_idle(const char * what) const {
     }
 }
 
-void Hook::require_site(Site site, std::size_t layer, bool must_be_on_host) const {
-    const FoundSite * found = sites_ ? sites_->find(site, layer) : nullptr;
-    if (found == nullptr) {
-        throw std::invalid_argument("this model's graph has no " + place(site, layer));
+void Hook::require_site(Site site, std::size_t layer) const {
+    if (!sites_ || sites_->find(site, layer) == nullptr) {
+        throw std::invalid_argument("this model's graph has no " + named(site, layer));
     }
-    if (must_be_on_host && !found->on_host) {
-        throw NotOnHost(place(site, layer) + " is in " + found->backend +
+}
+
+void Hook::require_host(Site site, std::size_t layer) const {
+    const FoundSite * found = sites_->find(site, layer);
+    if (found != nullptr && !found->on_host) {
+        throw NotOnHost(named(site, layer) + " is in " + found->backend +
                         " memory, which this version cannot hook; the residual of layers >= 1 can be steered there, or "
                         "keep the layers on the CPU with n_gpu_layers=0");
     }
 }
 
-void Hook::set_plan(std::shared_ptr<const Plan> plan, bool resident) {
+void Hook::set_sequence(std::size_t slot, std::shared_ptr<Sequence> sequence) {
     require_idle("change the steering");
-    if (plan && plan->empty()) {
-        plan.reset();
-    }
-    if (plan) {
-        if (plan->n_layer() != n_layer_ || plan->n_embd() != n_embd_) {
+    if (sequence) {
+        const Plan & plan = sequence->plan();
+        if (plan.n_layer() != n_layer_ || plan.n_embd() != n_embd_) {
             throw std::invalid_argument("the plan is for another model");
         }
-        if (resident && !plan->fits_resident()) {
-            throw std::invalid_argument("llama.cpp's control vector holds the residual of layers >= 1 only");
+        for (const Term & term : plan.terms()) {
+            for (const std::size_t at : term.places) {
+                require_site(static_cast<Site>(at / n_layer_), at % n_layer_);
+            }
         }
-        if (!resident && !plan->fits_hooked()) {
-            throw std::invalid_argument("the plan has not kept its sums, which the hooked way adds");
+        if (plan.gate() != nullptr) {
+            require_site(plan.gate()->site(), plan.gate()->layer());
+            if (plan.pools() && plan.gate()->layer() + 1 == n_layer_ && plan.gate()->site() != Site::attention) {
+                throw std::invalid_argument("the router looks at several tokens at " +
+                                            named(plan.gate()->site(), plan.gate()->layer()) +
+                                            ", where llama.cpp computes only the last one");
+            }
         }
-        for (const Site site : all_sites) {
-            for (std::size_t layer = 0; layer < n_layer_; ++layer) {
-                if (plan->acts(site, layer)) {
-                    require_site(site, layer, !resident);
-                }
+        factors_.resize(std::max(factors_.size(), plan.terms().size()));
+        summed_.resize(factors_.size());
+        scratch_.resize(std::max(scratch_.size(), plan.most_rows()));
+    }
+    if (slot >= slots_.size()) {
+        slots_.resize(slot + 1);
+    }
+    slots_[slot] = std::move(sequence);
+}
+
+// ---- decode ---------------------------------------------------------------------------------------------------------
+
+void Hook::begin_decode(const RowRun * runs, std::size_t n_runs) {
+    require_idle("decode");
+    rows_.clear();
+    output_rows_.clear();
+    gates_.clear();
+    runs_.assign(runs, runs + n_runs);
+    decisions_due_ = 0;
+    products_ = capture_ != nullptr;
+    for (const RowRun & run : runs_) {
+        const bool known = run.slot >= 0 && static_cast<std::size_t>(run.slot) < slots_.size();
+        Sequence * sequence = known ? slots_[static_cast<std::size_t>(run.slot)].get() : nullptr;
+        products_ = products_ || (sequence != nullptr && sequence->plan().uses_products());
+        bool reads = false;
+        for (int64_t k = 0; k < run.count; ++k) {
+            if (run.outputs == RowRun::every || (run.outputs == RowRun::last && k + 1 == run.count)) {
+                output_rows_.push_back(static_cast<int32_t>(rows_.size()));
+            }
+            rows_.push_back({sequence, run.position + k});
+            if (sequence != nullptr && sequence->plan().gate() != nullptr) {
+                reads = reads || sequence->reads(run.position + k);
+                decisions_due_ += sequence->decides(run.position + k) ? 1 : 0;
+            }
+        }
+        if (reads) {
+            const Gate * gate = sequence->plan().gate();
+            gates_.push_back(gate);
+        }
+    }
+    asked_rows_.assign(asked_rows_.size(), 0);
+    reached_rows_.assign(reached_rows_.size(), 0);
+    tokens_seen_ = 0;
+    summed_for_ = nullptr;
+    error_[0] = '\0';
+    find_active();
+    required_ = active_;
+    const bool any = std::any_of(active_.begin(), active_.end(), [](uint8_t flag) { return flag != 0; });
+    resident_ = any && choose_resident();
+    if ((any && !resident_) || !gates_.empty()) {
+        require_hooked_places();
+    }
+    for (const Gate * gate : gates_) {
+        require_host(gate->site(), gate->layer());
+    }
+    write_resident(resident_ ? rows_.front().sequence : nullptr, resident_ ? rows_.front().position : 0);
+    busy_ = any || !gates_.empty() || capture_ != nullptr;
+    decoding_.store(true);
+}
+
+// Where some row may be steered, given what the gates have found so far.
+void Hook::find_active() noexcept {
+    std::fill(active_.begin(), active_.end(), static_cast<uint8_t>(0));
+    std::size_t row = 0;
+    for (const RowRun & run : runs_) {
+        const Sequence * sequence = rows_.empty() || run.count == 0 ? nullptr : rows_[row].sequence;
+        row += static_cast<std::size_t>(run.count);
+        if (sequence == nullptr) {
+            continue;
+        }
+        const std::vector<Term> & terms = sequence->plan().terms();
+        for (std::size_t t = 0; t < terms.size(); ++t) {
+            bool acts = false;
+            for (int64_t k = 0; k < run.count && !acts; ++k) {
+                acts = sequence->acts(t, run.position + k);
+            }
+            if (!acts) {
+                continue;
+            }
+            for (const std::size_t at : terms[t].places) {
+                active_[at] = 1;
             }
         }
     }
-    write_resident(resident ? plan.get() : nullptr);
-    plan_ = std::move(plan);
-    resident_ = resident;
 }
 
-void Hook::write_resident(const Plan * plan) {
+bool Hook::choose_resident() {
+    const Sequence * first = rows_.front().sequence;
+    bool insists = false;
+    for (const Row & row : rows_) {
+        insists = insists || (row.sequence != nullptr && row.sequence->plan().way() == Way::resident);
+    }
+    bool can = first != nullptr && first->plan().way() != Way::hooked && decisions_due_ == 0;
+    const auto same = [&](const Row & row) {
+        if (row.sequence == nullptr || row.sequence->shared_plan() != first->shared_plan()) {
+            return false;
+        }
+        return first->plan().uniform() || row.sequence->key(row.position) == first->key(rows_.front().position);
+    };
+    can = can && std::all_of(rows_.begin(), rows_.end(), same);
+    if (can) {
+        const std::vector<Term> & terms = first->plan().terms();
+        for (std::size_t t = 0; t < terms.size(); ++t) {
+            const float after = first->factor(t, rows_.front().position, false);
+            const float before = first->factor(t, rows_.front().position, true);
+            can = can && (before == after) && (after == 0.0f || terms[t].only_control_vector);
+        }
+    }
+    if (insists && !can) {
+        throw std::invalid_argument(
+            "llama.cpp's control vector holds the same residual of layers >= 1 for all rows, and nothing else");
+    }
+    return can;
+}
+
+// Also those where only the gate's decision would lead.
+void Hook::require_hooked_places() const {
+    for (std::size_t row = 0, run = 0; run < runs_.size(); row += static_cast<std::size_t>(runs_[run].count), ++run) {
+        const Sequence * sequence = runs_[run].count > 0 ? rows_[row].sequence : nullptr;
+        if (sequence == nullptr) {
+            continue;
+        }
+        for (const Term & term : sequence->plan().terms()) {
+            for (const std::size_t at : term.places) {
+                require_host(static_cast<Site>(at / n_layer_), at % n_layer_);
+            }
+        }
+    }
+}
+
+// Makes llama.cpp's tensors hold what the row of `like` at a position gets; null: zeros.
+void Hook::write_resident(const Sequence * like, int64_t position) {
+    const uint64_t key = like != nullptr ? like->key(position) : 0;
+    const Plan * plan = like != nullptr ? &like->plan() : nullptr;
+    if (resident_plan_.get() == plan && resident_key_ == key && !probing_ && plan != nullptr) {
+        return;
+    }
     for (std::size_t layer = 1; layer < n_layer_; ++layer) {
         Tensor * tensor = sites_->resident(layer);
         if (tensor == nullptr) {
             continue;
         }
-        const bool acts = plan != nullptr && plan->acts(Site::residual, layer);
+        const std::size_t at = place(Site::residual, layer);
+        const bool acts = plan != nullptr && active_[at] != 0;
         if (acts) {
-            plan->sum(Site::residual, layer, row_.data());
+            for (std::size_t k = 0; k < plan->ops(at).size(); ++k) {
+                factors_[k] = like->factor(plan->ops(at)[k].term, position, false);
+            }
+            plan->sum(at, factors_.data(), sum_.data());
         }
         if (acts || resident_written_[layer]) {
-            abi().ggml_backend_tensor_set(tensor, acts ? row_.data() : zeros_.data(), 0, n_embd_ * sizeof(float));
+            abi().ggml_backend_tensor_set(tensor, acts ? sum_.data() : zeros_.data(), 0, n_embd_ * sizeof(float));
             resident_written_[layer] = acts;
         }
     }
-}
-
-bool Hook::steers(Site site, std::size_t layer) const noexcept {
-    return plan_ && plan_->acts(site, layer);
-}
-
-bool Hook::captures(Site site, std::size_t layer) const noexcept {
-    return capture_ && capture_->wants(site, layer);
-}
-
-int64_t & Hook::steered_rows(Site site, std::size_t layer) noexcept {
-    return steered_rows_[static_cast<std::size_t>(site) * n_layer_ + layer];
-}
-
-int64_t & Hook::seen_rows(Site site, std::size_t layer) noexcept {
-    return seen_rows_[static_cast<std::size_t>(site) * n_layer_ + layer];
-}
-
-// ---- decode ---------------------------------------------------------------------------------------------------------
-
-void Hook::begin_decode() {
-    require_idle("decode");
-    steered_rows_.assign(steered_rows_.size(), 0);
-    seen_rows_.assign(seen_rows_.size(), 0);
-    error_[0] = '\0';
-    decoding_.store(true);
+    resident_plan_ = like != nullptr ? like->shared_plan() : nullptr;
+    resident_key_ = key;
 }
 
 void Hook::abandon_decode() noexcept {
     decoding_.store(false);
+    busy_ = false;
 }
 
-void Hook::end_decode(int64_t tokens_decoded) {
-    decoding_.store(false);
+void Hook::end_decode() {
+    abandon_decode();
     if (error_[0] != '\0') {
         throw std::runtime_error(error_.data());
     }
-    if (!plan_ || tokens_decoded == 0) {
-        return;
-    }
     for (const Site site : all_sites) {
         for (std::size_t layer = 0; layer < n_layer_; ++layer) {
-            if (!steers(site, layer)) {
+            const std::size_t at = place(site, layer);
+            if (required_[at] == 0) {
                 continue;
             }
             // After the last block's attention llama.cpp keeps only the rows whose logits were asked for.
             const bool last = site != Site::attention && layer + 1 == n_layer_;
-            const int64_t rows = steered_rows(site, layer);
-            if (rows < (last ? 1 : tokens_decoded)) {
-                throw std::runtime_error("steering reached " + std::to_string(rows) + " of " +
-                                         std::to_string(tokens_decoded) + " tokens at " + place(site, layer));
+            const auto rows = static_cast<int64_t>(last ? output_rows_.size() : rows_.size());
+            if (reached_rows_[at] < rows) {
+                throw std::runtime_error("steering reached " + std::to_string(reached_rows_[at]) + " of " +
+                                         std::to_string(rows) + " tokens at " + named(site, layer));
             }
         }
     }
+    if (decisions_due_ > 0) {
+        throw std::runtime_error("the router was not reached");
+    }
+}
+
+bool Hook::reads_at(Site site, std::size_t layer) const noexcept {
+    return std::any_of(gates_.begin(), gates_.end(),
+                       [&](const Gate * gate) { return gate->site() == site && gate->layer() == layer; });
 }
 
 bool Hook::wants(Tensor * node) {
@@ -233,26 +355,31 @@ bool Hook::wants(Tensor * node) {
         sites_->record(node);
         return false;
     }
-    const bool residual = (plan_ && plan_->uses(Site::residual)) || capture_;
-    const bool product = (plan_ && (plan_->uses(Site::attention) || plan_->uses(Site::mlp))) || capture_;
-    if (!residual && !product) {
+    if (!busy_) {
         return false;
     }
-    int32_t layer = residual ? sites_->residual_layer(node) : -1;
-    if (layer >= 0) {
-        const auto at = static_cast<std::size_t>(layer);
-        if (resident_ && steers(Site::residual, at)) {
-            // The graph adds the direction by itself; only see that it does.
-            if (node->op == abi().op_add && node->src[1] == sites_->resident(at)) {
-                steered_rows(Site::residual, at) += abi().ggml_nrows(node);
-            }
-            return captures(Site::residual, at);
-        }
-        return steers(Site::residual, at) || captures(Site::residual, at);
+    SiteMap::Place found{Site::residual, sites_->residual_layer(node)};
+    if (found.layer < 0 && products_) {
+        found = sites_->product_place(node);
     }
-    const SiteMap::Place place = product ? sites_->product_place(node) : SiteMap::Place{};
-    const auto at = static_cast<std::size_t>(place.layer);
-    return place.layer >= 0 && (steers(place.site, at) || captures(place.site, at));
+    if (found.layer < 0) {
+        return false;
+    }
+    const auto layer = static_cast<std::size_t>(found.layer);
+    const std::size_t at = place(found.site, layer);
+    const int64_t rows = abi().ggml_nrows(node);
+    asked_rows_[at] += rows;
+    if (layer + 1 < n_layer_) {
+        tokens_seen_ = std::max(tokens_seen_, asked_rows_[at]);
+    }
+    const bool steers = active_[at] != 0;
+    if (steers && resident_) {
+        // The graph adds the direction by itself; only see that it does.
+        if (node->op == abi().op_add && node->src[1] == sites_->resident(layer)) {
+            reached_rows_[at] += rows;
+        }
+    }
+    return (steers && !resident_) || captures(found.site, layer) || reads_at(found.site, layer);
 }
 
 bool Hook::visit(const Tensor * node) {
@@ -263,8 +390,30 @@ bool Hook::visit(const Tensor * node) {
     if (found.layer >= 0 && abi().ggml_nrows(node) > 0) {
         treat(node, found.site, static_cast<std::size_t>(found.layer));
     }
-    return plan_ || !capture_ || found.layer < 0 ||
-           !capture_->ends_at(found.site, static_cast<std::size_t>(found.layer));
+    const bool only_captures = capture_ && gates_.empty() &&
+                               std::none_of(active_.begin(), active_.end(), [](uint8_t flag) { return flag != 0; });
+    return !only_captures || found.layer < 0 || !capture_->ends_at(found.site, static_cast<std::size_t>(found.layer));
+}
+
+int64_t Hook::row_index(Site site, std::size_t layer, int64_t before, int64_t node_rows,
+                        int64_t offset) const noexcept {
+    const int64_t index = before + offset;
+    const auto total = static_cast<int64_t>(rows_.size());
+    if (layer + 1 < n_layer_ || site == Site::attention || static_cast<int64_t>(output_rows_.size()) == total) {
+        return index < total ? index : -1;
+    }
+    // The last block: only the rows whose logits are asked for, unless the model computes all the same.
+    const auto outputs = static_cast<int64_t>(output_rows_.size());
+    if (n_layer_ == 1) {  // no other layer shows how many tokens came by
+        return index < outputs ? output_rows_[static_cast<std::size_t>(index)] : -1;
+    }
+    const int64_t seen = tokens_seen_;
+    const int64_t outputs_seen =
+        std::lower_bound(output_rows_.begin(), output_rows_.end(), static_cast<int32_t>(seen)) - output_rows_.begin();
+    if (before + node_rows == outputs_seen && index < outputs) {
+        return output_rows_[static_cast<std::size_t>(index)];
+    }
+    return before + node_rows == seen && index < total ? index : -1;
 }
 
 void Hook::treat(const Tensor * node, Site site, std::size_t layer) {
@@ -272,40 +421,102 @@ void Hook::treat(const Tensor * node, Site site, std::size_t layer) {
     const RowAccess access(node);
     void * buffer = node->buffer != nullptr || node->view_src == nullptr ? node->buffer : node->view_src->buffer;
     if (buffer == nullptr || !abi().ggml_backend_buffer_is_host(buffer)) {
-        return fail(place(site, layer) + " moved to memory that is not on the host");
+        return fail(named(site, layer) + " moved to memory that is not on the host");
     }
     if (!access.known()) {
-        return fail(place(site, layer) + " has type " + abi().ggml_type_name(node->type) +
+        return fail(named(site, layer) + " has type " + abi().ggml_type_name(node->type) +
                     "; f32, f16 or bf16 expected");
     }
     if (static_cast<std::size_t>(node->ne[0]) != n_embd_ || node->nb[0] != access.element_size()) {
-        return fail(place(site, layer) + " is not a contiguous row of " + std::to_string(n_embd_) + " values");
+        return fail(named(site, layer) + " is not a contiguous row of " + std::to_string(n_embd_) + " values");
     }
-    const bool steer_here = !(resident_ && site == Site::residual) && steers(site, layer);
-    const float * direction = steer_here ? plan_->direction(site, layer) : nullptr;
-    const bool capture_here = captures(site, layer);
-    int64_t token = seen_rows(site, layer);
+    const std::size_t at = place(site, layer);
+    const bool reads = reads_at(site, layer);
+    const bool captures_here = captures(site, layer);
+    const int64_t before = asked_rows_[at] - rows;
+    int64_t offset = 0;
+    summed_for_ = nullptr;
     auto * data = static_cast<char *>(node->data);
     for (int64_t i3 = 0; i3 < node->ne[3]; ++i3) {
         for (int64_t i2 = 0; i2 < node->ne[2]; ++i2) {
-            for (int64_t i1 = 0; i1 < node->ne[1]; ++i1, ++token) {
-                char * row = data + static_cast<std::size_t>(i1) * node->nb[1] +
-                             static_cast<std::size_t>(i2) * node->nb[2] + static_cast<std::size_t>(i3) * node->nb[3];
-                float * values = access.load(row, row_.data(), n_embd_);
-                if (direction != nullptr) {
-                    add(values, direction, n_embd_);
-                    access.store(row, values, n_embd_);
+            for (int64_t i1 = 0; i1 < node->ne[1]; ++i1, ++offset) {
+                const int64_t index = row_index(site, layer, before, rows, offset);
+                if (index < 0) {
+                    return fail("cannot tell which token is which row of " + named(site, layer));
                 }
-                if (capture_here) {  // after steering: what the next block reads
-                    capture_->put(site, layer, token, values);
+                const Row & row = rows_[static_cast<std::size_t>(index)];
+                char * bytes = data + static_cast<std::size_t>(i1) * node->nb[1] +
+                               static_cast<std::size_t>(i2) * node->nb[2] + static_cast<std::size_t>(i3) * node->nb[3];
+                float * values = access.load(bytes, row_.data(), n_embd_);
+                if (reads && row.sequence != nullptr && row.sequence->reads(row.position) &&
+                    row.sequence->plan().gate()->site() == site && row.sequence->plan().gate()->layer() == layer &&
+                    row.sequence->read(row.position, values)) {
+                    --decisions_due_;
+                    find_active();
+                    summed_for_ = nullptr;
+                }
+                if (active_[at] != 0 && !resident_ && row.sequence != nullptr && steer(row, site, layer, values)) {
+                    access.store(bytes, values, n_embd_);
+                }
+                if (captures_here) {  // after steering: what the next block reads
+                    capture_->put(site, layer, index, values);
                 }
             }
         }
     }
-    seen_rows(site, layer) = token;
-    if (direction != nullptr) {
-        steered_rows(site, layer) += rows;
+    if (!resident_) {
+        reached_rows_[at] += rows;
     }
+}
+
+bool Hook::steer(const Row & row, Site site, std::size_t layer, float * values) {
+    const Plan & plan = row.sequence->plan();
+    const std::vector<Plan::Op> & ops = plan.ops(place(site, layer));
+    const bool before_gate = plan.before_gate(site, layer);
+    bool any = false;
+    bool sums = true;
+    for (std::size_t k = 0; k < ops.size(); ++k) {
+        factors_[k] = row.sequence->factor(ops[k].term, row.position, before_gate);
+        any = any || factors_[k] != 0.0f;
+        sums = sums && (factors_[k] == 0.0f || plan.terms()[ops[k].term].op.sums());
+    }
+    if (!any) {
+        return false;
+    }
+    if (sums) {
+        const bool known =
+            summed_for_ == row.sequence &&
+            std::equal(factors_.begin(), factors_.begin() + static_cast<std::ptrdiff_t>(ops.size()), summed_.begin());
+        if (!known) {
+            plan.sum(place(site, layer), factors_.data(), sum_.data());
+            std::copy(factors_.begin(), factors_.begin() + static_cast<std::ptrdiff_t>(ops.size()), summed_.begin());
+            summed_for_ = row.sequence;
+        }
+        add(values, sum_.data(), n_embd_);
+        return true;
+    }
+    summed_for_ = nullptr;
+    bool pending = false;  // additions that follow each other are summed first, as in the resident way
+    for (std::size_t k = 0; k <= ops.size(); ++k) {
+        const bool end = k == ops.size();
+        if (!end && factors_[k] == 0.0f) {
+            continue;
+        }
+        const Operator * op = end ? nullptr : &plan.terms()[ops[k].term].op;
+        if (op != nullptr && op->sums()) {
+            add_scaled(sum_.data(), !pending, factors_[k], ops[k].rows, n_embd_);
+            pending = true;
+            continue;
+        }
+        if (pending) {
+            add(values, sum_.data(), n_embd_);
+            pending = false;
+        }
+        if (op != nullptr) {
+            apply(*op, ops[k].rows, ops[k].n_rows, factors_[k], values, n_embd_, scratch_.data());
+        }
+    }
+    return true;
 }
 
 // ---- capture --------------------------------------------------------------------------------------------------------
@@ -318,7 +529,8 @@ void Hook::begin_capture(std::unique_ptr<Capture> capture) {
     for (const Site site : all_sites) {
         for (std::size_t layer = 0; layer < n_layer_; ++layer) {
             if (capture->wants(site, layer)) {
-                require_site(site, layer, true);
+                require_site(site, layer);
+                require_host(site, layer);
             }
         }
     }
@@ -331,8 +543,8 @@ std::unique_ptr<Capture> Hook::end_capture() {
 
 void Hook::detach() noexcept {
     detached_ = true;
-    decoding_.store(false);
-    plan_.reset();
+    abandon_decode();
+    slots_.clear();
     if (sites_) {
         sites_->forget_resident();
     }

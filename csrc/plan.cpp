@@ -4,40 +4,85 @@
 #include <cmath>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 namespace pysteer {
+namespace {
+
+// Whether the postfix expression leaves exactly one value, and names gates below n.
+bool well_formed(const std::vector<int32_t> & rule, std::size_t n) noexcept {
+    std::size_t depth = 0;
+    for (const int32_t code : rule) {
+        const bool two = code == rule_and || code == rule_or;
+        if (code < rule_not || (code >= 0 && static_cast<std::size_t>(code) >= n) || (two && depth < 2) ||
+            (code == rule_not && depth < 1)) {
+            return false;
+        }
+        depth = code >= 0 ? depth + 1 : two ? depth - 1 : depth;
+    }
+    return depth == 1;
+}
+
+}  // namespace
 
 const char * site_name(Site site) noexcept {
     constexpr std::array<const char *, n_sites> names = {"residual", "attention", "mlp"};
     return names[static_cast<std::size_t>(site)];
 }
 
-Plan::Plan(std::size_t n_layer, std::size_t n_embd) : n_layer_(n_layer), n_embd_(n_embd), acts_(n_sites * n_layer) {}
-
-void Plan::add(Site site, const int32_t * layers, std::size_t n_layers, const float * directions, float strength) {
+void Plan::add(Term term, Site site, const int32_t * layers, std::size_t n_layers, const float * rows,
+               std::size_t n_rows, std::shared_ptr<const void> owner) {
     for (std::size_t k = 0; k < n_layers; ++k) {
         if (layers[k] < 0 || static_cast<std::size_t>(layers[k]) >= n_layer_) {
             throw std::invalid_argument("layer " + std::to_string(layers[k]) + " is not one of the model's " +
                                         std::to_string(n_layer_) + " layers");
         }
-        const std::size_t at = place(site, static_cast<std::size_t>(layers[k]));
-        terms_.push_back({at, directions + k * n_embd_, strength});
-        acts_[at] = 1;
+        const std::size_t place = place_of(site, static_cast<std::size_t>(layers[k]), n_layer_);
+        ops_[place].push_back({terms_.size(), rows + k * n_rows * n_embd_, n_rows});
+        term.places.push_back(place);
+        term.only_last_block = term.only_last_block && static_cast<std::size_t>(layers[k]) + 1 == n_layer_;
+        term.only_control_vector = term.only_control_vector && site == Site::residual && layers[k] > 0;
     }
-    used_[static_cast<std::size_t>(site)] = uses(site) || n_layers > 0;
+    term.only_control_vector = term.only_control_vector && term.op.sums();
+    uniform_ = uniform_ && !term.gated() && term.exclude_bit < 0 && term.scope.kind == Scope::Kind::all;
+    uses_products_ = uses_products_ || site != Site::residual;
+    most_rows_ = std::max(most_rows_, n_rows);
+    terms_.push_back(std::move(term));
+    owners_.push_back(std::move(owner));
 }
 
-void Plan::sum(Site site, std::size_t layer, float * out) const noexcept {
-    const std::size_t at = place(site, layer);
-    bool first = true;
+void Plan::set_gate(std::shared_ptr<const Gate> gate, std::vector<double> thresholds, std::vector<uint8_t> above,
+                    Several several, int64_t recheck, bool pools) {
+    const std::size_t n = gate->n_categories();
+    if (gate->n_embd() != n_embd_ || gate->layer() >= n_layer_ || thresholds.size() != n || above.size() != n ||
+        recheck < 0) {
+        throw std::invalid_argument("the gate does not fit the plan");
+    }
     for (const Term & term : terms_) {
-        if (term.place != at) {
-            continue;
+        if (term.gated() && (!well_formed(term.rule, n) || term.own_gate >= static_cast<int32_t>(n))) {
+            throw std::invalid_argument("a rule names a gate that does not exist");
         }
-        for (std::size_t i = 0; i < n_embd_; ++i) {
-            out[i] = (first ? 0.0f : out[i]) + term.strength * term.row[i];
+    }
+    uses_products_ = uses_products_ || gate->site() != Site::residual;
+    gate_ = std::move(gate);
+    thresholds_ = std::move(thresholds);
+    above_ = std::move(above);
+    several_ = several;
+    recheck_ = recheck;
+    pools_ = pools;
+}
+
+bool Plan::fits_resident() const noexcept {
+    return uniform_ && std::all_of(terms_.begin(), terms_.end(), [](const Term & t) { return t.only_control_vector; });
+}
+
+void Plan::sum(std::size_t place, const float * factors, float * out) const noexcept {
+    bool first = true;
+    for (std::size_t k = 0; k < ops_[place].size(); ++k) {
+        if (factors[k] != 0.0f) {
+            add_scaled(out, first, factors[k], ops_[place][k].rows, n_embd_);
+            first = false;
         }
-        first = false;
     }
     if (first) {
         std::fill(out, out + n_embd_, 0.0f);
@@ -46,32 +91,20 @@ void Plan::sum(Site site, std::size_t layer, float * out) const noexcept {
 
 void Plan::check_finite() const {
     std::vector<float> row(n_embd_);
-    for (const Site site : all_sites) {
-        for (std::size_t layer = 0; layer < n_layer_; ++layer) {
-            sum(site, layer, row.data());
-            if (!std::all_of(row.begin(), row.end(), [](float value) { return std::isfinite(value); })) {
-                throw std::invalid_argument("the direction of layer " + std::to_string(layer) +
-                                            " times its strength is not finite");
+    for (std::size_t place = 0; place < ops_.size(); ++place) {
+        bool first = true;
+        for (const Op & op : ops_[place]) {
+            const Term & term = terms_[op.term];
+            for (std::size_t k = 0; k < op.n_rows; ++k) {
+                add_scaled(row.data(), first, term.strength, op.rows + k * n_embd_, n_embd_);
+                first = false;
             }
         }
-    }
-}
-
-void Plan::keep_sums() {
-    sums_.resize(n_sites * n_layer_);
-    for (const Site site : all_sites) {
-        for (std::size_t layer = 0; layer < n_layer_; ++layer) {
-            if (acts(site, layer)) {
-                auto & row = sums_[place(site, layer)];
-                row.reset(new float[n_embd_]);  // not zeroed: written just below
-                sum(site, layer, row.get());
-            }
+        if (!first && !std::all_of(row.begin(), row.end(), [](float value) { return std::isfinite(value); })) {
+            throw std::invalid_argument("the direction of layer " + std::to_string(place % n_layer_) +
+                                        " times its strength is not finite");
         }
     }
-}
-
-bool Plan::fits_resident() const noexcept {
-    return !uses(Site::attention) && !uses(Site::mlp) && acts_[0] == 0;
 }
 
 }  // namespace pysteer

@@ -1,70 +1,114 @@
-// What is added at which site and layer. Immutable once finished, so that a running decode can share it without locks.
+// What a request asks for, compiled: which operators act at which site and layer, on which tokens, and what a gate has
+// to find before they do. Immutable once built, so that any number of sequences share it without locks.
 #pragma once
 
-#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <vector>
 
+#include "gate.hpp"
+#include "operators.hpp"
+#include "scope.hpp"
+#include "site.hpp"
+
 namespace pysteer {
 
-enum class Site : std::size_t { residual = 0, attention = 1, mlp = 2 };
-inline constexpr std::size_t n_sites = 3;
-inline constexpr std::array<Site, n_sites> all_sites = {Site::residual, Site::attention, Site::mlp};
+// How directions get in: into llama.cpp's control-vector tensors, by the hook, or whichever can.
+enum class Way : int32_t { automatic, resident, hooked };
 
-const char * site_name(Site site) noexcept;
+// What happens when several gated terms fire.
+enum class Several : int32_t { sum, strongest, first };
+
+// A boolean expression over gates in postfix: n >= 0 is gate n.
+enum RuleCode : int32_t { rule_and = -1, rule_or = -2, rule_not = -3 };
+
+// One category: an operator with its strength, scope and gate.
+struct Term {
+    Operator op;
+    float strength = 1.0f;
+    Scope scope;
+    uint64_t digest = 0;              // of the steering vector
+    int32_t exclude_bit = -1;         // rows whose mask has this bit are left alone
+    std::vector<int32_t> rule;        // gated; empty: forced
+    int32_t own_gate = -1;            // the category's own column of the gate, or -1
+    bool only_control_vector = true;  // it adds to the residual of layers >= 1 and nothing else
+    bool only_last_block = true;      // no key or value of the KV cache depends on it
+    std::vector<std::size_t> places;
+
+    bool gated() const noexcept { return !rule.empty(); }
+};
 
 class Plan {
   public:
-    Plan(std::size_t n_layer, std::size_t n_embd);
+    Plan(std::size_t n_layer, std::size_t n_embd, Way way)
+        : n_layer_(n_layer), n_embd_(n_embd), way_(way), ops_(n_sites * n_layer) {}
 
-    // Adds `strength * directions[k]` to what the plan does at layers[k]; directions is row-major, n_layers x n_embd,
-    // and must live as long as the plan is compiled or made resident from. Throws std::invalid_argument for a layer out
-    // of range.
-    void add(Site site, const int32_t * layers, std::size_t n_layers, const float * directions, float strength);
+    // What a term does at one place: n_rows rows of n_embd values.
+    struct Op {
+        std::size_t term;
+        const float * rows;
+        std::size_t n_rows;
+    };
 
-    // Throws std::invalid_argument if a sum is not finite.
+    // Appends a term that acts at a site's layers[k] with the rows at rows[k]; rows is row-major, n_layers x n_rows x
+    // n_embd, and lives as long as the plan holds `owner`. Throws std::invalid_argument for a layer out of range.
+    void add(Term term, Site site, const int32_t * layers, std::size_t n_layers, const float * rows, std::size_t n_rows,
+             std::shared_ptr<const void> owner);
+
+    // Gives gated terms what they wait for: category i's gate is open where its score is at least (above) or at most
+    // thresholds[i]. recheck: decide anew every so many response tokens; 0 is never. pools: over a span, rather than at
+    // the last token. Throws std::invalid_argument for sizes or rules that do not fit.
+    void set_gate(std::shared_ptr<const Gate> gate, std::vector<double> thresholds, std::vector<uint8_t> above,
+                  Several several, int64_t recheck, bool pools);
+
+    // Throws std::invalid_argument if all terms together can add something that is not finite.
     void check_finite() const;
-    // Keeps the sums, which the hooked way adds to every row. The resident way writes each once and does without: a
-    // change of steering between two tokens then touches no memory but the vectors' and the tensors'.
-    void keep_sums();
 
     std::size_t n_layer() const noexcept { return n_layer_; }
     std::size_t n_embd() const noexcept { return n_embd_; }
+    Way way() const noexcept { return way_; }
+    const std::vector<Term> & terms() const noexcept { return terms_; }
+    const std::vector<Op> & ops(std::size_t place) const noexcept { return ops_[place]; }
+    std::size_t most_rows() const noexcept { return most_rows_; }
 
-    bool acts(Site site, std::size_t layer) const noexcept { return acts_[place(site, layer)] != 0; }
-    bool uses(Site site) const noexcept { return used_[static_cast<std::size_t>(site)]; }
-    bool empty() const noexcept { return terms_.empty(); }
-
-    // Writes what is added there, n_embd values; zeros where the plan does not act.
-    void sum(Site site, std::size_t layer, float * out) const noexcept;
-    // The same, kept by keep_sums(); null where the plan does not act or kept nothing.
-    const float * direction(Site site, std::size_t layer) const noexcept {
-        return sums_.empty() ? nullptr : sums_[place(site, layer)].get();
+    // Null where no term is gated.
+    const Gate * gate() const noexcept { return gate_.get(); }
+    const std::vector<double> & thresholds() const noexcept { return thresholds_; }
+    const std::vector<uint8_t> & above() const noexcept { return above_; }
+    Several several() const noexcept { return several_; }
+    int64_t recheck() const noexcept { return recheck_; }
+    bool pools() const noexcept { return pools_; }
+    bool before_gate(Site site, std::size_t layer) const noexcept {
+        return gate_ && graph_order(site, layer) < graph_order(gate_->site(), gate_->layer());
     }
 
-    // Whether llama.cpp's own control-vector tensors can express it: the residual of layers >= 1 and nothing else.
+    // Whether every token of every sequence gets the same: nothing gated, excluded or limited to some tokens.
+    bool uniform() const noexcept { return uniform_; }
     bool fits_resident() const noexcept;
-    // Whether it can be hooked: keep_sums() was called.
-    bool fits_hooked() const noexcept { return !sums_.empty(); }
+    // Whether a term acts, or the gate looks, at the sites attention or mlp.
+    bool uses_products() const noexcept { return uses_products_; }
+
+    // Writes the sum of what the ops at a place add, each times its factor; n_embd values. The ops are additions. Zeros
+    // where no factor differs from 0.
+    void sum(std::size_t place, const float * factors, float * out) const noexcept;
 
   private:
-    struct Term {
-        std::size_t place;
-        const float * row;
-        float strength;
-    };
-    std::size_t place(Site site, std::size_t layer) const noexcept {
-        return static_cast<std::size_t>(site) * n_layer_ + layer;
-    }
-
     std::size_t n_layer_;
     std::size_t n_embd_;
-    std::vector<Term> terms_;    // in the order of addition
-    std::vector<uint8_t> acts_;  // per place
-    std::array<bool, n_sites> used_{};
-    std::vector<std::unique_ptr<float[]>> sums_;  // per place; none before keep_sums()
+    Way way_;
+    std::vector<Term> terms_;
+    std::vector<std::shared_ptr<const void>> owners_;
+    std::vector<std::vector<Op>> ops_;  // per place, in the order of the terms
+    std::size_t most_rows_ = 0;
+    bool uniform_ = true;
+    bool uses_products_ = false;
+    std::shared_ptr<const Gate> gate_;
+    std::vector<double> thresholds_;
+    std::vector<uint8_t> above_;
+    Several several_ = Several::sum;
+    int64_t recheck_ = 0;
+    bool pools_ = false;
 };
 
 }  // namespace pysteer

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "llama_abi.hpp"
-#include "plan.hpp"
+#include "site.hpp"
 
 namespace pysteer {
 

@@ -71,8 +71,9 @@ def compare(first: SteeringPack, second: SteeringPack) -> Comparison:
     whatever their names are.
 
     Raises:
-        SteeringError: the widths differ, a category is at different sites, or the packs have no
-            layer of any category in common.
+        SteeringError: the widths differ, a category is at different sites or has no single
+            direction per layer (the operators `rotate` and `low_rank`), or the packs have no layer
+            of any category in common.
     """
     if first.n_embd != second.n_embd:
         raise SteeringError(
@@ -111,7 +112,10 @@ def cosine(a: npt.ArrayLike, b: npt.ArrayLike) -> float | None:
 
 
 def norms(vector: SteeringVector) -> dict[int, float]:
-    """L2 norm of each direction, by layer, in the units of the model's activations."""
+    """L2 norm of each direction, by layer, in the units of the model's activations.
+
+    Where a layer has several rows (the operators `rotate` and `low_rank`), of all of them together.
+    """
     return {layer: float(np.linalg.norm(row.astype(np.float64))) for layer, row in vector.items()}
 
 
@@ -124,11 +128,14 @@ def category_cosines(pack: SteeringPack) -> dict[tuple[str, str], dict[int, floa
     Returns:
         For each two categories, in the order of the pack, layer to cosine. Layers that only one of
         them has, and directions that are 0, are left out, and so are pairs with no layer left,
-        among them those at different sites.
+        among them those at different sites, and those of which one has no single direction per
+        layer (the operators `rotate` and `low_rank`).
     """
     found = {}
     for (name, vector), (other_name, other) in combinations(pack.categories.items(), 2):
-        if vector.site != other.site:
+        if vector.site != other.site or not (
+            _is_one_direction(vector) and _is_one_direction(other)
+        ):
             continue
         values = {
             layer: cosine(row, other.direction(layer))
@@ -175,6 +182,12 @@ def _category(
             f"category {quoted(name)} steers the site {one.site} in the first and {two.site} in "
             "the second; directions of different sites cannot be compared"
         )
+    for vector, which, its_name in ((one, "first", name), (two, "second", other_name)):
+        if not _is_one_direction(vector):
+            raise SteeringError(
+                f"category {quoted(its_name)} of the {which} has the operator "
+                f"{vector.operator.kind}, which has no single direction per layer to compare"
+            )
     layers = {}
     for layer in one.layers:
         if layer in two.layers:
@@ -190,6 +203,10 @@ def _category(
         tuple(layer for layer in one.layers if layer not in two.layers),
         tuple(layer for layer in two.layers if layer not in one.layers),
     )
+
+
+def _is_one_direction(vector: SteeringVector) -> bool:
+    return vector.operator.rows_per_layer == 1
 
 
 def _is_layer(value: Any) -> bool:

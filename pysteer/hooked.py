@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import llama_cpp
 import numpy as np
@@ -25,6 +25,12 @@ from pysteer.vector import SITES
 
 TESTED_LLAMA_CPP = ("0.3.36",)
 """Versions of llama-cpp-python that the test suite has passed with."""
+
+Run: TypeAlias = tuple[int, int, int, int]
+"""Rows of a batch that follow each other in one sequence: the sequence's number, the position of
+the first, how many, and whose logits are asked for: `NO_ROW`, `LAST_ROW` or `EVERY_ROW`."""
+
+NO_ROW, LAST_ROW, EVERY_ROW = 0, 1, 2
 
 UNTESTED_OVERRIDE = "PYSTEER_UNTESTED_LLAMA_CPP"
 """Environment variable: set to 1 to try another version."""
@@ -96,8 +102,6 @@ class HookedLlama(llama_cpp.Llama):
         max_sequences: int = 1,
         **llama_arguments: Any,
     ) -> None:
-        if llama_arguments.get("vocab_only"):
-            raise HookError("a model without weights (vocab_only) has nothing to hook")
         load_native()
         self._max_sequences = max_sequences
         self._hook = _native.Hook()
@@ -108,10 +112,8 @@ class HookedLlama(llama_cpp.Llama):
         setattr(self._ctx, "_pysteer_hook", self._hook)  # noqa: B010
         self._n_layer = int(llama_cpp.llama_model_n_layer(self._model.model))
         try:
-            if max_sequences > 1 and (self._is_recurrent or self._is_hybrid):
-                # llama.cpp orders the rows of their batches by sequence, not as they came.
-                raise HookError("recurrent and hybrid models are captured one sequence at a time")
-            self._probe()
+            if not llama_arguments.get("vocab_only"):  # else there is nothing to hook
+                self._probe()
         except BaseException:
             self.close()
             raise
@@ -142,6 +144,15 @@ class HookedLlama(llama_cpp.Llama):
     def max_sequences(self) -> int:
         """How many sequences `capture_means` can decode in one batch."""
         return self._max_sequences
+
+    @property
+    def batches_sequences(self) -> bool:
+        """Whether one decode may hold tokens of several sequences.
+
+        Recurrent and hybrid models: no. llama.cpp orders the rows of their batches by sequence, not
+        as they came.
+        """
+        return not (self._is_recurrent or self._is_hybrid)
 
     @property
     def base_model(self) -> BaseModel:
@@ -202,23 +213,50 @@ class HookedLlama(llama_cpp.Llama):
         if self._closed:
             raise SteeringError("the model is closed; create a new one")
 
+    def _set_sequence(self, slot: int, sequence: _native.Sequence | None) -> None:
+        """Steer the tokens of a sequence of llama.cpp's batches, from the next decode on.
+
+        Raises:
+            HookError: the model lacks a site of the plan.
+        """
+        try:
+            self._hook.set_sequence(slot, sequence)
+        except (ValueError, RuntimeError) as error:
+            raise HookError(str(error)) from None
+
     @contextmanager
-    def _decoding(self) -> Iterator[None]:
-        """Bracket the decodes of one evaluation; afterwards, hold the hook to what it did."""
+    def _decoding(self, runs: Sequence[Run] | npt.NDArray[np.int32]) -> Iterator[None]:
+        """Bracket the decodes of one evaluation; afterwards, hold the hook to what it did.
+
+        Args:
+            runs: the rows to be decoded, in order.
+        """
         with self._step_lock:
             self._require_open()
-            start = self.n_tokens
-            self._hook.begin_decode()
+            try:
+                self._hook.begin_decode(np.asarray(runs, np.int32).reshape(-1, 4))
+            except _native.NotOnHost:
+                raise
+            except (ValueError, RuntimeError) as error:
+                raise HookError(str(error)) from None
             try:
                 yield
             except BaseException:
                 self._hook.abandon_decode()
                 raise
             try:
-                self._hook.end_decode(self.n_tokens - start)
+                self._hook.end_decode()
             except RuntimeError as error:
                 self.reset()  # what was just computed is not what was asked for
                 raise HookError(str(error)) from None
+
+    def _chunks(self, start: int, n_tokens: int, outputs: int) -> list[Run]:
+        """The decodes of one sequence's tokens, of at most n_batch each."""
+        stop = start + n_tokens
+        return [
+            (0, at, min(self.n_batch, stop - at), outputs)
+            for at in range(start, stop, self.n_batch)
+        ]
 
     def eval(self, tokens: Sequence[int]) -> None:
         """Evaluate tokens after those in the context; see `llama_cpp.Llama.eval`.
@@ -226,7 +264,8 @@ class HookedLlama(llama_cpp.Llama):
         Raises:
             HookError: a site that is to be steered was not reached by every token.
         """
-        with self._decoding():
+        outputs = EVERY_ROW if self._logits_all else LAST_ROW
+        with self._decoding(self._chunks(self.n_tokens, len(tokens), outputs)):
             super().eval(tokens)
 
     def capture(
@@ -307,6 +346,8 @@ class HookedLlama(llama_cpp.Llama):
             SteeringError: as `capture`, or more sequences or tokens than fit.
             NotImplementedError: the activations are not in host memory.
         """
+        if len(sequences) > 1 and not self.batches_sequences:
+            raise HookError("recurrent and hybrid models are captured one sequence at a time")
         if not 0 < len(sequences) <= self._max_sequences:
             raise SteeringError(
                 f"cannot capture {len(sequences)} sequences at once: between 1 and "
@@ -411,19 +452,24 @@ class HookedLlama(llama_cpp.Llama):
         """
         self._ctx.kv_cache_clear()
         self.n_tokens = 0
-        with self._decoding():
-            if len(sequences) > 1:
-                everyone = range(len(sequences))
-                self._batch.reset()
-                self._add(sequences[0][:shared], 0, everyone, every_row)
-                for number, tokens in enumerate(sequences):
-                    self._add(tokens[shared:], shared, [number], every_row)
+        outputs = EVERY_ROW if every_row else NO_ROW
+        if len(sequences) > 1:
+            everyone = range(len(sequences))
+            self._batch.reset()
+            self._add(sequences[0][:shared], 0, everyone, every_row)
+            runs = [(-1, 0, shared, outputs)]
+            for number, tokens in enumerate(sequences):
+                self._add(tokens[shared:], shared, [number], every_row)
+                runs.append((number, shared, len(tokens) - shared, outputs))
+            with self._decoding(runs):
                 self._ctx.decode(self._batch)
-                self.n_tokens = self._batch.n_tokens()
-                return
-            tokens = list(sequences[0])
-            for at in range(0, len(tokens), self.n_batch):
-                part = tokens[at : at + self.n_batch]
+            self.n_tokens = self._batch.n_tokens()
+            return
+        tokens = list(sequences[0])
+        chunks = self._chunks(0, len(tokens), EVERY_ROW if every_row else LAST_ROW)
+        with self._decoding(chunks):
+            for _, at, count, _ in chunks:
+                part = tokens[at : at + count]
                 self._batch.set_batch(batch=part, n_past=at, logits_all=every_row)
                 self._ctx.decode(self._batch)
                 self.n_tokens += len(part)

@@ -17,11 +17,14 @@ from pysteer.errors import (
     quoted,
 )
 from pysteer.formats import gguf
+from pysteer.operators import Operator
 from pysteer.router import Router
 from pysteer.vector import MAX_LAYER, SteeringVector, finite
 
 if TYPE_CHECKING:
     import os
+
+    from pysteer.policy import Policy
 
 
 _MAX_COUNT = 2**32 - 1
@@ -75,10 +78,11 @@ class SteeringPack:
             keys) of those, at most 16 deep. A read-only copy of what was given.
         router: what tells the categories apart in a prompt's hidden state, or None. It may know
             fewer categories than the pack has.
+        policy: what acts when, for requests that do not say so themselves, or None.
 
     Raises:
-        SteeringError: no categories, or vectors or a router that do not fit each other or the base
-            model.
+        SteeringError: no categories, or vectors, a router or a policy that do not fit each other or
+            the base model.
     """
 
     categories: Mapping[str, SteeringVector]
@@ -86,6 +90,7 @@ class SteeringPack:
     residual_norm: Mapping[int, float] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     router: Router | None = None
+    policy: Policy | None = None
 
     def __post_init__(self) -> None:
         if not self.categories:
@@ -98,6 +103,7 @@ class SteeringPack:
         if len(set(widths.values())) > 1:
             raise SteeringError(f"the categories differ in width: {widths}")
         self._check_router()
+        self._check_policy()
         if self.base_model is not None:
             self._check_shape(self.base_model)
         self._check_residual_norm()
@@ -130,6 +136,16 @@ class SteeringPack:
         if unknown:
             raise SteeringError(f"the router knows {quoted(unknown)}, which the pack does not hold")
 
+    def _check_policy(self) -> None:
+        if self.policy is None:
+            return
+        from pysteer.policy import Policy  # with pydantic: only for packs that have one
+
+        if not isinstance(self.policy, Policy):
+            raise SteeringError(f"{quoted(self.policy)} is not a pysteer.policy.Policy")
+        gated = self.router.categories if self.router is not None else ()
+        self.policy.check(categories=list(self.categories), gated=list(gated))
+
     def __getitem__(self, category: str) -> SteeringVector:
         try:
             return self.categories[category]
@@ -146,6 +162,7 @@ class SteeringPack:
             dict(self.residual_norm),
             dict(self.provenance),
             self.router,
+            self.policy,
         )
 
     @property
@@ -188,13 +205,16 @@ class SteeringPack:
         """Write the pack to one GGUF file; an older file is replaced in one step."""
         content = gguf.PackContent(
             categories={
-                name: (vector.site, dict(vector.items()))
+                name: gguf.CategoryContent(
+                    vector.site, dict(vector.items()), vector.operator.content()
+                )
                 for name, vector in self.categories.items()
             },
             base_model=asdict(self.base_model) if self.base_model is not None else None,
             residual_norm=dict(self.residual_norm),
             provenance=dict(self.provenance),
             router=self.router.content() if self.router is not None else None,
+            policy=self.policy.content() if self.policy is not None else None,
         )
         gguf.write_pack(Path(path), content)
 
@@ -209,15 +229,25 @@ class SteeringPack:
         content = gguf.read_pack(path)
         with naming(path):
             model, router = content.base_model, content.router
+            policy = None
+            if content.policy is not None:
+                from pysteer.policy import Policy
+
+                policy = Policy.from_content(content.policy)
             return cls(
                 {
-                    name: SteeringVector(directions, site=site)
-                    for name, (site, directions) in content.categories.items()
+                    name: SteeringVector(
+                        category.directions,
+                        site=category.site,
+                        operator=Operator.from_content(category.operator),
+                    )
+                    for name, category in content.categories.items()
                 },
                 base_model=BaseModel(**model) if model is not None else None,  # type: ignore[arg-type]
                 residual_norm=content.residual_norm,
                 provenance=content.provenance,
                 router=Router.from_content(router) if router is not None else None,
+                policy=policy,
             )
 
 

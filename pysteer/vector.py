@@ -1,13 +1,14 @@
-"""`SteeringVector`: a site and, for some layers, one direction each."""
+"""`SteeringVector`: a site, an operator and, for some layers, the directions it acts along."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
-import operator
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from numbers import Real
+from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ import numpy.typing as npt
 
 from pysteer.errors import SteeringError, naming, quoted
 from pysteer.formats import gguf
+from pysteer.operators import ADD, Operator
 
 if TYPE_CHECKING:
     import os
@@ -25,49 +27,71 @@ MAX_LAYER = 999_999
 
 
 class SteeringVector:
-    """Directions for several layers of one model, all added at the same site.
+    """Directions for several layers of one model, all used in the same way at the same site.
 
     Immutable. Arithmetic (`+`, `-`, `*`, `/`, unary `-`) gives new vectors; layers that only one
-    operand has count as zero in the other.
+    operand has count as zero in the other. It is there for the operator `add` alone: the others do
+    not depend on a direction's length, or not in this way.
 
     Args:
         directions: layer (block index from 0, as in `l_out-N`, `direction.N` and transformers'
-            `model.layers[N]`) to direction, shape (n_embd,), any real dtype; stored as float32 in
-            the units of the model's activations, so that strength 1.0 adds exactly this.
+            `model.layers[N]`) to direction, any real dtype; stored as float32 in the units of the
+            model's activations, so that strength 1.0 adds exactly this. Shape (n_embd,); for the
+            operators `rotate` and `low_rank` (rows, n_embd), with the same number of rows at every
+            layer.
         site: where in a block: "residual" (block output) or "attention" (attention output after
             its projection), or "mlp" (output of the feed-forward part after its projection).
+        operator: what is done to the activations there; `pysteer.operators` has the formulas.
 
     Raises:
-        SteeringError: no layers, a layer that is no index, an unknown site, differing widths, or
-            values that are not finite.
+        SteeringError: no layers, a layer that is no index, an unknown site, differing widths, a
+            shape that the operator cannot use, values that are not finite, or directions that give
+            the operator nothing to act along (0 for `ablate`, `clamp` and `rotate`, and two on one
+            line for `rotate`).
     """
 
-    __slots__ = ("__dict__", "_layers", "_matrix", "_site")
+    __slots__ = ("__dict__", "_layers", "_matrix", "_operator", "_site")
 
-    def __init__(self, directions: Mapping[int, npt.ArrayLike], *, site: str = "residual") -> None:
+    def __init__(
+        self,
+        directions: Mapping[int, npt.ArrayLike],
+        *,
+        site: str = "residual",
+        operator: Operator = ADD,
+    ) -> None:
         if site not in SITES:
             raise SteeringError(f"unknown site {quoted(site)}; use one of {', '.join(SITES)}")
+        if not isinstance(operator, Operator):
+            raise SteeringError(f"{quoted(operator)} is not a pysteer.operators.Operator")
         if not directions:
             raise SteeringError("a steering vector needs a direction for at least one layer")
         self._site = site
+        self._operator = operator
         by_layer = {_layer(layer): direction for layer, direction in directions.items()}
         self._layers = tuple(sorted(by_layer))
         rows = [_row(layer, by_layer[layer]) for layer in self._layers]
         for layer, row in zip(self._layers, rows, strict=True):
-            if row.ndim != 1 or row.size == 0 or row.shape != rows[0].shape:
+            if not _fits(row.shape, operator) or row.shape != rows[0].shape:
                 raise SteeringError(
                     f"the direction of layer {layer} has shape {row.shape}, "
-                    f"that of layer {self._layers[0]} {rows[0].shape}; all must be (n_embd,)"
+                    f"that of layer {self._layers[0]} {rows[0].shape}; for the operator "
+                    f"{operator.kind} all must be {_shape_for(operator)}"
                 )
             if not np.isfinite(row).all():
                 raise SteeringError(f"the direction of layer {layer} holds NaN or infinity")
         self._matrix = np.stack(rows)
         self._matrix.setflags(write=False)
+        _ = self.prepared  # refuses what the operator cannot act along
 
     @property
     def site(self) -> str:
-        """Where in a block the directions are added."""
+        """Where in a block the operator acts."""
         return self._site
+
+    @property
+    def operator(self) -> Operator:
+        """What is done to the activations there."""
+        return self._operator
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -77,12 +101,35 @@ class SteeringVector:
     @property
     def n_embd(self) -> int:
         """Width of each direction."""
-        return int(self._matrix.shape[1])
+        return int(self._matrix.shape[-1])
 
     @property
     def matrix(self) -> npt.NDArray[np.float32]:
-        """All directions, shape (len(layers), n_embd), float32, C-contiguous, read-only."""
+        """All directions, float32, C-contiguous, read-only.
+
+        Shape (len(layers), n_embd), or (len(layers), rows, n_embd) for `rotate` and `low_rank`.
+        """
         return self._matrix
+
+    @cached_property
+    def prepared(self) -> npt.NDArray[np.float32]:
+        """What the native part reads: shape (len(layers), rows, n_embd), as `matrix` otherwise.
+
+        The directions as they are for `add` and `low_rank`, unit vectors for `ablate` and `clamp`,
+        orthonormal pairs for `rotate`.
+        """
+        stored = self._matrix.reshape(len(self._layers), -1, self.n_embd)
+        if self._operator.kind in ("add", "low_rank"):
+            return stored
+        rows = []
+        for layer, of_layer in zip(self._layers, stored, strict=True):
+            try:
+                rows.append(self._operator.prepare(of_layer))
+            except SteeringError as error:
+                raise SteeringError(f"layer {layer}: {error}") from None
+        prepared = np.stack(rows)
+        prepared.setflags(write=False)
+        return prepared
 
     @cached_property
     def layer_indices(self) -> npt.NDArray[np.int32]:
@@ -96,13 +143,18 @@ class SteeringVector:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of site, layers and values, in hex: equal for equal vectors, in any process."""
-        sha = hashlib.sha256(f"{self._site} {self._layers} {self.n_embd}".encode())
+        """SHA-256 of all that `==` compares, in hex: equal for equal vectors, in any process."""
+        content = self._operator.content()
+        operator = f" {json.dumps(content, sort_keys=True)}" if content else ""
+        sha = hashlib.sha256(f"{self._site} {self._layers} {self.n_embd}{operator}".encode())
         sha.update(self._matrix.astype("<f4", copy=False).tobytes())
         return sha.hexdigest()
 
     def direction(self, layer: int) -> npt.NDArray[np.float32]:
-        """The direction of one layer, shape (n_embd,), read-only; KeyError if it has none."""
+        """The direction of one layer, read-only; KeyError if it has none.
+
+        Shape (n_embd,), or (rows, n_embd) for `rotate` and `low_rank`.
+        """
         if layer not in self._layers:
             raise KeyError(layer)
         row: npt.NDArray[np.float32] = self._matrix[self._layers.index(layer)]
@@ -120,9 +172,15 @@ class SteeringVector:
             model_hint: the base model's architecture, kept as `controlvector.model_hint`.
 
         Raises:
-            SteeringError: for layer 0 or a site other than the residual stream, which llama.cpp
-                would refuse or, worse, add in the wrong place. A `SteeringPack` can hold those.
+            SteeringError: for layer 0, a site other than the residual stream or an operator other
+                than plain addition, which llama.cpp would refuse or, worse, add (in the wrong
+                place). A `SteeringPack` can hold those.
         """
+        if self.operator != ADD:
+            raise SteeringError(
+                f"llama.cpp would simply add a vector whose operator is {str(self.operator)!r}; "
+                "save it in a SteeringPack"
+            )
         if self.site != "residual":
             raise SteeringError(
                 f"llama.cpp would add a vector of site {self.site!r} to the residual stream; "
@@ -147,7 +205,20 @@ class SteeringVector:
         with naming(path):
             return cls(directions)
 
+    def _check_arithmetic(self) -> None:
+        if self._operator.kind != "add":
+            raise SteeringError(
+                f"arithmetic is for vectors that are added; the operator {self._operator.kind} "
+                "does not scale with its directions: change the strength instead"
+            )
+
     def _combine(self, other: SteeringVector, sign: float) -> SteeringVector:
+        for operand in (self, other):
+            operand._check_arithmetic()
+        if self.operator != other.operator:
+            raise SteeringError(
+                "cannot combine a vector that keeps the norm (keep_norm) with one that does not"
+            )
         if self.site != other.site or self.n_embd != other.n_embd:
             raise SteeringError(
                 f"cannot combine a vector of site {self.site}, width {self.n_embd} "
@@ -157,7 +228,7 @@ class SteeringVector:
         with np.errstate(over="ignore"):  # an overflow is refused by the constructor
             for layer, row in other.items():
                 total[layer] = total.get(layer, np.zeros(self.n_embd, np.float32)) + sign * row
-        return SteeringVector(total, site=self.site)
+        return SteeringVector(total, site=self.site, operator=self.operator)
 
     def __add__(self, other: SteeringVector) -> SteeringVector:
         return self._combine(other, 1.0) if isinstance(other, SteeringVector) else NotImplemented
@@ -168,10 +239,11 @@ class SteeringVector:
     def __mul__(self, factor: float) -> SteeringVector:
         if not isinstance(factor, Real):
             return NotImplemented
+        self._check_arithmetic()
         with np.errstate(over="ignore"):  # an overflow is refused by the constructor
             scale = np.float32(finite(factor, "cannot scale a steering vector by it"))
             scaled = {layer: scale * row for layer, row in self.items()}
-        return SteeringVector(scaled, site=self.site)
+        return SteeringVector(scaled, site=self.site, operator=self.operator)
 
     __rmul__ = __mul__
 
@@ -190,6 +262,7 @@ class SteeringVector:
             return NotImplemented
         return (
             self.site == other.site
+            and self.operator == other.operator
             and self.layers == other.layers
             and np.array_equal(self.matrix, other.matrix)
         )
@@ -199,11 +272,15 @@ class SteeringVector:
 
     def __reduce__(self) -> tuple[object, ...]:
         # Through the constructor, so that a copy is as read-only as the original.
-        return _restore, (dict(self.items()), self.site)
+        return _restore, (dict(self.items()), self.site, self.operator)
 
     def __repr__(self) -> str:
         layers = ", ".join(map(str, self._layers[:4])) + (", ..." if len(self._layers) > 4 else "")
-        return f"SteeringVector(site={self._site!r}, layers=[{layers}], n_embd={self.n_embd})"
+        operator = f"operator={str(self._operator)!r}, " if self._operator != ADD else ""
+        return (
+            f"SteeringVector(site={self._site!r}, {operator}"
+            f"layers=[{layers}], n_embd={self.n_embd})"
+        )
 
 
 def finite(value: Real | float, otherwise: str) -> float:
@@ -219,14 +296,30 @@ def finite(value: Real | float, otherwise: str) -> float:
 
 def _layer(layer: object) -> int:
     try:
-        index = operator.index(layer)  # type: ignore[arg-type]
+        number = index(layer)  # type: ignore[arg-type]
     except TypeError:
         raise SteeringError(f"layer {quoted(layer)} is not an integer") from None
-    if index < 0:
-        raise SteeringError(f"layer {quoted(index)} is negative; layers count from 0")
-    if index > MAX_LAYER:
-        raise SteeringError(f"there is no layer {quoted(index)}")
-    return index
+    if number < 0:
+        raise SteeringError(f"layer {quoted(number)} is negative; layers count from 0")
+    if number > MAX_LAYER:
+        raise SteeringError(f"there is no layer {quoted(number)}")
+    return number
+
+
+def _fits(shape: tuple[int, ...], operator: Operator) -> bool:
+    rows = operator.rows_per_layer
+    if 0 in shape:
+        return False
+    if rows == 1:
+        return len(shape) == 1
+    return len(shape) == 2 and (shape[0] == rows if rows is not None else shape[0] % 2 == 0)
+
+
+def _shape_for(operator: Operator) -> str:
+    rows = operator.rows_per_layer
+    if rows == 1:
+        return "(n_embd,)"
+    return f"({rows}, n_embd)" if rows is not None else "(2 r, n_embd): r columns of U, then r of V"
 
 
 def _row(layer: int, direction: npt.ArrayLike) -> npt.NDArray[np.float32]:
@@ -238,5 +331,7 @@ def _row(layer: int, direction: npt.ArrayLike) -> npt.NDArray[np.float32]:
         raise SteeringError(f"the direction of layer {layer} is not an array of numbers") from None
 
 
-def _restore(directions: Mapping[int, npt.ArrayLike], site: str) -> SteeringVector:
-    return SteeringVector(directions, site=site)
+def _restore(
+    directions: Mapping[int, npt.ArrayLike], site: str, operator: Operator
+) -> SteeringVector:
+    return SteeringVector(directions, site=site, operator=operator)

@@ -28,7 +28,8 @@ import typer
 
 from pysteer import SteeredLlama, SteeringPack, SteeringVector
 from pysteer.hooked import set_native_control_vector
-from pysteer.runtime.plan import compile_plan
+from pysteer.runtime.plan import PlanCompiler
+from pysteer.runtime.steered import Request
 
 BASELINE = "llama_cpp.Llama, unsteered"
 NATIVE = "llama_cpp.Llama, its control vector"
@@ -74,7 +75,9 @@ def main(
         for llm in native:
             set_native_control_vector(llm, vector.matrix)
         plans = {
-            mode: compile_plan(pack, {"c": 1.0}, n_layer=n_layer, n_embd=n_embd, mode=mode)
+            mode: PlanCompiler(pack, None, n_layer=n_layer, n_embd=n_embd, mode=mode).compile(
+                {"c": 1.0}
+            )
             for mode in ("resident", "hooked")
         }
         sets: list[Variants] = [
@@ -144,7 +147,7 @@ def _eval(variant: tuple[llama_cpp.Llama, object], tokens: list[int]) -> None:
     if plan is None:
         llm.eval(tokens)
     else:
-        with llm._under(plan):  # insists on one way in, where `steering` would choose
+        with llm._under(Request(plan)):  # insists on one way in, where `steering` would choose
             llm.eval(tokens)
 
 
@@ -167,12 +170,15 @@ def _measure_switches(
     }
     steered.reset()
     native.reset()
+    one_row = np.array([[0, 0, 1, 1]], np.int32)  # the tensors are written as a decode begins
     for number, token in enumerate(tokens * 4):
         category = ("c", "d")[number % 2]
         for kind, strength in (("known", 1.0), ("new", 1.0 + (number + 1) / 1000)):
             start = time.perf_counter()
             with steered.steering({category: strength}):
-                steered._install(steered._current())
+                steered._install(steered._sequence_for([token]))
+                steered._hook.begin_decode(one_row)
+                steered._hook.abandon_decode()
                 seconds[kind].append(time.perf_counter() - start)
                 steered.eval([token])
         seconds["call"].append(_timed(lambda: set_native_control_vector(native, rows)))

@@ -12,10 +12,11 @@ from typing import Annotated, Any
 import typer
 
 from pysteer.cli import console, options
-from pysteer.cli.loading import load_steered
+from pysteer.cli.loading import load_policy, load_steered
 from pysteer.errors import SteeringError
 from pysteer.pack import SteeringPack
-from pysteer.runtime.plan import check_strengths
+from pysteer.runtime.plan import check_steering
+from pysteer.runtime.report import SteeringReport
 from pysteer.shipped import demo_pack_path
 
 
@@ -23,10 +24,8 @@ def generate(
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to say; - reads it.")],
     model: options.Model = None,
     pack: options.Pack = None,
-    steer: Annotated[
-        list[str] | None,
-        typer.Option(metavar="CATEGORY=STRENGTH", help="Steer by a category; may be repeated."),
-    ] = None,
+    steer: options.Steer = None,
+    policy: options.Policy = None,
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt; no template.")] = False,
     max_tokens: options.MaxTokens = 256,
@@ -37,44 +36,41 @@ def generate(
     json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Answer a prompt, steered by the categories named."""
+    """Answer a prompt, steered by the categories named, or by those the pack's router finds."""
     if not math.isfinite(temperature):  # nan is not below any minimum
         raise SteeringError(f"--temperature {temperature}: give a number, 0 or above")
     if raw and system is not None:
         raise SteeringError("--system needs the chat template; leave out --raw")
-    if pack is None and model is None and steer:
+    if pack is None and model is None and (steer or policy):
         pack = demo_pack_path()
     if steer and pack is None:
         raise SteeringError("--steer needs --pack: a pack for this model")
     loaded = SteeringPack.load(pack) if pack is not None else None
-    if loaded is not None and not steer:
+    request: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
+    # What is wrong with these is said before the model is loaded, which may take long.
+    if policy is not None:
+        request["policy"] = load_policy(policy, loaded)
+    if loaded is not None and not steer and loaded.router is None and policy is None:
         raise SteeringError(
-            "--pack does nothing by itself; add --steer CATEGORY=STRENGTH, with one of "
-            + ", ".join(loaded.categories)
+            "--pack does nothing by itself: it has no router; add --steer CATEGORY=STRENGTH, with "
+            f"one of {', '.join(loaded.categories)}"
         )
-    steering = options.parse_steering(steer or [])
-    if loaded is not None:
-        check_strengths(loaded, steering)  # before the model is loaded, which may take long
+    if loaded is not None and steer:
+        request["steering"] = options.parse_steering(steer)
+        check_steering(loaded, request["steering"])
     path = options.model_path(model)
     text = _read_prompt(prompt)
-    request: dict[str, Any] = {
-        "steering": steering or None,
-        "max_tokens": max_tokens,
-        "temperature": temperature,
-        "seed": seed,
-        "stream": True,
-    }
     pieces: list[str] = []
     finish_reason = None
     with closing(load_steered(path, loaded, n_ctx=context, n_threads=threads)) as llm:
         start = time.perf_counter()
         try:
             if raw:
-                stream = llm.create_completion(text, **request)
+                stream = llm.create_completion(text, stream=True, **request)
             else:
                 messages = [{"role": "system", "content": system}] if system is not None else []
                 messages.append({"role": "user", "content": text})
-                stream = llm.create_chat_completion(messages, **request)
+                stream = llm.create_chat_completion(messages, stream=True, **request)
             for piece, reason in _pieces(stream):
                 finish_reason = reason
                 pieces.append(piece)
@@ -85,20 +81,30 @@ def generate(
         except (ValueError, RuntimeError) as error:  # llama_cpp's: too long, or the context is full
             raise SteeringError(f"{error}; --context {context} may be too small") from None
         seconds = time.perf_counter() - start
+        done = llm.last_steering
     if not json:
         print()
+        _tell(done)
         return
     console.print_json(
         {
             "model": path,
             "pack": str(pack) if pack else None,
-            "steering": steering,
+            "steering": done.to_dict(),
             "prompt": text,
             "text": "".join(pieces),
             "finish_reason": finish_reason,
             "seconds": seconds,
         }
     )
+
+
+def _tell(done: SteeringReport) -> None:
+    """What the router decided, on standard error."""
+    if done.mode not in ("auto", "mixed"):
+        return
+    fired = ", ".join(done.fired) or "nothing"
+    console.err.print(console.plain(f"the router found: {fired}"), style="dim")
 
 
 def _read_prompt(prompt: str) -> str:

@@ -6,15 +6,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pysteer.cli import console, options, tables
 from pysteer.compare import category_cosines, norms, separation
+from pysteer.operators import ADD
 from pysteer.pack import SteeringPack
 from pysteer.router import Gate, Router
 from pysteer.shipped import demo_pack_path
+from pysteer.vector import SteeringVector
+
+if TYPE_CHECKING:
+    from pysteer.policy import Policy
 
 
 def inspect(
@@ -48,8 +53,10 @@ def inspect(
 def describe(pack: SteeringPack) -> dict[str, Any]:
     """A pack as plain data: categories, layers, L2 norm of each direction, origin.
 
-    Present only where there is something to say: "cosines" (category to each later category to the
-    mean over common layers and the layers), "separation" (category to layer to AUC), "router".
+    Present only where there is something to say: a category's "operator" (its kind and options;
+    without it a plain addition) and "rows" per layer; "cosines" (category to each later category
+    to the mean over common layers and the layers), "separation" (category to layer to AUC),
+    "router", "policy" (as in a policy file).
     """
     found = {
         "base_model": asdict(pack.base_model) if pack.base_model else None,
@@ -60,6 +67,7 @@ def describe(pack: SteeringPack) -> dict[str, Any]:
                 "layers": list(vector.layers),
                 "norms": {str(layer): norm for layer, norm in norms(vector).items()},
             }
+            | _describe_operator(vector)
             for name, vector in pack.categories.items()
         },
         "residual_norm": {str(layer): norm for layer, norm in pack.residual_norm.items()},
@@ -76,8 +84,16 @@ def describe(pack: SteeringPack) -> dict[str, Any]:
         for name, layers in separation(pack).items()
     }
     router = _describe_router(pack.router) if pack.router is not None else None
+    policy = {"policy": pack.policy.content()} if pack.policy is not None else {}
     more = {"cosines": cosines, "separation": separated, "router": router}
-    return found | {key: value for key, value in more.items() if value}
+    return found | {key: value for key, value in more.items() if value} | policy
+
+
+def _describe_operator(vector: SteeringVector) -> dict[str, Any]:
+    if vector.operator == ADD:
+        return {}
+    operator = {"kind": vector.operator.kind} | vector.operator.content()
+    return {"operator": operator, "rows": vector.prepared.shape[1]}
 
 
 def _describe_router(router: Router) -> dict[str, Any]:
@@ -114,7 +130,9 @@ def _print(file: Path, pack: SteeringPack, found: dict[str, Any]) -> None:
     console.say(f"[bold]{console.plain(str(file))}[/]")
     console.say(f"base model: {console.plain(made_for)}")
     short = tables.numbers(list(pack.categories))
-    summary = tables.table("", "category", "site", "layers", "norm", "of residual")
+    with_operators = any(vector.operator != ADD for vector in pack.categories.values())
+    operator = ["operator"] if with_operators else []
+    summary = tables.table("", "category", "site", *operator, "layers", "norm", "of residual")
     summary.columns[1].no_wrap = True
     for name, vector in pack.categories.items():
         lengths = norms(vector)
@@ -123,22 +141,34 @@ def _print(file: Path, pack: SteeringPack, found: dict[str, Any]) -> None:
             for layer, typical in pack.residual_norm.items()
             if layer in lengths and typical > 0
         ]
+        # Only where the length of a direction means something.
+        scale = "not stated" if vector.operator.kind == "add" else ""
+        if relative and scale:
+            scale = tables.span(relative)
         summary.add_row(
             short[name],
             console.plain(name),
             vector.site,
+            *([_operator(vector)] if with_operators else []),
             tables.ranges(vector.layers),
             tables.span(list(lengths.values())),
-            tables.span(relative) if relative else "not stated",
+            scale,
         )
     console.out.print(summary)
     _print_by_layer(pack, short)
     if pack.router is not None:
         _print_router(pack.router)
+    if pack.policy is not None:
+        _print_policy(pack.policy)
     # What has been printed as a table is not printed again.
     skip = ("separation",) if "separation" in found else ()
     for line in _lines({k: v for k, v in found["provenance"].items() if k not in skip}):
         console.say(console.plain(line))
+
+
+def _operator(vector: SteeringVector) -> str:
+    rank = f", rank {vector.prepared.shape[1] // 2}" if vector.operator.kind == "low_rank" else ""
+    return f"{vector.operator}{rank}"
 
 
 def _print_by_layer(pack: SteeringPack, short: Mapping[str, str]) -> None:
@@ -191,6 +221,22 @@ def _print_router(router: Router) -> None:
     rows = zip(names, router.confusion, strict=True)
     counts = {name: [str(count) if count else "" for count in row] for name, row in rows}
     tables.say_square("confusion of held-out prompts: is (row), taken for", counts, first=0)
+
+
+def _print_policy(policy: Policy) -> None:
+    """In the words of a policy file: what holds for all, then a line for each category."""
+    said = policy.content()
+    categories = said.pop("categories", {})
+    console.say(f"policy: {console.plain(_settings(said, policy.scope))}")
+    for name, settings in categories.items():
+        text = _settings(settings, policy.categories[name].scope)
+        console.say(f"  {console.plain(name)}: {console.plain(text)}")
+
+
+def _settings(said: Mapping[str, Any], scope: object) -> str:
+    words = {key: scope if key == "scope" else value for key, value in said.items()}
+    given = [f"{key} {value}" for key, value in words.items() if value is not None]
+    return ", ".join(given) or "defaults"
 
 
 def _plain_data(value: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 
 from pysteer.errors import SteeringError
 from pysteer.pack import SteeringPack
+from pysteer.policy import Policy
 from pysteer.runtime.steered import SteeredLlama
 
 
@@ -18,3 +19,17 @@ def load_steered(model: str, pack: SteeringPack | Path | None, **arguments: Any)
         raise
     except ValueError as error:
         raise SteeringError(f"{model}: {error}; is it a GGUF model?") from None
+
+
+def load_policy(path: Path, pack: SteeringPack | None) -> Policy:
+    """The policy, held against the pack before the model is loaded, which may take long.
+
+    Raises:
+        SteeringError: there is no pack for it, or it does not fit.
+    """
+    if pack is None:
+        raise SteeringError("--policy needs --pack: a pack for this model")
+    policy = Policy.load(path)
+    gated = pack.router.categories if pack.router is not None else ()
+    policy.check(categories=list(pack.categories), gated=list(gated))
+    return policy

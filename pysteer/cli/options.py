@@ -9,6 +9,7 @@ import typer
 
 from pysteer.cli import console
 from pysteer.errors import SteeringError
+from pysteer.runtime.plan import AUTO
 from pysteer.shipped import default_model
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
@@ -26,6 +27,18 @@ Pack = Annotated[
         "--pack",
         "-s",
         help="A pack, or a llama.cpp control-vector file; with the default model, its own.",
+    ),
+]
+Policy = Annotated[
+    Path | None,
+    typer.Option("--policy", help="A YAML file: what acts when; goes before the pack's own."),
+]
+Steer = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="CATEGORY=STRENGTH",
+        help="Steer by a category, or let the router decide: CATEGORY=auto, or auto for all. "
+        "May be repeated.",
     ),
 ]
 Threads = Annotated[int | None, typer.Option("--threads", "-t", min=1, help="CPU threads.")]
@@ -58,22 +71,25 @@ def model_source(model: str | None) -> str:
     return model_path(Path(model)) if model.endswith(".gguf") else model
 
 
-def parse_steering(pairs: list[str]) -> dict[str, float]:
-    """Read CATEGORY=STRENGTH arguments.
+def parse_steering(pairs: list[str]) -> dict[str, float | str] | str:
+    """Read CATEGORY=STRENGTH and CATEGORY=auto arguments, or a single `auto`.
 
     Raises:
         SteeringError: an argument has another shape.
     """
-    steering: dict[str, float] = {}
+    if pairs == [AUTO]:
+        return AUTO
+    steering: dict[str, float | str] = {}
     for pair in pairs:
         category, equals, strength = pair.rpartition("=")
         try:
             if not equals or not category:
                 raise ValueError
-            value = float(strength)
+            value = strength if strength == AUTO else float(strength)
         except ValueError:
             raise SteeringError(
-                f"--steer {pair}: write CATEGORY=STRENGTH, as in --steer malware=1.0"
+                f"--steer {pair}: write CATEGORY=STRENGTH or CATEGORY=auto, as in "
+                "--steer malware=1.0, or auto alone"
             ) from None
         if category in steering:
             raise SteeringError(f"--steer names {category!r} twice")

@@ -7,11 +7,17 @@ A pack is one GGUF file of architecture "pysteer". Its tensors are called
 `category.<index>.direction.<layer>`, so that llama.cpp, which looks at tensor names only, refuses
 the file instead of adding all categories at once. Metadata:
 
-- `pysteer.format_version` (1), `pysteer.categories` and `pysteer.sites`: one string per category;
+- `pysteer.format_version`: 2 for a pack with operators or a policy (below), which a pysteer that
+  knows neither has to refuse instead of adding what is not meant to be added; 1 for any other;
+- `pysteer.categories` and `pysteer.sites`: one string per category;
 - `pysteer.base_model.*`: `architecture`, `name`, `n_layer`, `n_embd`, `n_vocab`, if known;
 - `pysteer.residual_norm.layers`, `pysteer.residual_norm.values` (float64): typical L2 norms, if
   known;
-- `pysteer.provenance`: a JSON object.
+- `pysteer.provenance`: a JSON object;
+- `pysteer.operators`: a JSON list of objects, one per category: `pysteer.operators.Operator` says
+  what they mean. Without it all categories are plainly added. The tensors of operators that need
+  several rows per layer have the shape (rows, n_embd) instead of (n_embd,);
+- `pysteer.policy`: a JSON object, if the pack has a policy; `pysteer.policy.Policy` reads it.
 
 A pack with a router also has the tensors `router.weight`, `router.bias`, `router.probe.weight`,
 `router.probe.bias`, `router.centroids` and `router.conditions`, and the metadata
@@ -30,7 +36,7 @@ import os
 import re
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -42,12 +48,14 @@ from pysteer.errors import FormatError, SteeringError, naming, quoted
 from pysteer.formats.container import Container, read
 
 Directions: TypeAlias = dict[int, npt.NDArray[np.float32]]
-"""Layer to direction, shape (n_embd,)."""
+"""Layer to direction, shape (n_embd,), or (rows, n_embd) in a pack."""
 
 VECTOR_ARCHITECTURE = "controlvector"
 PACK_ARCHITECTURE = "pysteer"
-PACK_VERSION = 1
+PACK_VERSION = 2  # the newest that is read, and written where version 1 cannot say it
 
+_OPERATORS = "pysteer.operators"
+_POLICY = "pysteer.policy"
 _BASE_MODEL = {"architecture": str, "name": str, "n_layer": int, "n_embd": int, "n_vocab": int}
 _DIRECTION = re.compile(r"direction\.(0|[1-9][0-9]{0,5})")
 _ROUTER = "pysteer.router."
@@ -77,22 +85,45 @@ class RouterContent:
 
 
 @dataclass(frozen=True)
+class CategoryContent:
+    """What a pack file says of one category.
+
+    Attributes:
+        site: where in a block it acts.
+        directions: its tensors.
+        operator: a JSON object, {} for a plain addition.
+    """
+
+    site: str
+    directions: Directions
+    operator: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class PackContent:
     """What a pack file says, as plain data; `SteeringPack` gives it its meaning.
 
     Attributes:
-        categories: category to site and directions.
+        categories: what is said of each category, by name.
         base_model: the fields of `BaseModel`, or None.
         residual_norm: layer to typical L2 norm.
         provenance: a JSON object.
         router: what tells the categories apart, or None.
+        policy: a JSON object, or None.
     """
 
-    categories: dict[str, tuple[str, Directions]]
+    categories: dict[str, CategoryContent]
     base_model: dict[str, str | int] | None
     residual_norm: dict[int, float]
     provenance: dict[str, Any]
     router: RouterContent | None = None
+    policy: dict[str, Any] | None = None
+
+    @property
+    def version(self) -> int:
+        """The lowest format version that can say this."""
+        operators = any(category.operator for category in self.categories.values())
+        return 2 if operators or self.policy is not None else 1
 
 
 def write_vector(path: Path, directions: Directions, *, model_hint: str) -> None:
@@ -124,9 +155,14 @@ def write_pack(path: Path, content: PackContent) -> None:
     """Write a pack."""
 
     def fill(writer: GGUFWriter) -> None:
-        writer.add_uint32("pysteer.format_version", PACK_VERSION)
+        categories = content.categories.values()
+        writer.add_uint32("pysteer.format_version", content.version)
         writer.add_array("pysteer.categories", list(content.categories))
-        writer.add_array("pysteer.sites", [site for site, _ in content.categories.values()])
+        writer.add_array("pysteer.sites", [category.site for category in categories])
+        if any(category.operator for category in categories):
+            _add_json(writer, _OPERATORS, [category.operator for category in categories])
+        if content.policy is not None:
+            _add_json(writer, _POLICY, content.policy)
         for name, value in (content.base_model or {}).items():
             key = f"pysteer.base_model.{name}"
             if isinstance(value, str):
@@ -143,8 +179,8 @@ def write_pack(path: Path, content: PackContent) -> None:
                 sub_type=GGUFValueType.FLOAT64,
             )
         _add_json(writer, "pysteer.provenance", content.provenance)
-        for index, (_, directions) in enumerate(content.categories.values()):
-            for layer, direction in directions.items():
+        for index, category in enumerate(categories):
+            for layer, direction in category.directions.items():
                 name = f"category.{index}.direction.{layer}"
                 writer.add_tensor(name, np.ascontiguousarray(direction))
         if content.router is not None:
@@ -163,7 +199,9 @@ def read_pack(path: Path) -> PackContent:
     with naming(path):
         if container.metadata["general.architecture"] == VECTOR_ARCHITECTURE:
             name = path.stem.strip() or "vector"
-            return PackContent({name: ("residual", _vector(container))}, None, {}, {})
+            return PackContent(
+                {name: CategoryContent("residual", _vector(container))}, None, {}, {}
+            )
         return _pack(container)
 
 
@@ -181,9 +219,15 @@ def _vector(container: Container) -> Directions:
 
 def _pack(container: Container) -> PackContent:
     version = container.metadata.get("pysteer.format_version")
-    if version != PACK_VERSION:
+    if type(version) is not int or not 1 <= version <= PACK_VERSION:
         raise FormatError(
-            f"the pack has format version {quoted(version)}; this pysteer reads {PACK_VERSION}"
+            f"the pack has format version {quoted(version)}; this pysteer reads 1 to {PACK_VERSION}"
+        )
+    newer = [key for key in (_OPERATORS, _POLICY) if key in container.metadata]
+    if (version == 2) != bool(newer):
+        raise FormatError(
+            f"the pack has format version {version}, which "
+            + (f"has no {newer[0]}" if newer else "needs operators or a policy")
         )
     names = _strings(container, "pysteer.categories")
     sites = _strings(container, "pysteer.sites")
@@ -199,15 +243,29 @@ def _pack(container: Container) -> PackContent:
         if match is None or int(match[1]) >= len(names):
             raise FormatError(f"tensor {quoted(tensor_name)} belongs to no category")
         directions[int(match[1])][int(match[2])] = tensor
+    parts = zip(sites, directions, _operators(container, len(names)), strict=True)
     return PackContent(
-        {name: (site, layers) for name, site, layers in zip(names, sites, directions, strict=True)},
+        {name: CategoryContent(*part) for name, part in zip(names, parts, strict=True)},
         _base_model(container),
         _residual_norm(container),
         _json(container, "pysteer.provenance")
         if "pysteer.provenance" in container.metadata
         else {},
         router,
+        _json(container, _POLICY) if _POLICY in container.metadata else None,
     )
+
+
+def _operators(container: Container, count: int) -> list[dict[str, Any]]:
+    if _OPERATORS not in container.metadata:
+        return [{} for _ in range(count)]
+    found = _parsed(container, _OPERATORS)
+    if not isinstance(found, list) or len(found) != count:
+        raise FormatError(f"metadata value {_OPERATORS!r} is not a JSON list, one per category")
+    for operator in found:
+        if not isinstance(operator, dict):
+            raise FormatError(f"metadata value {_OPERATORS!r} holds {quoted(operator)}")
+    return found
 
 
 def _strings(container: Container, key: str) -> list[str]:
@@ -276,18 +334,23 @@ def _add_router(writer: GGUFWriter, router: RouterContent) -> None:
         writer.add_tensor(f"router.{name}", np.ascontiguousarray(tensor))
 
 
-def _json(container: Container, key: str, *, default: str | None = None) -> dict[str, Any]:
-    text = container.metadata.get(key, default)
-    try:
-        value = json.loads(text) if isinstance(text, str) else None
-    except (ValueError, RecursionError):
-        value = None
+def _json(container: Container, key: str) -> dict[str, Any]:
+    value = _parsed(container, key)
     if not isinstance(value, dict):
         raise FormatError(f"metadata value {key!r} is not a JSON object")
     return value
 
 
-def _add_json(writer: GGUFWriter, key: str, value: dict[str, Any]) -> None:
+def _parsed(container: Container, key: str) -> Any:
+    """The JSON in a metadata value; None also for what is no JSON."""
+    text = container.metadata.get(key)
+    try:
+        return json.loads(text) if isinstance(text, str) else None
+    except (ValueError, RecursionError):
+        return None
+
+
+def _add_json(writer: GGUFWriter, key: str, value: object) -> None:
     _add_string(writer, key, json.dumps(value, sort_keys=True, allow_nan=False))
 
 

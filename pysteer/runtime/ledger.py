@@ -2,43 +2,47 @@
 
 from __future__ import annotations
 
-from pysteer.runtime.plan import Key
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Keys: TypeAlias = npt.NDArray[np.uint64]
+"""Per token, a fingerprint of its steering; 0 is none."""
 
 
 class CacheLedger:
-    """One key per token of the KV cache, kept as runs.
+    """One key per token of a KV cache.
 
     Positions count from 0. What lies beyond the recorded positions is unknown and never reused.
+
+    Args:
+        keys: those of the first tokens, uint64, as `keys()` gives them.
     """
 
-    def __init__(self, runs: list[tuple[int, Key]] | None = None) -> None:
-        """Start from `runs`, pairs of end position and key, as `runs()` gives them."""
-        self._runs = list(runs or [])
+    def __init__(self, keys: Keys | None = None) -> None:
+        self._keys: Keys = np.zeros(256, np.uint64)
+        self._known = 0
+        if keys is not None:
+            self.record(0, keys)
 
-    def runs(self) -> list[tuple[int, Key]]:
-        """Pairs of end position (exclusive, ascending) and key; a copy that can be pickled."""
-        return list(self._runs)
+    def keys(self) -> Keys:
+        """The keys of the tokens recorded, uint64; a copy."""
+        return self._keys[: self._known].copy()
 
-    def record(self, start: int, stop: int, key: Key) -> None:
-        """Tokens [start, stop) were computed under `key`; what was recorded after is forgotten."""
-        kept: list[tuple[int, Key]] = []
-        previous_end = 0
-        for end, run_key in self._runs:
-            if previous_end >= start:
-                break
-            kept.append((min(end, start), run_key))
-            previous_end = end
-        recorded = kept[-1][0] if kept else 0
-        if start > recorded:
-            raise ValueError(f"tokens {recorded} to {start} have never been recorded")
-        if stop > start:
-            if kept and kept[-1][1] == key:
-                kept.pop()
-            kept.append((stop, key))
-        self._runs = kept
+    def record(self, start: int, keys: Keys) -> None:
+        """Tokens from `start` on were computed under `keys`; what was known after is forgotten."""
+        if start > self._known:
+            raise ValueError(f"tokens {self._known} to {start} have never been recorded")
+        self._known = start + len(keys)
+        if self._known > len(self._keys):
+            grown = np.zeros(max(self._known, 2 * len(self._keys)), np.uint64)
+            grown[:start] = self._keys[:start]
+            self._keys = grown
+        self._keys[start : self._known] = keys
 
-    def reusable(self, key: Key) -> int:
-        """How many tokens from the start were computed under `key`."""
-        if self._runs and self._runs[0][1] == key:
-            return self._runs[0][0]
-        return 0
+    def reusable(self, keys: Keys) -> int:
+        """How many tokens from the start were computed under the first of `keys`."""
+        n = min(self._known, len(keys))
+        differ = np.flatnonzero(self._keys[:n] != keys[:n])
+        return int(differ[0]) if len(differ) else n

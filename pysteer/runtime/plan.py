@@ -1,126 +1,429 @@
-"""From categories and strengths to what happens at each site and layer of a model."""
+"""From what a request asks for to what happens at each site, layer and token of a model."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from numbers import Real
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, TypeAlias
 
 from pysteer import _native
 from pysteer.errors import HookError, SteeringError, quoted
 from pysteer.pack import SteeringPack
-from pysteer.vector import finite
+from pysteer.policy import CategorySettings, Policy
+from pysteer.router import Router
+from pysteer.rules import Rule
+from pysteer.runtime.native import SITES, native_gate, native_operator, native_scope
+from pysteer.scope import Scope
+from pysteer.vector import SteeringVector, finite
 
 Mode: TypeAlias = Literal["auto", "resident", "hooked"]
 MODES: tuple[Mode, ...] = ("auto", "resident", "hooked")
 
-Key: TypeAlias = tuple[tuple[str, float], ...]
-"""Digests of steering vectors with the strengths they are added at, in the order of addition."""
+Steering: TypeAlias = "Mapping[str, float | str] | str | None"
+"""Category to strength (forced) or "auto" (gated); "auto", all categories gated; None, off."""
+
+AUTO = "auto"
+
+_WAYS = dict(
+    zip(MODES, (_native.Way.automatic, _native.Way.resident, _native.Way.hooked), strict=True)
+)
+_SEVERAL = dict(_native.Several.__members__)
+_CERTAINLY_FINITE = 1e38  # sums that stay below it in float64 do not overflow float32
 
 
-class CompiledPlan(NamedTuple):
-    """Exactly what is added where, ready for the native hook.
+@dataclass(frozen=True)
+class Wanted:
+    """One category that a request asks for.
 
     Attributes:
-        native: the sums of directions per site and layer; None adds nothing.
-        resident: written into llama.cpp's control-vector tensors, rather than hooked.
-        key: what the logits depend on.
-        cache_key: what the KV cache depends on. Keys and values are computed from the outputs of
-            earlier blocks, so a vector that acts in the last block only is not part of it.
+        category: its name.
+        strength: finite and not 0.
+        gated: whether the router decides.
+    """
+
+    category: str
+    strength: float
+    gated: bool
+
+
+@dataclass(frozen=True)
+class PlannedTerm:
+    """One category of a compiled plan, for reports."""
+
+    category: str
+    strength: float
+    gated: bool
+    threshold: float | None
+    site: str
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class CompiledPlan:
+    """Exactly what happens to a sequence, as far as that can be said before its prompt is read.
+
+    Immutable; any number of sequences share one.
+
+    Attributes:
+        native: for the hook; None does nothing.
+        terms: the categories in the order in which they act.
+        gate: kind of gate; None where nothing is gated.
+        router: what the gates look at.
+        markers: pairs of markers between which some category does not act.
     """
 
     native: _native.Plan | None
-    resident: bool
-    key: Key
-    cache_key: Key
+    terms: tuple[PlannedTerm, ...] = ()
+    gate: str | None = None
+    router: Router | None = None
+    markers: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def mode(self) -> str:
+        """ "off", "forced", "auto" or "mixed"; see `SteeringReport`."""
+        kinds = {term.gated for term in self.terms}
+        return (
+            "off"
+            if not kinds
+            else "mixed"
+            if len(kinds) == 2
+            else "auto"
+            if True in kinds
+            else "forced"
+        )
+
+    @property
+    def gated(self) -> bool:
+        """Whether the router decides about any category."""
+        return self.gate is not None
+
+    @property
+    def pools(self) -> bool:
+        """Whether the router averages over a span of the prompt."""
+        return self.router is not None and self.router.pooling != "last"
+
+    def start(
+        self, n_prompt: int, span: tuple[int, int], n_positions: int
+    ) -> _native.Sequence | None:
+        """The state of one sequence under this plan; None if nothing is to be done.
+
+        Args:
+            n_prompt: number of prompt tokens.
+            span: token range [start, stop) of the prompt that a pooling router averages over.
+            n_positions: the most tokens that the sequence can have.
+
+        Raises:
+            SteeringError: the router has no token to look at.
+        """
+        if self.native is None:
+            return None
+        try:
+            return _native.Sequence(self.native, n_prompt, *span, n_positions)
+        except ValueError as error:
+            raise SteeringError(str(error)) from None
 
 
-_SITES = dict(_native.Site.__members__)
-
-_CERTAINLY_FINITE = 1e38  # sums that stay below it in float64 do not overflow float32
-
-UNSTEERED = CompiledPlan(None, False, (), ())
+UNSTEERED = CompiledPlan(None)
 
 
-def check_strengths(pack: SteeringPack, steering: Mapping[str, float | str]) -> dict[str, float]:
-    """The categories of `pack` to steer and how strongly; strength 0 is left out.
+def check_steering(pack: SteeringPack, steering: Steering) -> list[Wanted]:
+    """What a request's own `steering` asks for, by the pack's order of categories.
+
+    Args:
+        pack: its categories are the ones there are.
+        steering: None and an empty mapping ask for nothing; strength 0 leaves a category out.
 
     Raises:
         UnknownCategoryError: a category that the pack lacks.
-        SteeringError: a strength that is not a finite number.
+        SteeringError: it is no steering, or a strength is not a finite number.
     """
-    strengths: dict[str, float] = {}
+    if steering is None:
+        return []
+    if isinstance(steering, str):
+        if steering != AUTO:
+            raise SteeringError(
+                f"steering={steering!r}: give 'auto', a mapping of category to strength, or None"
+            )
+        return [Wanted(name, 1.0, True) for name in pack.categories]
+    if not isinstance(steering, Mapping):
+        raise SteeringError(
+            f"steering={steering!r}: give a mapping of category to strength, 'auto', or None"
+        )
+    wanted = []
     for category, strength in steering.items():
         _ = pack[category]
         if type(strength) is float and math.isfinite(strength):  # nearly always; the rest is slow
             if strength != 0:
-                strengths[category] = strength
+                wanted.append(Wanted(category, strength, False))
+            continue
+        if isinstance(strength, str) and strength == AUTO:
+            wanted.append(Wanted(category, 1.0, True))
             continue
         name = quoted(category)
-        if isinstance(strength, str) and strength == "auto":
-            raise SteeringError(
-                f"category {name} is to be gated, and this version applies no router; "
-                "give it a number as strength"
-            )
         if not isinstance(strength, Real) or isinstance(strength, bool):
-            raise SteeringError(f"the strength of {name} is {quoted(strength)}, not a number")
+            raise SteeringError(
+                f"the strength of {name} is {quoted(strength)}, not a number or 'auto'"
+            )
         number = finite(strength, f"the strength of {name} must be")
         if number != 0:
-            strengths[category] = number
-    return strengths
+            wanted.append(Wanted(category, number, False))
+    if len(wanted) > 1:
+        order = list(pack.categories)
+        wanted.sort(key=lambda one: order.index(one.category))
+    return wanted
 
 
-def compile_plan(
-    pack: SteeringPack,
-    strengths: Mapping[str, float],
-    *,
-    n_layer: int,
-    n_embd: int,
-    mode: Mode,
-) -> CompiledPlan:
-    """Sum what the categories add at each site and layer, and choose the way in.
-
-    "auto" takes the resident way where it can express the plan, which is when everything acts on
-    the residual of layers >= 1, and the hooked way otherwise.
+class PlanCompiler:
+    """Compiles requests for one pack and one model, and remembers the latest.
 
     Args:
-        pack: a pack that fits the model.
-        strengths: from `check_strengths`; finite and not 0.
+        pack: a pack that fits the model; None: nothing can be steered.
+        policy: what holds where a request does not say otherwise; goes before the pack's own.
         n_layer: the model's number of blocks.
         n_embd: the model's width.
-        mode: the way in, or "auto".
+        mode: how the directions get in: "auto", or "resident" or "hooked" to insist.
 
     Raises:
-        SteeringError: a direction times its strength overflows float32.
-        HookError: mode "resident" for a plan that llama.cpp's control vector cannot express.
+        SteeringError: a policy that does not fit the pack, or the router.
     """
-    if not strengths:
-        return UNSTEERED
-    native = _native.Plan(n_layer, n_embd)
-    key: list[tuple[str, float]] = []
-    cache_key: list[tuple[str, float]] = []
-    bound = 0.0
-    for category, strength in sorted(strengths.items()):
-        vector = pack[category]
+
+    _KEPT = 16  # so that requests that alternate do not compile each time
+
+    def __init__(
+        self,
+        pack: SteeringPack | None,
+        policy: Policy | None,
+        *,
+        n_layer: int,
+        n_embd: int,
+        mode: Mode = "auto",
+    ) -> None:
+        if mode not in MODES:
+            raise SteeringError(f"unknown mode {mode!r}; use one of {', '.join(MODES)}")
+        self.pack = pack
+        self.n_layer = n_layer
+        self.n_embd = n_embd
+        self.mode = mode
+        self._gates: dict[str, _native.Gate] = {}
+        self._plans: dict[tuple[object, ...], CompiledPlan] = {}
+        self._policies: dict[Policy | None, Policy] = {}
+        self._base = (pack.policy if pack is not None else None) or Policy()
+        if policy is not None:
+            self._base = self._merged(policy)
+
+    def compile(self, steering: Steering, policy: Policy | None = None) -> CompiledPlan:
+        """What a request asks for.
+
+        Args:
+            steering: the request's own; see `Steering`.
+            policy: the request's own; what it sets goes before what holds otherwise.
+
+        Raises:
+            UnknownCategoryError: a category that the pack lacks.
+            SteeringError: something else that cannot be done.
+            HookError: mode "resident" for what llama.cpp's control vector cannot express.
+        """
+        # The types belong to the key because True == 1 == 1.0, and True is no strength.
+        key: tuple[object, ...]
+        if type(steering) is dict:
+            key = (policy, *[(name, type(value), value) for name, value in steering.items()])
+        else:
+            key = (policy, repr(steering))
         try:
-            native.add(_SITES[vector.site], vector.layer_indices, vector.matrix, strength)
-        except ValueError as error:
-            raise SteeringError(f"category {quoted(category)}: {error}") from None
-        bound += abs(strength) * max(vector.peak, 1.0)
-        key.append((vector.digest, strength))
-        if vector.layers[0] < n_layer - 1:
-            cache_key.append((vector.digest, strength))
-    if mode == "resident" and not native.fits_resident:
-        raise HookError(
-            "mode 'resident' reaches the residual of layers >= 1 only; use 'auto' or 'hooked'"
+            plan = self._plans.get(key)
+        except TypeError:  # not hashable, hence no number: the check below says which
+            plan = None
+        if plan is None:
+            if steering is None or (isinstance(steering, Mapping) and not steering):
+                return UNSTEERED
+            if self.pack is None:
+                raise SteeringError("there is nothing to steer with; pass pack=")
+            plan = self._compile(check_steering(self.pack, steering), steering == AUTO, policy)
+            self._keep(key, plan)
+        return plan
+
+    def by_policy(self, policy: Policy | None = None) -> CompiledPlan:
+        """What happens to a request that says nothing: each category by its mode in the policy."""
+        key = ("by policy", policy)
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = UNSTEERED
+            if self.pack is not None:
+                merged = self._merged(policy)
+                wanted = []
+                for name in self.pack.categories:
+                    settings = merged.of(name)
+                    if settings.mode == "always":
+                        wanted.append(Wanted(name, settings.strength, False))
+                    elif settings.mode == AUTO and self._rule(settings) is not None:
+                        wanted.append(Wanted(name, 1.0, True))
+                plan = self._compile(wanted, False, policy)
+            elif policy is not None:
+                self._merged(policy)  # which has nothing to apply to
+            self._keep(key, plan)
+        return plan
+
+    def _keep(self, key: tuple[object, ...], plan: CompiledPlan) -> None:
+        if len(self._plans) >= self._KEPT:
+            self._plans.pop(next(iter(self._plans)))
+        self._plans[key] = plan
+
+    def _merged(self, policy: Policy | None) -> Policy:
+        if policy is None:
+            return self._base
+        if self.pack is None:
+            raise SteeringError("a policy needs a pack to apply to; pass pack=")
+        if policy not in self._policies:
+            _check(policy, self.pack)
+            if len(self._policies) >= self._KEPT:
+                self._policies.pop(next(iter(self._policies)))
+            self._policies[policy] = self._base.merged(policy)
+        return self._policies[policy]
+
+    def _rule(self, settings: CategorySettings) -> Rule | None:
+        """When a gated category fires; None where the router cannot tell."""
+        assert self.pack is not None
+        router = self.pack.router
+        known = router is not None and set(settings.rule.names) <= set(router.categories)
+        return settings.rule if known else None
+
+    def _compile(
+        self, wanted: list[Wanted], all_of_them: bool, policy: Policy | None
+    ) -> CompiledPlan:
+        if not wanted:
+            return UNSTEERED
+        assert self.pack is not None
+        merged = self._merged(policy)
+        router = self.pack.router
+        native = _native.Plan(self.n_layer, self.n_embd, _WAYS[self.mode])
+        terms: list[PlannedTerm] = []
+        markers: list[tuple[str, str]] = []
+        bound = 0.0
+        gates = {name: i for i, name in enumerate(router.categories)} if router is not None else {}
+        thresholds: list[float] = []
+        above: list[int] = []
+        if router is not None and any(one.gated for one in wanted):
+            thresholds, above = _thresholds(merged, router)
+        for one in wanted:
+            settings = merged.of(one.category)
+            rule = self._rule(settings) if one.gated else None
+            if one.gated and rule is None:
+                if all_of_them and router is not None:
+                    continue
+                raise SteeringError(
+                    f"category {quoted(one.category)} is to be gated, and this pack has no router "
+                    "that knows it; give it a number as strength"
+                )
+            strength = settings.strength if one.gated else one.strength
+            if strength == 0:
+                continue
+            vector = self.pack[one.category]
+            exclude = settings.scope.exclude
+            if exclude is not None and exclude not in markers:
+                markers.append(exclude)
+            own = gates.get(one.category, -1)
+            try:
+                self._add(native, vector, strength, settings.scope, markers, rule, gates, own)
+            except ValueError as error:
+                raise SteeringError(f"category {quoted(one.category)}: {error}") from None
+            bound += abs(strength) * max(vector.peak, 1.0) * _largest(settings.scope)
+            terms.append(
+                PlannedTerm(
+                    one.category,
+                    strength,
+                    one.gated,
+                    thresholds[own] if one.gated and own >= 0 else None,
+                    vector.site,
+                    vector.layers,
+                )
+            )
+        if not terms:
+            if all_of_them:
+                raise SteeringError(
+                    "steering='auto' gates every category, and this pack has no router; "
+                    "give a mapping of category to strength"
+                )
+            return UNSTEERED
+        if self.mode == "resident" and not native.fits_resident:
+            raise HookError(
+                "mode 'resident' adds to the residual of layers >= 1, to all tokens alike, and "
+                "nothing else; use 'auto' or 'hooked'"
+            )
+        if bound > _CERTAINLY_FINITE:  # a look at every sum, which a change between tokens spares
+            try:
+                native.check_finite()
+            except ValueError as error:
+                names = ", ".join(quoted(term.category) for term in terms)
+                raise SteeringError(f"category {names}: {error}") from None
+        gated = any(term.gated for term in terms)
+        if gated and router is not None:
+            native.set_gate(
+                self._gate(router, merged.gate),
+                thresholds,
+                above,
+                _SEVERAL[merged.several],
+                merged.recheck or 0,
+                router.pooling != "last",
+            )
+        return CompiledPlan(
+            native,
+            tuple(terms),
+            merged.gate if gated else None,
+            router if gated else None,
+            tuple(markers),
         )
-    if bound > _CERTAINLY_FINITE:  # a look at every sum, which a change between tokens can spare
-        try:
-            native.check_finite()
-        except ValueError as error:
-            raise SteeringError(f"category {', '.join(map(quoted, strengths))}: {error}") from None
-    resident = mode == "resident" or (mode == "auto" and native.fits_resident)
-    if not resident:
-        native.keep_sums()
-    return CompiledPlan(native, resident, tuple(key), tuple(cache_key))
+
+    def _add(
+        self,
+        native: _native.Plan,
+        vector: SteeringVector,
+        strength: float,
+        scope: Scope,
+        markers: list[tuple[str, str]],
+        rule: Rule | None,
+        gates: Mapping[str, int],
+        own: int,
+    ) -> None:
+        native.add(
+            SITES[vector.site],
+            vector.layer_indices,
+            vector.prepared,
+            native_operator(vector.operator),
+            strength,
+            native_scope(scope),
+            int(vector.digest[:16], 16),
+            -1 if scope.exclude is None else markers.index(scope.exclude),
+            [] if rule is None else rule.postfix(gates),
+            own,
+        )
+
+    def _gate(self, router: Router, kind: str) -> _native.Gate:
+        if kind not in self._gates:
+            self._gates[kind] = native_gate(router, kind)
+        return self._gates[kind]
+
+
+def _thresholds(policy: Policy, router: Router) -> tuple[list[float], list[int]]:
+    """Where each of the router's gates opens, and whether at scores above that."""
+    gate = router.gates[policy.gate]
+    own = [policy.of(name).threshold for name in router.categories]
+    thresholds = [
+        float(stored) if given is None else given
+        for given, stored in zip(own, gate.thresholds, strict=True)
+    ]
+    return thresholds, [int(flag) for flag in gate.above]
+
+
+def _check(policy: Policy, pack: SteeringPack) -> None:
+    router = pack.router
+    policy.check(
+        categories=list(pack.categories),
+        gated=list(router.categories) if router is not None else [],
+    )
+
+
+def _largest(scope: Scope) -> float:
+    """The largest factor that a scope gives."""
+    return max([1.0, *map(abs, scope.values)])

@@ -7,30 +7,25 @@ import logging
 import os
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
+import numpy as np
 from llama_cpp import Llama, LlamaState
 
-from pysteer import _native
 from pysteer.errors import HookError, SteeringError
 from pysteer.hooked import HookedLlama
 from pysteer.pack import SteeringPack
+from pysteer.policy import Policy
 from pysteer.runtime.ledger import CacheLedger
-from pysteer.runtime.plan import (
-    MODES,
-    UNSTEERED,
-    CompiledPlan,
-    Mode,
-    check_strengths,
-    compile_plan,
-)
+from pysteer.runtime.plan import MODES, UNSTEERED, CompiledPlan, Mode, PlanCompiler, Steering
+from pysteer.runtime.report import SteeringReport, report
+from pysteer.runtime.sequence import SequenceSteering
+from pysteer.runtime.spans import last_user_text, span_of
 
-Steering: TypeAlias = "Mapping[str, float | str] | None"
-"""Category to strength, or None for off."""
+PolicyLike: TypeAlias = "Policy | Mapping[str, Any] | str | os.PathLike[str]"
+"""A policy, its data, or a YAML file."""
 
-_RUNS = "steering_runs"  # attribute of a LlamaState: what its tokens were computed under
-
-_PLANS_KEPT = 16  # compiled ones, so that requests that alternate do not compile each time
+_KEYS = "steering_keys"  # attribute of a LlamaState: what its tokens were computed under
 _GENERATE = inspect.signature(Llama.generate)
 
 _log = logging.getLogger(__name__)
@@ -46,24 +41,44 @@ class _InForce:
 IN_FORCE: Final = _InForce()
 
 
+class Request(NamedTuple):
+    """What is in force: a plan and what the router needs to know of the prompt."""
+
+    plan: CompiledPlan
+    user: str | None = None  # what the user said last, for the router
+
+
 class SteeredLlama(HookedLlama):
     """A `llama_cpp.Llama` whose requests can be steered, each by its own categories.
 
-    `create_completion`, `create_chat_completion` and calling the object take one more argument,
-    `steering`: a mapping of category to strength (1.0 is what the pack recommends), or None for
-    off. Left out, whatever `with llm.steering(...)` put in force applies, else nothing. A request
-    keeps the steering it was made with, also while its stream is read later.
+    `create_completion`, `create_chat_completion` and calling the object take two more arguments:
+
+    - `steering`: a mapping of category to strength (it acts whatever the prompt is; 1.0 is what the
+      pack recommends) or to "auto" (gated: it acts if the router finds the category in the prompt);
+      "auto" alone, all categories gated; or None, off.
+    - `policy`: a `Policy`, its data or a YAML file, which goes before the model's for this request.
+
+    Where `steering` is left out, what `with llm.steering(...)` put in force applies, else the
+    policy: without one, every category that the pack's router knows is gated. A request keeps the
+    steering it was made with, also while its stream is read later. Every result, and the last chunk
+    of every stream, says what was done under the key "steering"; see `SteeringReport`.
+
+    A gate is decided once, at the last prompt token, while the prompt is read, and held (but see
+    `Policy.recheck`). A category whose gate is closed leaves the answer exactly as it was; one that
+    fires, and steers prompt tokens too, has the prompt processed once more.
 
     Args:
         model_path: a GGUF model.
         pack: a `SteeringPack`, a pack file, or a plain llama.cpp control-vector file (one category,
             named after the file's stem). Without one, nothing can be steered.
+        policy: a `Policy`, its data, or a YAML file, which goes before the pack's own.
         mode: how the directions get in: "auto", or "resident" or "hooked" to insist, for tests.
         **llama_arguments: everything that `llama_cpp.Llama` takes.
 
     Raises:
-        FormatError: the pack file is damaged or something else.
+        FormatError: the pack or policy file is damaged or something else.
         ModelMismatchError: the pack is for another model.
+        SteeringError: the policy does not fit the pack.
         HookError: the llama.cpp or the model cannot be hooked.
     """
 
@@ -72,127 +87,126 @@ class SteeredLlama(HookedLlama):
         model_path: str | os.PathLike[str],
         *,
         pack: SteeringPack | str | os.PathLike[str] | None = None,
+        policy: PolicyLike | None = None,
         mode: Mode = "auto",
         **llama_arguments: Any,
     ) -> None:
         if mode not in MODES:
             raise SteeringError(f"unknown mode {mode!r}; use one of {', '.join(MODES)}")
         self._mode = mode
+        self._policy = read_policy(policy)
         if pack is None or isinstance(pack, SteeringPack):
             self._pack = pack
         else:
             self._pack = SteeringPack.load(pack)
-        self._in_force: list[CompiledPlan] = []
-        self._plans: dict[tuple[object, ...], CompiledPlan] = {}
-        self._installed = UNSTEERED
+        self._in_force: list[Request] = []
         self._ledger = CacheLedger()
-        self._last_logits_key = UNSTEERED.key
+        self._sequence: SequenceSteering | None = None
+        self._installed: SequenceSteering | None = None
+        self._logits_key = 0  # of the last token decoded
         self._warned_unsteered = False
+        if self._pack is not None and llama_arguments.get("vocab_only"):
+            raise HookError("a model without weights (vocab_only) has nothing to steer")
         super().__init__(model_path, **llama_arguments)
-        self._width = self.n_embd()
-        if self._pack is not None:
-            try:
+        try:
+            if self._pack is not None:
                 self._pack.check_fits(self.base_model)
-            except SteeringError:
-                self.close()
-                raise
+            self._compiler = PlanCompiler(
+                self._pack, self._policy, n_layer=self.n_layer, n_embd=self.n_embd(), mode=mode
+            )
+        except SteeringError:
+            self.close()
+            raise
 
     @property
     def pack(self) -> SteeringPack | None:
         """The pack given at construction."""
         return self._pack
 
+    @property
+    def last_steering(self) -> SteeringReport:
+        """What was done to the last request, or what has been done so far to one under way."""
+        if self._sequence is None:
+            return report(UNSTEERED, None, 0)
+        return self._sequence.report(self.n_tokens)
+
     # ---- what is in force --------------------------------------------------------------------
 
     @contextmanager
-    def steering(self, steering: Steering) -> Iterator[None]:
+    def steering(self, steering: Steering, policy: PolicyLike | None = None) -> Iterator[None]:
         """Steer everything inside the `with` block that does not bring its own `steering`.
 
         Args:
-            steering: category to strength, or None for off. Blocks nest; the innermost counts.
+            steering: as for a request; None is off. Blocks nest; the innermost counts.
+            policy: as for a request.
 
         Raises:
             UnknownCategoryError: a category that the pack lacks.
             SteeringError: a strength that is not a finite number, or there is no pack.
         """
-        with self._under(self._compile(steering)):
+        with self._under(Request(self._compile(steering, policy))):
             yield
 
     @contextmanager
-    def _under(self, plan: CompiledPlan) -> Iterator[None]:
-        self._in_force.append(plan)
+    def _under(self, request: Request) -> Iterator[None]:
+        self._in_force.append(request)
         try:
             yield
         finally:
             self._in_force.pop()
 
-    def _compile(self, steering: Steering | _InForce) -> CompiledPlan:
-        if isinstance(steering, _InForce):
-            if self._in_force:
-                return self._in_force[-1]
-            self._warn_unsteered()
-            return UNSTEERED
-        if steering is None:
-            return UNSTEERED
-        if type(steering) is not dict and not isinstance(steering, Mapping):
-            raise SteeringError(
-                f"steering={steering!r}: give a mapping of category to strength, or None"
-            )
-        if not steering:
-            return UNSTEERED
-        if self._pack is None:
-            raise SteeringError("there is nothing to steer with; pass pack= to SteeredLlama")
+    def _compile(
+        self, steering: Steering | _InForce, policy: PolicyLike | None = None
+    ) -> CompiledPlan:
         self._require_open()
-        # The types belong to the key because True == 1 == 1.0, and True is no strength.
-        key = tuple([(name, type(value), value) for name, value in steering.items()])
-        try:
-            plan = self._plans.get(key)
-        except TypeError:  # not hashable, hence no number: the check below says which
-            plan = None
-        if plan is None:
-            plan = compile_plan(
-                self._pack,
-                check_strengths(self._pack, steering),
-                n_layer=self._n_layer,
-                n_embd=self._width,
-                mode=self._mode,
-            )
-            if len(self._plans) >= _PLANS_KEPT:
-                self._plans.pop(next(iter(self._plans)))
-            self._plans[key] = plan
+        if not isinstance(steering, _InForce):
+            return self._compiler.compile(steering, read_policy(policy))
+        if self._in_force and policy is None:
+            return self._in_force[-1].plan
+        plan = self._compiler.by_policy(read_policy(policy))
+        if plan is UNSTEERED:
+            self._warn_unsteered()
         return plan
 
     def _warn_unsteered(self) -> None:
-        if self._pack is not None and not self._warned_unsteered:
+        pack = self._pack
+        if pack is not None and pack.router is None and not self._warned_unsteered:
             self._warned_unsteered = True
             _log.warning(
-                "this version applies no router, so nothing is steered unless a request brings "
+                "the pack has no router, so nothing is steered unless a request brings "
                 "steering={category: strength} or stands in `with llm.steering(...)`"
             )
 
-    def _current(self) -> CompiledPlan:
-        return self._in_force[-1] if self._in_force else UNSTEERED
+    def _current(self) -> Request:
+        if self._in_force:
+            return self._in_force[-1]
+        return Request(self._compiler.by_policy())
 
-    def _install(self, plan: CompiledPlan) -> None:
-        """Make the native hook do what `plan` says from the next decode on."""
-        if plan is self._installed:
-            return
-        try:
-            self._hook.set_plan(plan.native, plan.resident)
-        except _native.NotOnHost:
-            raise
-        except (ValueError, RuntimeError) as error:
-            raise HookError(str(error)) from None
-        self._installed = plan
+    def _start(self, request: Request, prompt: Sequence[int]) -> SequenceSteering:
+        """The steering of a sequence that begins with `prompt`."""
+        plan = request.plan
+        span = (0, len(prompt))
+        if plan.router is not None and plan.router.pooling == "user" and request.user:
+            span = span_of(request.user, list(map(self._piece, prompt)))
+        return SequenceSteering(plan, prompt, span, self.n_ctx(), self._piece)
 
-    def _stream(self, plan: CompiledPlan, stream: Iterator[Any]) -> Generator[Any, Any, None]:
-        """Advance `stream` under `plan`, whatever is in force between its items."""
+    def _piece(self, token: int) -> bytes:
+        return self.detokenize([token], special=True)
+
+    def _install(self, sequence: SequenceSteering) -> None:
+        """Make the native hook do from the next decode on what `sequence` says."""
+        if sequence is not self._installed:
+            self._set_sequence(0, sequence.native)
+            self._installed = sequence
+
+    def _stream(self, request: Request, stream: Iterator[Any]) -> Generator[Any, Any, None]:
+        """Advance `stream` under `request`, whatever is in force between its items."""
         sent: Any = None
         try:
             while True:
                 with self._step_lock:
                     self._require_open()
-                    with self._under(plan):
+                    with self._under(request):
                         try:
                             if sent is not None and isinstance(stream, Generator):
                                 item = stream.send(sent)
@@ -200,37 +214,75 @@ class SteeredLlama(HookedLlama):
                                 item = next(stream)
                         except StopIteration:
                             return
+                        self._tell(item)
                 sent = yield item
         finally:
             if isinstance(stream, Generator):
                 stream.close()
 
-    def _request(self, plan: CompiledPlan, call: Any, *args: Any, **kwargs: Any) -> Any:
+    def _tell(self, result: Any) -> None:
+        """Put what was done into a finished result, or the last chunk of a stream."""
+        choices = result.get("choices") if isinstance(result, dict) else None
+        if choices and choices[0].get("finish_reason") is not None:
+            result["steering"] = self.last_steering.to_dict()
+
+    def _request(
+        self,
+        call: Any,
+        steering: Steering | _InForce,
+        policy: PolicyLike | None,
+        user: str | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        plan = self._compile(steering, policy)
+        if user is None and self._in_force:  # a completion that a chat is made of
+            user = self._in_force[-1].user
+        request = Request(plan, user)
         with self._step_lock:
             self._require_open()
-            with self._under(plan):
+            with self._under(request):
                 result = call(*args, **kwargs)
-        return self._stream(plan, result) if isinstance(result, Iterator) else result
+                self._tell(result)
+        return self._stream(request, result) if isinstance(result, Iterator) else result
 
     # ---- llama_cpp.Llama's interface ---------------------------------------------------------
 
     def create_completion(
-        self, *args: Any, steering: Steering | _InForce = IN_FORCE, **kwargs: Any
+        self,
+        *args: Any,
+        steering: Steering | _InForce = IN_FORCE,
+        policy: PolicyLike | None = None,
+        **kwargs: Any,
     ) -> Any:
-        """`llama_cpp.Llama.create_completion`, steered; see the class."""
-        return self._request(self._compile(steering), super().create_completion, *args, **kwargs)
+        """`llama_cpp.Llama.create_completion`, steered; see the class.
 
-    def __call__(self, *args: Any, steering: Steering | _InForce = IN_FORCE, **kwargs: Any) -> Any:
+        The router looks at the whole prompt: what of it a user said is for a chat to know.
+        """
+        call = super().create_completion
+        return self._request(call, steering, policy, None, args, kwargs)
+
+    def __call__(
+        self,
+        *args: Any,
+        steering: Steering | _InForce = IN_FORCE,
+        policy: PolicyLike | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """`llama_cpp.Llama.__call__`, steered; see the class."""
-        return self._request(self._compile(steering), super().__call__, *args, **kwargs)
+        return self._request(super().__call__, steering, policy, None, args, kwargs)
 
     def create_chat_completion(
-        self, *args: Any, steering: Steering | _InForce = IN_FORCE, **kwargs: Any
+        self,
+        *args: Any,
+        steering: Steering | _InForce = IN_FORCE,
+        policy: PolicyLike | None = None,
+        **kwargs: Any,
     ) -> Any:
         """`llama_cpp.Llama.create_chat_completion`, steered; see the class."""
-        return self._request(
-            self._compile(steering), super().create_chat_completion, *args, **kwargs
-        )
+        messages = args[0] if args else kwargs.get("messages", ())
+        call = super().create_chat_completion
+        return self._request(call, steering, policy, last_user_text(messages), args, kwargs)
 
     def generate(
         self, tokens: Sequence[int], *args: Any, **kwargs: Any
@@ -242,70 +294,146 @@ class SteeredLlama(HookedLlama):
         self, tokens: list[int], *args: Any, **kwargs: Any
     ) -> Generator[int, Sequence[int] | None, None]:
         # The base class reuses cached tokens that match the prompt. Let it see only those that
-        # were computed under the same steering.
-        plan = self._current()
+        # were computed under the steering that this request would compute them under.
         arguments = _GENERATE.bind(self, tokens, *args, **kwargs).arguments
         reset = arguments.get("reset", True)
-        reusable = min(self._ledger.reusable(plan.cache_key), self.n_tokens)
+        prompt = tokens if reset else [*self._input_ids.tolist(), *tokens]
+        sequence = self._start(self._current(), prompt)
+        reusable = min(
+            self._ledger.reusable(sequence.keys(0, self.n_tokens)),
+            sequence.first_to_decode,
+            self.n_tokens,
+        )
         if reusable < self.n_tokens:
             if not reset:  # the caller goes on from the context: recompute what it no longer is
-                tokens = [*self._input_ids[reusable:].tolist(), *tokens]
+                tokens = prompt[reusable:]
             self.n_tokens = reusable
             self._requires_eval = True
-            if self._is_recurrent or self._is_hybrid:
+            if not self.batches_sequences:
                 # Their state cannot be cut back to a position; go on from nothing.
                 if not reset:
-                    tokens = [*self.input_ids[:reusable].tolist(), *tokens]
+                    tokens = prompt
                 self.reset()
-        if plan.key != self._last_logits_key:
+        elif reusable and sequence.logits_key(reusable - 1) != self._logits_key:
             self._requires_eval = True
-        yield from super().generate(tokens, *args, **kwargs)
+        inner = super().generate(tokens, *args, **kwargs)
+        sent: Sequence[int] | None = None
+        while True:
+            self._sequence = sequence  # another request may have run since
+            try:
+                token = inner.send(sent)
+            except StopIteration:
+                return
+            sent = yield token
 
     def eval(self, tokens: Sequence[int]) -> None:
         """`llama_cpp.Llama.eval` under the steering in force.
 
         Evaluates after the tokens in the context, whatever those were computed under: to change the
         steering between two tokens is a caller's right. `generate` and all completions recompute.
+        Called directly, the first tokens after `reset()` are the prompt, and what a gate decides at
+        the last of them holds until the next `reset()`.
         """
-        plan = self._current()
         with self._step_lock:
             self._require_open()
-            self._install(plan)
-            start = self.n_tokens
-            try:
-                super().eval(tokens)
-            finally:
-                # What was decoded before a failure counts too; a reset context records nothing.
-                if self.n_tokens > start:
-                    self._ledger.record(start, self.n_tokens, plan.cache_key)
-                self._last_logits_key = plan.key
+            sequence = self._sequence_for(tokens)
+            self._evaluate(sequence, tokens)
+            if sequence.wants_reprocess:
+                self._reprocess(sequence)
+
+    def _sequence_for(self, tokens: Sequence[int]) -> SequenceSteering:
+        request = self._current()
+        sequence = self._sequence
+        if sequence is None or sequence.plan is not request.plan or self._ended(sequence):
+            prompt = [*self._input_ids.tolist(), *tokens]
+            if sequence is not None and self.n_tokens > 0:
+                prompt = prompt[: sequence.n_prompt]
+            sequence = self._start(request, prompt)
+            sequence.follow(0, self._input_ids.tolist())
+        self._sequence = sequence
+        return sequence
+
+    def _ended(self, sequence: SequenceSteering) -> bool:
+        """Whether the context was emptied since, so that another sequence begins."""
+        return self.n_tokens == 0 and sequence.begun
+
+    def _evaluate(self, sequence: SequenceSteering, tokens: Sequence[int]) -> None:
+        start = self.n_tokens
+        sequence.follow(start, tokens)
+        sequence.begun = True
+        self._install(sequence)
+        try:
+            super().eval(tokens)
+        finally:
+            # What was decoded before a failure counts too; a reset context records nothing.
+            if self.n_tokens > start:
+                self._ledger.record(start, sequence.keys(start, self.n_tokens))
+                self._logits_key = sequence.logits_key(self.n_tokens - 1)
+
+    def _reprocess(self, sequence: SequenceSteering) -> None:
+        """Compute the prompt once more, now that a category has fired that steers it."""
+        sequence.hold()
+        stop = self.n_tokens
+        tokens = self._input_ids.tolist()
+        start = self._ledger.reusable(sequence.keys(0, stop))
+        if not self.batches_sequences:
+            start = 0
+            self.reset()
+        self.n_tokens = start
+        self._evaluate(sequence, tokens[start:])
 
     def capture(self, *args: Any, **kwargs: Any) -> Any:
-        """`HookedLlama.capture` under the steering in force."""
+        """`HookedLlama.capture` under the steering that `with llm.steering(...)` put in force.
+
+        Raises:
+            SteeringError: gated steering; what it would do depends on more than the tokens.
+        """
         with self._step_lock:
             self._require_open()
-            self._install(self._current())
+            plan = self._in_force[-1].plan if self._in_force else UNSTEERED
+            if plan.gated:
+                raise SteeringError(
+                    "capture under gated steering is not possible; force categories"
+                )
+            tokens = list(args[0] if args else kwargs["tokens"])
+            self._install(self._start(Request(plan), tokens))
             return super().capture(*args, **kwargs)
+
+    def capture_means(self, *args: Any, **kwargs: Any) -> Any:
+        """`HookedLlama.capture_means`, never steered.
+
+        Raises:
+            SteeringError: `with llm.steering(...)` is in force.
+        """
+        with self._step_lock, self._unsteered("captures of several sequences"):
+            return super().capture_means(*args, **kwargs)
 
     def embed(self, *args: Any, **kwargs: Any) -> Any:
         """`llama_cpp.Llama.embed`; embeddings are never steered.
 
         Raises:
-            SteeringError: steering is in force.
+            SteeringError: `with llm.steering(...)` is in force.
         """
-        with self._step_lock:
-            self._require_open()
-            if self._current().native is not None:
-                raise SteeringError("embeddings cannot be steered; call embed() outside steering")
-            self._install(UNSTEERED)
+        with self._step_lock, self._unsteered("embeddings"), self._decoding([]):
             return super().embed(*args, **kwargs)
+
+    @contextmanager
+    def _unsteered(self, what: str) -> Iterator[None]:
+        self._require_open()
+        if self._in_force and self._in_force[-1].plan is not UNSTEERED:
+            raise SteeringError(
+                f"{what} cannot be steered; call it outside `with llm.steering(...)`"
+            )
+        self._set_sequence(0, None)
+        self._installed = None
+        yield
 
     def save_state(self) -> LlamaState:
         """`llama_cpp.Llama.save_state`; the state remembers what its tokens were computed under."""
         with self._step_lock:
             self._require_open()
             state = super().save_state()
-            setattr(state, _RUNS, self._ledger.runs())
+            setattr(state, _KEYS, self._ledger.keys()[: self.n_tokens])
             return state
 
     def load_state(self, state: LlamaState) -> None:
@@ -313,8 +441,29 @@ class SteeredLlama(HookedLlama):
         with self._step_lock:
             self._require_open()
             super().load_state(state)
-            unsteered = [(state.n_tokens, UNSTEERED.cache_key)]
-            self._ledger = CacheLedger(getattr(state, _RUNS, unsteered))
+            keys = getattr(state, _KEYS, None)
+            self._ledger = CacheLedger(
+                np.zeros(state.n_tokens, np.uint64) if keys is None else keys
+            )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "pack": self._pack, "mode": self._mode}
+        return {
+            **super().__getstate__(),
+            "pack": self._pack,
+            "policy": self._policy,
+            "mode": self._mode,
+        }
+
+
+def read_policy(policy: PolicyLike | None) -> Policy | None:
+    """The policy that an argument stands for.
+
+    Raises:
+        FormatError: a file that is none.
+        SteeringError: data that is none.
+    """
+    if policy is None or isinstance(policy, Policy):
+        return policy
+    if isinstance(policy, Mapping):
+        return Policy.from_content(policy)
+    return Policy.load(policy)

@@ -135,13 +135,47 @@ def graph():
         yield graph
 
 
-def plan(*layers, strength=1.0):
+ADD = {"keep_norm": False, "one_sided": False, "target": False, "low": 0, "high": 0, "angle": 0}
+
+
+def add_term(made, layers, directions, strength=1.0, *, site="residual", **changed):
+    term = {
+        "operator": _native.Operator(_native.OperatorKind.add, **ADD),
+        "scope": _native.Scope(_native.ScopeKind.all),
+        "digest": 1,
+        "exclude_bit": -1,
+        "rule": [],
+        "own_gate": -1,
+    }
+    made.add(
+        getattr(_native.Site, site),
+        np.asarray(layers, np.int32),
+        np.ascontiguousarray(np.asarray(directions, np.float32)[:, None]),
+        strength=strength,
+        **{**term, **changed},
+    )
+
+
+def plan(*layers, strength=1.0, way="automatic"):
     directions = np.random.default_rng(0).standard_normal((len(layers), N_EMBD))
     directions = directions.astype(np.float32)
-    made = _native.Plan(N_LAYER, N_EMBD)
-    made.add(_native.Site.residual, np.asarray(layers, np.int32), directions, strength)
-    made.keep_sums()
+    made = _native.Plan(N_LAYER, N_EMBD, getattr(_native.Way, way))
+    add_term(made, layers, directions, strength)
     return made, directions
+
+
+def sequence(made, n_prompt=N_ROWS):
+    return _native.Sequence(made, n_prompt, 0, n_prompt, 64)
+
+
+def steer(graph, *layers, way="hooked"):
+    made, directions = plan(*layers, way=way)
+    graph.hook.set_sequence(0, sequence(made))
+    return directions
+
+
+def begin(graph, n_rows=N_ROWS, outputs=2):
+    graph.hook.begin_decode(np.array([[0, 0, n_rows, outputs]], np.int32))
 
 
 def rows(dtype=np.float32, shape=(N_ROWS, N_EMBD)):
@@ -161,13 +195,21 @@ def test_resident_plans_are_written_and_cleared(graph):
     graph.probe()
     made, directions = plan(1, strength=2.0)
     empty = np.empty(N_EMBD, np.float32)
-    graph.hook.set_plan(made, True)
+
+    def decode(sequence):
+        graph.hook.set_sequence(0, sequence)
+        begin(graph)
+        resident = graph.hook.was_resident
+        graph.hook.abandon_decode()
+        return resident
+
+    assert decode(sequence(made))
     np.testing.assert_array_equal(graph.read(graph.vectors[1], empty), 2 * directions[0])
     assert not graph.read(graph.vectors[2], empty).any()
-    graph.hook.set_plan(plan(2)[0], True)
+    assert decode(sequence(plan(2)[0]))
     assert not graph.read(graph.vectors[1], empty).any()
     assert graph.read(graph.vectors[2], empty).any()
-    graph.hook.set_plan(None, False)
+    assert not decode(None)
     assert not graph.read(graph.vectors[2], empty).any()
 
 
@@ -184,8 +226,7 @@ def bf16_values(bits):
 @pytest.mark.parametrize("type_", [F32, F16, BF16])
 def test_adds_in_place_for_every_float_type(graph, type_):
     graph.probe()
-    made, directions = plan(1)
-    graph.hook.set_plan(made, False)
+    directions = steer(graph, 1)
     node = graph.tensor("l_out-1", (N_ROWS, N_EMBD), type_)
     values = rows()
     if type_ == BF16:
@@ -195,28 +236,27 @@ def test_adds_in_place_for_every_float_type(graph, type_):
         stored = values.astype(np.float16 if type_ == F16 else np.float32)
         expected = (stored.astype(np.float32) + directions[0]).astype(stored.dtype)
     graph.fill(node, stored)
-    graph.hook.begin_decode()
+    begin(graph)
     assert graph.ask(node)
     graph.computed(node)
-    graph.hook.end_decode(N_ROWS)
+    graph.hook.end_decode()
     np.testing.assert_array_equal(graph.read(node, stored), expected)
 
 
 def test_three_dimensional_and_padded_rows(graph):
     """Rows of a view lie apart, and batches by sequence have a third dimension."""
     graph.probe()
-    made, directions = plan(1)
-    graph.hook.set_plan(made, False)
+    directions = steer(graph, 1)
     backing = graph.tensor("", (2, 3, N_EMBD + 4))
     view = ggml("ggml_view_3d", TENSOR, P, TENSOR, *[I64] * 3, *[ctypes.c_size_t] * 3)
     row = 4 * (N_EMBD + 4)
     node = graph.named(view(graph.context, backing, N_EMBD, 3, 2, row, 3 * row, 0), "l_out-1")
     values = rows(shape=(2, 3, N_EMBD + 4))
     graph.fill(backing, values)
-    graph.hook.begin_decode()
+    begin(graph, 6)
     assert graph.ask(node)
     graph.computed(node)
-    graph.hook.end_decode(6)
+    graph.hook.end_decode()
     expected = values.copy()
     expected[..., :N_EMBD] += directions[0]
     np.testing.assert_array_equal(graph.read(backing, values), expected)
@@ -224,7 +264,8 @@ def test_three_dimensional_and_padded_rows(graph):
 
 def test_other_nodes_are_left_alone(graph):
     graph.probe()
-    graph.hook.set_plan(plan(1)[0], False)
+    steer(graph, 1)
+    begin(graph)
     for name in (
         "l_out-0",
         "l_out-2",
@@ -237,7 +278,9 @@ def test_other_nodes_are_left_alone(graph):
     ):
         assert not graph.ask(graph.tensor(name, (N_ROWS, N_EMBD))), name
     assert graph.ask(graph.tensor("l_out-1", (N_ROWS, N_EMBD)))
-    graph.hook.set_plan(None, False)
+    graph.hook.abandon_decode()
+    graph.hook.set_sequence(0, None)
+    begin(graph)
     assert not graph.ask(graph.tensor("l_out-1", (N_ROWS, N_EMBD)))
 
 
@@ -247,49 +290,87 @@ def test_other_nodes_are_left_alone(graph):
 )
 def test_what_cannot_be_handled_is_reported_not_touched(graph, shape, type_, message):
     graph.probe()
-    graph.hook.set_plan(plan(1)[0], False)
+    steer(graph, 1)
     node = graph.tensor("l_out-1", shape, type_)
     values = rows(shape=shape)
     graph.fill(node, values)
-    graph.hook.begin_decode()
+    begin(graph)
     graph.ask(node)
     graph.computed(node)
     with pytest.raises(RuntimeError, match=message):
-        graph.hook.end_decode(N_ROWS)
+        graph.hook.end_decode()
     np.testing.assert_array_equal(graph.read(node, values), values)
 
 
 def test_too_few_rows_are_noticed(graph):
     graph.probe()
-    graph.hook.set_plan(plan(0, 1)[0], False)
+    steer(graph, 0, 1)
     node = graph.tensor("l_out-0", (N_ROWS, N_EMBD))
     graph.fill(node, rows())
-    graph.hook.begin_decode()
+    begin(graph)
+    graph.ask(node)
     graph.computed(node)
     with pytest.raises(RuntimeError, match="reached 0 of 5 tokens at site residual, layer 1"):
-        graph.hook.end_decode(N_ROWS)
-    graph.hook.begin_decode()
+        graph.hook.end_decode()
+    begin(graph, 1)
     with pytest.raises(RuntimeError, match="layer 0"):
-        graph.hook.end_decode(1)
+        graph.hook.end_decode()
+
+
+@pytest.mark.parametrize(("outputs", "kept"), [(0, []), (1, [4]), (2, [0, 1, 2, 3, 4])])
+def test_rows_of_the_last_block_are_those_whose_logits_are_asked_for(graph, outputs, kept):
+    """Two sequences in one batch, in two graphs: each row is told from its number alone."""
+    graph.probe()
+    made, directions = plan(0, 2, way="hooked")
+    scope = _native.Scope(_native.ScopeKind.positions, 4, 5)
+    one_position = _native.Plan(N_LAYER, N_EMBD, _native.Way.hooked)
+    add_term(one_position, [0, 2], directions, scope=scope)
+    graph.hook.set_sequence(0, sequence(made))
+    graph.hook.set_sequence(3, sequence(one_position))
+    runs = [[0, 0, N_ROWS, outputs], [3, 0, N_ROWS, outputs], [7, 0, 2, outputs]]
+    graph.hook.begin_decode(np.array(runs, np.int32))
+    expected = np.zeros((12, N_EMBD), np.float32)
+    expected[:N_ROWS] = 1
+    expected[9] = 1
+    outputs_of = [row + at for at, n in ((0, 5), (5, 5), (10, 2)) for row in range(n)]
+    asked = [i for i in outputs_of if outputs == 2 or (outputs == 1 and i in (4, 9, 11))]
+    assert [i for i in asked if i < 5] == kept
+    for start, stop in ((0, 7), (7, 12)):  # two micro-batches
+        whole = graph.tensor("l_out-0", (stop - start, N_EMBD))
+        graph.fill(whole, np.zeros((stop - start, N_EMBD), np.float32))
+        assert graph.ask(whole)
+        graph.computed(whole)
+        found = graph.read(whole, np.empty((stop - start, N_EMBD), np.float32))
+        np.testing.assert_array_equal(found, expected[start:stop] * directions[0])
+        some = [i for i in asked if start <= i < stop]
+        if not some:
+            continue
+        last = graph.tensor("l_out-2", (len(some), N_EMBD))
+        graph.fill(last, np.zeros((len(some), N_EMBD), np.float32))
+        assert graph.ask(last)
+        graph.computed(last)
+        found = graph.read(last, np.empty((len(some), N_EMBD), np.float32))
+        np.testing.assert_array_equal(found, expected[some] * directions[1])
+    graph.hook.end_decode()
 
 
 def test_resident_steering_that_the_graph_does_not_add_is_noticed(graph):
     nodes = graph.probe()
-    graph.hook.set_plan(plan(1)[0], True)
-    graph.hook.begin_decode()
+    steer(graph, 1, way="resident")
+    begin(graph)
     assert not graph.ask(nodes[1])  # adds by itself: no need to cut the graph
-    graph.hook.end_decode(N_ROWS)
-    graph.hook.begin_decode()
+    graph.hook.end_decode()
+    begin(graph)
     graph.ask(graph.tensor("l_out-1", (N_ROWS, N_EMBD)))  # a graph without the vector
     with pytest.raises(RuntimeError, match="reached 0 of"):
-        graph.hook.end_decode(N_ROWS)
+        graph.hook.end_decode()
 
 
 @pytest.mark.parametrize("steered", [False, True])
 def test_a_graph_ends_with_the_last_node_that_is_captured(graph, steered):
     graph.probe()
     if steered:  # then what comes after is wanted too
-        graph.hook.set_plan(plan(2)[0], False)
+        steer(graph, 2)
     wanted = np.zeros(len(_native.Site.__members__) * N_LAYER, np.uint8)
     wanted[:2] = 1  # the residual of layers 0 and 1
     graph.hook.begin_capture(
@@ -300,7 +381,7 @@ def test_a_graph_ends_with_the_last_node_that_is_captured(graph, steered):
         n_embd=N_EMBD,
     )
     nodes = [graph.tensor(f"l_out-{layer}", (N_ROWS, N_EMBD)) for layer in range(2)]
-    graph.hook.begin_decode()
+    begin(graph)
     for layer, node in enumerate(nodes):
         graph.fill(node, rows() + layer)
         assert graph.ask(node)
@@ -316,55 +397,56 @@ def test_a_graph_ends_with_the_last_node_that_is_captured(graph, steered):
 
 def test_nothing_changes_during_a_decode_or_after_the_end(graph):
     graph.probe()
-    graph.hook.begin_decode()
+    begin(graph)
     with pytest.raises(RuntimeError, match="while a decode is running"):
-        graph.hook.set_plan(None, False)
+        graph.hook.set_sequence(0, None)
     with pytest.raises(RuntimeError, match="while a decode is running"):
-        graph.hook.begin_decode()
+        begin(graph)
     graph.hook.abandon_decode()
-    graph.hook.set_plan(plan(1)[0], False)
+    steer(graph, 1)
     graph.hook.detach()
     with pytest.raises(RuntimeError, match="closed"):
-        graph.hook.set_plan(None, False)
+        graph.hook.set_sequence(0, None)
+    with pytest.raises(RuntimeError, match="closed"):
+        begin(graph)
     assert not graph.ask(graph.tensor("l_out-1", (N_ROWS, N_EMBD)))
 
 
 def test_plans_that_do_not_fit_leave_the_former_in_force(graph):
     graph.probe()
-    graph.hook.set_plan(plan(1)[0], False)
+    steer(graph, 1)
     node = graph.tensor("l_out-1", (N_ROWS, N_EMBD))
-    ones = np.array([1], np.int32), np.ones((1, N_EMBD), np.float32), 1.0
-    deeper = _native.Plan(N_LAYER + 1, N_EMBD)
-    without_sums = _native.Plan(N_LAYER, N_EMBD)
-    for made in (deeper, without_sums):
-        made.add(_native.Site.residual, *ones)
-    for wrong, resident, message in [
-        (deeper, False, "another model"),
-        (without_sums, False, "not kept its sums"),
-        (plan(0)[0], True, "layers >= 1 only"),
+    ones = [1], np.ones((1, N_EMBD), np.float32)
+    deeper = _native.Plan(N_LAYER + 1, N_EMBD, _native.Way.automatic)
+    add_term(deeper, *ones)
+    attention = _native.Plan(N_LAYER, N_EMBD, _native.Way.automatic)
+    add_term(attention, *ones, site="attention")
+    for wrong, message in [
+        (deeper, "another model"),
+        (attention, "no site attention, layer 1"),
     ]:
         with pytest.raises(ValueError, match=message):
-            graph.hook.set_plan(wrong, resident)
+            graph.hook.set_sequence(0, sequence(wrong))
+        begin(graph)
         assert graph.ask(node)
-    attention = _native.Plan(N_LAYER, N_EMBD)
-    attention.add(_native.Site.attention, *ones)
-    attention.keep_sums()
-    with pytest.raises(ValueError, match="no site attention, layer 1"):
-        graph.hook.set_plan(attention, False)
+        graph.hook.abandon_decode()
+    steer(graph, 0, way="resident")
+    with pytest.raises(ValueError, match="and nothing else"):
+        begin(graph)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_directions_that_are_not_finite_are_refused(value):
-    made = _native.Plan(N_LAYER, N_EMBD)
+    made = _native.Plan(N_LAYER, N_EMBD, _native.Way.automatic)
     directions = np.zeros((1, N_EMBD), np.float32)
     directions[0, 3] = value
-    made.add(_native.Site.residual, np.array([1], np.int32), directions, 1.0)
+    add_term(made, [1], directions)
     with pytest.raises(ValueError, match="layer 1 times its strength is not finite"):
         made.check_finite()
     with pytest.raises(ValueError, match="layer 3 is not one"):
-        made.add(_native.Site.residual, np.array([3], np.int32), directions, 1.0)
+        add_term(made, [3], directions)
     with pytest.raises(ValueError, match="must be"):
-        made.add(_native.Site.residual, np.array([1, 2], np.int32), directions, 1.0)
+        add_term(made, [1, 2], directions)
 
 
 @pytest.fixture
@@ -393,12 +475,16 @@ def test_memory_that_is_not_the_hosts_is_named(graph, device_buffer):
 
     nodes = graph.probe(alter=move)
     assert [f.on_host for f in graph.hook.sites] == [True, True, False]
+    steer(graph, 1, 2)
     with pytest.raises(NotImplementedError, match=f"layer 2 is in {name} memory"):
-        graph.hook.set_plan(plan(1, 2)[0], False)
-    graph.hook.set_plan(plan(1, 2)[0], True)  # llama.cpp adds it there by itself
-    graph.hook.set_plan(plan(1)[0], False)
+        begin(graph)
+    steer(graph, 1, 2, way="resident")  # llama.cpp adds it there by itself
+    begin(graph)
+    graph.hook.abandon_decode()
+    steer(graph, 1)
     nodes[1].contents.buffer = device_buffer  # it moves after all
-    graph.hook.begin_decode()
+    begin(graph)
+    graph.ask(nodes[1])
     graph.computed(nodes[1])
     with pytest.raises(RuntimeError, match="not on the host"):
-        graph.hook.end_decode(N_ROWS)
+        graph.hook.end_decode()

@@ -284,8 +284,11 @@ def test_a_start_that_sequences_share_is_decoded_once(tiny_model, family, layers
 
 
 def test_recurrent_models_take_one_sequence_at_a_time(tiny_model):
-    with pytest.raises(HookError, match="one sequence at a time"):
-        HookedLlama(tiny_model("mamba"), max_sequences=2, **ARGUMENTS)
+    with closing(HookedLlama(tiny_model("mamba"), max_sequences=2, **ARGUMENTS)) as llm:
+        assert not llm.batches_sequences
+        with pytest.raises(HookError, match="one sequence at a time"):
+            llm.capture_means([TOKENS, TOKENS], [(0, 2), (0, 2)])
+        assert llm.capture_means([TOKENS], [(0, 2)])
 
 
 def test_n_batch_does_not_change_what_is_captured(tiny_llama):

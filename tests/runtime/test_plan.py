@@ -1,4 +1,4 @@
-"""From strengths to plans: what is refused, what the keys say, which way in is chosen."""
+"""From what a request asks for to plans: what is refused, what the keys say, what fits where."""
 
 import itertools
 
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pysteer import HookError, SteeringError, SteeringPack, SteeringVector, UnknownCategoryError
-from pysteer.runtime.plan import UNSTEERED, check_strengths, compile_plan
+from pysteer.runtime.plan import UNSTEERED, PlanCompiler, Wanted, check_steering
 
 N_LAYER, N_EMBD = 4, 3
 
@@ -30,8 +30,14 @@ PACK = SteeringPack(
 )
 
 
-def compiled(strengths, *, pack=PACK, mode="auto"):
-    return compile_plan(pack, strengths, n_layer=N_LAYER, n_embd=N_EMBD, mode=mode)
+def compiled(steering, *, pack=PACK, mode="auto"):
+    return PlanCompiler(pack, None, n_layer=N_LAYER, n_embd=N_EMBD, mode=mode).compile(steering)
+
+
+def keys(plan):
+    """Of a sequence of one token: what its cache entry and its logits depend on."""
+    sequence = plan.start(1, (0, 1), 8)
+    return int(sequence.keys(0, 1)[0]), sequence.logits_key(0)
 
 
 # ---- strengths ------------------------------------------------------------------------------
@@ -49,9 +55,11 @@ def compiled(strengths, *, pack=PACK, mode="auto"):
     )
 )
 def test_finite_strengths_pass_as_floats_and_zero_is_dropped(steering):
-    checked = check_strengths(PACK, steering)
-    assert checked == {name: float(value) for name, value in steering.items() if value != 0}
-    assert all(type(value) is float for value in checked.values())
+    assert check_steering(PACK, steering) == [
+        Wanted(name, float(steering[name]), False)
+        for name in PACK.categories
+        if steering.get(name, 0) != 0
+    ]
 
 
 @pytest.mark.parametrize(
@@ -76,19 +84,20 @@ def test_finite_strengths_pass_as_floats_and_zero_is_dropped(steering):
 )
 def test_a_strength_that_is_no_finite_number_is_refused(strength):
     with pytest.raises(SteeringError, match="middle"):
-        check_strengths(PACK, {"first": 1.0, "middle": strength})
+        check_steering(PACK, {"first": 1.0, "middle": strength})
 
 
-def test_gating_needs_a_router():
-    with pytest.raises(SteeringError, match="applies no router"):
-        check_strengths(PACK, {"middle": "auto"})
+@pytest.mark.parametrize("steering", ["auto", {"middle": "auto"}])
+def test_gating_needs_a_router(steering):
+    with pytest.raises(SteeringError, match="no router"):
+        compiled(steering)
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.0, "auto", float("nan")])
 @pytest.mark.parametrize("category", ["Middle", "", 1, None])
 def test_an_unknown_category_is_refused_at_any_strength(category, strength):
     with pytest.raises(UnknownCategoryError, match="middle, first"):
-        check_strengths(PACK, {category: strength})
+        check_steering(PACK, {category: strength})
 
 
 # ---- the way in -----------------------------------------------------------------------------
@@ -109,23 +118,32 @@ def test_an_unknown_category_is_refused_at_any_strength(category, strength):
         (["middle", "attention"], False),
     ],
 )
-def test_residual_from_layer_1_on_is_resident_and_the_rest_hooked(categories, fits_resident):
+def test_residual_from_layer_1_on_fits_the_control_vector_and_the_rest_does_not(
+    categories, fits_resident
+):
     strengths = dict.fromkeys(categories, 1.0)
-    assert compiled(strengths).resident is fits_resident
-    assert compiled(strengths).native is not None
-    assert compiled(strengths, mode="hooked").resident is False
+    assert compiled(strengths).native.fits_resident is fits_resident
     if fits_resident:
-        assert compiled(strengths, mode="resident").resident is True
+        assert compiled(strengths, mode="resident").native is not None
     else:
         with pytest.raises(HookError, match="resident"):
             compiled(strengths, mode="resident")
 
 
 @pytest.mark.parametrize("mode", ["auto", "resident", "hooked"])
-def test_no_strengths_are_the_unsteered_plan(mode):
-    plan = compiled(check_strengths(PACK, {"middle": 0, "first": -0.0}), mode=mode)
-    assert plan is UNSTEERED
-    assert (plan.native, plan.resident, plan.key, plan.cache_key) == (None, False, (), ())
+@pytest.mark.parametrize("steering", [None, {}, {"middle": 0, "first": -0.0}])
+def test_no_strengths_are_the_unsteered_plan(steering, mode):
+    assert compiled(steering, mode=mode) is UNSTEERED
+    assert UNSTEERED.start(3, (0, 3), 8) is None
+
+
+def test_the_latest_plans_are_kept():
+    compiler = PlanCompiler(PACK, None, n_layer=N_LAYER, n_embd=N_EMBD)
+    first = compiler.compile({"middle": 1.0})
+    assert compiler.compile({"middle": 1.0}) is first
+    for strength in range(2, 40):
+        compiler.compile({"middle": strength})
+    assert compiler.compile({"middle": 1.0}) is not first
 
 
 # ---- keys -----------------------------------------------------------------------------------
@@ -143,50 +161,34 @@ def test_no_strengths_are_the_unsteered_plan(mode):
     ],
 )
 def test_what_acts_in_the_last_layer_alone_is_no_part_of_the_cache_key(category, in_cache_key):
-    plan = compiled({category: 2.0})
-    entry = (PACK[category].digest, 2.0)
-    assert plan.key == (entry,)
-    assert plan.cache_key == ((entry,) if in_cache_key else ())
-
-
-def test_in_a_model_of_one_layer_nothing_reaches_the_cache():
-    pack = SteeringPack({"a": vector(0)})
-    plan = compile_plan(pack, {"a": 1.0}, n_layer=1, n_embd=N_EMBD, mode="auto")
-    assert plan.key == ((pack["a"].digest, 1.0),)
-    assert plan.cache_key == ()
+    cached, logits = keys(compiled({category: 2.0}))
+    assert logits != 0
+    assert (cached != 0) is in_cache_key
 
 
 @given(
-    st.dictionaries(st.sampled_from(list(PACK.categories)), st.floats(0.5, 4.0)),
+    st.dictionaries(st.sampled_from(list(PACK.categories)), st.floats(0.5, 4.0), min_size=1),
     st.randoms(use_true_random=False),
 )
-def test_keys_list_every_category_once_whatever_the_order_of_the_request(strengths, random):
+def test_keys_do_not_depend_on_the_order_of_the_request(strengths, random):
     shuffled = list(strengths.items())
     random.shuffle(shuffled)
-    plan = compiled(strengths)
-    assert compiled(dict(shuffled)).key == plan.key
-    assert compiled(dict(shuffled)).cache_key == plan.cache_key
-    assert sorted(plan.key) == sorted((PACK[name].digest, s) for name, s in strengths.items())
-    assert sorted(plan.cache_key) == sorted(
-        (PACK[name].digest, s) for name, s in strengths.items() if not name.startswith("last")
-    )
+    assert keys(compiled(dict(shuffled))) == keys(compiled(strengths))
 
 
 def test_keys_differ_where_the_logits_may_and_nowhere_else():
     requests = [{"middle": 1.0}, {"middle": 2.0}, {"first": 1.0}, {"attention": 1.0}]
     requests += [{"middle": 1.0, "first": 1.0}, {"last": 1.0}, {"last attention": 1.0}]
-    plans = [compiled(request) for request in requests]
-    for a, b in itertools.combinations(plans, 2):
-        assert a.key != b.key
+    found = [keys(compiled(request)) for request in requests]
+    for a, b in itertools.combinations(found, 2):
+        assert a[1] != b[1]
     renamed = SteeringPack({"other name": PACK["middle"]})
-    assert compiled({"other name": 1.0}, pack=renamed).key == plans[0].key
-    assert hash(plans[0].key) == hash(compiled({"middle": 1.0}).key)
+    assert keys(compiled({"other name": 1.0}, pack=renamed)) == found[0]
 
 
 def test_the_mode_is_no_part_of_the_keys():
     modes = [compiled({"middle": 1.0}, mode=mode) for mode in ("resident", "hooked")]
-    assert modes[0].key == modes[1].key
-    assert modes[0].cache_key == modes[1].cache_key
+    assert keys(modes[0]) == keys(modes[1])
 
 
 # ---- sums -----------------------------------------------------------------------------------
@@ -227,4 +229,4 @@ def test_directions_of_categories_are_summed_where_they_meet_and_nowhere_else():
 @pytest.mark.parametrize(("n_layer", "n_embd"), [(3, N_EMBD), (N_LAYER, 2), (N_LAYER, 4)])
 def test_a_pack_that_does_not_fit_is_refused(n_layer, n_embd):
     with pytest.raises(SteeringError, match="'all'"):
-        compile_plan(PACK, {"all": 1.0}, n_layer=n_layer, n_embd=n_embd, mode="auto")
+        PlanCompiler(PACK, None, n_layer=n_layer, n_embd=n_embd).compile({"all": 1.0})

@@ -1,0 +1,200 @@
+"""`Operator`: what a steering vector does to one row of activations, as data.
+
+The native part (csrc/operators) carries it out; here is what each one means. h is one row at the
+vector's site and layer, d the stored direction, e = d / |d|, and s the strength times the factor of
+the scope at that row. A row where s = 0 is not touched.
+
+- `add`: h + s d. Activation addition; the method of arXiv 2410.01174.
+- `ablate`: h - s (h.e) e. Directional ablation, arXiv 2406.11717: s = 1 removes the component along
+  d, s < 1 part of it. `one_sided`: only where h.e > 0 (asked for in llama.cpp #8060).
+- `clamp`: with p = h.e, h + s (clip(p, low, high) - p) e. Brings the projection into a range, or,
+  where low equals high, to a value (in the units of the model's activations).
+- `rotate`: turns h in the plane of two directions, arXiv 2510.26243 (angular steering) and
+  2601.19375 (selective steering). b1 = d1 / |d1|, b2 = d2 made orthonormal to b1, c1 = h.b1,
+  c2 = h.b2, a = s angle. The part of h in the plane, c1 b1 + c2 b2, becomes
+
+  - (cos a c1 - sin a c2) b1 + (sin a c1 + cos a c2) b2: turned by a, from b1 towards b2;
+  - with `target`, |c| (cos a b1 + sin a b2), |c|^2 = c1^2 + c2^2: brought to the angle a from b1,
+    whatever it was.
+
+  What is outside of the plane stays, and so does the norm of h. s multiplies the angle.
+- `low_rank`: h + s U (V^T h), with U and V of shape (n_embd, r). Any linear map of rank r, among
+  them the null-space-constrained ones of AlphaSteer, arXiv 2506.07022.
+
+`keep_norm`, with any of them: the row is scaled to the norm it had before.
+
+Stored per layer, as rows of n_embd values: `add`, `ablate`, `clamp`: d. `rotate`: d1, then d2.
+`low_rank`: the r columns of U, then the r columns of V.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from numbers import Real
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pysteer.errors import SteeringError, quoted
+
+OPERATORS = ("add", "ablate", "clamp", "rotate", "low_rank")
+
+_ROWS = {"add": 1, "ablate": 1, "clamp": 1, "rotate": 2, "low_rank": None}
+_KIND_OF = {
+    "one_sided": "ablate",
+    "low": "clamp",
+    "high": "clamp",
+    "angle": "rotate",
+    "target": "rotate",
+}
+# Two directions this close to one line (sine of the angle between them) span no plane that float32
+# could tell from rounding.
+_PARALLEL = 1e-5
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One operator and its options. Immutable; the module says what each one computes.
+
+    Attributes:
+        kind: one of `OPERATORS`.
+        keep_norm: rescale each steered row to the norm it had; any kind.
+        one_sided: `ablate` only: act only where the projection is positive.
+        low: `clamp` only: the smallest projection, in the units of the model's activations; None
+            for no bound.
+        high: `clamp` only: the largest.
+        angle: `rotate` only: radians at strength 1.
+        target: `rotate` only: `angle` is where to, from the first direction, rather than how far.
+
+    Raises:
+        SteeringError: an unknown kind, an option that the kind does not have, `clamp` without low
+            and high or with low > high, `rotate` with the angle 0, or a number that is not finite
+            in float32.
+    """
+
+    kind: str = "add"
+    keep_norm: bool = False
+    one_sided: bool = False
+    low: float | None = None
+    high: float | None = None
+    angle: float = 0.0
+    target: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.kind, str) or self.kind not in OPERATORS:
+            raise SteeringError(
+                f"unknown operator {quoted(self.kind)}; use one of {', '.join(OPERATORS)}"
+            )
+        for name in ("keep_norm", "one_sided", "target"):
+            if not isinstance(getattr(self, name), bool):
+                value = getattr(self, name)
+                raise SteeringError(f"{name} of an operator is {quoted(value)}, not True or False")
+        for name in ("low", "high", "angle"):
+            if name == "angle" or getattr(self, name) is not None:
+                object.__setattr__(self, name, _number(getattr(self, name), name))
+        for field in fields(self):
+            kind = _KIND_OF.get(field.name, self.kind)
+            if kind != self.kind and getattr(self, field.name) != field.default:
+                raise SteeringError(
+                    f"the operator {self.kind} has no {field.name}; {field.name} belongs to {kind}"
+                )
+        if self.kind == "clamp":
+            self._check_range()
+        if self.kind == "rotate" and self.angle == 0:
+            raise SteeringError(
+                "the operator rotate needs an angle (in radians) other than 0; "
+                "as a target, 2 pi is the first direction itself"
+            )
+
+    def _check_range(self) -> None:
+        if self.low is None and self.high is None:
+            raise SteeringError("the operator clamp needs low, high or both")
+        if self.low is not None and self.high is not None and self.low > self.high:
+            raise SteeringError(
+                f"the operator clamp has low {self.low} above high {self.high}; swap them"
+            )
+
+    def __str__(self) -> str:
+        """In short, such as "add" or "clamp, low -1, high 2"."""
+        options = {key: value for key, value in self.content().items() if key != "kind"}
+        texts = [key if value is True else f"{key} {value:.4g}" for key, value in options.items()]
+        return ", ".join([self.kind, *texts])
+
+    @property
+    def rows_per_layer(self) -> int | None:
+        """How many rows of n_embd values each layer needs; None for any even number."""
+        return _ROWS[self.kind]
+
+    def content(self) -> dict[str, Any]:
+        """The options that are not the default, as JSON data; {} for a plain `add`."""
+        return {
+            field.name: getattr(self, field.name)
+            for field in fields(self)
+            if getattr(self, field.name) != field.default
+        }
+
+    @classmethod
+    def from_content(cls, content: object) -> Operator:
+        """The operator that `content()` describes.
+
+        Raises:
+            SteeringError: not a mapping, an option that no operator has, or as for the class.
+        """
+        if not isinstance(content, Mapping):
+            raise SteeringError(f"{quoted(content)} does not describe an operator")
+        known = [field.name for field in fields(cls)]
+        for name in content:
+            if name not in known:
+                raise SteeringError(
+                    f"{quoted(name)} is no option of an operator; there are {', '.join(known)}"
+                )
+        return cls(**content)
+
+    def prepare(self, rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """One layer's stored rows as the native part reads them.
+
+        Args:
+            rows: shape (rows, n_embd), finite.
+
+        Returns:
+            The same shape, float32: `ablate` and `clamp`: unit rows; `rotate`: an orthonormal pair;
+            `add` and `low_rank`: as they are.
+
+        Raises:
+            SteeringError: a direction that is 0, or two that are parallel, where that gives no unit
+                row or plane.
+        """
+        if self.kind in ("add", "low_rank"):
+            return rows
+        basis: list[npt.NDArray[np.float64]] = []
+        for row in rows.astype(np.float64):
+            length = np.linalg.norm(row)
+            if length == 0:
+                raise SteeringError(f"a direction of 0 is none to {self.kind} along")
+            unit = row / length
+            for other in basis * 2:  # the second time takes away what rounding left
+                unit = unit - (unit @ other) * other
+            left = np.linalg.norm(unit)
+            if left < _PARALLEL:
+                raise SteeringError(
+                    f"two directions on one line span no plane to {self.kind} in; give two others"
+                )
+            basis.append(unit / left)
+        return np.stack(basis).astype(np.float32)
+
+
+def _number(value: object, name: str) -> float:
+    try:
+        if isinstance(value, Real) and not isinstance(value, bool):
+            with np.errstate(over="ignore"):
+                if np.isfinite(np.float32(float(value))):
+                    return float(value) + 0.0  # no negative zero: equal operators, equal content
+    except OverflowError:
+        pass
+    raise SteeringError(f"{name} of an operator is {quoted(value)}, not a finite number")
+
+
+ADD = Operator()
+"""Plain addition: what llama.cpp's control vectors do, and the default."""

@@ -1,0 +1,103 @@
+"""What steering did to a request: what fired, with scores, where, and how many tokens."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pysteer import _native
+from pysteer.runtime.plan import CompiledPlan
+
+
+@dataclass(frozen=True)
+class CategoryReport:
+    """One category of a request.
+
+    Attributes:
+        strength: what its directions were multiplied by, before the scope's factor.
+        gated: whether the router decided; else it was forced.
+        active: whether any token was steered by it.
+        fired: whether its gate opened at the last prompt token or at a check since; None if forced
+            or not decided yet.
+        score: what its own gate saw at the last decision; None without one.
+        threshold: where its own gate opens.
+        site: where in a block it acts.
+        layers: at which layers.
+        tokens_steered: how many tokens of prompt and response.
+    """
+
+    strength: float
+    gated: bool
+    active: bool
+    fired: bool | None
+    score: float | None
+    threshold: float | None
+    site: str
+    layers: list[int]
+    tokens_steered: int
+
+
+@dataclass(frozen=True)
+class SteeringReport:
+    """The `steering` field of a result.
+
+    Attributes:
+        mode: "off" (nothing asked for), "forced", "auto" (all gated) or "mixed".
+        categories: those asked for; not what a closed gate left out of the plan's effect.
+        scores: what the router saw, for each category it knows; empty if it was not asked.
+        gate: the kind of gate, or None.
+        prompt_reprocessed: whether the prompt was computed once more because of what fired.
+        checks: how many times the router decided.
+        tokens_steered: tokens of prompt and response that any category acted on.
+    """
+
+    mode: str
+    categories: dict[str, CategoryReport]
+    scores: dict[str, float]
+    gate: str | None
+    prompt_reprocessed: bool
+    checks: int
+    tokens_steered: int
+
+    @property
+    def fired(self) -> list[str]:
+        """The gated categories that fired."""
+        return [name for name, category in self.categories.items() if category.fired]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON data."""
+        return asdict(self)
+
+
+def report(plan: CompiledPlan, sequence: _native.Sequence | None, n_tokens: int) -> SteeringReport:
+    """What `plan` did to the first `n_tokens` tokens of a sequence."""
+    decisions = sequence.decided_at if sequence is not None else []
+    scores: dict[str, float] = {}
+    if plan.router is not None and sequence is not None and decisions:
+        scores = dict(zip(plan.router.categories, sequence.scores, strict=True))
+    categories = {}
+    for index, term in enumerate(plan.terms):
+        steered = sequence.tokens_steered(index, n_tokens) if sequence is not None else 0
+        fired = None
+        if term.gated and sequence is not None and decisions:
+            fired = any(sequence.fired(k, index) for k in range(len(decisions)))
+        categories[term.category] = CategoryReport(
+            strength=term.strength,
+            gated=term.gated,
+            active=steered > 0,
+            fired=fired,
+            score=scores.get(term.category) if term.gated else None,
+            threshold=term.threshold,
+            site=term.site,
+            layers=list(term.layers),
+            tokens_steered=steered,
+        )
+    return SteeringReport(
+        mode=plan.mode,
+        categories=categories,
+        scores=scores,
+        gate=plan.gate,
+        prompt_reprocessed=sequence is not None and sequence.held,
+        checks=len(decisions),
+        tokens_steered=sequence.tokens_steered(n_tokens) if sequence is not None else 0,
+    )
