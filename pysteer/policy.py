@@ -220,13 +220,17 @@ class Policy(_Settings):
 
     def __init__(self, /, **given: Any) -> None:
         super().__init__(**given)
+        if "gate" in self.model_fields_set:  # else another policy, below this one, may say which
+            self._check_thresholds()
+
+    def _check_thresholds(self) -> None:
         smallest, largest = _SCORES.get(self.gate, (None, None))
         for name, settings in self.categories.items():
             threshold = settings.threshold
             if smallest is None or largest is None or threshold is None:
                 continue
             if not smallest <= threshold <= largest:
-                raise PolicyError(
+                self._refuse(
                     ("categories", name, "threshold"),
                     f"{threshold} cannot be crossed: scores of the gate {self.gate!r} are between "
                     f"{smallest:g} and {largest:g}",
@@ -312,9 +316,9 @@ class Policy(_Settings):
             gated: those that its router has gates for; none without a router.
 
         Raises:
-            SteeringError: it names a category that the pack does not hold, or relies on a gate that
-                the router does not have. A FormatError with file and line if the setting was read
-                from a file.
+            SteeringError: it names a category that the pack does not hold, relies on a gate that
+                the router does not have, or has a threshold that no score can cross. A
+                FormatError with file and line if the setting was read from a file.
         """
         for name, settings in self.categories.items():
             self._check_known(("categories", name), name, categories)
@@ -333,6 +337,7 @@ class Policy(_Settings):
                 )
             if settings.threshold is not None:
                 self._check_gated(("categories", name, "threshold"), name, gated)
+        self._check_thresholds()
 
     def _check_known(self, path: _Path, name: str, categories: Collection[str]) -> None:
         if name not in categories:

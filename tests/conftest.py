@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+TESTS = Path(__file__).parent
+sys.path[:0] = [str(TESTS.parent / "tools"), str(TESTS / "helpers")]
 
 from quantized import quantize
 from tiny_models import write_tiny

@@ -7,6 +7,7 @@ import sys
 import typer
 
 from pysteer.cli import console
+from pysteer.cli.chat import chat
 from pysteer.cli.compare import compare
 from pysteer.cli.demo import demo
 from pysteer.cli.doctor import doctor
@@ -24,7 +25,7 @@ app = typer.Typer(
 )
 _INTERRUPTED = 130
 
-for command in (demo, extract, generate, inspect, compare, doctor):
+for command in (demo, extract, generate, chat, inspect, compare, doctor):
     app.command()(command)
 
 

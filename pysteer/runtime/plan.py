@@ -72,6 +72,7 @@ class CompiledPlan:
         gate: kind of gate; None where nothing is gated.
         router: what the gates look at.
         markers: pairs of markers between which some category does not act.
+        rechecks: whether the router decides anew during the response.
     """
 
     native: _native.Plan | None
@@ -79,6 +80,7 @@ class CompiledPlan:
     gate: str | None = None
     router: Router | None = None
     markers: tuple[tuple[str, str], ...] = ()
+    rechecks: bool = False
 
     @property
     def mode(self) -> str:
@@ -276,10 +278,11 @@ class PlanCompiler:
         if self.pack is None:
             raise SteeringError("a policy needs a pack to apply to; pass pack=")
         if policy not in self._policies:
-            _check(policy, self.pack)
+            merged = self._base.merged(policy)
+            _check(merged, self.pack)
             if len(self._policies) >= self._KEPT:
                 self._policies.pop(next(iter(self._policies)))
-            self._policies[policy] = self._base.merged(policy)
+            self._policies[policy] = merged
         return self._policies[policy]
 
     def _rule(self, settings: CategorySettings) -> Rule | None:
@@ -373,6 +376,7 @@ class PlanCompiler:
             merged.gate if gated else None,
             router if gated else None,
             tuple(markers),
+            gated and merged.recheck is not None,
         )
 
     def _add(

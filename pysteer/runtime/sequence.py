@@ -10,6 +10,9 @@ from pysteer.runtime.ledger import Keys
 from pysteer.runtime.markers import MarkerTracker
 from pysteer.runtime.plan import CompiledPlan
 from pysteer.runtime.report import SteeringReport, report
+from pysteer.runtime.spans import span_of
+
+_END = 2**31  # beyond every position
 
 
 class SequenceSteering:
@@ -18,23 +21,31 @@ class SequenceSteering:
     Args:
         plan: what the request asks for.
         prompt: its tokens.
-        span: token range [start, stop) of the prompt that a pooling router averages over.
+        user: what the user said last, if that is known; a router that pools over it looks at the
+            whole prompt otherwise.
         n_positions: the most tokens that the sequence can have.
-        piece: the text of a token, as bytes; called only for plans with markers.
+        piece: the text of a token, as bytes; called only for plans that need it.
+
+    Raises:
+        SteeringError: the router has no token to look at.
     """
 
     def __init__(
         self,
         plan: CompiledPlan,
         prompt: Sequence[int],
-        span: tuple[int, int],
+        *,
+        user: str | None,
         n_positions: int,
         piece: Callable[[int], bytes],
     ) -> None:
         self.plan = plan
         self.n_prompt = len(prompt)
-        self.span_start = span[0]
         self.begun = False  # whether any of its tokens was decoded
+        span = (0, len(prompt))
+        if plan.router is not None and plan.router.pooling == "user" and user:
+            span = span_of(user, list(map(piece, prompt)))
+        self._span_start = span[0]
         self.native = plan.start(len(prompt), span, n_positions)
         self._piece = piece
         self._tokens: list[int] = []
@@ -77,26 +88,33 @@ class SequenceSteering:
 
     @property
     def first_to_decode(self) -> int:
-        """The position from which on a cached token cannot stand in for computing it.
+        """The position from which on no cached token can stand in for computing it.
 
-        A router has to see the last prompt token, and all of the span that it averages over.
+        A router has to see the last prompt token, and all tokens that it averages over.
         """
-        if not self.plan.gated:
-            return self.n_prompt
-        return self.span_start if self.plan.pools else self.n_prompt - 1
+        if self.native is None or not self.plan.gated:
+            return _END
+        decided = self.native.decided_at
+        if not decided:
+            return self._span_start if self.plan.pools else self.n_prompt - 1
+        return decided[-1] + 1 if self.plan.rechecks and self.plan.pools else _END
 
     @property
     def wants_reprocess(self) -> bool:
-        """Whether a category fired that steers prompt tokens which were computed without it.
-
-        Then call `hold`, and decode again from the first position whose key has changed.
-        """
+        """Whether a category fired that steers prompt tokens which were computed without it."""
         return self.native is not None and self.native.wants_reprocess
 
-    def hold(self) -> None:
-        """Make the decision hold from the first token on."""
+    def hold(self, n_tokens: int) -> int:
+        """Make the decision hold from the first token on.
+
+        Returns:
+            The position from which on the first `n_tokens` tokens have to be decoded again.
+        """
+        before = self.keys(0, n_tokens)
         if self.native is not None:
             self.native.hold()
+        changed = np.flatnonzero(before != self.keys(0, n_tokens))
+        return int(changed[0]) if len(changed) else n_tokens
 
     def restart(self) -> None:
         """Evaluation starts again: forget what the router has seen since its last decision."""

@@ -20,7 +20,7 @@ from pysteer.runtime.ledger import CacheLedger
 from pysteer.runtime.plan import MODES, UNSTEERED, CompiledPlan, Mode, PlanCompiler, Steering
 from pysteer.runtime.report import SteeringReport, report
 from pysteer.runtime.sequence import SequenceSteering
-from pysteer.runtime.spans import last_user_text, span_of
+from pysteer.runtime.spans import last_user_text
 
 PolicyLike: TypeAlias = "Policy | Mapping[str, Any] | str | os.PathLike[str]"
 """A policy, its data, or a YAML file."""
@@ -31,14 +31,14 @@ _GENERATE = inspect.signature(Llama.generate)
 _log = logging.getLogger(__name__)
 
 
-class _InForce:
+class InForce:
     """Marks an argument that was not given: what is in force stays in force."""
 
     def __repr__(self) -> str:
         return "in force"
 
 
-IN_FORCE: Final = _InForce()
+IN_FORCE: Final = InForce()
 
 
 class Request(NamedTuple):
@@ -156,10 +156,10 @@ class SteeredLlama(HookedLlama):
             self._in_force.pop()
 
     def _compile(
-        self, steering: Steering | _InForce, policy: PolicyLike | None = None
+        self, steering: Steering | InForce, policy: PolicyLike | None = None
     ) -> CompiledPlan:
         self._require_open()
-        if not isinstance(steering, _InForce):
+        if not isinstance(steering, InForce):
             return self._compiler.compile(steering, read_policy(policy))
         if self._in_force and policy is None:
             return self._in_force[-1].plan
@@ -184,11 +184,13 @@ class SteeredLlama(HookedLlama):
 
     def _start(self, request: Request, prompt: Sequence[int]) -> SequenceSteering:
         """The steering of a sequence that begins with `prompt`."""
-        plan = request.plan
-        span = (0, len(prompt))
-        if plan.router is not None and plan.router.pooling == "user" and request.user:
-            span = span_of(request.user, list(map(self._piece, prompt)))
-        return SequenceSteering(plan, prompt, span, self.n_ctx(), self._piece)
+        return SequenceSteering(
+            request.plan,
+            prompt,
+            user=request.user,
+            n_positions=self.n_ctx(),
+            piece=self._piece,
+        )
 
     def _piece(self, token: int) -> bytes:
         return self.detokenize([token], special=True)
@@ -229,7 +231,7 @@ class SteeredLlama(HookedLlama):
     def _request(
         self,
         call: Any,
-        steering: Steering | _InForce,
+        steering: Steering | InForce,
         policy: PolicyLike | None,
         user: str | None,
         args: tuple[Any, ...],
@@ -251,7 +253,7 @@ class SteeredLlama(HookedLlama):
     def create_completion(
         self,
         *args: Any,
-        steering: Steering | _InForce = IN_FORCE,
+        steering: Steering | InForce = IN_FORCE,
         policy: PolicyLike | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -265,7 +267,7 @@ class SteeredLlama(HookedLlama):
     def __call__(
         self,
         *args: Any,
-        steering: Steering | _InForce = IN_FORCE,
+        steering: Steering | InForce = IN_FORCE,
         policy: PolicyLike | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -275,7 +277,7 @@ class SteeredLlama(HookedLlama):
     def create_chat_completion(
         self,
         *args: Any,
-        steering: Steering | _InForce = IN_FORCE,
+        steering: Steering | InForce = IN_FORCE,
         policy: PolicyLike | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -372,10 +374,8 @@ class SteeredLlama(HookedLlama):
 
     def _reprocess(self, sequence: SequenceSteering) -> None:
         """Compute the prompt once more, now that a category has fired that steers it."""
-        sequence.hold()
-        stop = self.n_tokens
         tokens = self._input_ids.tolist()
-        start = self._ledger.reusable(sequence.keys(0, stop))
+        start = sequence.hold(len(tokens))
         if not self.batches_sequences:
             start = 0
             self.reset()

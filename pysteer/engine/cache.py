@@ -1,0 +1,235 @@
+"""The cells of the KV cache: who holds them, and whose content a new request can go on from.
+
+All sequences share the cells of one unified cache. A cell can belong to several sequences, which
+then have the same beginning; it is free again when the last of them lets go. A finished sequence
+keeps its cells, as an idle slot, until somebody needs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
+
+Tokens = npt.NDArray[np.intc]
+Keys = npt.NDArray[np.uint64]
+
+
+class Content(NamedTuple):
+    """What the cells of a slot were computed from: token and steering fingerprint by position."""
+
+    tokens: Tokens
+    keys: Keys
+
+
+NOTHING = Content(np.zeros(0, np.intc), np.zeros(0, np.uint64))
+
+
+class Memory(Protocol):
+    """llama.cpp's side of it."""
+
+    def cut(self, slot: int, start: int) -> None:
+        """Forget positions `start` and later of a sequence."""
+
+    def copy(self, source: int, target: int, stop: int) -> None:
+        """Let positions before `stop` belong to another sequence too."""
+
+    def is_whole(self, slot: int) -> bool:
+        """Whether the sequence still has its first positions: a sliding window drops them."""
+
+
+class LlamaMemory:
+    """The memory of a llama_context."""
+
+    def __init__(self, context: llama_cpp.llama_context_p) -> None:
+        self._memory = llama_cpp.llama_get_memory(context)
+
+    def cut(self, slot: int, start: int) -> None:
+        """See `Memory`."""
+        if not llama_cpp.llama_memory_seq_rm(self._memory, slot, start, -1):
+            raise RuntimeError(f"llama.cpp cannot cut a sequence back to {start} tokens")
+
+    def copy(self, source: int, target: int, stop: int) -> None:
+        """See `Memory`."""
+        llama_cpp.llama_memory_seq_cp(self._memory, source, target, 0, stop)
+
+    def is_whole(self, slot: int) -> bool:
+        """See `Memory`."""
+        return bool(llama_cpp.llama_memory_seq_pos_min(self._memory, slot) == 0)
+
+
+class Slot:
+    """One of llama.cpp's sequences. Its cells are in the order of the positions."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.cells: list[int] = []
+        self.in_use = False
+        self.content: Callable[[], Content] = lambda: NOTHING
+        self.last_used = 0
+
+
+class Place(NamedTuple):
+    """Where a request could run.
+
+    Attributes:
+        slot: an idle one.
+        source: the slot whose beginning is the request's; may be `slot` itself.
+        reused: how many of the request's tokens need not be decoded.
+        cells: how many of these no running sequence holds yet.
+    """
+
+    slot: Slot
+    source: Slot
+    reused: int
+    cells: int
+
+
+class KvCache:
+    """The slots and cells of one context.
+
+    Args:
+        memory: llama.cpp's side.
+        n_cells: how many there are.
+        n_slots: how many sequences the context has.
+        rewinds: whether a sequence can be cut back to any position. The state of recurrent models
+            cannot: there a beginning is reused whole, by the slot that has it, or not at all.
+    """
+
+    def __init__(self, memory: Memory, *, n_cells: int, n_slots: int, rewinds: bool) -> None:
+        self._memory = memory
+        self._rewinds = rewinds
+        self._n_cells = n_cells
+        self._unheld = list(range(n_cells - 1, -1, -1))
+        self._holders = np.zeros(n_cells, np.int32)
+        self._running_holders = np.zeros(n_cells, np.int32)
+        self._running_cells = 0
+        self._clock = 0
+        self.slots = [Slot(number) for number in range(n_slots)]
+
+    @property
+    def unheld(self) -> int:
+        """Cells that no slot holds."""
+        return len(self._unheld)
+
+    @property
+    def available(self) -> int:
+        """Cells that no running sequence holds."""
+        return self._n_cells - self._running_cells
+
+    # ---- requests come and go ----------------------------------------------------------------
+
+    def find(self, tokens: Tokens, keys: Keys, limit: int) -> Place | None:
+        """The best place for a request, or None if every slot is in use.
+
+        Args:
+            tokens: the request's tokens.
+            keys: the steering that each of them is to be computed under.
+            limit: how many of them may be reused at most.
+        """
+        idle = [slot for slot in self.slots if not slot.in_use]
+        if not idle:
+            return None
+        target = min(idle, key=lambda slot: (len(slot.cells) > 0, slot.last_used))
+        best, source = 0, target
+        for slot in self.slots:
+            reused = self._match(slot, tokens, keys, limit)
+            if reused > best or (reused == best > 0 and not slot.in_use):
+                best, source = reused, slot
+        if not source.in_use and best == len(source.cells):
+            target = source  # the request goes on where this one ended
+        unshared = self._running_holders[source.cells[:best]] == 0
+        return Place(target, source, best, int(np.count_nonzero(unshared)))
+
+    def _match(self, slot: Slot, tokens: Tokens, keys: Keys, limit: int) -> int:
+        n = min(len(slot.cells), limit)
+        if n == 0 or (not self._rewinds and (slot.in_use or len(slot.cells) > limit)):
+            return 0
+        content = slot.content()
+        same = (content.tokens[:n] == tokens[:n]) & (content.keys[:n] == keys[:n])
+        matching = n if same.all() else int(same.argmin())
+        if not self._rewinds:
+            return matching if matching == len(slot.cells) else 0
+        return matching if matching and self._memory.is_whole(slot.number) else 0
+
+    def open(self, place: Place, content: Callable[[], Content]) -> Slot:
+        """Take a place. `content` tells, while the request runs, what its cells hold."""
+        slot, source, reused, _ = place
+        if source is slot:
+            self.cut(slot, reused)
+        else:
+            self.cut(slot, 0)
+            if reused:
+                self._memory.copy(source.number, slot.number, reused)
+                slot.cells = source.cells[:reused]
+                self._holders[slot.cells] += 1
+        held = self._running_holders[slot.cells]
+        self._running_cells += int(np.count_nonzero(held == 0))
+        self._running_holders[slot.cells] = held + 1
+        slot.in_use = True
+        slot.content = content
+        return slot
+
+    def rest(self, slot: Slot) -> None:
+        """The request ended; what its cells hold may serve another."""
+        content = slot.content()
+        n = len(slot.cells)
+        kept = Content(content.tokens[:n].copy(), content.keys[:n].copy())
+        slot.content = lambda: kept
+        held = self._running_holders[slot.cells] - 1
+        self._running_cells -= int(np.count_nonzero(held == 0))
+        self._running_holders[slot.cells] = held
+        slot.in_use = False
+        self._clock += 1
+        slot.last_used = self._clock
+
+    # ---- cells -------------------------------------------------------------------------------
+
+    def take(self, slot: Slot, n: int) -> None:
+        """Give a running sequence `n` more cells, of those that nobody holds."""
+        if n == 1:
+            cell = self._unheld.pop()
+            self._holders[cell] = self._running_holders[cell] = 1
+            slot.cells.append(cell)
+        else:
+            cells = self._unheld[len(self._unheld) - n :]
+            del self._unheld[len(self._unheld) - n :]
+            self._holders[cells] = 1
+            self._running_holders[cells] = 1
+            slot.cells += cells
+        self._running_cells += n
+
+    def cut(self, slot: Slot, length: int) -> int:
+        """Cut a sequence back to `length` tokens, or to none if it cannot be; tells to how many."""
+        if length >= len(slot.cells):
+            return len(slot.cells)
+        if not self._rewinds:
+            length = 0
+        self._memory.cut(slot.number, length)
+        cells = slot.cells[length:]
+        del slot.cells[length:]
+        if slot.in_use:
+            held = self._running_holders[cells] - 1
+            self._running_cells -= int(np.count_nonzero(held == 0))
+            self._running_holders[cells] = held
+        held = self._holders[cells] - 1
+        self._holders[cells] = held
+        self._unheld += [
+            cell for cell, holders in zip(cells, held.tolist(), strict=True) if not holders
+        ]
+        return length
+
+    def evict(self, n: int) -> bool:
+        """Free up to `n` cells of the idle slot that was used longest ago; False if there is none.
+
+        From its end, so that what is left still serves as a beginning.
+        """
+        idle = [slot for slot in self.slots if slot.cells and not slot.in_use]
+        if not idle:
+            return False
+        slot = min(idle, key=lambda slot: slot.last_used)
+        self.cut(slot, max(0, len(slot.cells) - n))
+        return True

@@ -1,0 +1,249 @@
+"""`Engine`: many requests at once over one llama.cpp context, each with its own steering."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from pysteer.engine.chat import ChatShape, completion_arguments
+from pysteer.engine.handle import Handle, PlainShape, Shape
+from pysteer.engine.request import Request
+from pysteer.engine.scheduler import EngineStatistics, Scheduler
+from pysteer.engine.text import Pieces
+from pysteer.errors import SteeringError
+from pysteer.hooked import HookedLlama
+from pysteer.pack import SteeringPack
+from pysteer.runtime.plan import PlanCompiler, Steering
+from pysteer.runtime.sequence import SequenceSteering
+from pysteer.runtime.spans import last_user_text
+from pysteer.runtime.steered import IN_FORCE, InForce, PolicyLike, read_policy
+
+_NOT_HERE = {
+    "logprobs": "the engine gives no log-probabilities; use SteeredLlama",
+    "suffix": "the engine writes after a prompt only; use SteeredLlama",
+}
+
+
+class Engine:
+    """Continuous batching: requests join and leave a running batch token by token.
+
+    Every request brings its own steering, policy, sampling parameters and seed, and gets the answer
+    that it would get alone. Prompts that begin alike under the same steering share that part of the
+    cache. Recurrent and hybrid models are served, too, one sequence in each decode.
+
+    Use it as a context manager, or call `close`. Any thread may submit.
+
+    Args:
+        model_path: a GGUF model.
+        pack: a `SteeringPack`, a pack file, or a plain control-vector file; None: nothing can be
+            steered.
+        policy: a `Policy`, its data, or a YAML file, which goes before the pack's own.
+        max_sequences: how many requests are decoded at once; more wait.
+        max_queue: how many may wait; `submit` then does.
+        prompt_share: how many prompt tokens a decode may have while other requests are writing.
+        **llama_arguments: everything that `llama_cpp.Llama` takes. `n_ctx` tokens are shared by all
+            requests; without it, 512 for each.
+
+    Raises:
+        FormatError: the pack or policy file is damaged or something else.
+        ModelMismatchError: the pack is for another model.
+        HookError: the llama.cpp or the model cannot be hooked.
+        SteeringError: the policy does not fit the pack, or a number is out of range.
+    """
+
+    def __init__(
+        self,
+        model_path: str | os.PathLike[str],
+        *,
+        pack: SteeringPack | str | os.PathLike[str] | None = None,
+        policy: PolicyLike | None = None,
+        max_sequences: int = 16,
+        max_queue: int = 256,
+        prompt_share: int = 128,
+        **llama_arguments: Any,
+    ) -> None:
+        for name, number in (
+            ("max_sequences", max_sequences),
+            ("max_queue", max_queue),
+            ("prompt_share", prompt_share),
+        ):
+            if type(number) is not int or number < 1:
+                raise SteeringError(f"{name}={number!r}: give a number from 1")
+        if pack is not None and not isinstance(pack, SteeringPack):
+            pack = SteeringPack.load(pack)
+        read = read_policy(policy)
+        llama_arguments.setdefault("n_ctx", 512 * max_sequences)
+        llm = HookedLlama(model_path, max_sequences=max_sequences, **llama_arguments)
+        try:
+            if pack is not None:
+                pack.check_fits(llm.base_model)
+            self._compiler = PlanCompiler(pack, read, n_layer=llm.n_layer, n_embd=llm.n_embd())
+            scheduler = Scheduler(llm, max_queue=max_queue, prompt_share=prompt_share)
+        except BaseException:
+            llm.close()
+            raise
+        self._llm = llm
+        self._pieces = Pieces(llm)
+        self._scheduler = scheduler
+        self._seeds = random.Random(llm._seed)
+        self._lock = threading.Lock()
+        self._finaliser = weakref.finalize(self, _stop, scheduler)
+
+    @property
+    def pack(self) -> SteeringPack | None:
+        """The pack given at construction."""
+        return self._compiler.pack
+
+    @property
+    def statistics(self) -> EngineStatistics:
+        """What was done so far."""
+        return self._scheduler.statistics()
+
+    def submit(
+        self,
+        *,
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        prompt: str | Sequence[int] | None = None,
+        steering: Steering | InForce = IN_FORCE,
+        policy: PolicyLike | None = None,
+        timeout: float | None = None,
+        **arguments: Any,
+    ) -> Handle:
+        """Ask for a chat completion (of `messages`) or a completion (of `prompt`).
+
+        Args:
+            messages: as `create_chat_completion` takes them.
+            prompt: text, or tokens; instead of messages.
+            steering: of this request; see `SteeredLlama`. Left out, the policy decides.
+            policy: of this request; goes before the engine's.
+            timeout: seconds to wait for room in the queue; None is as long as it takes.
+            **arguments: what else `create_chat_completion` or `create_completion` take, with their
+                defaults: max_tokens, temperature, seed, stop, grammar, response_format, tools, ...
+
+        Returns:
+            A handle: iterate over it for a stream, call `result()` for the dictionary, `cancel()`
+            to end it.
+
+        Raises:
+            EngineBusyError: no room in the queue by then.
+            EngineClosedError: the engine is closed.
+            SteeringError: arguments that cannot be.
+        """
+        if (messages is None) == (prompt is None):
+            raise SteeringError("submit takes messages= or prompt=, one of them")
+        if arguments.pop("stream", False):
+            raise SteeringError("stream: iterate over what submit returns")
+        for name, reason in _NOT_HERE.items():
+            if arguments.get(name):
+                raise SteeringError(f"{name}: {reason}")
+        self._scheduler.enter()
+        try:
+            request = self._request(messages, prompt, steering, policy, arguments)
+        finally:
+            self._scheduler.leave()
+        try:
+            self._scheduler.put(request, timeout)
+        except BaseException:
+            request.sampler.close()
+            raise
+        return request.handle
+
+    def _request(
+        self,
+        messages: Sequence[Mapping[str, Any]] | None,
+        prompt: str | Sequence[int] | None,
+        steering: Steering | InForce,
+        policy: PolicyLike | None,
+        arguments: dict[str, Any],
+    ) -> Request:
+        llm = self._llm
+        shape: Shape
+        user = None
+        if messages is not None:
+            given = {**arguments, "messages": list(messages)}
+            shape = chat = ChatShape(llm, given, is_open=lambda: self._scheduler.open)
+            completion = chat.completion
+            user = last_user_text(messages)
+        else:
+            shape = PlainShape()
+            completion = completion_arguments({**arguments, "prompt": prompt})
+        read = read_policy(policy)
+        with self._lock:  # the compiler keeps what it compiled
+            plan = (
+                self._compiler.by_policy(read)
+                if isinstance(steering, InForce)
+                else self._compiler.compile(steering, read)
+            )
+            seed = completion["seed"]
+            if seed is None:
+                seed = self._seeds.randint(0, 2**32 - 1)
+        tokens = _prompt_tokens(llm, completion["prompt"])
+        echo = completion["echo"] and isinstance(completion["prompt"], str)
+        return Request(
+            llm,
+            completion,
+            prompt=tokens,
+            length_limit=llm.n_ctx(),
+            seed=seed,
+            pieces=self._pieces,
+            steering=SequenceSteering(
+                plan, tokens, user=user, n_positions=llm.n_ctx(), piece=self._piece
+            ),
+            handle=Handle(
+                model=completion["model"] or llm.model_path,
+                shape=shape,
+                echo=completion["prompt"] if echo else "",
+            ),
+        )
+
+    def _piece(self, token: int) -> bytes:
+        return self._llm.detokenize([token], special=True)
+
+    def close(self, *, drain: bool = False) -> None:
+        """End: running and waiting requests as cancelled, or, with `drain`, when they are done.
+
+        Waits until the model is freed. May be called again, and from any thread.
+        """
+        self._scheduler.stop(drain=drain)
+        if threading.current_thread() is not self._scheduler.thread:
+            self._scheduler.thread.join()
+        self._finaliser.detach()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close(drain=error is None)
+
+
+def _stop(scheduler: Scheduler) -> None:
+    """For an engine that nobody closed."""
+    scheduler.stop(drain=False)
+    if threading.current_thread() is not scheduler.thread:
+        scheduler.thread.join()
+
+
+def _prompt_tokens(llm: HookedLlama, prompt: str | Sequence[int]) -> list[int]:
+    """The tokens that `create_completion` makes of a prompt."""
+    if not isinstance(prompt, str):
+        return list(prompt)
+    first, last = llm._model.token_cls(), llm._model.token_sep()
+    first = first if first != -1 else llm.token_bos()
+    tokens = llm.tokenize(prompt.encode("utf-8"), add_bos=False, special=True) if prompt else []
+    if not prompt and llm.token_bos() != -1:
+        return [llm.token_bos()]
+    if llm._model.add_bos_token() and first != -1:
+        tokens = [first, *tokens]
+    if llm._model.add_eos_token() or last != -1:
+        tokens = [*tokens, last if last != -1 else llm.token_eos()]
+    return tokens

@@ -1,0 +1,223 @@
+"""What `Engine.submit` returns: a request seen from the outside."""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
+
+from pysteer.engine.text import FinishReason
+
+Completion = dict[str, Any]
+Chunk = dict[str, Any]
+
+
+class End(NamedTuple):
+    """How a request ended.
+
+    Attributes:
+        text: all that was written.
+        finish_reason: why no more was.
+        prompt_tokens: length of the prompt.
+        completion_tokens: how many tokens were written.
+        steering: what steered it; see `pysteer.runtime.report`.
+    """
+
+    text: str
+    finish_reason: FinishReason
+    prompt_tokens: int
+    completion_tokens: int
+    steering: dict[str, Any]
+
+
+class Shape(Protocol):
+    """What a completion and its chunks are turned into."""
+
+    def result(self, completion: Completion) -> dict[str, Any]:
+        """The dictionary for `Handle.result`."""
+
+    def stream(self, chunks: Iterator[Chunk]) -> Iterator[dict[str, Any]]:
+        """What iterating gives."""
+
+
+class PlainShape:
+    """Completions as `create_completion` gives them."""
+
+    def result(self, completion: Completion) -> dict[str, Any]:
+        """The completion."""
+        return completion
+
+    def stream(self, chunks: Iterator[Chunk]) -> Iterator[dict[str, Any]]:
+        """The chunks."""
+        return chunks
+
+
+class Handle:
+    """One request: its stream, its result, and the way to end it.
+
+    Iterating gives the chunks that `create_chat_completion(stream=True)`, or for a `prompt`
+    `create_completion(stream=True)`, gives; from the first chunk, however often and from whichever
+    thread. The last one has "steering", as the result has.
+    """
+
+    def __init__(self, *, model: str, shape: Shape, echo: str = "") -> None:
+        self._model = model
+        self._shape = shape
+        self._echo = echo
+        self._id = f"cmpl-{uuid.uuid4()}"
+        self._created = int(time.time())
+        self._changed = threading.Condition()
+        self._texts: list[str] = []
+        self._end: End | None = None
+        self._error: BaseException | None = None
+        self._result: dict[str, Any] | None = None
+        self._on_cancel: Callable[[], None] | None = None
+        self.cancelled = False
+
+    # ---- the caller's side -------------------------------------------------------------------
+
+    @property
+    def done(self) -> bool:
+        """Whether the request has ended: by itself, cancelled, or by an error."""
+        return self._end is not None or self._error is not None
+
+    def cancel(self) -> None:
+        """End the request soon; its result is then what was written, with "cancelled" as reason.
+
+        Does nothing to a request that is done.
+        """
+        with self._changed:
+            self.cancelled = True
+            wake = self._on_cancel
+        if wake is not None:
+            wake()
+
+    def result(self, timeout: float | None = None) -> dict[str, Any]:
+        """The dictionary that `create_chat_completion` or `create_completion` gives.
+
+        Args:
+            timeout: seconds to wait; None is as long as it takes.
+
+        Raises:
+            TimeoutError: not done by then. The request goes on.
+            SteeringError: decoding failed, or a logits processor or the like raised; whatever it
+                was is raised here.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: self.done, timeout):
+                raise TimeoutError(f"not done after {timeout} seconds")
+            if self._error is not None:
+                raise self._error
+            if self._result is None:
+                self._result = self._finished(self._shape.result(self._completion()))
+            return self._result
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        chunks = _Chunks(self._chunks())
+        held: dict[str, Any] | None = None
+        for chunk in self._shape.stream(chunks):
+            if held is not None:
+                yield held
+                held = None
+            if chunks.ended:
+                held = chunk  # possibly the last
+            else:
+                yield chunk
+        if held is not None:
+            yield self._finished(held)
+
+    # ---- the scheduler's side ----------------------------------------------------------------
+
+    def attach(self, wake: Callable[[], None]) -> None:
+        """Call `wake` when the request is cancelled."""
+        self._on_cancel = wake
+
+    def push(self, text: str) -> None:
+        """More text was written."""
+        with self._changed:
+            self._texts.append(text)
+            self._changed.notify_all()
+
+    def finish(self, end: End) -> None:
+        """It ended."""
+        with self._changed:
+            self._end = end
+            self._on_cancel = None
+            self._changed.notify_all()
+
+    def fail(self, error: BaseException) -> None:
+        """It ended with an error."""
+        with self._changed:
+            self._error = error
+            self._on_cancel = None
+            self._changed.notify_all()
+
+    # ---- dictionaries ------------------------------------------------------------------------
+
+    def _finished(self, outcome: dict[str, Any]) -> dict[str, Any]:
+        assert self._end is not None
+        outcome = {**outcome, "steering": self._end.steering}
+        if self._end.finish_reason == "cancelled":  # chat handlers have tool calls end as such
+            choices = [{**choice, "finish_reason": "cancelled"} for choice in outcome["choices"]]
+            outcome["choices"] = choices
+        return outcome
+
+    def _completion(self) -> Completion:
+        end = self._end
+        assert end is not None
+        return {
+            **self._head(),
+            "choices": [_choice(self._echo + end.text, end.finish_reason)],
+            "usage": {
+                "prompt_tokens": end.prompt_tokens,
+                "completion_tokens": end.completion_tokens,
+                "total_tokens": end.prompt_tokens + end.completion_tokens,
+            },
+        }
+
+    def _chunks(self) -> Iterator[Chunk]:
+        read = 0
+        while True:
+            with self._changed:
+                while len(self._texts) == read and not self.done:
+                    self._changed.wait()
+                fresh = self._texts[read:]
+                end, error = self._end, self._error
+            read += len(fresh)
+            for text in fresh:
+                yield {**self._head(), "choices": [_choice(text, None)]}
+            if error is not None:
+                raise error
+            if end is not None:
+                yield {**self._head(), "choices": [_choice("", end.finish_reason)]}
+                return
+
+    def _head(self) -> dict[str, Any]:
+        return {
+            "id": self._id,
+            "object": "text_completion",
+            "created": self._created,
+            "model": self._model,
+        }
+
+
+class _Chunks:
+    """An iterator that tells whether the chunk it gave last was the last one."""
+
+    def __init__(self, chunks: Iterator[Chunk]) -> None:
+        self._chunks = chunks
+        self.ended = False
+
+    def __iter__(self) -> Iterator[Chunk]:
+        return self
+
+    def __next__(self) -> Chunk:
+        chunk = next(self._chunks)
+        self.ended = chunk["choices"][0]["finish_reason"] is not None
+        return chunk
+
+
+def _choice(text: str, finish_reason: str | None) -> dict[str, Any]:
+    return {"text": text, "index": 0, "logprobs": None, "finish_reason": finish_reason}

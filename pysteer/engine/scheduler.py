@@ -1,0 +1,401 @@
+"""The thread that decodes: who gets a slot, what goes into each batch, what is drawn from it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+
+from pysteer.engine.batch import Batch
+from pysteer.engine.cache import KvCache, LlamaMemory
+from pysteer.engine.errors import EngineBusyError, EngineClosedError
+from pysteer.engine.request import Request
+from pysteer.engine.text import FinishReason
+from pysteer.errors import HookError
+from pysteer.hooked import HookedLlama
+
+_NO_ROOM = 1  # llama_decode: no cells for this batch; nothing was changed
+
+_HEADROOM = 16  # cells left for each running sequence to go on, when another is admitted
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class EngineStatistics:
+    """Counts since the engine was made.
+
+    Attributes:
+        decodes: calls of llama_decode.
+        tokens_decoded: rows of all their batches.
+        tokens_reused: prompt tokens that were in the cache already.
+        preemptions: sequences that had to make room for older ones, and were decoded again later.
+        running: sequences that have a slot now.
+        waiting: requests in the queue now.
+    """
+
+    decodes: int = 0
+    tokens_decoded: int = 0
+    tokens_reused: int = 0
+    preemptions: int = 0
+    running: int = 0
+    waiting: int = 0
+
+
+class _Run(NamedTuple):
+    """Consecutive tokens of one request in a batch."""
+
+    request: Request
+    n: int
+
+
+class _NoRoom(Exception):
+    """The batch found no cells."""
+
+
+class Scheduler:
+    """Decodes the requests of one model, in a thread of its own, until it is stopped.
+
+    Args:
+        llm: the model. The scheduler closes it when it ends.
+        max_queue: how many requests may wait for a slot.
+        prompt_share: how many prompt tokens a batch may have while other sequences generate.
+    """
+
+    def __init__(self, llm: HookedLlama, *, max_queue: int, prompt_share: int) -> None:
+        self._llm = llm
+        self._max_queue = max_queue
+        self._prompt_share = prompt_share
+        # In a batch of several sequences llama.cpp orders the rows of such models by itself, and
+        # their state cannot be cut back.
+        self._one_by_one = not llm.batches_sequences
+        n_cells = llm.n_ctx() * (llm.max_sequences if llm._is_recurrent else 1)
+        self._cache = KvCache(
+            LlamaMemory(llm.ctx),
+            n_cells=n_cells,
+            n_slots=llm.max_sequences,
+            rewinds=not self._one_by_one,
+        )
+        self._batch = Batch(llm.n_batch)
+        self._active: list[Request] = []  # in the order of their age
+        self._preempted: list[Request] = []  # likewise; they go before the queue
+        self._statistics = EngineStatistics()
+        # Shared with other threads, under this lock, which is never held while anything is decoded
+        # or a handle is told. A finaliser may take it again in the same thread.
+        self._changed = threading.Condition(threading.RLock())
+        self._queue: deque[Request] = deque()
+        self._next_order = 0
+        self._users = 0
+        self._stopping = False
+        self._draining = False
+        self._cancelling = False
+        self.thread = threading.Thread(target=self._run, name="pysteer-engine", daemon=True)
+        self.thread.start()
+
+    # ---- called by other threads -------------------------------------------------------------
+
+    @property
+    def open(self) -> bool:
+        """Whether requests are accepted."""
+        return not self._stopping and not self._draining
+
+    def enter(self) -> None:
+        """Keep the model from being freed until `leave`.
+
+        Raises:
+            EngineClosedError: it was stopped.
+        """
+        with self._changed:
+            self._require_open()
+            self._users += 1
+
+    def leave(self) -> None:
+        """The model may be freed again."""
+        with self._changed:
+            self._users -= 1
+            self._changed.notify_all()
+
+    def put(self, request: Request, timeout: float | None) -> None:
+        """Queue a request, waiting for room up to `timeout` seconds; None is as long as it takes.
+
+        Raises:
+            EngineBusyError: there was none.
+            EngineClosedError: it was stopped.
+        """
+        with self._changed:
+            if not self._changed.wait_for(
+                lambda: not self.open or len(self._queue) < self._max_queue, timeout
+            ):
+                raise EngineBusyError(
+                    f"{len(self._queue)} requests are waiting, and no more may; try again later, "
+                    "or make the engine with a larger max_queue"
+                )
+            self._require_open()
+            request.order = self._next_order
+            self._next_order += 1
+            request.handle.attach(self.wake)
+            self._queue.append(request)
+            self._changed.notify_all()
+
+    def wake(self) -> None:
+        """Look for cancelled requests."""
+        with self._changed:
+            self._cancelling = True
+            self._changed.notify_all()
+
+    def stop(self, *, drain: bool) -> None:
+        """Accept nothing more and end: with `drain`, when all requests are done. Does not wait."""
+        with self._changed:
+            self._draining = True
+            if not drain:
+                self._stopping = True
+            self._changed.notify_all()
+
+    def statistics(self) -> EngineStatistics:
+        """A copy."""
+        with self._changed:
+            return replace(
+                self._statistics,
+                running=len(self._active),
+                waiting=len(self._queue) + len(self._preempted),
+            )
+
+    def _require_open(self) -> None:
+        if not self.open:
+            raise EngineClosedError("the engine is closed; create a new one")
+
+    # ---- the thread --------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while self._wait():
+                try:
+                    self._step()
+                except Exception as error:  # a defect of ours: these requests end, not the engine
+                    _log.exception("the engine's scheduler failed")
+                    for request in list(self._active):
+                        self._fail(request, error)
+        finally:
+            self._end()
+
+    def _wait(self) -> bool:
+        """Wait for work; False when there is none and will be none."""
+        with self._changed:
+            while not (self._stopping or self._active or self._preempted or self._queue):
+                if self._draining:
+                    return False
+                self._cancelling = False
+                self._changed.wait()
+            return not self._stopping
+
+    def _end(self) -> None:
+        with self._changed:
+            self._draining = self._stopping = True
+            queued = list(self._queue)
+            self._queue.clear()
+            self._changed.notify_all()
+        for request in [*self._active, *self._preempted, *queued]:
+            request.finish("cancelled")
+        self._active.clear()
+        self._preempted.clear()
+        with self._changed:
+            self._changed.wait_for(lambda: self._users == 0)
+        self._llm.close()
+
+    def _step(self) -> None:
+        self._end_cancelled()
+        self._admit()
+        runs = self._choose()
+        if not runs or not self._make_room(sum(run.n for run in runs)):
+            return
+        for group in [[run] for run in runs] if self._one_by_one else [runs]:
+            self._decode(group)
+
+    def _end_cancelled(self) -> None:
+        with self._changed:
+            if not self._cancelling:
+                return
+            self._cancelling = False
+            gone = [request for request in self._queue if request.handle.cancelled]
+            for request in gone:
+                self._queue.remove(request)
+            self._changed.notify_all()
+        gone += [request for request in self._preempted if request.handle.cancelled]
+        self._preempted = [request for request in self._preempted if request not in gone]
+        for request in gone:
+            request.finish("cancelled")
+        for request in [request for request in self._active if request.handle.cancelled]:
+            self._finish(request, "cancelled")
+
+    # ---- slots -------------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        """Give slots to those that wait, in their order, as long as their tokens fit."""
+        while len(self._active) < len(self._cache.slots):
+            if self._preempted:
+                request = self._preempted[0]
+            else:
+                with self._changed:
+                    if not self._queue:
+                        return
+                    request = self._queue[0]
+            n = request.n_tokens
+            limit = min(
+                n - 1, request.steering.first_to_decode
+            )  # the last token's logits are needed
+            place = self._cache.find(request.tokens(0, n), request.steering.keys(0, n), limit)
+            assert place is not None
+            needed = n - place.reused + place.cells
+            needed += sum(min(_HEADROOM, other.writing.remaining) for other in self._active)
+            if self._active and needed > self._cache.available:
+                return
+            if self._preempted:
+                self._preempted.pop(0)
+            else:
+                with self._changed:
+                    self._queue.popleft()
+                    self._changed.notify_all()
+            request.n_past = place.reused
+            request.slot = self._cache.open(place, request.content)
+            request.steering.restart()
+            self._statistics.tokens_reused += place.reused
+            self._active.append(request)
+            self._active.sort(key=lambda request: request.order)
+            try:
+                self._llm._set_sequence(request.slot.number, request.steering.native)
+            except HookError as error:
+                self._fail(request, error)
+
+    def _make_room(self, n: int) -> bool:
+        """See to `n` unheld cells. False if a sequence had to go for it: choose anew then."""
+        while self._cache.unheld < n:
+            if not self._relieve(n - self._cache.unheld):
+                return False
+        return True
+
+    def _relieve(self, n: int) -> bool:
+        """Give up idle cells if there are any. Otherwise the youngest sequence goes: False."""
+        if self._cache.evict(n):
+            return True
+        youngest = self._active[-1]
+        if len(self._active) == 1:  # nobody else to make room: the context is full
+            self._finish(youngest, "length")
+        else:
+            self._release(youngest)
+            self._preempted.append(youngest)
+            self._preempted.sort(key=lambda request: request.order)
+            self._statistics.preemptions += 1
+        return False
+
+    def _release(self, request: Request) -> None:
+        slot = request.slot
+        assert slot is not None
+        self._cache.rest(slot)
+        self._llm._set_sequence(slot.number, None)
+        request.slot = None
+        self._active.remove(request)
+
+    def _finish(self, request: Request, reason: FinishReason) -> None:
+        self._release(request)
+        request.finish(reason)
+
+    def _fail(self, request: Request, error: BaseException) -> None:
+        slot = request.slot
+        assert slot is not None
+        self._cache.cut(slot, 0)  # nobody knows what it holds
+        request.n_past = 0
+        self._release(request)
+        request.fail(error)
+
+    # ---- decoding ----------------------------------------------------------------------------
+
+    def _choose(self) -> list[_Run]:
+        """The next batch: a token of each sequence that generates, and parts of prompts.
+
+        While some generate, those that read share `prompt_share` tokens evenly, so that no prompt
+        holds up the others' text, nor another prompt, for longer.
+        """
+        generating = [request for request in self._active if request.pending == 1]
+        reading = [request for request in self._active if request.pending > 1]
+        runs = [_Run(request, 1) for request in generating]
+        room = self._llm.n_batch - len(runs)
+        if runs:
+            room = min(room, self._prompt_share)
+        reading.sort(key=lambda request: request.pending)
+        for left, request in zip(range(len(reading), 0, -1), reading, strict=True):
+            n = min(request.pending, room // left)
+            if n:
+                runs.append(_Run(request, n))
+            room -= n
+        return runs
+
+    def _decode(self, runs: Sequence[_Run]) -> None:
+        runs = [run for run in runs if run.request.slot is not None]
+        rows: list[int] = []
+        described: list[tuple[int, int, int, int]] = []
+        self._batch.clear()
+        for request, n in runs:
+            start, stop = request.n_past, request.n_past + n
+            assert request.slot is not None
+            slot = request.slot.number
+            last = stop == request.n_tokens
+            rows.append(self._batch.add(slot, start, request.tokens(start, stop), output=last))
+            described.append((slot, start, n, int(last)))
+        try:
+            with self._llm._decoding(described):
+                status = self._batch.decode(self._llm.ctx)
+                if status == _NO_ROOM:
+                    raise _NoRoom
+                if status != 0:
+                    raise HookError(f"llama.cpp could not decode a batch (status {status})")
+        except _NoRoom:
+            self._relieve(1)
+            return
+        except Exception as error:
+            for request, _ in runs:
+                self._fail(request, error)
+            return
+        self._statistics.decodes += 1
+        self._statistics.tokens_decoded += sum(run.n for run in runs)
+        for request, n in runs:
+            assert request.slot is not None
+            self._cache.take(request.slot, n)
+            request.n_past += n
+        for (request, _), row in zip(runs, rows, strict=True):
+            if request.pending == 0:
+                try:
+                    self._draw(request, row)
+                except Exception as error:  # of a stopping criterion or a logits processor
+                    self._fail(request, error)
+
+    def _draw(self, request: Request, row: int) -> None:
+        """Draw the next token of a request from the logits of the batch's row `row`."""
+        if request.steering.wants_reprocess:
+            assert request.slot is not None
+            changed = request.steering.hold(request.n_past)
+            request.n_past = self._cache.cut(request.slot, changed)
+            return
+        if request.stopping_criteria is not None:
+            logits = np.ctypeslib.as_array(
+                self._llm._ctx.get_logits_ith(row), shape=(self._llm._n_vocab,)
+            )
+            if request.stopping_criteria(request.tokens(0, request.n_past), logits):
+                self._finish(request, "stop")
+                return
+        token = request.sampler.sample(self._llm.ctx, row)
+        ended = request.writing.add(token)
+        if ended is not None:
+            self._finish(request, ended)
+            return
+        text = request.writing.take()
+        if text:
+            request.handle.push(text)
+        if request.n_tokens == request.length_limit:
+            self._finish(request, "length")
+            return
+        request.append(token)

@@ -1,0 +1,146 @@
+"""From tokens to text, one token at a time: UTF-8, stop strings, and when a request has its fill.
+
+Follows `llama_cpp.Llama.create_completion` to the letter, which looks at the whole text again after
+every token; here a token costs the same however much was written before.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from llama_cpp import Llama, llama_vocab_is_eog
+from llama_cpp.llama_tokenizer import LlamaTokenizer
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+class Pieces(dict[int, "bytes | None"]):
+    """Token to the bytes it stands for, None for a token that ends the text; filled as asked."""
+
+    def __init__(self, llm: Llama) -> None:
+        """Pieces of `llm`'s vocabulary; look nothing new up once the model is closed."""
+        super().__init__()
+        self._model = llm._model
+        self.bos = llm.token_bos()
+        # Other tokenizers than llama.cpp's own may write a token differently after another one.
+        self.in_context: Callable[[list[int], list[int]], bytes] | None = (
+            None if type(llm.tokenizer_) is LlamaTokenizer else llm.tokenizer_.detokenize
+        )
+
+    def __missing__(self, token: int) -> bytes | None:
+        ends = llama_vocab_is_eog(self._model.vocab, token)
+        piece = None if ends else self._model.detokenize([token])
+        self[token] = piece
+        return piece
+
+
+class Writing:
+    """What one request has written so far.
+
+    Args:
+        pieces: the model's vocabulary.
+        prompt: the prompt's tokens.
+        stop: strings that end the text and are not part of it.
+        max_tokens: at least 1. A character begun with the last of them is completed.
+        bos_first: the prompt was empty; then llama-cpp-python counts the BOS token as written.
+    """
+
+    def __init__(
+        self,
+        pieces: Pieces,
+        prompt: Sequence[int],
+        *,
+        stop: Sequence[str],
+        max_tokens: int,
+        bos_first: bool = False,
+    ) -> None:
+        self._pieces = pieces
+        self._prompt = prompt
+        self._stop = [s.encode("utf-8") for s in stop]
+        self._longest_stop = max(map(len, self._stop), default=0)
+        self._max_tokens = max_tokens
+        self._text = bytearray()
+        self._sent = 0  # bytes of the text that were taken
+        self._searched = 0  # bytes of the text in which no stop string ends
+        self._missing = 0  # tokens to wait for the rest of a character
+        # Some sentencepiece models begin a text with a space, which is taken off.
+        self._leading_space = pieces.in_context is None
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="ignore")
+        self.tokens: list[int] = [pieces.bos] if bos_first else []
+
+    @property
+    def remaining(self) -> int:
+        """How many more tokens may be written."""
+        return self._max_tokens - len(self.tokens)
+
+    def add(self, token: int) -> FinishReason | None:
+        """Write one more token; tells whether that was the last."""
+        piece = self._pieces[token]
+        if piece is None:
+            return "stop"
+        if self._pieces.in_context is not None:
+            piece = self._pieces.in_context([token], [*self._prompt, *self.tokens])
+        self.tokens.append(token)
+        text = self._text
+        text += piece
+        if self._leading_space and text:
+            if self.tokens[0] == self._pieces.bos and text[:1] == b" ":
+                del text[:1]
+            self._leading_space = False
+        self._look_for_incomplete_character()
+        if self._missing > 0:
+            self._missing -= 1
+            return None
+        if self._stop and self._cut_at_stop():
+            return "stop"
+        self._searched = len(text)
+        return "length" if len(self.tokens) >= self._max_tokens else None
+
+    def _look_for_incomplete_character(self) -> None:
+        # The third but last byte counts as one of a character's 3 even in a text of fewer bytes.
+        for index, byte in enumerate(self._text[-3:]):
+            if byte >= 0xC0:
+                length = 4 if byte >= 0xF0 else 3 if byte >= 0xE0 else 2
+                if length > 3 - index:
+                    self._missing = length - (3 - index)
+
+    def _cut_at_stop(self) -> bool:
+        start = max(0, self._searched - self._longest_stop + 1)
+        for stop in self._stop:
+            at = self._text.find(stop, start)
+            if at >= 0:
+                del self._text[at:]
+                return True
+        return False
+
+    def _held_back(self) -> int:
+        """How many bytes at the end could be the beginning of a stop string."""
+        longest = 0
+        for stop in self._stop:
+            for n in range(min(len(stop) - 1, len(self._text)), longest, -1):
+                if self._text.endswith(stop[:n]):
+                    longest = n
+                    break
+        return longest
+
+    def take(self) -> str:
+        """The text since the last call that no stop string can take back any more."""
+        end = self._searched - (self._held_back() if self._stop else 0)
+        if end <= self._sent:
+            return ""
+        fresh = self._decoder.decode(bytes(self._text[self._sent : end]))
+        self._sent = end
+        return fresh
+
+    def take_rest(self) -> str:
+        """What `take` has held back; call it once, after the last token."""
+        fresh = self._decoder.decode(bytes(self._text[self._sent :]), final=True)
+        self._sent = len(self._text)
+        return fresh
+
+    @property
+    def text(self) -> str:
+        """All of it, without bytes that are no UTF-8."""
+        return self._text.decode("utf-8", errors="ignore")

@@ -1,0 +1,52 @@
+"""The native gate against `pysteer.router.Router`, which computes the same in numpy."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pysteer.router import GATES, Gate, Router
+from pysteer.runtime.native import native_gate
+
+
+def router(k, n, seed):
+    rng = np.random.default_rng(seed)
+    return Router(
+        site="residual",
+        layer=1,
+        pooling="prompt",
+        categories=[f"c{i}" for i in range(k)],
+        weight=rng.standard_normal((k + 1, n)),
+        bias=rng.standard_normal(k + 1),
+        probe_weight=rng.standard_normal((k, n)),
+        probe_bias=rng.standard_normal(k),
+        centroids=rng.standard_normal((k + 1, n)),
+        conditions=rng.standard_normal((k, n)),
+        gates={kind: Gate(np.zeros(k), np.ones(k, bool), *[np.zeros(k)] * 3) for kind in GATES},
+        confusion=np.eye(k + 1, dtype=np.int64),
+        threshold_rule="youden",
+        train_counts=np.ones(k + 1, np.int64),
+        layer_scores={},
+    )
+
+
+@settings(max_examples=30, deadline=None)
+@given(k=st.integers(1, 12), n=st.integers(2, 200), seed=st.integers(0, 99))
+@pytest.mark.parametrize("kind", GATES)
+def test_scores_are_those_of_the_router(kind, k, n, seed):
+    made = router(k, n, seed)
+    gate = native_gate(made, kind)
+    for h in np.random.default_rng(seed + 1).standard_normal((3, n)) * 3:
+        np.testing.assert_allclose(gate.scores(h), made.scores(kind, h), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", GATES)
+def test_a_hidden_state_of_zeros_has_scores_too(kind):
+    made = router(3, 8, 0)
+    zeros = np.zeros(8)
+    np.testing.assert_allclose(native_gate(made, kind).scores(zeros), made.scores(kind, zeros))
+
+
+def test_another_width_is_refused():
+    with pytest.raises(ValueError, match="8 values"):
+        native_gate(router(2, 8, 0), "probe").scores(np.zeros(9))

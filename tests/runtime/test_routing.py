@@ -1,0 +1,469 @@
+"""Gates decided while the prompt is read: what they see, what they open, and what follows."""
+
+from contextlib import closing
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from routers import mean_state, router_for
+
+from pysteer import HookError, SteeredLlama, SteeringError, SteeringPack, SteeringVector
+from pysteer.policy import Policy
+from pysteer.router import Router
+
+N_LAYER, N_EMBD = 4, 64
+HIGH_BYTES = range(5 + 128, 5 + 256)  # so that a character never lacks its rest
+F32 = 0  # of the KV cache: halves would hide differences
+ARGUMENTS = {
+    "n_ctx": 256,
+    "logits_all": True,
+    "verbose": False,
+    "n_threads": 1,
+    "n_ubatch": 8,
+    "type_k": F32,
+    "type_v": F32,
+}
+GREEDY = {"max_tokens": 10, "temperature": 0.0, "logit_bias": dict.fromkeys(HIGH_BYTES, -1e3)}
+PROMPTS = {
+    "a": [10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20],
+    "b": [40, 41, 42, 43, 44, 45, 46, 47],
+    "": [70, 71, 72, 73, 74, 75, 76, 77, 78, 79],
+}
+
+
+def vector(seed, layers=(1, 2), **options):
+    rng = np.random.default_rng(seed)
+    return SteeringVector({i: 2 * rng.standard_normal(N_EMBD) for i in layers}, **options)
+
+
+@pytest.fixture(scope="module")
+def pack(tiny_llama):
+    return SteeringPack(
+        {"a": vector(1), "b": vector(2), "unknown": vector(3)},
+        router=router_for(tiny_llama, PROMPTS),
+        policy=Policy(gate="probe"),
+    )
+
+
+@pytest.fixture
+def llm(tiny_llama, pack):
+    with closing(SteeredLlama(tiny_llama, pack=pack, **ARGUMENTS)) as llm:
+        yield llm
+
+
+def complete(llm, prompt, steering, **more):
+    """Text and the logits that decided its tokens."""
+    result = llm.create_completion(prompt, steering=steering, **GREEDY, **more)
+    rows = llm.scores[len(prompt) - 1 : len(prompt) + GREEDY["max_tokens"] - 1].copy()
+    return result["choices"][0]["text"], rows, result["steering"]
+
+
+def same(one, other):
+    return one[0] == other[0] and np.array_equal(one[1], other[1])
+
+
+# ---- what a gate sees and opens ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gate", ["multinomial", "probe", "centroid", "cast"])
+@pytest.mark.parametrize("name", PROMPTS)
+def test_the_scores_are_those_of_the_router_on_llama_cpps_own_activations(
+    tiny_llama, llm, pack, name, gate
+):
+    state = mean_state(tiny_llama, PROMPTS[name], pack.router.layer)
+    expected = dict(zip(pack.router.categories, pack.router.scores(gate, state), strict=True))
+    told = complete(llm, PROMPTS[name], "auto", policy={"gate": gate})[2]
+    assert told["gate"] == gate
+    assert told["scores"] == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    for category in ("a", "b"):
+        opens = bool(expected[category] >= told["categories"][category]["threshold"])
+        if sum(told["categories"][c]["fired"] for c in ("a", "b")) < 2:
+            assert told["categories"][category]["fired"] in (opens, False)
+
+
+@pytest.mark.parametrize("n_batch", [4, 256])
+@pytest.mark.parametrize("name", PROMPTS)
+def test_a_gate_opens_where_it_should_and_the_answer_is_the_forced_one(
+    tiny_llama, pack, name, n_batch
+):
+    with closing(SteeredLlama(tiny_llama, pack=pack, **{**ARGUMENTS, "n_batch": n_batch})) as llm:
+        gated = complete(llm, PROMPTS[name], "auto")
+        assert [c for c, told in gated[2]["categories"].items() if told["fired"]] == [name][
+            : bool(name)
+        ]
+        assert gated[2]["mode"] == "auto"
+        assert gated[2]["prompt_reprocessed"] is bool(name)
+        llm.reset()
+        forced = complete(llm, PROMPTS[name], {name: 1.0} if name else None)
+    np.testing.assert_allclose(gated[1], forced[1], atol=2e-5)
+    assert gated[0] == forced[0]
+
+
+def test_a_closed_gate_leaves_the_answer_exactly_as_it_was(llm):
+    off = complete(llm, PROMPTS[""], None)
+    llm.reset()
+    gated = complete(llm, PROMPTS[""], "auto")
+    assert same(off, gated)
+    assert gated[2]["tokens_steered"] == 0
+
+
+def test_what_is_left_out_is_the_policys_to_decide(llm):
+    default = llm.create_completion(PROMPTS["a"], **GREEDY)
+    assert default["choices"][0]["text"] == complete(llm, PROMPTS["a"], {"a": 1.0})[0]
+    assert default["steering"]["categories"]["a"]["fired"]
+    assert "unknown" not in default["steering"]["categories"]  # no gate knows it
+    always = {"categories": {"b": {"mode": "always", "strength": 0.5}, "a": {"mode": "off"}}}
+    told = llm.create_completion(PROMPTS["a"], policy=always, **GREEDY)
+    assert told["choices"][0]["text"] == complete(llm, PROMPTS["a"], {"b": 0.5})[0]
+    assert told["steering"]["mode"] == "forced"
+
+
+def test_forced_and_gated_categories_act_together(llm):
+    mixed = complete(llm, PROMPTS["b"], {"unknown": 0.5, "b": "auto", "a": "auto"})
+    assert mixed[2]["mode"] == "mixed"
+    llm.reset()
+    forced = complete(llm, PROMPTS["b"], {"unknown": 0.5, "b": 1.0})
+    np.testing.assert_allclose(mixed[1], forced[1], atol=2e-5)
+    assert mixed[0] == forced[0]
+
+
+def test_a_response_scope_acts_from_the_last_prompt_token_on(tiny_llama, pack):
+    """Where the gate reads before every steered layer: as if steering began with that token."""
+    policy = {"gate": "probe", "scope": "response", "categories": {"a": {"threshold": -1e9}}}
+    with closing(SteeredLlama(tiny_llama, pack=pack, policy=policy, **ARGUMENTS)) as llm:
+        gated = complete(llm, PROMPTS[""], {"a": "auto"})
+        assert gated[2]["categories"]["a"]["tokens_steered"] == GREEDY["max_tokens"]
+        assert not gated[2]["prompt_reprocessed"]
+    with closing(SteeredLlama(tiny_llama, pack=pack, **ARGUMENTS)) as by_hand:
+        with by_hand.steering(None):
+            by_hand.eval(PROMPTS[""][:-1])
+        with by_hand.steering({"a": 1.0}):
+            by_hand.eval(PROMPTS[""][-1:])
+        first = by_hand.scores[len(PROMPTS[""]) - 1].copy()
+    np.testing.assert_allclose(gated[1][0], first, atol=2e-5)
+
+
+def test_layers_before_the_gate_are_steered_from_the_first_response_token_on(tiny_llama):
+    pack = SteeringPack(
+        {"a": vector(1, layers=[0])},
+        router=router_for(tiny_llama, {"a": PROMPTS["a"], "": PROMPTS[""]}, layer=2),
+        policy=Policy(gate="probe", scope="response"),
+    )
+    prompt = PROMPTS["a"]
+    with closing(SteeredLlama(tiny_llama, pack=pack, **ARGUMENTS)) as llm:
+        off, gated = complete(llm, prompt, None), complete(llm, prompt, "auto")
+        assert gated[2]["categories"]["a"]["fired"]
+        np.testing.assert_allclose(gated[1][0], off[1][0], atol=2e-5)
+        assert np.abs(gated[1][1] - off[1][1]).max() > 1e-3
+
+
+SCOPES = {
+    "response": lambda p, r: float(r >= 0),
+    "first 3": lambda p, r: float(0 <= r < 3),
+    "prompt": lambda p, r: float(r <= 0),
+    "range 2 14": lambda p, r: float(2 <= p < 14),
+    "linear 4": lambda p, r: 1 - r / 4 if 0 <= r < 4 else 0.0,
+    "cosine 4": lambda p, r: (1 + np.cos(np.pi * r / 4)) / 2 if 0 <= r < 4 else 0.0,
+    "values 1 0 -0.5": lambda p, r: [1, 0, -0.5][r] if 0 <= r < 3 else 0.0,
+}
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_scope_steers_each_token_by_its_factor(tiny_llama, pack, scope):
+    """Against a run in which every token is evaluated by itself, forced with its own strength."""
+    prompt = PROMPTS["b"]
+    with closing(SteeredLlama(tiny_llama, pack=pack, policy={"scope": scope}, **ARGUMENTS)) as llm:
+        text, rows, told = complete(llm, prompt, {"a": 0.8})
+        tokens = llm._input_ids.tolist()
+    factors = [SCOPES[scope](p, p - len(prompt) + 1) for p in range(len(tokens))]
+    assert told["tokens_steered"] == np.count_nonzero(factors)
+    with closing(SteeredLlama(tiny_llama, pack=pack, **ARGUMENTS)) as one_by_one:
+        for token, factor in zip(tokens, factors, strict=True):
+            with one_by_one.steering({"a": 0.8 * factor}):
+                one_by_one.eval([token])
+        expected = one_by_one.scores[len(prompt) - 1 : len(tokens)]
+    np.testing.assert_allclose(rows[: len(expected)], expected, atol=5e-5)
+
+
+def test_what_stands_between_markers_is_left_alone(tiny_llama, pack):
+    policy = {"categories": {"a": {"scope": {"tokens": "all", "exclude": ["think", "end"]}}}}
+    with closing(SteeredLlama(tiny_llama, pack=pack, policy=policy, **ARGUMENTS)) as llm:
+        tokens = llm.tokenize(b"the think of it end and on", add_bos=False)
+        pieces = [llm.detokenize([t], special=True).decode() for t in tokens]
+        with llm.steering({"a": 1.0}):
+            llm.eval(tokens)
+        found = llm.scores[: len(tokens)].copy()
+    text, inside = "", []
+    for piece in pieces:
+        text += piece
+        inside.append("think" in text and "end" not in text)
+    assert any(inside)
+    assert not inside[-1]
+    with closing(SteeredLlama(tiny_llama, pack=pack, **ARGUMENTS)) as one_by_one:
+        for token, excluded in zip(tokens, inside, strict=True):
+            with one_by_one.steering(None if excluded else {"a": 1.0}):
+                one_by_one.eval([token])
+        np.testing.assert_allclose(found, one_by_one.scores[: len(tokens)], atol=5e-5)
+
+
+# ---- rules ---------------------------------------------------------------------------------------
+
+OPEN = {"a": {"threshold": -1e9}, "b": {"threshold": -1e9}}
+SHUT = {"a": {"threshold": 1e9}, "b": {"threshold": 1e9}}
+
+
+@pytest.mark.parametrize("a", [False, True])
+@pytest.mark.parametrize("b", [False, True])
+@pytest.mark.parametrize("rule", ["a and b", "a or b", "not a", "a and not b", "not (a or b)", "b"])
+def test_a_rule_decides_over_gates(llm, rule, a, b):
+    policy = {
+        "several": "sum",
+        "categories": {
+            "a": (OPEN if a else SHUT)["a"],
+            "b": (OPEN if b else SHUT)["b"],
+            "unknown": {"when": rule},
+        },
+    }
+    told = complete(llm, PROMPTS[""], {"unknown": "auto"}, policy=policy)[2]
+    assert told["categories"]["unknown"]["fired"] is eval(rule, {"a": a, "b": b})
+
+
+@pytest.mark.parametrize("several", ["sum", "strongest", "first"])
+def test_several_that_fire(tiny_llama, llm, pack, several):
+    policy = {"several": several, "categories": OPEN}
+    prompt = PROMPTS["b"]
+    told = complete(llm, prompt, {"a": "auto", "b": "auto"}, policy=policy)
+    state = mean_state(tiny_llama, prompt, pack.router.layer)
+    strongest = "ab"[int(np.argmax(pack.router.probe_scores(state)))]
+    expected = {"sum": {"a": 1.0, "b": 1.0}, "strongest": {strongest: 1.0}, "first": {"a": 1.0}}
+    assert {c for c, t in told[2]["categories"].items() if t["fired"]} == set(expected[several])
+    llm.reset()
+    forced = complete(llm, prompt, expected[several])
+    np.testing.assert_allclose(told[1], forced[1], atol=2e-5)
+
+
+@pytest.mark.parametrize("pooling", ["last", "prompt"])
+def test_a_recheck_decides_anew_over_the_tokens_since(tiny_llama, pooling):
+    router = router_for(tiny_llama, PROMPTS, pooling=pooling)
+    pack = SteeringPack({"a": vector(1), "b": vector(2)}, router=router)
+    policy = {"gate": "probe", "recheck": 4, "scope": "response", "categories": SHUT}
+    prompt = PROMPTS["b"]
+    with closing(SteeredLlama(tiny_llama, pack=pack, policy=policy, **ARGUMENTS)) as llm:
+        told = complete(llm, prompt, "auto")[2]
+        tokens = llm._input_ids.tolist()
+        assert told["checks"] == 1 + (len(tokens) - len(prompt)) // 4
+        n = len(prompt) - 1
+        last = n + 4 * (told["checks"] - 1)
+    span = (last, last + 1) if pooling == "last" else (last - 3, last + 1)
+    state = mean_state(tiny_llama, tokens[: last + 1], router.layer, span)
+    expected = dict(zip("ab", router.probe_scores(state), strict=True))
+    assert told["scores"] == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_a_recheck_switches_steering_on_and_off(tiny_llama, pack):
+    """The threshold lies between what the first check sees and what the second sees."""
+    base = {"gate": "probe", "scope": "response", "recheck": 3}
+    with closing(SteeredLlama(tiny_llama, pack=pack, **ARGUMENTS)) as llm:
+        prompt = PROMPTS["b"]
+        shut = complete(llm, prompt, {"a": "auto"}, policy={**base, "categories": SHUT})
+        first = complete(llm, prompt, {"a": "auto"}, policy={"gate": "probe", "categories": SHUT})
+        scores = first[2]["scores"]["a"], shut[2]["scores"]["a"]
+        tokens = llm._input_ids.tolist()
+        span = (len(prompt), len(prompt) + 3)
+        second = mean_state(tiny_llama, tokens[: span[1]], pack.router.layer, span)
+        scores = first[2]["scores"]["a"], float(pack.router.probe_scores(second)[0])
+        between = sum(scores) / 2
+        policy = {**base, "categories": {"a": {"threshold": between}}}
+        told = complete(llm, prompt, {"a": "auto"}, policy=policy)
+        assert told[2]["categories"]["a"]["fired"]
+        if scores[0] < between:  # off first, on from the second check on
+            np.testing.assert_allclose(told[1][:3], shut[1][:3], atol=2e-5)
+            assert np.abs(told[1][3] - shut[1][3]).max() > 1e-3
+        else:
+            assert np.abs(told[1][0] - shut[1][0]).max() > 1e-3
+
+
+# ---- spans ---------------------------------------------------------------------------------------
+
+
+def test_in_a_chat_the_router_looks_at_what_the_user_said_last(tiny_llama):
+    router = router_for(tiny_llama, PROMPTS, pooling="user")
+    pack = SteeringPack({"a": vector(1), "b": vector(2)}, router=router)
+    messages = [
+        {"role": "user", "content": "another question"},
+        {"role": "assistant", "content": "an answer"},
+        {"role": "user", "content": "the stone in the water"},
+    ]
+    with closing(SteeredLlama(tiny_llama, pack=pack, **ARGUMENTS)) as llm:
+        told = llm.create_chat_completion(
+            messages, steering="auto", policy={"gate": "probe"}, **GREEDY
+        )
+        tokens = llm._input_ids.tolist()
+        pieces = [llm.detokenize([t], special=True) for t in tokens]
+    text = b""
+    start = stop = None
+    for index, piece in enumerate(pieces):  # the tokens of the last time it is said
+        if start is None and (text + piece).endswith(b"the") and b"answer" in text:
+            start = index
+        text += piece
+        if stop is None and text.endswith(b"the stone in the water"):
+            stop = index + 1
+    state = mean_state(tiny_llama, tokens[:stop], router.layer, (start, stop))
+    expected = dict(zip("ab", router.probe_scores(state), strict=True))
+    assert told["steering"]["scores"] == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_sites_before_the_last_layers_rows_are_dropped(tiny_llama):
+    prompts = {"a": PROMPTS["a"], "": PROMPTS[""]}
+    for site, layer, pooling, works in [
+        ("attention", 3, "prompt", True),
+        ("residual", 3, "last", True),
+        ("residual", 3, "prompt", False),
+        ("mlp", 1, "prompt", True),
+    ]:
+        router = router_for(tiny_llama, prompts, layer=layer, pooling=pooling, site=site)
+        pack = SteeringPack({"a": vector(1)}, router=router)
+        arguments = {**ARGUMENTS, "logits_all": False}
+        with closing(
+            SteeredLlama(tiny_llama, pack=pack, policy={"gate": "probe"}, **arguments)
+        ) as llm:
+            if not works:
+                with pytest.raises(HookError, match="only the last one"):
+                    llm.create_completion(PROMPTS["a"], **GREEDY)
+                continue
+            told = llm.create_completion(PROMPTS["a"], **GREEDY)["steering"]
+            assert told["categories"]["a"]["fired"], site
+            told = llm.create_completion(PROMPTS[""], **GREEDY)["steering"]
+            assert not told["categories"]["a"]["fired"], site
+
+
+def test_recurrent_models_are_routed_too(tiny_model):
+    path = tiny_model("mamba")
+    pack = SteeringPack(
+        {"a": vector(1)},
+        router=router_for(path, {"a": PROMPTS["a"], "": PROMPTS[""]}),
+        policy=Policy(gate="probe"),
+    )
+    with closing(SteeredLlama(path, pack=pack, **ARGUMENTS)) as llm:
+        for name in ("a", ""):
+            gated = complete(llm, PROMPTS[name], "auto")
+            assert gated[2]["prompt_reprocessed"] is bool(name)
+            llm.reset()
+            forced = complete(llm, PROMPTS[name], {"a": 1.0} if name else None)
+            assert gated[0] == forced[0]
+
+
+# ---- the cache -----------------------------------------------------------------------------------
+
+POLICIES = [
+    None,
+    {"scope": "response"},
+    {"scope": "prompt"},
+    {"scope": "first 2"},
+    {"scope": "linear 6"},
+    {"scope": "range 2 5"},
+    {"recheck": 2, "scope": "response"},
+    {"categories": {"a": {"when": "not a"}}},
+    {"scope": {"tokens": "all", "exclude": ["ab", "c"]}},
+]
+STEERINGS = [None, "auto", {"a": 1.0}, {"a": "auto"}, {"a": 0.5, "b": "auto"}, {"unknown": -1.0}]
+requests = st.tuples(st.sampled_from(STEERINGS), st.sampled_from(POLICIES))
+prompts = st.one_of(
+    st.lists(st.sampled_from([10, 11, 40, 41, 266, 267]), min_size=1, max_size=9),
+    st.sampled_from(list(PROMPTS.values())),
+)
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("complete"), requests, prompts),
+        st.tuples(st.just("continue"), requests, prompts),
+        st.tuples(st.just("eval"), requests, prompts),
+        st.tuples(st.just("save"), st.none(), st.none()),
+        st.tuples(st.just("load"), st.none(), st.none()),
+        st.tuples(st.just("rewind"), st.integers(0, 12), st.none()),
+    ),
+    min_size=1,
+    max_size=8,
+)
+
+
+@settings(
+    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(steps=STEPS, request=requests, prompt=prompts)
+def test_whatever_happened_before_a_request_does_not_show(llm, steps, request, prompt):
+    llm.reset()
+    saved = None
+    for kind, first, second in steps:
+        if kind == "complete":
+            complete(llm, second, first[0], policy=first[1])
+        elif kind == "continue":  # as the next turn of a chat does
+            longer = [*llm._input_ids.tolist(), *second]
+            complete(llm, longer[-150:], first[0], policy=first[1])
+        elif kind == "eval":
+            with llm.steering(*first):
+                llm.eval(second)
+        elif kind == "save":
+            saved = llm.save_state()
+        elif kind == "load" and saved is not None:
+            llm.load_state(saved)
+        elif kind == "rewind":
+            llm.n_tokens = min(llm.n_tokens, first)
+    answer = complete(llm, prompt, request[0], policy=request[1])
+    llm.reset()
+    llm._ledger.record(0, [])  # forget everything: this run is the oracle
+    fresh = complete(llm, prompt, request[0], policy=request[1])
+    assert answer[0] == fresh[0]
+    np.testing.assert_allclose(answer[1], fresh[1], atol=5e-5)
+    for told in (answer[2], fresh[2]):
+        told.pop("scores")
+        for category in told["categories"].values():
+            category.pop("score")
+    assert answer[2] == fresh[2]
+
+
+# ---- refusals ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("steering", "policy", "message"),
+    [
+        ({"unknown": "auto"}, None, "no router that knows it"),
+        ({"a": "automatic"}, None, "not a number or 'auto'"),
+        ("on", None, "'auto'"),
+        ("auto", {"categories": {"c": {}}}, "unknown category 'c'"),
+        ("auto", {"scope": "first 0"}, "from 1 to"),
+        ("auto", {"categories": {"a": {"when": "a and nobody"}}}, "categories.a.when: unknown"),
+    ],
+)
+def test_what_cannot_be_gated_is_refused_at_the_call(llm, steering, policy, message):
+    with pytest.raises(SteeringError, match=message):
+        complete(llm, PROMPTS["a"], steering, policy=policy)
+    assert complete(llm, PROMPTS["a"], None)
+
+
+def test_a_policy_that_does_not_fit_is_refused_when_the_model_is_loaded(tiny_llama, pack, tmp_path):
+    (tmp_path / "policy.yaml").write_text("categories:\n  nobody: {strength: 1}\n")
+    with pytest.raises(SteeringError, match=r"policy\.yaml, line 2, categories\.nobody"):
+        SteeredLlama(tiny_llama, pack=pack, policy=tmp_path / "policy.yaml", **ARGUMENTS)
+    with pytest.raises(SteeringError, match="needs a pack"):
+        SteeredLlama(tiny_llama, policy={"scope": "response"}, **ARGUMENTS)
+
+
+def test_a_router_that_sees_no_number_says_so(tiny_llama):
+    broken = SteeringPack(
+        {"a": SteeringVector(dict.fromkeys([0, 1], np.full(N_EMBD, 3e38))), "b": vector(2)},
+        router=router_for(tiny_llama, {"b": PROMPTS["b"], "": PROMPTS[""]}, layer=2),
+    )
+    with (
+        closing(SteeredLlama(tiny_llama, pack=broken, **ARGUMENTS)) as llm,
+        pytest.raises(HookError, match="not finite"),
+    ):
+        complete(llm, PROMPTS["a"], {"a": 1.0, "b": "auto"})
+
+
+def test_embeddings_and_captures_are_not_gated(llm):
+    with llm.steering("auto"), pytest.raises(SteeringError, match="gated"):
+        llm.capture(PROMPTS["a"])
+    assert isinstance(llm.pack.router, Router)
+    assert llm.capture(PROMPTS["a"])["residual"]
