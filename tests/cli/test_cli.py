@@ -4,13 +4,22 @@ import io
 import json
 import subprocess
 import sys
+from contextlib import closing
 
 import llama_cpp
 import numpy as np
 import pytest
 from gguf import GGUFReader
+from routers import router_for
 
-from pysteer import BaseModel, FormatError, SteeringError, SteeringPack, SteeringVector
+from pysteer import (
+    BaseModel,
+    FormatError,
+    HookedLlama,
+    SteeringError,
+    SteeringPack,
+    SteeringVector,
+)
 from pysteer.cli import run
 from pysteer.cli.options import parse_steering
 
@@ -58,9 +67,9 @@ def cli(capsys):
 def generate(cli, tiny_llama):
     """A function that runs `generate` on the tiny model and returns what it printed."""
 
-    def call(*arguments):
+    def call(*arguments, told=""):
         code, out, err = cli("generate", "-m", tiny_llama, "-n", 12, *OPTIONS, *arguments)
-        assert (code, err) == (0, "")
+        assert (code, err) == (0, told)
         return out
 
     return call
@@ -248,10 +257,13 @@ def test_generate_takes_a_plain_control_vector(generate, tmp_path, tiny_llama):
 def test_generate_json_has_the_text_and_nothing_else_on_stdout(generate, letters, tiny_llama):
     found = strict_json(generate("-p", "hi", "-s", letters, "--steer", "says q=20", "--json"))
     assert found.pop("seconds") > 0
+    steering = found.pop("steering")
+    assert steering["mode"] == "forced"
+    assert steering["categories"]["says q"]["strength"] == 20.0
+    assert steering["categories"]["says q"]["tokens_steered"] == steering["tokens_steered"] > 12
     assert found == {
         "model": str(tiny_llama),
         "pack": str(letters),
-        "steering": {"says q": 20.0},
         "prompt": "hi",
         "text": "Q" * 12,
         "finish_reason": "length",
@@ -276,6 +288,43 @@ def test_generate_with_a_system_message_and_a_seed(generate):
     assert len({generate(*hot, "--seed", seed) for seed in range(3)}) > 1
 
 
+@pytest.fixture
+def routed(tiny_llama, tmp_path):
+    """A pack whose router opens the gate of "says q" for one prompt, and a policy for it."""
+    prompts = {}
+    with closing(HookedLlama(tiny_llama, n_ctx=64, verbose=False)) as llm:
+        for name, text in {"says q": "the cat", "": "an other thing"}.items():
+            prompts[name] = llm.tokenize(text.encode(), add_bos=True)
+    path = tmp_path / "routed.gguf"
+    vector = SteeringVector(dict.fromkeys([2, 3], 20 * towards("Q", tiny_llama)))
+    SteeringPack({"says q": vector}, router=router_for(tiny_llama, prompts)).save(path)
+    return path
+
+
+def test_generate_lets_the_router_decide(generate, routed):
+    found, other = (["--raw", "-p", text, "-s", routed] for text in ("the cat", "an other thing"))
+    fired, nothing = "the router found: says q\n", "the router found: nothing\n"
+    for steer in ([], ["--steer", "auto"], ["--steer", "says q=auto"]):
+        assert generate(*found, *steer, told=fired) == "Q" * 12 + "\n"
+    assert generate(*other, told=nothing) == generate("--raw", "-p", "an other thing")
+    told = strict_json(generate(*found, "--json"))["steering"]
+    assert told["categories"]["says q"]["fired"] is True
+
+
+def test_generate_takes_a_policy(generate, cli, routed, tmp_path, tiny_llama):
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("categories:\n  says q:\n    mode: always\n    scope: first 4\n")
+    arguments = ("--raw", "-p", "an other thing", "-s", routed, "--policy", policy)
+    text = generate(*arguments)
+    assert text.startswith("QQQQ")
+    assert text != "Q" * 12 + "\n"
+    policy.write_text("categories:\n  says p: {}\n")
+    wrong = cli("generate", "-m", tiny_llama, *arguments)
+    check_mistake(wrong, "policy.yaml, line 2", "unknown category 'says p'")
+    alone = ("generate", "-m", tiny_llama, "-p", "hi", "--policy", policy)
+    check_mistake(cli(*alone), "--policy needs --pack")
+
+
 @pytest.mark.parametrize(
     ("steer", "words"),
     [
@@ -285,7 +334,8 @@ def test_generate_with_a_system_message_and_a_seed(generate):
         ("=", ["CATEGORY=STRENGTH"]),
         ("", ["CATEGORY=STRENGTH"]),
         ("hate=strong", ["CATEGORY=STRENGTH"]),
-        ("hate=auto", ["CATEGORY=STRENGTH"]),
+        ("hate=auto", ["hate", "no router"]),
+        ("auto", ["no router"]),
         ("hate=1,2", ["CATEGORY=STRENGTH"]),
         ("hate=nan", ["hate", "nan"]),
         ("hate=inf", ["hate", "inf"]),
@@ -454,6 +504,8 @@ def test_mistakes_in_demo(arguments, words, cli):
         (["a=-0.5", "b=2e1"], {"a": -0.5, "b": 20.0}),
         (["a=b=1"], {"a=b": 1.0}),
         (["=a=1"], {"=a": 1.0}),
+        (["a=auto", "b=1"], {"a": "auto", "b": 1.0}),
+        (["auto"], "auto"),
     ],
 )
 def test_steer_options_are_read_from_the_last_equals_sign(pairs, expected):
