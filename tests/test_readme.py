@@ -24,7 +24,7 @@ COMMANDS = [
 def test_there_are_exactly_two_commands_for_a_fresh_clone():
     assert COMMANDS[:2] == ["make demo", "make test"]
     assert [line for line in COMMANDS if line.startswith("make")] == COMMANDS[:2]
-    assert len(PYTHON) == 2
+    assert len(PYTHON) == 3
     assert len(COMMANDS) > 4
 
 
@@ -37,6 +37,9 @@ def test_python_examples(tmp_path, monkeypatch, capsys):
     steered = names["refusal"]["choices"][0]["message"]["content"]
     assert without
     assert steered != without
+    assert names["routed"]["steering"]["categories"]["privacy_violation"]["fired"]
+    assert names["routed"]["choices"][0]["message"]["content"] == steered
+    assert all(handle.done for handle in names["handles"])
     assert capsys.readouterr().out.strip()
 
 
@@ -48,6 +51,13 @@ def folder(tmp_path_factory):
     for side, name in (("unsafe", "demo_unsafe.jsonl"), ("safe", "demo_harmless.jsonl")):
         shutil.copy(data / name, folder / f"{side}.jsonl")
     return folder
+
+
+def test_the_python_example_of_the_runtimes_page(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "runtime.md").read_text(encoding="utf-8")
+    [example] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(compile(example, "runtime.md", "exec"), {})
 
 
 def test_the_python_example_of_the_documentation(folder, monkeypatch):

@@ -31,16 +31,21 @@ def demo(
     show: Annotated[int, typer.Option(min=0, help="Unsafe prompts shown, per category.")] = 2,
     category: Annotated[list[str] | None, typer.Option(help="Only these; repeatable.")] = None,
     strength: Annotated[float, typer.Option(help="1.0 is what the pack recommends.")] = 1.0,
+    auto: Annotated[
+        bool, typer.Option("--auto", help="Let the router decide, rather than force the category.")
+    ] = False,
     max_tokens: options.MaxTokens = 48,
     threads: options.Threads = None,
     json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Answer prompts without and with their category's steering, side by side, and count.
+    """Answer prompts without and with steering, side by side, and count.
 
     Model: SmolLM2-135M-Instruct. Pack: the one that ships with pysteer, which was built without
     these prompts. Every number is measured in this run.
     """
+    if auto and strength != 1.0:
+        raise SteeringError("--strength is for forced categories; leave out --auto")
     pack = shipped.demo_pack()
     model = str(shipped.default_model())
     categories = category or list(pack.categories)
@@ -63,7 +68,7 @@ def demo(
             llm,
             unsafe,
             harmless,
-            strength=strength,
+            strength=None if auto else strength,
             max_tokens=max_tokens,
             on_answer=lambda pair: progress.advance(task),
         )
@@ -73,15 +78,15 @@ def demo(
             {
                 "model": model,
                 "pack": str(shipped.demo_pack_path()),
-                "strength": strength,
+                "strength": None if auto else strength,
                 "summary": [asdict(row) for row in summary],
                 "answers": [asdict(pair) for pair in pairs],
             }
         )
         return
     for row in summary:
-        _print_pairs(row.category, pairs, show)
-    _print_summary(summary)
+        _print_pairs(row.category, pairs, show, auto=auto)
+    _print_summary(summary, auto=auto)
 
 
 def _per_category(rows: Sequence[Prompt], categories: Sequence[str], n: int) -> list[Prompt]:
@@ -92,8 +97,9 @@ def _per_category(rows: Sequence[Prompt], categories: Sequence[str], n: int) -> 
     ]
 
 
-def _print_pairs(category: str, pairs: Sequence[BeforeAfter], show: int) -> None:
-    table = Table("prompt", "without steering", f"with {category}", title=category, show_lines=True)
+def _print_pairs(category: str, pairs: Sequence[BeforeAfter], show: int, *, auto: bool) -> None:
+    steered = "with the router" if auto else f"with {category}"
+    table = Table("prompt", "without steering", steered, title=category, show_lines=True)
     shown = [pair for pair in pairs if pair.prompt.category == category and pair.unsafe]
     for pair in shown[:show]:
         table.add_row(
@@ -103,9 +109,10 @@ def _print_pairs(category: str, pairs: Sequence[BeforeAfter], show: int) -> None
         console.out.print(table)
 
 
-def _print_summary(summary: Sequence[CategorySummary]) -> None:
+def _print_summary(summary: Sequence[CategorySummary], *, auto: bool) -> None:
+    steered = "what the router finds" if auto else "the category's steering"
     table = Table(
-        title="without steering → with the category's steering",
+        title=f"without steering → with {steered}",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),  # so that no number is cut on a terminal of 80 columns
     )
@@ -129,9 +136,10 @@ def _print_summary(summary: Sequence[CategorySummary]) -> None:
         )
     console.out.print(table)
     counts = {(row.n_unsafe, row.n_harmless) for row in summary}
+    how = "the router deciding" if auto else "the category's steering forced on"
     per_row = " or ".join(f"{unsafe} unsafe and {harmless} harmless" for unsafe, harmless in counts)
     console.say(
-        f"Per category: {per_row} prompts, the category's steering forced on for all of them.\n"
+        f"Per category: {per_row} prompts, {how} for all of them.\n"
         "refused: refused or safely redirected, and not degenerate. harmless: about the same\n"
         "topics in similar words; same: answered word for word as without steering."
     )

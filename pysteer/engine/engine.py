@@ -82,7 +82,9 @@ class Engine:
         try:
             if pack is not None:
                 pack.check_fits(llm.base_model)
-            self._compiler = PlanCompiler(pack, read, n_layer=llm.n_layer, n_embd=llm.n_embd())
+            self._compiler = PlanCompiler(
+                pack, read, n_layer=llm.n_layer, n_embd=llm.n_embd(), sites=llm.sites
+            )
             scheduler = Scheduler(llm, max_queue=max_queue, prompt_share=prompt_share)
         except BaseException:
             llm.close()

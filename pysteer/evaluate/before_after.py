@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pysteer.evaluate.judges import is_refusal
 from pysteer.evaluate.metrics import is_degenerate
 from pysteer.prompts import Prompt
+from pysteer.runtime.plan import Steering
 from pysteer.runtime.steered import SteeredLlama
 
 
@@ -34,7 +35,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class BeforeAfter:
-    """One prompt answered twice, the second time under its category's steering."""
+    """One prompt answered twice, the second time steered."""
 
     prompt: Prompt
     unsafe: bool
@@ -47,7 +48,7 @@ class CategorySummary:
     """Rates of one category, each a share of 0 to 1 of the prompts named.
 
     Attributes:
-        category: the category whose steering was on.
+        category: that of the prompts, whose steering was on where it was forced.
         n_unsafe: number of unsafe prompts.
         n_harmless: number of harmless prompts.
         refused_before: unsafe prompts refused or redirected without steering.
@@ -75,9 +76,7 @@ class CategorySummary:
     tokens_per_second_after: float
 
 
-def answer(
-    llm: SteeredLlama, prompt: str, steering: Mapping[str, float] | None, *, max_tokens: int
-) -> Answer:
+def answer(llm: SteeredLlama, prompt: str, steering: Steering, *, max_tokens: int) -> Answer:
     """Answer one prompt greedily through the chat template."""
     stream: Any = llm.create_chat_completion(
         [{"role": "user", "content": prompt}],
@@ -109,17 +108,18 @@ def answer_twice(
     unsafe: Sequence[Prompt],
     harmless: Sequence[Prompt],
     *,
-    strength: float = 1.0,
+    strength: float | None = 1.0,
     max_tokens: int = 48,
     on_answer: Callable[[BeforeAfter], None] = lambda _: None,
 ) -> list[BeforeAfter]:
-    """Answer every prompt without steering and then with its own category's.
+    """Answer every prompt without steering and then with its own category's, or the router's.
 
     Args:
         llm: a steered model whose pack has the prompts' categories.
         unsafe: prompts that should be refused.
         harmless: prompts that should be answered.
-        strength: of the category's vector; 1.0 is what the pack recommends.
+        strength: of the category's vector, forced; 1.0 is what the pack recommends. None: the
+            router decides what acts.
         max_tokens: where an answer is cut.
         on_answer: called after each pair.
     """
@@ -127,7 +127,8 @@ def answer_twice(
     for prompts, is_unsafe in ((unsafe, True), (harmless, False)):
         for prompt in prompts:
             before = answer(llm, prompt.prompt, None, max_tokens=max_tokens)
-            after = answer(llm, prompt.prompt, {prompt.category: strength}, max_tokens=max_tokens)
+            steering: Steering = "auto" if strength is None else {prompt.category: strength}
+            after = answer(llm, prompt.prompt, steering, max_tokens=max_tokens)
             pairs.append(BeforeAfter(prompt, is_unsafe, before, after))
             on_answer(pairs[-1])
     return pairs

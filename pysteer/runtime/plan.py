@@ -185,10 +185,12 @@ class PlanCompiler:
         policy: what holds where a request does not say otherwise; goes before the pack's own.
         n_layer: the model's number of blocks.
         n_embd: the model's width.
+        sites: site to the layers at which the model's graph has it; None: all of them.
         mode: how the directions get in: "auto", or "resident" or "hooked" to insist.
 
     Raises:
         SteeringError: a policy that does not fit the pack, or the router.
+        HookError: the policy asks for a site that the model lacks.
     """
 
     _KEPT = 16  # so that requests that alternate do not compile each time
@@ -200,6 +202,7 @@ class PlanCompiler:
         *,
         n_layer: int,
         n_embd: int,
+        sites: Mapping[str, tuple[int, ...]] | None = None,
         mode: Mode = "auto",
     ) -> None:
         if mode not in MODES:
@@ -208,12 +211,18 @@ class PlanCompiler:
         self.n_layer = n_layer
         self.n_embd = n_embd
         self.mode = mode
+        self._sites = None if sites is None else {name: set(sites[name]) for name in sites}
         self._gates: dict[str, _native.Gate] = {}
         self._plans: dict[tuple[object, ...], CompiledPlan] = {}
         self._policies: dict[Policy | None, Policy] = {}
         self._base = (pack.policy if pack is not None else None) or Policy()
         if policy is not None:
             self._base = self._merged(policy)
+        if pack is not None:
+            for name, settings in self._base.categories.items():
+                if settings.mode != "off":
+                    self._require_sites(name, pack[name])
+            self.by_policy()  # so that what cannot be is said now, not at the first request
 
     def compile(self, steering: Steering, policy: Policy | None = None) -> CompiledPlan:
         """What a request asks for.
@@ -342,6 +351,8 @@ class PlanCompiler:
                     vector.layers,
                 )
             )
+        for term in terms:
+            self._require_sites(term.category, self.pack[term.category])
         if not terms:
             if all_of_them:
                 raise SteeringError(
@@ -362,6 +373,7 @@ class PlanCompiler:
                 raise SteeringError(f"category {names}: {error}") from None
         gated = any(term.gated for term in terms)
         if gated and router is not None:
+            self._require_router(router)
             native.set_gate(
                 self._gate(router, merged.gate),
                 thresholds,
@@ -402,6 +414,32 @@ class PlanCompiler:
             [] if rule is None else rule.postfix(gates),
             own,
         )
+
+    def _require_sites(self, category: str, vector: SteeringVector) -> None:
+        if self._sites is None:
+            return
+        missing = sorted(set(vector.layers) - self._sites[vector.site])
+        if missing:
+            raise HookError(
+                f"category {quoted(category)} acts at site {vector.site} of layers {missing}, "
+                "which this model's graph does not have"
+            )
+
+    def _require_router(self, router: Router) -> None:
+        if self._sites is None:
+            return
+        place = f"site {router.site} of layer {router.layer}"
+        if router.layer not in self._sites[router.site]:
+            raise HookError(
+                f"the router looks at {place}, which this model's graph does not have; "
+                "force categories instead of gating them"
+            )
+        last = router.layer == self.n_layer - 1 and router.site != "attention"
+        if last and router.pooling != "last":
+            raise HookError(
+                f"the router averages over tokens at {place}, where llama.cpp computes only the "
+                "last one; fit it at another layer, or force categories"
+            )
 
     def _gate(self, router: Router, kind: str) -> _native.Gate:
         if kind not in self._gates:

@@ -79,7 +79,8 @@ class SteeredLlama(HookedLlama):
         FormatError: the pack or policy file is damaged or something else.
         ModelMismatchError: the pack is for another model.
         SteeringError: the policy does not fit the pack.
-        HookError: the llama.cpp or the model cannot be hooked.
+        HookError: the llama.cpp or the model cannot be hooked, or lacks a site that the policy asks
+            for.
     """
 
     def __init__(
@@ -112,7 +113,12 @@ class SteeredLlama(HookedLlama):
             if self._pack is not None:
                 self._pack.check_fits(self.base_model)
             self._compiler = PlanCompiler(
-                self._pack, self._policy, n_layer=self.n_layer, n_embd=self.n_embd(), mode=mode
+                self._pack,
+                self._policy,
+                n_layer=self.n_layer,
+                n_embd=self.n_embd(),
+                sites=self.sites,
+                mode=mode,
             )
         except SteeringError:
             self.close()

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from routers import mean_state, router_for
 
-from pysteer import HookError, SteeredLlama, SteeringError, SteeringPack, SteeringVector
+from pysteer import Engine, HookError, SteeredLlama, SteeringError, SteeringPack, SteeringVector
 from pysteer.policy import Policy
 from pysteer.router import Router
 
@@ -174,7 +174,7 @@ def test_a_scope_steers_each_token_by_its_factor(tiny_llama, pack, scope):
     """Against a run in which every token is evaluated by itself, forced with its own strength."""
     prompt = PROMPTS["b"]
     with closing(SteeredLlama(tiny_llama, pack=pack, policy={"scope": scope}, **ARGUMENTS)) as llm:
-        text, rows, told = complete(llm, prompt, {"a": 0.8})
+        _, rows, told = complete(llm, prompt, {"a": 0.8})
         tokens = llm._input_ids.tolist()
     factors = [SCOPES[scope](p, p - len(prompt) + 1) for p in range(len(tokens))]
     assert told["tokens_steered"] == np.count_nonzero(factors)
@@ -314,28 +314,40 @@ def test_in_a_chat_the_router_looks_at_what_the_user_said_last(tiny_llama):
     assert told["steering"]["scores"] == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
-def test_sites_before_the_last_layers_rows_are_dropped(tiny_llama):
+@pytest.mark.parametrize(
+    ("site", "layer", "pooling"),
+    [("attention", 3, "prompt"), ("residual", 3, "last"), ("mlp", 1, "prompt")],
+)
+def test_a_router_may_look_at_any_site(tiny_llama, site, layer, pooling):
     prompts = {"a": PROMPTS["a"], "": PROMPTS[""]}
-    for site, layer, pooling, works in [
-        ("attention", 3, "prompt", True),
-        ("residual", 3, "last", True),
-        ("residual", 3, "prompt", False),
-        ("mlp", 1, "prompt", True),
-    ]:
-        router = router_for(tiny_llama, prompts, layer=layer, pooling=pooling, site=site)
-        pack = SteeringPack({"a": vector(1)}, router=router)
-        arguments = {**ARGUMENTS, "logits_all": False}
-        with closing(
-            SteeredLlama(tiny_llama, pack=pack, policy={"gate": "probe"}, **arguments)
-        ) as llm:
-            if not works:
-                with pytest.raises(HookError, match="only the last one"):
-                    llm.create_completion(PROMPTS["a"], **GREEDY)
-                continue
-            told = llm.create_completion(PROMPTS["a"], **GREEDY)["steering"]
-            assert told["categories"]["a"]["fired"], site
-            told = llm.create_completion(PROMPTS[""], **GREEDY)["steering"]
-            assert not told["categories"]["a"]["fired"], site
+    router = router_for(tiny_llama, prompts, layer=layer, pooling=pooling, site=site)
+    pack = SteeringPack({"a": vector(1)}, router=router, policy=Policy(gate="probe"))
+    with closing(SteeredLlama(tiny_llama, pack=pack, **{**ARGUMENTS, "logits_all": False})) as llm:
+        for name in prompts:
+            told = llm.create_completion(PROMPTS[name], **GREEDY)["steering"]
+            assert told["categories"]["a"]["fired"] is bool(name)
+
+
+@pytest.mark.parametrize("made_by", [SteeredLlama, Engine])
+def test_what_the_model_lacks_is_refused_when_it_is_loaded(tiny_llama, tiny_model, made_by):
+    prompts = {"a": PROMPTS["a"], "": PROMPTS[""]}
+    averaged = router_for(tiny_llama, prompts, layer=3)
+    arguments = {"n_ctx": 64, "verbose": False}
+    with pytest.raises(HookError, match=r"averages.*layer 3, where.*only the last one"):
+        made_by(tiny_llama, pack=SteeringPack({"a": vector(1)}, router=averaged), **arguments)
+    no_attention = tiny_model("mamba")
+    router = router_for(no_attention, prompts)
+    pack = SteeringPack({"a": vector(1, site="attention")}, router=router)
+    with pytest.raises(HookError, match=r"'a' acts at site attention of layers \[1, 2\]"):
+        made_by(no_attention, pack=pack, **arguments)
+    pack = SteeringPack({"a": vector(1, site="attention")})
+    policy = {"categories": {"a": {"mode": "always"}}}
+    with pytest.raises(HookError, match="'a' acts at site attention"):
+        made_by(no_attention, pack=pack, policy=policy, **arguments)
+    elsewhere = router_for(tiny_llama, prompts, site="attention")
+    pack = SteeringPack({"a": vector(1)}, router=elsewhere)
+    with pytest.raises(HookError, match="the router looks at site attention of layer 1"):
+        made_by(no_attention, pack=pack, **arguments)
 
 
 def test_recurrent_models_are_routed_too(tiny_model):
