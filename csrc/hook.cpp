@@ -192,8 +192,7 @@ void Hook::begin_decode(const RowRun * runs, std::size_t n_runs) {
             }
         }
         if (reads) {
-            const Gate * gate = sequence->plan().gate();
-            gates_.push_back(gate);
+            gates_.push_back(sequence->plan().gate());
         }
     }
     asked_rows_.assign(asked_rows_.size(), 0);
@@ -248,7 +247,8 @@ bool Hook::choose_resident() {
     for (const Row & row : rows_) {
         insists = insists || (row.sequence != nullptr && row.sequence->plan().way() == Way::resident);
     }
-    bool can = first != nullptr && first->plan().way() != Way::hooked && decisions_due_ == 0;
+    // A gate looks at its layer before that is steered, which the resident way would have done already.
+    bool can = first != nullptr && first->plan().way() != Way::hooked && gates_.empty();
     const auto same = [&](const Row & row) {
         if (row.sequence == nullptr || row.sequence->shared_plan() != first->shared_plan()) {
             return false;

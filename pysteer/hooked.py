@@ -80,6 +80,17 @@ def set_native_control_vector(llm: llama_cpp.Llama, rows: npt.NDArray[np.float32
         raise HookError("llama.cpp refused a control vector for this model")
 
 
+def _require_room(max_sequences: int, llama_arguments: Mapping[str, Any]) -> None:
+    """llama.cpp ends the process where a batch has no room for a token of each sequence."""
+    for name in ("n_batch", "n_ctx"):
+        size = llama_arguments.get(name, 512)
+        if 0 < size < max_sequences:
+            raise SteeringError(
+                f"{name}={size} has no room for a token of each of max_sequences={max_sequences}; "
+                f"raise {name} or lower max_sequences"
+            )
+
+
 class HookedLlama(llama_cpp.Llama):
     """A `llama_cpp.Llama` whose layer outputs can be read and, by a subclass, changed.
 
@@ -92,7 +103,8 @@ class HookedLlama(llama_cpp.Llama):
         **llama_arguments: everything that `llama_cpp.Llama` takes.
 
     Raises:
-        HookError: the llama.cpp or the model cannot be hooked, or not with so many sequences.
+        HookError: the llama.cpp or the model cannot be hooked.
+        SteeringError: n_batch or n_ctx is smaller than max_sequences.
     """
 
     def __init__(
@@ -103,6 +115,8 @@ class HookedLlama(llama_cpp.Llama):
         **llama_arguments: Any,
     ) -> None:
         load_native()
+        if max_sequences > 1:
+            _require_room(max_sequences, llama_arguments)
         self._max_sequences = max_sequences
         self._hook = _native.Hook()
         self._step_lock = threading.RLock()

@@ -283,6 +283,13 @@ def test_a_start_that_sequences_share_is_decoded_once(tiny_model, family, layers
                     np.testing.assert_allclose(found[site][layer][number], row, atol=tolerance)
 
 
+@pytest.mark.parametrize("sizes", [{"n_batch": 4}, {"n_ctx": 4}])
+def test_a_batch_too_small_for_its_sequences_is_refused(tiny_llama, sizes):
+    """llama.cpp itself would end the process."""
+    with pytest.raises(SteeringError, match="has no room"):
+        HookedLlama(tiny_llama, max_sequences=8, **{**ARGUMENTS, **sizes})
+
+
 def test_recurrent_models_take_one_sequence_at_a_time(tiny_model):
     with closing(HookedLlama(tiny_model("mamba"), max_sequences=2, **ARGUMENTS)) as llm:
         assert not llm.batches_sequences

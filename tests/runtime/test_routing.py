@@ -100,6 +100,24 @@ def test_a_gate_opens_where_it_should_and_the_answer_is_the_forced_one(
     assert gated[0] == forced[0]
 
 
+@pytest.mark.parametrize("n_batch", [4, 256])
+def test_a_gate_sees_its_layer_before_that_is_steered(tiny_llama, pack, n_batch):
+    """However many decodes the prompt takes, and whichever way the forced category gets in."""
+    prompt, router = PROMPTS["b"], pack.router
+    forced = SteeringPack({"a": vector(5, layers=[1]), "b": vector(2)}, router=router)
+    expected = dict(
+        zip("ab", router.probe_scores(mean_state(tiny_llama, prompt, router.layer)), strict=True)
+    )
+    arguments = {**ARGUMENTS, "n_batch": n_batch, "policy": {"gate": "probe"}}
+    asked = {"a": 3.0, "b": "auto"}
+    with closing(SteeredLlama(tiny_llama, pack=forced, **arguments)) as llm:
+        told = complete(llm, prompt, asked)[2]
+    assert told["scores"] == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    with Engine(tiny_llama, pack=forced, max_sequences=2, **arguments) as engine:
+        told = engine.submit(prompt=prompt, steering=asked, max_tokens=1).result()["steering"]
+    assert told["scores"] == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
 def test_a_closed_gate_leaves_the_answer_exactly_as_it_was(llm):
     off = complete(llm, PROMPTS[""], None)
     llm.reset()
