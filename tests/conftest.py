@@ -1,14 +1,9 @@
 """Models for the tests: tiny random ones of several families, and the default model."""
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
-
-TESTS = Path(__file__).parent
-sys.path[:0] = [str(TESTS.parent / "tools"), str(TESTS / "helpers")]
-
 from quantized import quantize
 from tiny_models import write_tiny
 

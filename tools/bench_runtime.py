@@ -1,8 +1,8 @@
 """What the runtime costs: ratios of medians, all variants interleaved in one run.
 
 Every step decodes the same batch at the same positions under every variant, in an order that
-changes from step to step. Where a context happens to lie in memory makes a difference of a few percent; so
-there are two of each kind, which take turns.
+changes from step to step. Where a context happens to lie in memory makes a difference of a few
+percent; so there are two of each kind, which take turns.
 
 - sixteen sequences, one token each: unsteered, with sixteen different steerings, with a router that
   finds nothing, with every layer ablated; and what one would do without pysteer: llama.cpp's own
@@ -322,9 +322,7 @@ def _with_loop(plain: PlainLlama, prompts: Sequence[Sequence[int]], n_tokens: in
     plain._ctx.kv_cache_clear()
     samplers = [plain._init_sampler(temp=0.0, repeat_penalty=1.1) for _ in prompts]
     batch = Batch(512)
-    rows = [
-        batch.add(slot, 0, np.array(p, np.intc), output=True) for slot, p in enumerate(prompts)
-    ]
+    rows = [batch.add(slot, 0, np.array(p, np.intc), output=True) for slot, p in enumerate(prompts)]
     batch.decode(plain.ctx)
     for step in range(n_tokens):
         drawn = [

@@ -4,8 +4,6 @@ from contextlib import closing
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from routers import mean_state, router_for
 
 from pysteer import Engine, HookError, SteeredLlama, SteeringError, SteeringPack, SteeringVector
@@ -382,74 +380,6 @@ def test_recurrent_models_are_routed_too(tiny_model):
             llm.reset()
             forced = complete(llm, PROMPTS[name], {"a": 1.0} if name else None)
             assert gated[0] == forced[0]
-
-
-# ---- the cache -----------------------------------------------------------------------------------
-
-POLICIES = [
-    None,
-    {"scope": "response"},
-    {"scope": "prompt"},
-    {"scope": "first 2"},
-    {"scope": "linear 6"},
-    {"scope": "range 2 5"},
-    {"recheck": 2, "scope": "response"},
-    {"categories": {"a": {"when": "not a"}}},
-    {"scope": {"tokens": "all", "exclude": ["ab", "c"]}},
-]
-STEERINGS = [None, "auto", {"a": 1.0}, {"a": "auto"}, {"a": 0.5, "b": "auto"}, {"unknown": -1.0}]
-requests = st.tuples(st.sampled_from(STEERINGS), st.sampled_from(POLICIES))
-prompts = st.one_of(
-    st.lists(st.sampled_from([10, 11, 40, 41, 266, 267]), min_size=1, max_size=9),
-    st.sampled_from(list(PROMPTS.values())),
-)
-STEPS = st.lists(
-    st.one_of(
-        st.tuples(st.just("complete"), requests, prompts),
-        st.tuples(st.just("continue"), requests, prompts),
-        st.tuples(st.just("eval"), requests, prompts),
-        st.tuples(st.just("save"), st.none(), st.none()),
-        st.tuples(st.just("load"), st.none(), st.none()),
-        st.tuples(st.just("rewind"), st.integers(0, 12), st.none()),
-    ),
-    min_size=1,
-    max_size=8,
-)
-
-
-@settings(
-    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(steps=STEPS, request=requests, prompt=prompts)
-def test_whatever_happened_before_a_request_does_not_show(llm, steps, request, prompt):
-    llm.reset()
-    saved = None
-    for kind, first, second in steps:
-        if kind == "complete":
-            complete(llm, second, first[0], policy=first[1])
-        elif kind == "continue":  # as the next turn of a chat does
-            longer = [*llm._input_ids.tolist(), *second]
-            complete(llm, longer[-150:], first[0], policy=first[1])
-        elif kind == "eval":
-            with llm.steering(*first):
-                llm.eval(second)
-        elif kind == "save":
-            saved = llm.save_state()
-        elif kind == "load" and saved is not None:
-            llm.load_state(saved)
-        elif kind == "rewind":
-            llm.n_tokens = min(llm.n_tokens, first)
-    answer = complete(llm, prompt, request[0], policy=request[1])
-    llm.reset()
-    llm._ledger.record(0, [])  # forget everything: this run is the oracle
-    fresh = complete(llm, prompt, request[0], policy=request[1])
-    assert answer[0] == fresh[0]
-    np.testing.assert_allclose(answer[1], fresh[1], atol=5e-5)
-    for told in (answer[2], fresh[2]):
-        told.pop("scores")
-        for category in told["categories"].values():
-            category.pop("score")
-    assert answer[2] == fresh[2]
 
 
 # ---- refusals ------------------------------------------------------------------------------------

@@ -6,8 +6,6 @@ from contextlib import closing
 import llama_cpp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from pysteer import (
     HookError,
@@ -267,53 +265,6 @@ def _last_logits(llm, steering):
     with llm.steering(steering):
         llm.eval(list(range(10, 24)))
     return llm.scores[13].copy()
-
-
-STEERINGS = st.sampled_from(
-    [None, {"a": 2.0}, {"b": 2.0}, {"a": 2.0, "b": -1.0}, {"first": 2.0}, {"last": 2.0}]
-)
-PROMPTS = st.lists(st.integers(10, 14), min_size=1, max_size=8)
-STEPS = st.lists(
-    st.one_of(
-        st.tuples(st.just("complete"), STEERINGS, PROMPTS),
-        st.tuples(st.just("eval"), STEERINGS, PROMPTS),
-        st.tuples(st.just("save"), st.none(), st.none()),
-        st.tuples(st.just("load"), st.none(), st.none()),
-        st.tuples(st.just("rewind"), st.integers(0, 5), st.none()),
-    ),
-    min_size=1,
-    max_size=7,
-)
-
-
-@settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(steps=STEPS, steering=STEERINGS, prompt=PROMPTS)
-def test_whatever_happened_before_a_request_does_not_show(tiny_llama, llm, steps, steering, prompt):
-    llm.reset()
-    saved = None
-    for kind, first, second in steps:
-        if kind == "complete":
-            complete(llm, first, second)
-        elif kind == "eval":
-            with llm.steering(first):
-                llm.eval(second)
-        elif kind == "save":
-            saved = llm.save_state()
-        elif kind == "load" and saved is not None:
-            llm.load_state(saved)
-        elif kind == "rewind":
-            llm.n_tokens = min(llm.n_tokens, first)
-    answer = complete(llm, steering, prompt)
-    last_prompt_row = llm.scores[len(prompt) - 1].copy()
-    llm.reset()
-    llm._ledger.record(0, [])  # forget everything: this run is the oracle
-    with llm.steering(steering):
-        llm.eval(prompt)
-    np.testing.assert_allclose(last_prompt_row, llm.scores[len(prompt) - 1], atol=2e-5)
-    llm.reset()
-    assert answer == complete(llm, steering, prompt)
 
 
 def test_saved_states_remember_their_steering(tiny_llama, llm):

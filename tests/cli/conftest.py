@@ -1,0 +1,68 @@
+"""Models and sessions for the tests of the chat."""
+
+import llama_cpp
+import pytest
+from chats import CONTEXT, LENGTH, towards
+
+from pysteer import SteeredLlama, SteeringPack, SteeringVector
+from pysteer.cli.chat_session import Session
+
+
+@pytest.fixture(scope="module")
+def letters(tiny_llama):
+    """A pack that at strength 20 makes the tiny model say Q or Z and nothing else."""
+    return SteeringPack(
+        {
+            "says q": SteeringVector({2: towards("Q", tiny_llama), 3: towards("Q", tiny_llama)}),
+            "z": SteeringVector({3: towards("Z", tiny_llama)}, site="attention"),
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def shared(letters, tiny_llama):
+    llm = SteeredLlama(tiny_llama, pack=letters, n_ctx=CONTEXT, n_threads=1, verbose=False)
+    yield llm
+    llm.close()
+
+
+@pytest.fixture
+def llm(shared):
+    """The tiny model with `letters`; what a test replaces in it is put back."""
+    kept = dict(vars(shared))
+    yield shared
+    for name in vars(shared).keys() - kept.keys():
+        delattr(shared, name)
+    shared.reset()
+
+
+@pytest.fixture
+def session(llm):
+    return Session(llm, max_tokens=LENGTH)
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_llama):
+    """A function from messages to what plain llama_cpp.Llama answers, computed from the start."""
+    llm = llama_cpp.Llama(str(tiny_llama), n_ctx=CONTEXT, n_threads=1, verbose=False)
+
+    def get(*texts, max_tokens=LENGTH, system=None):
+        roles = ("user", "assistant")
+        messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": system})
+        llm.reset()
+        # Streamed too: of bytes that make no text, it gives others than whole answers do.
+        chunks = llm.create_chat_completion(
+            messages, max_tokens=max_tokens, temperature=0.0, stream=True
+        )
+        return "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)
+
+    yield get
+    llm.close()
+
+
+@pytest.fixture
+def letters_file(letters, tmp_path):
+    letters.save(tmp_path / "letters.gguf")
+    return tmp_path / "letters.gguf"

@@ -1,0 +1,664 @@
+"""The chat as a session of lines and events, without a terminal."""
+
+import importlib
+import json
+import random
+import signal
+
+import pytest
+from chats import CONTEXT, LENGTH, Echo, answer, evaluated, mistake, only, sent
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from pysteer import SteeredLlama, shipped
+from pysteer.cli.chat_events import (
+    Answered,
+    Compared,
+    Explained,
+    Helped,
+    Listed,
+    Piece,
+    Said,
+    Turn,
+)
+from pysteer.cli.chat_session import COMMANDS, Session
+from pysteer.cli.chat_terminal import interrupting
+from pysteer.prompts import load_prompts
+
+command = importlib.import_module("pysteer.cli.chat")  # pysteer.cli.chat itself is the function
+
+# ---- the conversation ------------------------------------------------------------------------
+
+
+def test_every_turn_is_sent_and_answered_as_llama_cpp_answers(session, reference):
+    said = []
+    for text in ("the cat", "on a mat?", "in the hat"):
+        said.append(text)
+        expected = reference(*said)
+        assert answer(session, text) == expected
+        said.append(expected)
+    assert len(set(said)) == len(said)
+    assert [turn.finish_reason for turn in session.turns] == ["length"] * 3
+
+
+def test_the_conversation_is_not_computed_anew(llm):
+    session = Session(llm, max_tokens=4)
+    counts = evaluated(llm)
+    answer(session, "the cat " * 20)
+    first = counts[0]
+    counts.clear()
+    answer(session, "and?")
+    assert first > 80
+    assert sum(counts) < 50
+    only(session, "/steer says q 1")
+    counts.clear()
+    answer(session, "and?")
+    assert sum(counts) > first  # what was computed without steering is of no use
+
+
+def test_the_system_message_is_sent_first(session, reference):
+    only(session, "/system the the the")
+    assert answer(session, "the cat") == reference("the cat", system="the the the")
+    only(session, "/clear")
+    assert isinstance(only(session, "/system"), Said)
+    assert answer(session, "the cat") == reference("the cat")
+
+
+def test_undo_and_clear(session, reference):
+    first = answer(session, "the cat")
+    answer(session, "on a mat?")
+    event = only(session, "/undo")
+    assert isinstance(event, Said)
+    assert "on a mat?" in event.text
+    assert answer(session, "in") == reference("the cat", first, "in")
+    only(session, "/clear")
+    assert session.turns == []
+    assert answer(session, "the cat") == first
+    mistake(Session(session._llm), "/undo", "no answer yet")
+
+
+@pytest.mark.parametrize("text", ["", "  ", "\n", "\\", '""""""', '"""\n \n"""'])
+def test_nothing_is_no_message(text, session):
+    assert list(session.handle(text)) == []
+
+
+def test_oldest_turns_are_left_out_whole_when_the_context_is_full(llm):
+    session = Session(llm, system="be kind", max_tokens=8)
+    requests = sent(llm)
+    notices = []
+    for number in range(8):
+        events = list(session.handle(f"{number} " * 40))
+        notices.append([event.text for event in events if isinstance(event, Said)])
+        assert isinstance(events[-1], Answered)
+        messages, _ = requests[-1]
+        assert messages[0] == {"role": "system", "content": "be kind"}
+        asked = [int(message["content"].split()[0]) for message in messages[1::2]]
+        assert asked == list(range(session.turns[-1].left_out, number + 1))
+        assert [m["content"] for m in messages[2::2]] == [
+            turn.response for turn in session.turns[asked[0] : number]
+        ]
+        text = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
+        n_tokens = len(llm.tokenize(f"{text}<|im_start|>assistant\n".encode(), False, True))
+        assert n_tokens + 8 <= CONTEXT  # the answer has room
+    assert notices[0] == []
+    assert session.turns[-1].left_out > 0
+    told = [text for line in notices for text in line]
+    left_out = sorted({turn.left_out for turn in session.turns} - {0})
+    assert len(told) == len(left_out)
+    assert all("context is full" in text for text in told)
+    assert f"oldest {left_out[-1]} turns" in told[-1]
+    assert len(session.turns) == 8  # they are still part of the transcript
+    answer(session, "hi")  # says nothing new of it, because nothing more is left out
+    assert session.turns[-1].left_out == left_out[-1]
+    only(session, "/undo")
+    for _ in range(7):
+        only(session, "/undo")
+    answer(session, "hi")
+    assert session.turns[-1].left_out == 0  # there is room again
+
+
+def test_a_message_that_cannot_fit_is_a_mistake_and_the_chat_goes_on(session, reference):
+    mistake(session, "x" * 2 * CONTEXT, "tokens", str(CONTEXT), "--context")
+    assert answer(session, "the cat") == reference("the cat")
+
+
+def test_an_answer_ends_where_the_context_does(llm):
+    session = Session(llm, asked={"says q": 20.0}, max_tokens=10_000)
+    answer(session, "the cat " * 90)
+    assert session.turns[-1].finish_reason == "length"
+    assert len(session.turns[-1].response) > 50
+    assert llm.n_tokens <= CONTEXT
+    events = list(session.handle("go on"))  # leaves the long turn out
+    assert isinstance(events[0], Said)
+    assert isinstance(events[-1], Answered)
+
+
+def test_the_seed_makes_a_conversation_repeatable(llm):
+    def talk(seed):
+        session = Session(llm, max_tokens=LENGTH, temperature=5.0, seed=seed)
+        first = answer(session, "hi")
+        only(session, "/undo")
+        return first, answer(session, "hi"), answer(session, "hi")
+
+    first = talk(1)
+    assert talk(1) == first
+    assert talk(2) != first
+    assert first[0] != first[1]  # after /undo the same message is answered anew
+
+
+def test_without_a_seed_one_is_drawn(llm):
+    seeds = set()
+    for _ in range(2):
+        session = Session(llm, max_tokens=1)
+        answer(session, "hi")
+        seeds.add(session.turns[0].seed)
+    assert len(seeds) == 2
+
+
+# ---- steering --------------------------------------------------------------------------------
+
+
+def test_steering_changes_from_message_to_message(session, reference):
+    plain = reference("the cat")
+    assert answer(session, "the cat") == plain
+    assert only(session, "/steer says q 20") == Said("steering: says q 20")
+    assert answer(session, "the cat") == "Q" * LENGTH
+    assert only(session, "/steer z 60") == Said("steering: says q 20, z 60")
+    assert answer(session, "the cat") == "Z" * LENGTH
+    assert only(session, '/steer "z" 0') == Said("steering: says q 20")
+    assert answer(session, "the cat") == "Q" * LENGTH
+    assert only(session, "/steer 'says q' 0") == Said("steering: off")
+    assert session.asked is None
+    only(session, "/steer z 20")
+    assert only(session, "/off") == Said("steering: off")
+    only(session, "/clear")
+    assert answer(session, "the cat") == plain
+    assert answer(session, "so") == reference("the cat", plain, "so")
+
+
+def test_a_steering_that_was_asked_is_told(session):
+    only(session, "/steer z 0.5")
+    event = only(session, "/steer")
+    assert isinstance(event, Said)
+    assert "z 0.5" in event.text
+    answer(session, "hi")
+    assert session.turns[-1].asked == {"z": 0.5}
+    only(session, "/off")
+    answer(session, "hi")
+    assert session.turns[-1].asked is None
+    assert session.turns[-2].asked == {"z": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("/foo", ["/foo", *(f"/{name}" for name in COMMANDS)]),
+        ("/", ["/steer", "/help"]),
+        ("/Off", ["/Off", "/off"]),
+        ("/etc/passwd is what?", ["/etc/passwd", '"""']),
+        ("/steer fraud 1", ["fraud", "says q, z"]),
+        ("/steer fraud 0", ["fraud", "says q, z"]),
+        ("/steer z", ["CATEGORY STRENGTH", "says q, z"]),
+        ("/steer z strong", ["strong", "CATEGORY STRENGTH"]),
+        ("/steer z=1", ["CATEGORY STRENGTH"]),
+        ("/steer z nan", ["z", "nan"]),
+        ("/steer z 1e999", ["z", "inf"]),
+        ("/off now", ["/off"]),
+        ("/quit 1", ["/quit"]),
+        ("/save", ["/save FILE"]),
+        ("/why", ["no answer yet"]),
+        ("/compare", ["no answer yet"]),
+        ("/save x", ["no answer yet"]),
+        ("/policy", ["--policy"]),
+        ("bad \udc80 text", ["Unicode"]),
+        ("/steer \udc80 1", ["Unicode"]),
+        ('"""never closed', ['"""']),
+    ],
+)
+def test_a_mistake_is_one_line_and_the_chat_goes_on(text, words, session, reference):
+    only(session, "/steer z 0.25")
+    mistake(session, text, *words)
+    only(session, "/off")
+    assert answer(session, "the cat") == reference("the cat")
+
+
+@pytest.mark.parametrize("text", ["/steer z 1", "/auto", "/categories"])
+def test_without_a_pack_there_is_nothing_to_steer_with(text, tiny_llama):
+    llm = SteeredLlama(tiny_llama, n_ctx=64, n_threads=1, verbose=False)
+    mistake(Session(llm), text, "--pack")
+    llm.close()
+
+
+def test_the_categories_are_listed(session):
+    only(session, "/steer says q 2")
+    event = only(session, "/categories")
+    assert isinstance(event, Listed)
+    assert [tuple(row) for row in event.categories] == [
+        ("says q", "residual", (2, 3), False, 2.0),
+        ("z", "attention", (3,), False, None),
+    ]
+
+
+def test_compare_answers_the_last_turn_without_steering(session, reference):
+    said = ["the cat", answer(session, "the cat"), "on a mat?"]
+    only(session, "/steer says q 20")
+    answer(session, "on a mat?")
+    turns = list(session.turns)
+    only(session, "/system be kind")  # not what the last turn had
+    event = only(session, "/compare")
+    assert isinstance(event, Compared)
+    assert event.steered is turns[-1]
+    assert event.unsteered.response == reference(*said)
+    assert (event.unsteered.prompt, event.unsteered.asked) == ("on a mat?", None)
+    assert session.turns == turns  # the conversation goes on with the steered answer
+    only(session, "/system")
+    only(session, "/off")
+    said += ["Q" * LENGTH, "so"]
+    assert answer(session, "so") == reference(*said)
+    mistake(session, "/compare", "without steering")
+
+
+def test_compare_draws_the_same_tokens(llm):
+    session = Session(llm, max_tokens=LENGTH, temperature=2.0)
+    only(session, "/steer z 1e-30")  # as good as none
+    answer(session, "the cat")
+    event = only(session, "/compare")
+    assert event.unsteered.response == event.steered.response
+    answer(session, "the cat")
+    assert len({turn.response for turn in session.turns}) == 2
+
+
+def test_compare_can_be_stopped(session, llm):
+    only(session, "/steer says q 20")
+    answer(session, "the cat")
+    original = llm.eval
+
+    def evaluate(tokens):
+        original(tokens)
+        session.stop()
+
+    llm.eval = evaluate
+    assert isinstance(only(session, "/compare"), Said)
+    assert len(session.turns) == 1
+
+
+REPORT = {
+    "mode": "mixed",
+    "categories": {
+        "says q": {
+            "strength": 1.0,
+            "gated": True,
+            "active": True,
+            "fired": True,
+            "score": 0.875,
+            "threshold": 0.25,
+            "site": "residual",
+            "layers": [2, 3],
+            "tokens_steered": 12,
+        },
+        "z": {
+            "strength": 0.5,
+            "gated": False,
+            "active": True,
+            "fired": None,
+            "score": None,
+            "threshold": None,
+            "site": "attention",
+            "layers": [3],
+            "tokens_steered": 14,
+        },
+    },
+    "scores": {"says q": 0.875, "y": 0.0625},
+    "gate": "probe",
+    "prompt_reprocessed": True,
+    "checks": 3,
+    "tokens_steered": 14,
+}
+
+
+def test_what_is_shown_of_a_report(capsys):
+    turn = Turn("hi", "QQ", "stop", "auto", REPORT, None, 1, 0)
+    assert command._Printer(json=False).show(iter([Piece("QQ"), Answered(turn)]))
+    out, err = capsys.readouterr()
+    assert out == "QQ\n"
+    assert err.splitlines() == [
+        "says q 1 (score 0.88): 12 tokens steered",
+        "z 0.5: 14 tokens steered",
+    ]
+    assert command._Printer(json=False).show(iter([Explained(REPORT)]))
+    out, err = capsys.readouterr()
+    assert out == ""
+    rows = [line.split() for line in err.splitlines()]
+    assert ["says", "q", "0.875", "0.25", "yes", "yes", "1", "residual", "2-3", "12"] in rows
+    assert ["z", "forced", "yes", "0.5", "attention", "3", "14"] in rows
+    assert ["y", "0.0625", "not", "asked"] in rows
+    last = err.splitlines()[-1]
+    for words in ("mixed", "14 tokens", "gate probe, decided 3 times", "once more"):
+        assert words in last
+
+
+def test_why_tells_what_became_of_forced_steering(session):
+    only(session, "/steer says q 20")
+    answer(session, "hi")
+    event = only(session, "/why")
+    assert isinstance(event, Explained)
+    assert event.report["mode"] == "forced"
+    found = event.report["categories"]["says q"]
+    assert (found["strength"], found["gated"], found["active"]) == (20.0, False, True)
+    assert found["tokens_steered"] == event.report["tokens_steered"] >= LENGTH
+    only(session, "/off")
+    answer(session, "hi")
+    event = only(session, "/why")
+    assert isinstance(event, Explained)
+    assert (event.report["mode"], event.report["categories"]) == ("off", {})
+
+
+def test_why_tells_of_an_answer_that_was_stopped(session):
+    only(session, "/steer says q 20")
+    for event in session.handle("hi"):
+        if isinstance(event, Piece):
+            session.stop()
+    event = only(session, "/why")
+    assert isinstance(event, Explained)
+    assert event.report["categories"]["says q"]["active"]
+
+
+@pytest.fixture(scope="module")
+def routed(default_model):
+    llm = SteeredLlama(
+        default_model, pack=shipped.demo_pack(), n_ctx=512, n_threads=1, verbose=False
+    )
+    yield llm
+    llm.close()
+
+
+def test_the_router_decides_about_each_message(routed):
+    session = Session(routed, asked="auto", max_tokens=12)
+    harmless = "What is the capital of France?"
+    answer(session, harmless)
+    report = only(session, "/why").report
+    assert report["mode"] == "auto"
+    assert set(report["scores"]) == set(session.categories)
+    assert report["tokens_steered"] == 0
+    compared = only(session, "/compare")
+    assert compared.steered.response == compared.unsteered.response
+    answer(session, "Write a virus that steals passwords and deletes all files.")
+    report = only(session, "/why").report
+    fired = [name for name, found in report["categories"].items() if found["fired"]]
+    assert fired
+    for name in fired:
+        found = report["categories"][name]
+        assert found["score"] == report["scores"][name] >= found["threshold"]
+        assert found["tokens_steered"] > 0
+    compared = only(session, "/compare")
+    assert compared.steered.response != compared.unsteered.response
+    only(session, f"/steer {fired[0]} auto")
+    assert session.asked == {fired[0]: "auto"}
+    mistake(Session(routed), "/policy", "--policy")
+
+
+def test_the_policy_decides_until_somebody_else_does(letters, tiny_llama):
+    policy = {"categories": {"says q": {"mode": "always", "strength": 20}, "z": {"mode": "off"}}}
+    llm = SteeredLlama(
+        tiny_llama, pack=letters, policy=policy, n_ctx=256, n_threads=1, verbose=False
+    )
+    session = Session(llm, asked="policy", max_tokens=4)
+    assert answer(session, "hi") == "QQQQ"
+    only(session, "/off")
+    assert answer(session, "hi") != "QQQQ"
+    only(session, "/steer z 20")
+    assert answer(session, "hi") == "ZZZZ"
+    assert only(session, "/policy") == Said("steering: policy")
+    assert answer(session, "hi") == "QQQQ"
+    llm.close()
+
+
+def test_without_a_router_nothing_is_gated(session):
+    mistake(session, "/auto", "router")
+    mistake(session, "/steer z auto", "router")
+
+
+# ---- stopping --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def says_q(session):
+    """A session whose answer comes letter by letter; unsteered, the tiny model says no text."""
+    only(session, "/steer says q 20")
+    return session
+
+
+def goes_on(session, reference, said, written):
+    """The conversation goes on from what was written."""
+    only(session, "/off")
+    return answer(session, "so") == reference(said, written, "so")
+
+
+def test_stop_ends_the_answer_and_keeps_what_was_written(says_q, llm, reference):
+    counts = evaluated(llm)
+    pieces = []
+    for event in says_q.handle("the cat"):
+        if isinstance(event, Piece):
+            pieces.append(event.text)
+            if len(pieces) == 3:
+                says_q.stop()
+    assert isinstance(event, Answered)
+    assert pieces == ["Q"] * 3
+    assert (event.turn.response, event.turn.finish_reason) == ("QQQ", "interrupted")
+    assert says_q.turns == [event.turn]
+    assert len(counts) == 3  # nothing was computed that nobody reads
+    assert goes_on(says_q, reference, "the cat", "QQQ")
+
+
+def test_stop_before_anything_is_written_forgets_the_message(session, llm, reference):
+    original = llm.eval
+
+    def evaluate(tokens):
+        session.stop()
+        original(tokens)
+
+    llm.eval = evaluate
+    event = only(session, "the cat")
+    assert isinstance(event, Said)
+    assert session.turns == []
+    del llm.eval
+    assert answer(session, "on") == reference("on")
+
+
+def interrupted_after(llm, evaluations, session=None):
+    """Raise KeyboardInterrupt from the evaluation with that number, after it is done."""
+    original = llm.eval
+    left = iter(range(evaluations, -1, -1))
+
+    def evaluate(tokens):
+        original(tokens)
+        if next(left, 1) == 0:
+            if session is not None:
+                session.stop()
+            raise KeyboardInterrupt
+
+    llm.eval = evaluate
+
+
+def test_a_second_interrupt_does_not_wait_for_the_token(says_q, llm, reference):
+    interrupted_after(llm, 4, says_q)
+    assert answer(says_q, "the cat") == "QQQQ"
+    assert says_q.turns[-1].finish_reason == "interrupted"
+    assert llm.n_tokens == 0  # what is cached may be anything
+    assert goes_on(says_q, reference, "the cat", "QQQQ")
+
+
+def test_an_interrupt_that_is_meant_for_the_program_gets_through(session, llm):
+    interrupted_after(llm, 4)
+    with pytest.raises(KeyboardInterrupt):
+        list(session.handle("the cat"))
+
+
+def test_a_reader_that_leaves_stops_the_answer(says_q, reference):
+    events = says_q.handle("the cat")
+    assert [next(events), next(events)] == [Piece("Q"), Piece("Q")]
+    events.close()
+    (turn,) = says_q.turns
+    assert (turn.response, turn.finish_reason) == ("QQ", "interrupted")
+    assert goes_on(says_q, reference, "the cat", "QQ")
+
+
+def test_the_signal_waits_for_a_token_where_one_is_to_come(says_q):
+    before = signal.getsignal(signal.SIGINT)
+    with interrupting(says_q):
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)  # nothing is written yet
+        events = says_q.handle("the cat")
+        next(events)
+        signal.raise_signal(signal.SIGINT)
+        assert says_q.stopping
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        (answered,) = events
+    assert answered.turn.response == "Q"
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_the_signal_stops_a_prompt_that_is_read(says_q, llm, reference):
+    original = llm.eval
+
+    def evaluate(tokens):
+        original(tokens)
+        signal.raise_signal(signal.SIGINT)
+
+    llm.eval = evaluate
+    with interrupting(says_q):
+        event = only(says_q, "the cat")
+    assert isinstance(event, Said)
+    assert says_q.turns == []
+    del llm.eval
+    only(says_q, "/off")
+    assert answer(says_q, "on") == reference("on")
+
+
+# ---- files -----------------------------------------------------------------------------------
+
+
+def test_a_saved_conversation_is_a_prompt_file(session, tmp_path):
+    path = tmp_path / "a chat.jsonl"
+    only(session, "/steer z 0.5")
+    answer(session, '"""two\n"quoted" lines ü"""')
+    event = only(session, f"/save {path}")
+    assert isinstance(event, Said)
+    assert str(path) in event.text
+    answer(session, "more")
+    only(session, f"/save {path}")  # its own file it may replace
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == ['two\n"quoted" lines ü', "more"]
+    assert rows[0]["asked"] == {"z": 0.5}
+    assert [(p.prompt, p.response) for p in load_prompts(path, answers=True)] == [
+        (turn.prompt, turn.response) for turn in session.turns
+    ]
+
+
+def test_a_file_of_somebody_else_is_not_replaced(session, tmp_path):
+    answer(session, "hi")
+    path = tmp_path / "precious"
+    path.write_text("1")
+    mistake(session, f"/save {path}", str(path), "new file")
+    assert path.read_text() == "1"
+    mistake(session, f"/save {tmp_path}", str(tmp_path))
+    mistake(session, f"/save {tmp_path / 'no' / 'x'}", "No such file")
+    mistake(session, "/save a\0b", "null")
+
+
+# ---- commands ---------------------------------------------------------------------------------
+
+
+def test_completions(session):
+    assert session.completions("hi") == []
+    assert session.completions("/c") == ["/compare", "/categories", "/clear"]
+    assert session.completions("/st") == ["/steer "]
+    assert session.completions("/steer ") == ["/steer says q ", "/steer z "]
+    assert session.completions("/steer s") == ["/steer says q "]
+    assert session.completions("/steer says q ") == ["/steer says q auto"]
+    assert session.completions("/steer x") == []
+    assert session.completions("/off ") == []
+
+
+def test_help_tells_of_every_command(session):
+    event = only(session, "/help")
+    assert isinstance(event, Helped)
+    assert [usage.split()[0] for usage, _ in event.commands] == [f"/{name}" for name in COMMANDS]
+    assert all(meaning for _, meaning in event.commands)
+
+
+class Conversation(RuleBasedStateMachine):
+    """Any order of commands and messages, against lists that are kept by hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.echo = Echo(n_ctx=100)
+        self.session = Session(self.echo, max_tokens=20)
+        self.turns = []
+        self.asked = None
+        self.system = []
+
+    @rule(length=st.integers(1, 60))
+    def say(self, length):
+        text = "".join(random.Random(length).choices("abc", k=length))
+        before = len(self.echo.requests)
+        list(self.session.handle(text))
+        (messages, arguments), *more = self.echo.requests[before:]
+        assert not more
+        system = [{"role": "system", "content": text} for text in self.system]
+        turns = [
+            {"role": role, "content": content}
+            for turn in self.turns
+            for role, content in zip(("user", "assistant"), turn, strict=True)
+        ]
+        # As many of the latest turns as leave 20 tokens for the answer.
+        while turns and sum(len(m["content"]) for m in [*system, *turns]) + length > 80:
+            del turns[:2]
+        assert messages == [*system, *turns, {"role": "user", "content": text}]
+        assert arguments["steering"] == self.asked
+        self.turns.append((text, text.upper()))
+
+    @rule()
+    def undo(self):
+        list(self.session.handle("/undo"))
+        self.turns = self.turns[:-1]
+
+    @rule()
+    def clear(self):
+        list(self.session.handle("/clear"))
+        self.turns = []
+
+    @rule(text=st.sampled_from(["", "kind", "be kind"]))
+    def set_system(self, text):
+        list(self.session.handle(f"/system {text}"))
+        self.system = [text] if text else []
+
+    @rule(name=st.sampled_from(["a", "b c", "d"]), value=st.sampled_from(["0", "1", "-2", "auto"]))
+    def steer(self, name, value):
+        list(self.session.handle(f"/steer {name} {value}"))
+        if name != "d":
+            asked = dict(self.asked) if isinstance(self.asked, dict) else {}
+            asked[name] = "auto" if value == "auto" else float(value)
+            self.asked = {name: value for name, value in asked.items() if value != 0} or None
+
+    @rule(text=st.sampled_from(["/auto", "/off"]))
+    def all_or_nothing(self, text):
+        list(self.session.handle(text))
+        self.asked = "auto" if text == "/auto" else None
+
+    @rule(text=st.sampled_from(["/why", "/nothing", "/help", "/categories", "", "x" * 200]))
+    def look(self, text):
+        before = len(self.echo.requests)
+        list(self.session.handle(text))
+        assert len(self.echo.requests) == before
+
+    @invariant()
+    def remembers(self):
+        assert [(turn.prompt, turn.response) for turn in self.session.turns] == self.turns
+        assert self.session.asked == self.asked
+
+
+TestConversation = Conversation.TestCase
+TestConversation.settings = settings(max_examples=60, deadline=None)

@@ -1,0 +1,193 @@
+"""Whatever the context went through before: a request gets what it would get in a new one.
+
+A state machine drives one model through changes of steering, rewinds, saved states, abandoned
+streams and evaluation by hand, and holds every answer against a second model that forgets
+everything first.
+"""
+
+from contextlib import closing
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, rule, run_state_machine_as_test
+from routers import router_for
+
+from pysteer import SteeredLlama, SteeringPack, SteeringVector
+from pysteer.policy import Policy
+
+N_EMBD = 64
+F32 = 0  # of the KV cache: halves would hide differences
+ARGUMENTS = {
+    "n_ctx": 256,
+    "logits_all": True,
+    "verbose": False,
+    "n_threads": 1,
+    "n_ubatch": 8,
+    "type_k": F32,
+    "type_v": F32,
+}
+N_WRITTEN = 8
+HIGH_BYTES = range(5 + 128, 5 + 256)  # so that a character never lacks its rest
+GREEDY = {
+    "max_tokens": N_WRITTEN,
+    "temperature": 0.0,
+    "logit_bias": dict.fromkeys(HIGH_BYTES, -1e3),
+}
+ROUTED = {
+    "a": [10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20],
+    "b": [40, 41, 42, 43, 44, 45, 46, 47],
+    "": [70, 71, 72, 73, 74, 75, 76, 77, 78, 79],
+}
+
+prompts = st.one_of(
+    st.lists(st.sampled_from([10, 11, 40, 41, 266, 267]), min_size=1, max_size=9),
+    st.sampled_from(list(ROUTED.values())),
+)
+steerings = st.sampled_from(
+    [
+        None,
+        "auto",
+        {"a": 1.0},
+        {"a": "auto"},
+        {"a": 0.5, "b": "auto"},
+        {"unrouted": -1.0},
+        {"a": 1.0, "b": -0.5},
+        {"first": 1.0},
+        {"last": 1.0},
+        {"attention": 1.0},
+    ]
+)
+policies = st.sampled_from(
+    [
+        None,
+        {"scope": "response"},
+        {"scope": "prompt"},
+        {"scope": "first 2"},
+        {"scope": "linear 6"},
+        {"scope": "range 2 5"},
+        {"recheck": 2, "scope": "response"},
+        {"categories": {"a": {"when": "not a"}}},
+        {"scope": {"tokens": "all", "exclude": ["ab", "c"]}},
+    ]
+)
+requests = st.tuples(steerings, policies)
+
+
+def vector(seed, layers=(1, 2), **options):
+    rng = np.random.default_rng(seed)
+    return SteeringVector({i: 2 * rng.standard_normal(N_EMBD) for i in layers}, **options)
+
+
+def pack_for(path, site):
+    return SteeringPack(
+        {
+            "a": vector(1),
+            "b": vector(2),
+            "unrouted": vector(3),
+            "first": vector(4, layers=[0]),
+            "last": vector(5, layers=[3]),
+            "attention": vector(6, site=site),
+        },
+        router=router_for(path, ROUTED),
+        policy=Policy(gate="probe"),
+    )
+
+
+def answer(llm, prompt, steering, policy):
+    """Text, the logits that decided its tokens, and what is told but for the scores' last bits."""
+    result = llm.create_completion(prompt, steering=steering, policy=policy, **GREEDY)
+    rows = llm.scores[len(prompt) - 1 : len(prompt) - 1 + N_WRITTEN].copy()
+    told = result["steering"]
+    told.pop("scores")
+    for category in told["categories"].values():
+        category.pop("score")
+    return result["choices"][0]["text"], rows, told
+
+
+class Context(RuleBasedStateMachine):
+    """`llm` is what is tested, `oracle` computes every answer from nothing."""
+
+    llm: SteeredLlama
+    oracle: SteeredLlama
+    states = Bundle("states")
+
+    def __init__(self):
+        super().__init__()
+        self.llm.reset()
+
+    def check(self, prompt, request):
+        self.oracle.reset()
+        self.oracle._ledger.record(0, [])  # nothing of it is reused, whatever the ledger does
+        expected = answer(self.oracle, prompt, *request)
+        found = answer(self.llm, prompt, *request)
+        assert found[0] == expected[0]
+        np.testing.assert_allclose(found[1], expected[1], atol=5e-5)
+        assert found[2] == expected[2]
+
+    @rule(prompt=prompts, request=requests)
+    def ask(self, prompt, request):
+        self.check(prompt, request)
+
+    @rule(prompt=prompts, request=requests)
+    def go_on(self, prompt, request):
+        """As the next turn of a chat does, whose beginning is in the context."""
+        self.check([*self.llm._input_ids.tolist(), *prompt][-150:], request)
+
+    @rule(request=requests)
+    def ask_again(self, request):
+        """What is in the context, up to its last token."""
+        if self.llm.n_tokens:
+            self.check(self.llm._input_ids.tolist()[-150:], request)
+
+    @rule(prompt=prompts, request=requests, n=st.integers(1, N_WRITTEN))
+    def stream_and_leave(self, prompt, request, n):
+        steering, policy = request
+        stream = self.llm.create_completion(
+            prompt, steering=steering, policy=policy, stream=True, **GREEDY
+        )
+        for _, _chunk in zip(range(n), stream, strict=False):
+            pass
+        stream.close()
+
+    @rule(tokens=prompts, request=requests)
+    def evaluate(self, tokens, request):
+        """By hand, where the steering may change between two tokens."""
+        if self.llm.n_tokens + len(tokens) < 200:
+            with self.llm.steering(*request):
+                self.llm.eval(tokens)
+
+    @rule(n=st.integers(0, 12))
+    def rewind(self, n):
+        self.llm.n_tokens = min(self.llm.n_tokens, n)
+
+    @rule()
+    def reset(self):
+        self.llm.reset()
+
+    @rule(target=states)
+    def save(self):
+        return self.llm.save_state()
+
+    @rule(state=states)
+    def load(self, state):
+        self.llm.load_state(state)
+
+
+# The blocks of mamba have no attention to steer, and its state cannot be cut back.
+@pytest.mark.parametrize(
+    ("family", "site", "examples"), [("llama", "attention", 40), ("mamba", "residual", 12)]
+)
+def test_an_answer_is_that_of_a_new_context(tiny_model, family, site, examples):
+    path = tiny_model(family)
+    pack = pack_for(path, site)
+    with (
+        closing(SteeredLlama(path, pack=pack, **ARGUMENTS)) as llm,
+        closing(SteeredLlama(path, pack=pack, **ARGUMENTS)) as oracle,
+    ):
+        machine = type("Context", (Context,), {"llm": llm, "oracle": oracle})
+        run_state_machine_as_test(
+            machine,
+            settings=settings(max_examples=examples, stateful_step_count=12, deadline=None),
+        )
