@@ -470,13 +470,14 @@ def test_every_mistake_in_a_file_is_told_with_its_line(tmp_path, text, message):
         ("scope: !x {}\n", ", line 1, scope: the tag '!x' is not taken"),
         ("scope: !!python/object:os.system []\n", ", line 1, scope: the tag "),
         (
-            "gate: cast\nscope: " + "[" * 100_000,
+            "gate: cast\nscope: " + "[" * 500,
             ", line 2, scope.0.0.0.0.0.0.0: nested more than 8",
         ),
         (
-            "gate: cast\nscope: " + "{a: " * 1000,
+            "gate: cast\nscope: " + "{a: " * 500,
             ", line 2, scope.a.a.a.a.a.a.a: nested more than 8",
         ),
+        ("gate: cast\nscope: " + "[" * 100_000, ", line 2"),  # some versions of libyaml refuse it
         ("gate: cast\n---\ngate: cast\n", ", line 2: a second document begins"),
         ("gate: cast\nscope: [1,\n", ", line 2: not YAML: "),
         ("gate: cast\n\tscope: all\n", ", line 2: not YAML: "),

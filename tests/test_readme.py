@@ -83,5 +83,7 @@ def test_commands(folder, command):
         check=False,
         env={**os.environ, "COLUMNS": "100"},
     )
-    assert (result.returncode, result.stderr) == (0, "")
+    assert result.returncode == 0, result.stderr
+    routed = "--steer auto" in command
+    assert result.stderr == ("the router found: malware\n" if routed else "")
     assert result.stdout.strip()

@@ -151,8 +151,8 @@ def test_mamba_has_a_residual_and_nothing_else(tiny_model):
     vector = SteeringVector({1: np.ones(N_EMBD)}, site="attention")
     pack = SteeringPack({"c": vector})
     with closing(SteeredLlama(tiny_model("mamba"), pack=pack, **ARGUMENTS)) as llm:
-        with llm.steering({"c": 1.0}), pytest.raises(HookError, match="no site attention"):
-            llm.eval(TOKENS)
+        with pytest.raises(HookError, match="site attention of layers"):
+            llm.create_completion(TOKENS, steering={"c": 1.0})
         llm.eval(TOKENS)  # the refusal leaves the model usable
         assert llm.n_tokens == len(TOKENS)
 
