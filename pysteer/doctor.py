@@ -109,6 +109,7 @@ def diagnose(
         "logits_all": True,
         "verbose": False,
         "n_threads": n_threads,
+        "n_threads_batch": n_threads,
         "n_gpu_layers": n_gpu_layers,
     }
     on_step("find the sites")

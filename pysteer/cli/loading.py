@@ -12,7 +12,11 @@ from pysteer.runtime.steered import SteeredLlama
 
 
 def load_steered(model: str, pack: SteeringPack | Path | None, **arguments: Any) -> SteeredLlama:
-    """A `SteeredLlama`, quiet, with llama.cpp's own load failures as a SteeringError."""
+    """A `SteeredLlama`, quiet, with llama.cpp's own load failures as a SteeringError.
+
+    `n_threads` holds for prompts, too, for which llama-cpp-python takes all cores otherwise.
+    """
+    arguments.setdefault("n_threads_batch", arguments.get("n_threads"))
     try:
         return SteeredLlama(model, pack=pack, verbose=False, **arguments)
     except SteeringError:

@@ -117,7 +117,8 @@ class SteeredLlama(HookedLlama):
                 self._policy,
                 n_layer=self.n_layer,
                 n_embd=self.n_embd(),
-                sites=self.sites,
+                # Of a vocabulary alone nothing was probed, and there is no pack that could need it.
+                sites=None if llama_arguments.get("vocab_only") else self.sites,
                 mode=mode,
             )
         except SteeringError:

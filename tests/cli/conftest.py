@@ -21,7 +21,9 @@ def letters(tiny_llama):
 
 @pytest.fixture(scope="module")
 def shared(letters, tiny_llama):
-    llm = SteeredLlama(tiny_llama, pack=letters, n_ctx=CONTEXT, n_threads=1, verbose=False)
+    llm = SteeredLlama(
+        tiny_llama, pack=letters, n_ctx=CONTEXT, n_threads=1, n_threads_batch=1, verbose=False
+    )
     yield llm
     llm.close()
 
@@ -44,7 +46,9 @@ def session(llm):
 @pytest.fixture(scope="module")
 def reference(tiny_llama):
     """A function from messages to what plain llama_cpp.Llama answers, computed from the start."""
-    llm = llama_cpp.Llama(str(tiny_llama), n_ctx=CONTEXT, n_threads=1, verbose=False)
+    llm = llama_cpp.Llama(
+        str(tiny_llama), n_ctx=CONTEXT, n_threads=1, n_threads_batch=1, verbose=False
+    )
 
     def get(*texts, max_tokens=LENGTH, system=None):
         roles = ("user", "assistant")

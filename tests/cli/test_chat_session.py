@@ -225,7 +225,7 @@ def test_a_mistake_is_one_line_and_the_chat_goes_on(text, words, session, refere
 
 @pytest.mark.parametrize("text", ["/steer z 1", "/auto", "/categories"])
 def test_without_a_pack_there_is_nothing_to_steer_with(text, tiny_llama):
-    llm = SteeredLlama(tiny_llama, n_ctx=64, n_threads=1, verbose=False)
+    llm = SteeredLlama(tiny_llama, n_ctx=64, n_threads=1, n_threads_batch=1, verbose=False)
     mistake(Session(llm), text, "--pack")
     llm.close()
 
@@ -367,7 +367,12 @@ def test_why_tells_of_an_answer_that_was_stopped(session):
 @pytest.fixture(scope="module")
 def routed(default_model):
     llm = SteeredLlama(
-        default_model, pack=shipped.demo_pack(), n_ctx=512, n_threads=1, verbose=False
+        default_model,
+        pack=shipped.demo_pack(),
+        n_ctx=512,
+        n_threads=1,
+        n_threads_batch=1,
+        verbose=False,
     )
     yield llm
     llm.close()
@@ -401,7 +406,13 @@ def test_the_router_decides_about_each_message(routed):
 def test_the_policy_decides_until_somebody_else_does(letters, tiny_llama):
     policy = {"categories": {"says q": {"mode": "always", "strength": 20}, "z": {"mode": "off"}}}
     llm = SteeredLlama(
-        tiny_llama, pack=letters, policy=policy, n_ctx=256, n_threads=1, verbose=False
+        tiny_llama,
+        pack=letters,
+        policy=policy,
+        n_ctx=256,
+        n_threads=1,
+        n_threads_batch=1,
+        verbose=False,
     )
     session = Session(llm, asked="policy", max_tokens=4)
     assert answer(session, "hi") == "QQQQ"

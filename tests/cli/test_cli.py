@@ -214,7 +214,7 @@ def letters(tmp_path, tiny_llama):
 
 def reference(path, prompt, *, chat):
     """What plain llama_cpp.Llama answers."""
-    llm = llama_cpp.Llama(str(path), n_ctx=256, n_threads=1, verbose=False)
+    llm = llama_cpp.Llama(str(path), n_ctx=256, n_threads=1, n_threads_batch=1, verbose=False)
     common = {"max_tokens": 12, "temperature": 0.0, "stream": True}
     try:
         if not chat:

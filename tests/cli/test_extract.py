@@ -122,7 +122,9 @@ def test_it_writes_a_pack_that_loads_steers_and_can_be_looked_at(extract, cli, f
     assert all(vector.layers == (1, 3) for vector in pack.categories.values())
     assert set(pack.router.categories) == {"hate", "malware"}
 
-    llm = SteeredLlama(tiny_llama, pack=files["--output"], n_ctx=256, n_threads=1, verbose=False)
+    llm = SteeredLlama(
+        tiny_llama, pack=files["--output"], n_ctx=256, n_threads=1, n_threads_batch=1, verbose=False
+    )
     with closing(llm):
 
         def logits(steering):

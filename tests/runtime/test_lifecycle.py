@@ -13,7 +13,13 @@ import pytest
 
 from pysteer import SteeredLlama, SteeringError, SteeringPack, SteeringVector
 
-ARGUMENTS = {"n_ctx": 64, "logits_all": True, "verbose": False, "n_threads": 1}
+ARGUMENTS = {
+    "n_ctx": 64,
+    "logits_all": True,
+    "verbose": False,
+    "n_threads": 1,
+    "n_threads_batch": 1,
+}
 PACK = SteeringPack(
     {
         "residual": SteeringVector({i: np.full(64, 0.5) for i in (1, 2, 3)}),

@@ -18,6 +18,7 @@ ARGUMENTS = {
     "logits_all": True,
     "verbose": False,
     "n_threads": 1,
+    "n_threads_batch": 1,
     "n_ubatch": 8,
     "type_k": F32,
     "type_v": F32,

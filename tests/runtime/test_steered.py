@@ -18,7 +18,13 @@ from pysteer import (
 )
 
 N_LAYER, N_EMBD = 4, 64
-ARGUMENTS = {"n_ctx": 256, "logits_all": True, "verbose": False, "n_threads": 1}
+ARGUMENTS = {
+    "n_ctx": 256,
+    "logits_all": True,
+    "verbose": False,
+    "n_threads": 1,
+    "n_threads_batch": 1,  # which is all cores otherwise
+}
 # Tokens of single bytes above 0x7f: llama_cpp.Llama waits for the rest of such a character and
 # does not count meanwhile, and a random model never stops.
 HIGH_BYTES = range(5 + 128, 5 + 256)
