@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <exception>
+#include <limits>
 #include <utility>
 
 #include "operators.hpp"
@@ -19,6 +20,7 @@ class RowAccess {
         return type_ == FloatType::f32 || type_ == FloatType::f16 || type_ == FloatType::bf16;
     }
     std::size_t element_size() const noexcept { return type_ == FloatType::f32 ? 4 : 2; }
+    float most() const noexcept { return type_ == FloatType::f16 ? 65504.0f : std::numeric_limits<float>::max(); }
 
     // The row itself where it is float32, else a copy in `scratch`.
     float * load(char * row, float * scratch, std::size_t width) const noexcept {
@@ -247,8 +249,9 @@ bool Hook::choose_resident() {
     for (const Row & row : rows_) {
         insists = insists || (row.sequence != nullptr && row.sequence->plan().way() == Way::resident);
     }
-    // A gate looks at its layer before that is steered, which the resident way would have done already.
-    bool can = first != nullptr && first->plan().way() != Way::hooked && gates_.empty();
+    // A gate looks at its layer before that is steered, which the resident way would have done already. And nothing
+    // sees what the graph adds by itself, so it must not be able to add too much.
+    bool can = first != nullptr && first->plan().way() != Way::hooked && first->plan().stays_finite() && gates_.empty();
     const auto same = [&](const Row & row) {
         if (row.sequence == nullptr || row.sequence->shared_plan() != first->shared_plan()) {
             return false;
@@ -266,7 +269,8 @@ bool Hook::choose_resident() {
     }
     if (insists && !can) {
         throw std::invalid_argument(
-            "llama.cpp's control vector holds the same residual of layers >= 1 for all rows, and nothing else");
+            "llama.cpp's control vector holds the same residual of layers >= 1 for all rows, of less than 1e38, and "
+            "nothing else");
     }
     return can;
 }
@@ -456,6 +460,12 @@ void Hook::treat(const Tensor * node, Site site, std::size_t layer) {
                     summed_for_ = nullptr;
                 }
                 if (active_[at] != 0 && !resident_ && row.sequence != nullptr && steer(row, site, layer, values)) {
+                    if (!(largest(values, n_embd_) <= access.most())) {
+                        // In the KV cache it would reach every sequence: a weight of 0 times infinity is no number.
+                        fail("steering makes the hidden state not finite at " + named(site, layer) +
+                             "; lower the strength");
+                        std::fill(values, values + n_embd_, 0.0f);
+                    }
                     access.store(bytes, values, n_embd_);
                 }
                 if (captures_here) {  // after steering: what the next block reads

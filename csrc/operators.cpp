@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstdint>
+#include <cstring>
 
 namespace pysteer {
 namespace {
@@ -52,6 +54,20 @@ void rotate(const Operator & op, const float * rows, float strength, float * h, 
 }
 
 }  // namespace
+
+float largest(const float * values, std::size_t count) noexcept {
+    // The bits of floats without their sign are in the order of the values, infinity and NaN last; and a maximum of
+    // integers can be taken in vector registers.
+    int32_t most = 0;
+    for (std::size_t i = 0; i < count; ++i) {
+        int32_t bits = 0;
+        std::memcpy(&bits, values + i, sizeof bits);
+        most = std::max(most, bits & 0x7fffffff);
+    }
+    float found = 0.0f;
+    std::memcpy(&found, &most, sizeof found);
+    return found;
+}
 
 void apply(const Operator & op, const float * rows, std::size_t n_rows, float strength, float * h, std::size_t width,
            double * scratch) noexcept {

@@ -58,6 +58,9 @@ inline void accumulate(double * sums, const float * row, std::size_t width) noex
     }
 }
 
+// The largest absolute value; infinity or NaN if any value is.
+float largest(const float * values, std::size_t count) noexcept;
+
 // Applies any operator to h. `rows` holds n_rows rows of `width` values: unit rows for ablate and clamp, two
 // orthonormal ones for rotate. `scratch` has room for n_rows values.
 void apply(const Operator & op, const float * rows, std::size_t n_rows, float strength, float * h, std::size_t width,

@@ -44,6 +44,12 @@ void Plan::add(Term term, Site site, const int32_t * layers, std::size_t n_layer
         term.only_control_vector = term.only_control_vector && site == Site::residual && layers[k] > 0;
     }
     term.only_control_vector = term.only_control_vector && term.op.sums();
+    float factor = 1.0f;
+    for (const float value : term.scope.values) {
+        factor = std::max(factor, std::fabs(value));
+    }
+    bound_ += static_cast<double>(std::fabs(term.strength)) * static_cast<double>(factor) *
+              static_cast<double>(largest(rows, n_layers * n_rows * n_embd_)) * static_cast<double>(n_layers);
     uniform_ = uniform_ && !term.gated() && term.exclude_bit < 0 && term.scope.kind == Scope::Kind::all;
     uses_products_ = uses_products_ || site != Site::residual;
     most_rows_ = std::max(most_rows_, n_rows);

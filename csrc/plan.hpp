@@ -86,6 +86,8 @@ class Plan {
     // Whether every token of every sequence gets the same: nothing gated, excluded or limited to some tokens.
     bool uniform() const noexcept { return uniform_; }
     bool fits_resident() const noexcept;
+    // Whether additions alone, however many layers they meet in, cannot take an activation past float32.
+    bool stays_finite() const noexcept { return bound_ < 1e38; }
     // Whether a term acts, or the gate looks, at the sites attention or mlp.
     bool uses_products() const noexcept { return uses_products_; }
 
@@ -101,6 +103,7 @@ class Plan {
     std::vector<std::shared_ptr<const void>> owners_;
     std::vector<std::vector<Op>> ops_;  // per place, in the order of the terms
     std::size_t most_rows_ = 0;
+    double bound_ = 0.0;  // of what all additions together add to a value
     bool uniform_ = true;
     bool uses_products_ = false;
     std::shared_ptr<const Gate> gate_;

@@ -206,7 +206,7 @@ class KvCache:
         """Cut a sequence back to `length` tokens, or to none if it cannot be; tells to how many."""
         if length >= len(slot.cells):
             return len(slot.cells)
-        if not self._rewinds:
+        if not self._rewinds or (length and not self._memory.is_whole(slot.number)):
             length = 0
         self._memory.cut(slot.number, length)
         cells = slot.cells[length:]
@@ -220,6 +220,12 @@ class KvCache:
         self._unheld += [
             cell for cell, holders in zip(cells, held.tolist(), strict=True) if not holders
         ]
+        return length
+
+    def recover(self, slot: Slot, length: int) -> int:
+        """As `cut`, after a failed decode: what it left in the memory is in no cell of ours."""
+        length = self.cut(slot, length)
+        self._memory.cut(slot.number, length)
         return length
 
     def evict(self, n: int) -> bool:

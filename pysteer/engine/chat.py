@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, cast
+from contextlib import AbstractContextManager
+from typing import Any, TypeAlias, cast
 
 from llama_cpp import Llama
 
-from pysteer.engine.errors import EngineClosedError
 from pysteer.engine.handle import Chunk, Completion
 from pysteer.errors import SteeringError
+
+Kept: TypeAlias = Callable[[], AbstractContextManager[None]]
 
 _CHAT = inspect.signature(Llama.create_chat_completion)
 _COMPLETION = inspect.signature(Llama.create_completion)
@@ -48,17 +50,16 @@ def completion_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
 class _Vocabulary:
     """What handlers may ask a model, remembered so that it can be said again after its end."""
 
-    def __init__(self, llm: Llama, is_open: Callable[[], bool]) -> None:
+    def __init__(self, llm: Llama, kept: Kept) -> None:
         self._llm = llm
-        self._is_open = is_open
+        self._kept = kept
         self._answers: dict[Any, Any] = {}
 
     def ask(self, method: str, *args: Any, **kwargs: Any) -> Any:
         key = (method, repr(args), repr(sorted(kwargs.items())))
         if key not in self._answers:
-            if not self._is_open():
-                raise EngineClosedError("the engine is closed; create a new one")
-            self._answers[key] = getattr(self._llm, method)(*args, **kwargs)
+            with self._kept():
+                self._answers[key] = getattr(self._llm, method)(*args, **kwargs)
         return self._answers[key]
 
 
@@ -113,7 +114,7 @@ class ChatShape:
     Args:
         llm: the model, for its chat handler and vocabulary.
         arguments: those of `create_chat_completion`.
-        is_open: whether the model may still be asked anything.
+        kept: keeps the model from being freed while it is asked something.
 
     Raises:
         SteeringError: arguments that `create_chat_completion` does not have, or a handler that
@@ -121,12 +122,10 @@ class ChatShape:
         Exception: what else the handler raises over these messages.
     """
 
-    def __init__(
-        self, llm: Llama, arguments: Mapping[str, Any], *, is_open: Callable[[], bool]
-    ) -> None:
+    def __init__(self, llm: Llama, arguments: Mapping[str, Any], *, kept: Kept) -> None:
         self._llm = llm
         self._arguments = bind(_CHAT, arguments)
-        self._vocabulary = _Vocabulary(llm, is_open)
+        self._vocabulary = _Vocabulary(llm, kept)
         self.completion: dict[str, Any] = {}
         """The arguments of `create_completion` that the handler arrived at."""
 

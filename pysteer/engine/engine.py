@@ -7,12 +7,13 @@ import random
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any
 
 from pysteer.engine.chat import ChatShape, completion_arguments
 from pysteer.engine.handle import Handle, PlainShape, Shape
-from pysteer.engine.request import Request
+from pysteer.engine.request import Request, check_prompt
 from pysteer.engine.scheduler import EngineStatistics, Scheduler
 from pysteer.engine.text import Pieces
 from pysteer.errors import SteeringError
@@ -27,6 +28,16 @@ _NOT_HERE = {
     "logprobs": "the engine gives no log-probabilities; use SteeredLlama",
     "suffix": "the engine writes after a prompt only; use SteeredLlama",
 }
+
+
+class _SharedLlama(HookedLlama):
+    """One whose memory belongs to many sequences."""
+
+    def reset(self) -> None:
+        """Nothing: what a failed decode has left there is for the scheduler to take away.
+
+        `Llama.reset` would take away the state of all sequences of a recurrent or hybrid model.
+        """
 
 
 class Engine:
@@ -78,23 +89,24 @@ class Engine:
             pack = SteeringPack.load(pack)
         read = read_policy(policy)
         llama_arguments.setdefault("n_ctx", 512 * max_sequences)
-        llm = HookedLlama(model_path, max_sequences=max_sequences, **llama_arguments)
+        llm = _SharedLlama(model_path, max_sequences=max_sequences, **llama_arguments)
         try:
             if pack is not None:
                 pack.check_fits(llm.base_model)
             self._compiler = PlanCompiler(
                 pack, read, n_layer=llm.n_layer, n_embd=llm.n_embd(), sites=llm.sites
             )
-            scheduler = Scheduler(llm, max_queue=max_queue, prompt_share=prompt_share)
+            self._llm = llm
+            self._pieces = Pieces(llm)
+            self._seeds = random.Random(llm._seed)
+            self._lock = threading.Lock()
+            self._scheduler = Scheduler(llm, max_queue=max_queue, prompt_share=prompt_share)
         except BaseException:
             llm.close()
             raise
-        self._llm = llm
-        self._pieces = Pieces(llm)
-        self._scheduler = scheduler
-        self._seeds = random.Random(llm._seed)
-        self._lock = threading.Lock()
-        self._finaliser = weakref.finalize(self, _stop, scheduler)
+        # For an engine that nobody closes. Does not wait for the end: the collector may call it in
+        # a thread that holds a lock which the scheduler needs for that.
+        self._finaliser = weakref.finalize(self, self._scheduler.stop, drain=False)
 
     @property
     def pack(self) -> SteeringPack | None:
@@ -141,18 +153,15 @@ class Engine:
         if arguments.pop("stream", False):
             raise SteeringError("stream: iterate over what submit returns")
         for name, reason in _NOT_HERE.items():
-            if arguments.get(name):
+            if arguments.get(name) is not None and arguments[name] is not False:
                 raise SteeringError(f"{name}: {reason}")
-        self._scheduler.enter()
-        try:
+        with self._scheduler.kept():
             request = self._request(messages, prompt, steering, policy, arguments)
-        finally:
-            self._scheduler.leave()
-        try:
-            self._scheduler.put(request, timeout)
-        except BaseException:
-            request.sampler.close()
-            raise
+            try:
+                self._scheduler.put(request, timeout)
+            except BaseException:
+                request.sampler.close()
+                raise
         return request.handle
 
     def _request(
@@ -163,12 +172,13 @@ class Engine:
         policy: PolicyLike | None,
         arguments: dict[str, Any],
     ) -> Request:
+        # What is made here outlives an engine that nobody closes, so it must not refer to it.
         llm = self._llm
         shape: Shape
         user = None
         if messages is not None:
             given = {**arguments, "messages": list(messages)}
-            shape = chat = ChatShape(llm, given, is_open=lambda: self._scheduler.open)
+            shape = chat = ChatShape(llm, given, kept=self._scheduler.kept)
             completion = chat.completion
             user = last_user_text(messages)
         else:
@@ -185,6 +195,7 @@ class Engine:
             if seed is None:
                 seed = self._seeds.randint(0, 2**32 - 1)
         tokens = _prompt_tokens(llm, completion["prompt"])
+        check_prompt(tokens, n_vocab=llm.n_vocab(), length_limit=llm.n_ctx())
         echo = completion["echo"] and isinstance(completion["prompt"], str)
         return Request(
             llm,
@@ -194,7 +205,7 @@ class Engine:
             seed=seed,
             pieces=self._pieces,
             steering=SequenceSteering(
-                plan, tokens, user=user, n_positions=llm.n_ctx(), piece=self._piece
+                plan, tokens, user=user, n_positions=llm.n_ctx(), piece=partial(_piece, llm)
             ),
             handle=Handle(
                 model=completion["model"] or llm.model_path,
@@ -202,9 +213,6 @@ class Engine:
                 echo=completion["prompt"] if echo else "",
             ),
         )
-
-    def _piece(self, token: int) -> bytes:
-        return self._llm.detokenize([token], special=True)
 
     def close(self, *, drain: bool = False) -> None:
         """End: running and waiting requests as cancelled, or, with `drain`, when they are done.
@@ -228,11 +236,8 @@ class Engine:
         self.close(drain=error is None)
 
 
-def _stop(scheduler: Scheduler) -> None:
-    """For an engine that nobody closed."""
-    scheduler.stop(drain=False)
-    if threading.current_thread() is not scheduler.thread:
-        scheduler.thread.join()
+def _piece(llm: HookedLlama, token: int) -> bytes:
+    return llm.detokenize([token], special=True)
 
 
 def _prompt_tokens(llm: HookedLlama, prompt: str | Sequence[int]) -> list[int]:

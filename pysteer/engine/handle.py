@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 from pysteer.engine.text import FinishReason
+from pysteer.errors import SteeringError
 
 Completion = dict[str, Any]
 Chunk = dict[str, Any]
@@ -74,6 +75,7 @@ class Handle:
         self._error: BaseException | None = None
         self._result: dict[str, Any] | None = None
         self._on_cancel: Callable[[], None] | None = None
+        self._decodes_in: threading.Thread | None = None
         self.cancelled = False
 
     # ---- the caller's side -------------------------------------------------------------------
@@ -106,6 +108,8 @@ class Handle:
                 was is raised here.
         """
         with self._changed:
+            if not self.done:
+                self._require_other_thread()
             if not self._changed.wait_for(lambda: self.done, timeout):
                 raise TimeoutError(f"not done after {timeout} seconds")
             if self._error is not None:
@@ -130,9 +134,10 @@ class Handle:
 
     # ---- the scheduler's side ----------------------------------------------------------------
 
-    def attach(self, wake: Callable[[], None]) -> None:
-        """Call `wake` when the request is cancelled."""
+    def attach(self, wake: Callable[[], None], thread: threading.Thread) -> None:
+        """Call `wake` when the request is cancelled. `thread` is the one that decodes."""
         self._on_cancel = wake
+        self._decodes_in = thread
 
     def push(self, text: str) -> None:
         """More text was written."""
@@ -142,16 +147,18 @@ class Handle:
 
     def finish(self, end: End) -> None:
         """It ended."""
-        with self._changed:
-            self._end = end
-            self._on_cancel = None
-            self._changed.notify_all()
+        self._close(end, None)
 
     def fail(self, error: BaseException) -> None:
         """It ended with an error."""
+        self._close(None, error)
+
+    def _close(self, end: End | None, error: BaseException | None) -> None:
         with self._changed:
-            self._error = error
-            self._on_cancel = None
+            if self.done:  # the first end holds
+                return
+            self._end, self._error = end, error
+            self._on_cancel = self._decodes_in = None
             self._changed.notify_all()
 
     # ---- dictionaries ------------------------------------------------------------------------
@@ -182,6 +189,7 @@ class Handle:
         while True:
             with self._changed:
                 while len(self._texts) == read and not self.done:
+                    self._require_other_thread()
                     self._changed.wait()
                 fresh = self._texts[read:]
                 end, error = self._end, self._error
@@ -193,6 +201,13 @@ class Handle:
             if end is not None:
                 yield {**self._head(), "choices": [_choice("", end.finish_reason)]}
                 return
+
+    def _require_other_thread(self) -> None:
+        if threading.current_thread() is self._decodes_in:
+            raise SteeringError(
+                "a logits processor or stopping criterion is a callback of the thread that "
+                "decodes, which would wait here for itself; wait in another thread"
+            )
 
     def _head(self) -> dict[str, Any]:
         return {

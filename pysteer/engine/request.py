@@ -16,13 +16,31 @@ from pysteer.errors import SteeringError
 from pysteer.runtime.sequence import SequenceSteering
 
 
+def check_prompt(prompt: Sequence[int], *, n_vocab: int, length_limit: int) -> None:
+    """See to it that a prompt can be decoded. llama.cpp ends the process over some that cannot.
+
+    Raises:
+        SteeringError: it is empty, too long, or has tokens that there are not.
+    """
+    if not prompt:
+        raise SteeringError("the prompt is empty, and this model has no token to begin with")
+    if len(prompt) >= length_limit:
+        raise SteeringError(
+            f"the prompt is {len(prompt)} tokens long, and the context takes {length_limit}, "
+            "text included; pass a larger n_ctx or a shorter prompt"
+        )
+    bad = [token for token in prompt if not 0 <= token < n_vocab]
+    if bad:
+        raise SteeringError(f"there is no token {bad[0]}; 0 to {n_vocab - 1} are")
+
+
 class Request:
     """A request and everything it remembers between two decodes, whether it has a slot or not.
 
     Args:
         llm: the model.
         arguments: those of `create_completion`, all of them.
-        prompt: the prompt's tokens, at least one.
+        prompt: the prompt's tokens; see `check_prompt`.
         length_limit: how many tokens, prompt and text together, the context takes.
         seed: of the sampler.
         pieces: the model's vocabulary.
@@ -45,16 +63,6 @@ class Request:
         steering: SequenceSteering,
         handle: Handle,
     ) -> None:
-        if not prompt:
-            raise SteeringError("the prompt is empty, and this model has no token to begin with")
-        if len(prompt) >= length_limit:
-            raise SteeringError(
-                f"the prompt is {len(prompt)} tokens long, and the context takes {length_limit}, "
-                "text included; pass a larger n_ctx or a shorter prompt"
-            )
-        bad = [token for token in prompt if not 0 <= token < llm._n_vocab]
-        if bad:
-            raise SteeringError(f"there is no token {bad[0]}; 0 to {llm._n_vocab - 1} are")
         room = length_limit - len(prompt)
         wanted = arguments["max_tokens"]
         stop = arguments["stop"]
@@ -67,6 +75,8 @@ class Request:
         self.slot: Slot | None = None
         self.order = 0
         """Older requests have smaller numbers."""
+        self.alone_until = 0
+        """Until so many of its tokens are decoded, they are so in batches of its own."""
         self.steering = steering
         self.handle = handle
         self.stopping_criteria = arguments["stopping_criteria"]
@@ -83,6 +93,11 @@ class Request:
     def pending(self) -> int:
         """How many tokens are to be decoded before the next can be drawn."""
         return self.n_tokens - self.n_past
+
+    @property
+    def alone(self) -> bool:
+        """Whether its next tokens belong in a batch of its own."""
+        return self.n_past < self.alone_until
 
     def tokens(self, start: int, stop: int) -> Tokens:
         """A view of its tokens, prompt and text."""
@@ -108,16 +123,20 @@ class Request:
     def finish(self, reason: FinishReason) -> None:
         """End it; what was written so far is the text."""
         self.sampler.close()
+        try:
+            end = End(
+                text=self.writing.text,
+                finish_reason=reason,
+                prompt_tokens=self.n_prompt,
+                completion_tokens=len(self.writing.tokens),
+                steering=self.steering.report(self.n_past).to_dict(),
+            )
+        except Exception as error:  # a defect of ours, which must not keep it from ending
+            self.handle.fail(error)
+            return
         rest = self.writing.take_rest()
         if rest:
             self.handle.push(rest)
-        end = End(
-            text=self.writing.text,
-            finish_reason=reason,
-            prompt_tokens=self.n_prompt,
-            completion_tokens=len(self.writing.tokens),
-            steering=self.steering.report(self.n_past).to_dict(),
-        )
         self.handle.finish(end)
 
     def fail(self, error: BaseException) -> None:

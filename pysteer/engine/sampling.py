@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -30,6 +31,39 @@ OPTIONS = (
     "mirostat_tau",
 )
 """Arguments of `create_completion` that go to the sampler as they are."""
+
+
+class Candidates:
+    """All tokens with their logits, in the form that llama.cpp's samplers take.
+
+    One for all requests: `llama_sampler_sample` would keep as much for each, which is 12 bytes per
+    token of the vocabulary.
+    """
+
+    def __init__(self, n_vocab: int) -> None:
+        # As llama_token_data: id, logit, probability; two matrices, because numpy copies records
+        # one by one.
+        self._tokens = np.zeros((n_vocab, 3), np.int32)
+        self._logits = self._tokens.view(np.float32)[:, 1]
+        self._unsorted = np.zeros((n_vocab, 3), np.int32)
+        self._unsorted[:, 0] = np.arange(n_vocab)
+        self._array = llama_cpp.llama_token_data_array()
+        self._data: Any = ctypes.cast(
+            self._tokens.ctypes.data, ctypes.POINTER(llama_cpp.llama_token_data)
+        )
+
+    def draw(self, chain: Any, context: Any, row: int) -> int:
+        """What a chain of samplers makes of the logits of the batch's row `row`."""
+        array, n_vocab = self._array, len(self._tokens)
+        logits = llama_cpp.llama_get_logits_ith(context, row)
+        np.copyto(self._tokens, self._unsorted)  # samplers sort
+        self._logits[:] = np.ctypeslib.as_array(logits, shape=(n_vocab,))
+        array.data, array.size, array.selected, array.sorted = self._data, n_vocab, -1, False
+        llama_cpp.llama_sampler_apply(chain, ctypes.byref(array))
+        assert array.selected >= 0
+        token = int(array.data[array.selected].id)
+        llama_cpp.llama_sampler_accept(chain, token)
+        return token
 
 
 class _Host:
@@ -94,24 +128,25 @@ class Sampler:
             try:
                 for processor in processors:
                     scores = processor(tokens, scores)
+                scores = np.asarray(scores, np.single)
                 if scores.shape != before.shape:
                     raise SteeringError(
                         f"a logits processor returned shape {scores.shape}, not {before.shape}"
                     )
-            except BaseException as error:
+            except BaseException as error:  # not only an Exception: nothing may be lost here
                 self._error = error
                 return before
             return scores
 
         return process
 
-    def sample(self, context: Any, row: int) -> int:
+    def sample(self, candidates: Candidates, context: Any, row: int) -> int:
         """Draw the token after the batch's row `row`.
 
         Raises:
-            Exception: whatever one of the request's logits processors raised.
+            BaseException: whatever one of the request's logits processors raised.
         """
-        token: int = llama_cpp.llama_sampler_sample(self._chain.sampler, context, row)
+        token = candidates.draw(self._chain.sampler, context, row)
         if self._error is not None:
             error, self._error = self._error, None
             raise error

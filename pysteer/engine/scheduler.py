@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
+import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -15,15 +18,20 @@ from pysteer.engine.batch import Batch
 from pysteer.engine.cache import KvCache, LlamaMemory
 from pysteer.engine.errors import EngineBusyError, EngineClosedError
 from pysteer.engine.request import Request
+from pysteer.engine.sampling import Candidates
 from pysteer.engine.text import FinishReason
 from pysteer.errors import HookError
 from pysteer.hooked import HookedLlama
 
 _NO_ROOM = 1  # llama_decode: no cells for this batch; nothing was changed
 
+_CLOSED = "the engine is closed; create a new one"
+
 _HEADROOM = 16  # cells left for each running sequence to go on, when another is admitted
 
 _log = logging.getLogger(__name__)
+
+_all: weakref.WeakSet[Scheduler] = weakref.WeakSet()
 
 
 @dataclass
@@ -82,6 +90,7 @@ class Scheduler:
             rewinds=not self._one_by_one,
         )
         self._batch = Batch(llm.n_batch)
+        self._candidates = Candidates(llm.n_vocab())
         self._active: list[Request] = []  # in the order of their age
         self._preempted: list[Request] = []  # likewise; they go before the queue
         self._statistics = EngineStatistics()
@@ -96,6 +105,7 @@ class Scheduler:
         self._cancelling = False
         self.thread = threading.Thread(target=self._run, name="pysteer-engine", daemon=True)
         self.thread.start()
+        _all.add(self)
 
     # ---- called by other threads -------------------------------------------------------------
 
@@ -104,21 +114,23 @@ class Scheduler:
         """Whether requests are accepted."""
         return not self._stopping and not self._draining
 
-    def enter(self) -> None:
-        """Keep the model from being freed until `leave`.
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Keep the model from being freed meanwhile.
 
         Raises:
-            EngineClosedError: it was stopped.
+            EngineClosedError: it is free, or about to be.
         """
         with self._changed:
-            self._require_open()
+            if self._stopping:
+                raise EngineClosedError(_CLOSED)
             self._users += 1
-
-    def leave(self) -> None:
-        """The model may be freed again."""
-        with self._changed:
-            self._users -= 1
-            self._changed.notify_all()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._users -= 1
+                self._changed.notify_all()
 
     def put(self, request: Request, timeout: float | None) -> None:
         """Queue a request, waiting for room up to `timeout` seconds; None is as long as it takes.
@@ -127,6 +139,8 @@ class Scheduler:
             EngineBusyError: there was none.
             EngineClosedError: it was stopped.
         """
+        if threading.current_thread() is self.thread:
+            timeout = 0  # in a callback of some request: nobody else makes room
         with self._changed:
             if not self._changed.wait_for(
                 lambda: not self.open or len(self._queue) < self._max_queue, timeout
@@ -135,10 +149,11 @@ class Scheduler:
                     f"{len(self._queue)} requests are waiting, and no more may; try again later, "
                     "or make the engine with a larger max_queue"
                 )
-            self._require_open()
+            if not self.open:
+                raise EngineClosedError(_CLOSED)
             request.order = self._next_order
             self._next_order += 1
-            request.handle.attach(self.wake)
+            request.handle.attach(self.wake, self.thread)
             self._queue.append(request)
             self._changed.notify_all()
 
@@ -165,13 +180,10 @@ class Scheduler:
                 waiting=len(self._queue) + len(self._preempted),
             )
 
-    def _require_open(self) -> None:
-        if not self.open:
-            raise EngineClosedError("the engine is closed; create a new one")
-
     # ---- the thread --------------------------------------------------------------------------
 
     def _run(self) -> None:
+        failure: BaseException | None = None
         try:
             while self._wait():
                 try:
@@ -180,8 +192,10 @@ class Scheduler:
                     _log.exception("the engine's scheduler failed")
                     for request in list(self._active):
                         self._fail(request, error)
-        finally:
-            self._end()
+        except BaseException as error:  # not even that can be done
+            _log.exception("the engine's scheduler broke down")
+            failure = error
+        self._end(failure)
 
     def _wait(self) -> bool:
         """Wait for work; False when there is none and will be none."""
@@ -193,14 +207,17 @@ class Scheduler:
                 self._changed.wait()
             return not self._stopping
 
-    def _end(self) -> None:
+    def _end(self, failure: BaseException | None) -> None:
         with self._changed:
             self._draining = self._stopping = True
             queued = list(self._queue)
             self._queue.clear()
             self._changed.notify_all()
         for request in [*self._active, *self._preempted, *queued]:
-            request.finish("cancelled")
+            if failure is None:
+                request.finish("cancelled")
+            else:
+                request.fail(failure)
         self._active.clear()
         self._preempted.clear()
         with self._changed:
@@ -211,10 +228,17 @@ class Scheduler:
         self._end_cancelled()
         self._admit()
         runs = self._choose()
-        if not runs or not self._make_room(sum(run.n for run in runs)):
+        while runs and not self._make_room(sum(run.n for run in runs)):
+            runs = self._choose()  # of those that are left; nobody is admitted before they go on
+        if not runs:
             return
-        for group in [[run] for run in runs] if self._one_by_one else [runs]:
-            self._decode(group)
+        together = []
+        for run in runs:
+            if self._one_by_one or run.request.alone:
+                self._decode([run])
+            else:
+                together.append(run)
+        self._decode(together)
 
     def _end_cancelled(self) -> None:
         with self._changed:
@@ -237,39 +261,46 @@ class Scheduler:
     def _admit(self) -> None:
         """Give slots to those that wait, in their order, as long as their tokens fit."""
         while len(self._active) < len(self._cache.slots):
-            if self._preempted:
-                request = self._preempted[0]
-            else:
-                with self._changed:
-                    if not self._queue:
-                        return
-                    request = self._queue[0]
-            n = request.n_tokens
-            limit = min(
-                n - 1, request.steering.first_to_decode
-            )  # the last token's logits are needed
-            place = self._cache.find(request.tokens(0, n), request.steering.keys(0, n), limit)
-            assert place is not None
-            needed = n - place.reused + place.cells
-            needed += sum(min(_HEADROOM, other.writing.remaining) for other in self._active)
-            if self._active and needed > self._cache.available:
-                return
-            if self._preempted:
-                self._preempted.pop(0)
-            else:
-                with self._changed:
-                    self._queue.popleft()
-                    self._changed.notify_all()
-            request.n_past = place.reused
-            request.slot = self._cache.open(place, request.content)
-            request.steering.restart()
-            self._statistics.tokens_reused += place.reused
-            self._active.append(request)
-            self._active.sort(key=lambda request: request.order)
+            with self._changed:
+                waiting = self._preempted or self._queue
+                if not waiting:
+                    return
+                request = waiting[0]
             try:
-                self._llm._set_sequence(request.slot.number, request.steering.native)
-            except HookError as error:
+                if not self._place(request):
+                    return
+            except Exception as error:
+                self._remove_waiting(request)
                 self._fail(request, error)
+
+    def _place(self, request: Request) -> bool:
+        """Give a slot to one that waits; False if its tokens do not fit now."""
+        n = request.n_tokens
+        limit = min(n - 1, request.steering.first_to_decode)  # the last token's logits are needed
+        place = self._cache.find(request.tokens(0, n), request.steering.keys(0, n), limit)
+        assert place is not None
+        needed = n - place.reused + place.cells
+        needed += sum(
+            other.pending + min(_HEADROOM, other.writing.remaining) for other in self._active
+        )
+        if self._active and needed > self._cache.available:
+            return False
+        self._remove_waiting(request)
+        request.n_past = place.reused
+        request.slot = self._cache.open(place, request.content)
+        self._active.append(request)
+        self._active.sort(key=lambda request: request.order)
+        request.steering.restart()
+        self._statistics.tokens_reused += place.reused
+        self._llm._set_sequence(request.slot.number, request.steering.native)
+        return True
+
+    def _remove_waiting(self, request: Request) -> None:
+        with self._changed:
+            for waiting in (self._preempted, self._queue):
+                if request in waiting:
+                    waiting.remove(request)
+            self._changed.notify_all()
 
     def _make_room(self, n: int) -> bool:
         """See to `n` unheld cells. False if a sequence had to go for it: choose anew then."""
@@ -305,12 +336,13 @@ class Scheduler:
         request.finish(reason)
 
     def _fail(self, request: Request, error: BaseException) -> None:
-        slot = request.slot
-        assert slot is not None
-        self._cache.cut(slot, 0)  # nobody knows what it holds
-        request.n_past = 0
-        self._release(request)
-        request.fail(error)
+        try:
+            if request.slot is not None:
+                self._cache.recover(request.slot, 0)  # nobody knows what it holds
+                request.n_past = 0
+                self._release(request)
+        finally:
+            request.fail(error)
 
     # ---- decoding ----------------------------------------------------------------------------
 
@@ -336,6 +368,8 @@ class Scheduler:
 
     def _decode(self, runs: Sequence[_Run]) -> None:
         runs = [run for run in runs if run.request.slot is not None]
+        if not runs:
+            return
         rows: list[int] = []
         described: list[tuple[int, int, int, int]] = []
         self._batch.clear()
@@ -357,8 +391,12 @@ class Scheduler:
             self._relieve(1)
             return
         except Exception as error:
-            for request, _ in runs:
-                self._fail(request, error)
+            if len(runs) == 1:
+                self._fail(runs[0].request, error)
+            else:  # whose fault it is shows when each has a batch of its own
+                _log.info("a batch of %d sequences failed: %s", len(runs), error)
+                for run in runs:
+                    self._set_apart(run)
             return
         self._statistics.decodes += 1
         self._statistics.tokens_decoded += sum(run.n for run in runs)
@@ -370,16 +408,27 @@ class Scheduler:
             if request.pending == 0:
                 try:
                     self._draw(request, row)
-                except Exception as error:  # of a stopping criterion or a logits processor
+                # Of a stopping criterion or a logits processor, and not only an Exception: nothing
+                # that one request's callback does may end the others.
+                except BaseException as error:
                     self._fail(request, error)
+
+    def _set_apart(self, run: _Run) -> None:
+        """Take back a failed decode of one of its sequences, which is to be decoded alone then."""
+        request = run.request
+        assert request.slot is not None
+        request.alone_until = request.n_past + run.n
+        kept = min(request.n_past, request.steering.first_to_decode)
+        request.n_past = self._cache.recover(request.slot, kept)
 
     def _draw(self, request: Request, row: int) -> None:
         """Draw the next token of a request from the logits of the batch's row `row`."""
         if request.steering.wants_reprocess:
             assert request.slot is not None
             changed = request.steering.hold(request.n_past)
-            request.n_past = self._cache.cut(request.slot, changed)
-            return
+            if changed < request.n_past:
+                request.n_past = self._cache.cut(request.slot, changed)
+                return
         if request.stopping_criteria is not None:
             logits = np.ctypeslib.as_array(
                 self._llm._ctx.get_logits_ith(row), shape=(self._llm._n_vocab,)
@@ -387,7 +436,7 @@ class Scheduler:
             if request.stopping_criteria(request.tokens(0, request.n_past), logits):
                 self._finish(request, "stop")
                 return
-        token = request.sampler.sample(self._llm.ctx, row)
+        token = request.sampler.sample(self._candidates, self._llm.ctx, row)
         ended = request.writing.add(token)
         if ended is not None:
             self._finish(request, ended)
@@ -399,3 +448,13 @@ class Scheduler:
             self._finish(request, "length")
             return
         request.append(token)
+
+
+@atexit.register
+def _stop_all() -> None:
+    """The interpreter must not end while a thread is in llama.cpp."""
+    left = list(_all)
+    for scheduler in left:
+        scheduler.stop(drain=False)
+    for scheduler in left:
+        scheduler.thread.join()

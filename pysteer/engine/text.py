@@ -7,6 +7,7 @@ every token; here a token costs the same however much was written before.
 from __future__ import annotations
 
 import codecs
+from array import array
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -57,7 +58,7 @@ class Writing:
         bos_first: bool = False,
     ) -> None:
         self._pieces = pieces
-        self._prompt = prompt
+        self._prompt = () if pieces.in_context is None else prompt
         self._stop = [s.encode("utf-8") for s in stop]
         self._longest_stop = max(map(len, self._stop), default=0)
         self._max_tokens = max_tokens
@@ -68,7 +69,7 @@ class Writing:
         # Some sentencepiece models begin a text with a space, which is taken off.
         self._leading_space = pieces.in_context is None
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="ignore")
-        self.tokens: list[int] = [pieces.bos] if bos_first else []
+        self.tokens = array("i", [pieces.bos] if bos_first else [])
 
     @property
     def remaining(self) -> int:

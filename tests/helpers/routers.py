@@ -11,7 +11,8 @@ HALVES_ARE_NOT_ENOUGH = {"type_k": 0, "type_v": 0}  # a KV cache of float32
 
 
 def mean_state(path, tokens, layer, span=None, site="residual"):
-    arguments = {"n_ctx": 256, "verbose": False, "n_threads": 1, **HALVES_ARE_NOT_ENOUGH}
+    threads = {"n_threads": 1, "n_threads_batch": 1}
+    arguments = {"n_ctx": 256, "verbose": False, **threads, **HALVES_ARE_NOT_ENOUGH}
     with closing(HookedLlama(path, **arguments)) as llm:
         return llm.capture(tokens, sites=[site], layers=[layer], pool="mean", span=span)[site][
             layer

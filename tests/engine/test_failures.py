@@ -1,0 +1,327 @@
+"""What goes wrong ends the request that it belongs to, with its own error, and nothing else."""
+
+import asyncio
+import threading
+
+import llama_cpp
+import numpy as np
+import pytest
+from serving import (
+    ARGUMENTS,
+    GREEDY,
+    PROMPTS,
+    TOO_STRONG,
+    outcome,
+    pack_for,
+    random_requests,
+    solo_answers,
+    text,
+)
+
+from pysteer import Engine, HookError, SteeringError
+from pysteer.engine import EngineClosedError
+
+REQUEST = {"prompt": PROMPTS[""], "max_tokens": 6, "steering": None, **GREEDY}
+
+
+@pytest.fixture
+def engine(tiny_llama):
+    with Engine(
+        tiny_llama, pack=pack_for(tiny_llama), max_sequences=4, max_queue=4, **ARGUMENTS
+    ) as engine:
+        yield engine
+
+
+class Faulty:
+    """An object one of whose methods raises instead of doing its work, as often as asked."""
+
+    def __init__(self, what, method, error):
+        self._what = what
+        self._method = method
+        self._error = error
+        self.left = 0
+        self.raised = 0
+
+    def __getattr__(self, name):
+        found = getattr(self._what, name)
+        if name != self._method or self.left == 0:
+            return found
+        self.left -= 1
+        self.raised += 1
+        return self._fail
+
+    def _fail(self, *_):
+        raise self._error
+
+
+def how_it_ended(handle):
+    try:
+        return outcome(handle.result(30))
+    except SteeringError as error:
+        return str(error)
+
+
+def held_up(engine):
+    """Hold the scheduler in a decode, so that what is submitted meanwhile meets it in one step.
+
+    Returns the handle of that decode's request, and the way to let it go on.
+    """
+    batch = engine._scheduler._batch
+    decode, started, go_on = batch.decode, threading.Event(), threading.Event()
+
+    def waiting(context):
+        started.set()
+        assert go_on.wait(30)
+        return decode(context)
+
+    batch.decode = waiting
+    handle = engine.submit(prompt=[5], max_tokens=1, **GREEDY)
+    assert started.wait(30)
+
+    def release():
+        batch.decode = decode
+        go_on.set()
+
+    return handle, release
+
+
+# ---- in a decode ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_batch", [512, 8])
+def test_a_steering_that_is_too_strong_spoils_nobody_elses_answer(tiny_llama, n_batch):
+    """Neither in the same batch nor later, by what is no number in cells that were let go."""
+    requests = random_requests(24, seed=5)
+    solo = solo_answers(tiny_llama, requests)
+    arguments = {**ARGUMENTS, "n_ctx": 1024, "n_batch": n_batch}
+    with Engine(tiny_llama, pack=pack_for(tiny_llama), max_sequences=6, **arguments) as engine:
+        handles, bad = [], []
+        for k, request in enumerate(requests):
+            handles.append(engine.submit(**request))
+            if k % 4 == 0:
+                steering = TOO_STRONG[k // 4 % len(TOO_STRONG)]
+                asked = {**request, "steering": steering, "policy": None}
+                bad.append(engine.submit(**asked))
+        assert list(map(how_it_ended, handles)) == list(map(outcome, solo))
+        assert all("not finite" in how_it_ended(handle) for handle in bad)
+
+
+@pytest.mark.parametrize("family", ["llama", "mamba", "lfm2"])
+def test_nothing_of_a_failed_prompt_stays_in_the_memory_of_its_slot(tiny_model, family):
+    path = tiny_model(family)
+    requests = random_requests(6, seed=2)
+    solo = solo_answers(path, requests)
+    with Engine(path, pack=pack_for(path), max_sequences=1, **ARGUMENTS) as engine:
+        for request, alone, steering in zip(requests, solo, 2 * TOO_STRONG, strict=True):
+            with pytest.raises(HookError, match="not finite"):
+                engine.submit(**{**REQUEST, "steering": steering}).result()
+            assert outcome(engine.submit(**request).result()) == outcome(alone)
+
+
+@pytest.mark.parametrize("family", ["mamba", "lfm2"])
+def test_a_failure_leaves_the_state_of_other_sequences_alone(tiny_model, family):
+    """Of recurrent blocks, whose states are all that is known of what the others have read."""
+    path = tiny_model(family)
+    request = {**REQUEST, "max_tokens": 40, "logit_bias": None}
+    [alone] = solo_answers(path, [request])
+    failures = []
+    with Engine(path, pack=pack_for(path), max_sequences=4, **ARGUMENTS) as engine:
+
+        def submit_some(tokens, logits):
+            if len(tokens) % 5 == 0 and len(failures) < len(TOO_STRONG):
+                steering = TOO_STRONG[len(failures)]
+                failures.append(engine.submit(**{**REQUEST, "steering": steering}))
+            return logits
+
+        running = engine.submit(**request, logits_processor=[submit_some])
+        assert outcome(running.result()) == outcome(alone)
+        assert len(failures) == len(TOO_STRONG)
+        assert all("not finite" in how_it_ended(handle) for handle in failures)
+
+
+def test_a_batch_that_llama_cpp_cannot_decode_is_decoded_in_parts(engine, tiny_llama):
+    """Only a request that cannot be decoded by itself either has failed."""
+    requests = random_requests(4, seed=7)
+    solo = solo_answers(tiny_llama, requests)
+    first, release = held_up(engine)
+    handles = [engine.submit(**request) for request in requests]
+    engine._scheduler._batch = faulty = Faulty(engine._scheduler._batch, "decode", OSError("mine"))
+    faulty.left = 1
+    release()
+    assert first.result()
+    assert list(map(how_it_ended, handles)) == list(map(outcome, solo))
+    assert faulty.raised == 1
+    faulty.left = 100
+    with pytest.raises(OSError, match="mine"):
+        engine.submit(**REQUEST).result()
+    assert faulty.raised == 2
+    faulty.left = 0
+    assert text(engine.submit(**REQUEST).result())
+
+
+# ---- in what the caller gave ---------------------------------------------------------------------
+
+
+class _Outcome(BaseException):
+    """Like those by which pytest skips a test and asyncio cancels a task."""
+
+
+@pytest.mark.parametrize("where", ["logits_processor", "stopping_criteria"])
+@pytest.mark.parametrize("error", [ZeroDivisionError, SystemExit, asyncio.CancelledError, _Outcome])
+def test_a_callback_that_raises_ends_its_own_request_only(engine, where, error):
+    def broken(tokens, logits):
+        raise error("mine")
+
+    other = engine.submit(**{**REQUEST, "max_tokens": 30})
+    bad = engine.submit(**REQUEST, **{where: [broken] if where[0] == "l" else broken})
+    for _ in range(2):
+        with pytest.raises(error, match="mine"):
+            bad.result(30)
+        with pytest.raises(error, match="mine"):
+            list(bad)
+    assert other.result(30)["usage"]["completion_tokens"] == 30
+    assert text(engine.submit(**REQUEST).result(30))
+
+
+@pytest.mark.parametrize(
+    ("returned", "error"),
+    [
+        (None, SteeringError),
+        ("nonsense", ValueError),
+        (np.zeros(3), SteeringError),
+        (np.full(320, "a"), ValueError),
+    ],
+    ids=["none", "text", "too short", "no numbers"],
+)
+def test_a_logits_processor_that_returns_no_logits_is_an_error(engine, returned, error):
+    processors = llama_cpp.LogitsProcessorList([lambda tokens, logits: returned])
+    request = {**REQUEST, "logit_bias": None, "logits_processor": processors}
+    with pytest.raises(error):
+        engine.submit(**request).result(30)
+
+
+def test_a_callback_cannot_wait_for_its_own_engine(engine):
+    """Which would wait for ever: it is called by the thread that decodes."""
+    caught = []
+
+    def attempt(what):
+        try:
+            what()
+        except SteeringError as error:
+            caught.append(str(error))
+
+    def criterion(tokens, logits):
+        handles = []
+        attempt(lambda: [handles.append(engine.submit(**REQUEST)) for _ in range(9)])
+        attempt(handles[0].result)
+        attempt(lambda: next(iter(handles[0])))
+        for handle in handles:
+            handle.cancel()
+        return True
+
+    engine.submit(**REQUEST, stopping_criteria=criterion).result(30)
+    assert [("max_queue" in message) for message in caught] == [True, False, False]
+    assert all("callback" in message for message in caught[1:])
+    assert text(engine.submit(**REQUEST).result(30))
+
+
+def test_a_callback_may_close_its_engine(tiny_llama):
+    engine = Engine(tiny_llama, max_sequences=2, **ARGUMENTS)
+    other = engine.submit(**{**REQUEST, "max_tokens": 400})
+    handle = engine.submit(**REQUEST, stopping_criteria=lambda tokens, logits: engine.close())
+    for ended in (handle, other):
+        assert ended.result(30)["choices"][0]["finish_reason"] == "cancelled"
+    engine.close()
+
+
+# ---- in the engine itself ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("part", "method"),
+    [("_cache", "find"), ("_cache", "open"), ("_cache", "take"), ("_cache", "rest")],
+)
+def test_a_defect_of_the_engine_loses_no_request(engine, part, method, caplog):
+    scheduler = engine._scheduler
+    first, release = held_up(engine)
+    handles = [first, *[engine.submit(**REQUEST) for _ in range(4)]]
+    faulty = Faulty(getattr(scheduler, part), method, HookError("a defect"))
+    setattr(scheduler, part, faulty)
+    faulty.left = 1
+    release()
+    ends = list(map(how_it_ended, handles))
+    assert "a defect" in ends
+    assert all(end == "a defect" or end[1] == "length" for end in ends)
+    assert faulty.raised == 1
+    assert scheduler.thread.is_alive()
+    assert text(engine.submit(**REQUEST).result(30)), "it goes on"
+
+
+def test_a_scheduler_that_breaks_down_ends_every_request(engine):
+    """A defect, and what is there to get over it fails as well: everybody is told the reason, and
+    the model is freed."""
+    scheduler = engine._scheduler
+    handle, release = held_up(engine)
+    handles = [handle, *[engine.submit(**REQUEST) for _ in range(4)]]
+    first = Faulty(scheduler._cache, "take", HookError("first defect"))
+    scheduler._cache = second = Faulty(first, "recover", HookError("second defect"))
+    first.left, second.left = 1, 1000
+    release()
+    scheduler.thread.join(30)
+    assert not scheduler.thread.is_alive()
+    assert list(map(how_it_ended, handles)) == ["first defect", *["second defect"] * 4]
+    assert engine._llm._closed
+    with pytest.raises(EngineClosedError):
+        engine.submit(**REQUEST)
+
+
+def test_one_that_cannot_be_told_its_end_keeps_nobody_from_theirs(tiny_llama, monkeypatch):
+    engine = Engine(tiny_llama, max_sequences=4, **ARGUMENTS)
+    _, release = held_up(engine)
+    handles = [engine.submit(**REQUEST) for _ in range(3)]
+
+    def broken(*_):
+        raise OSError("a defect")
+
+    monkeypatch.setattr(engine._scheduler._queue[0].steering, "report", broken)
+    engine._scheduler.stop(drain=False)
+    release()
+    engine.close()
+    with pytest.raises(OSError, match="a defect"):
+        handles[0].result(0)
+    for handle in handles[1:]:
+        assert handle.result(0)["choices"][0]["finish_reason"] == "cancelled"
+    assert engine._llm._closed
+
+
+def test_a_strength_too_small_to_change_anything_stops_nobody(engine):
+    """It fires, and there is nothing that would have to be computed again."""
+    policy = {"categories": {"a": {"strength": 1e-46}}}
+    asked = {**REQUEST, "prompt": PROMPTS["a"], "steering": {"a": "auto"}, "policy": policy}
+    result = engine.submit(**asked).result(30)
+    assert result["steering"]["categories"]["a"]["fired"]
+    unsteered = engine.submit(**{**asked, "steering": None}).result(30)
+    assert text(result) == text(unsteered)
+
+
+def test_a_window_that_has_moved_on_is_computed_again(tiny_model):
+    """Of a sliding window's cache, which keeps 256 tokens here, there is nothing left that the
+    prompt could be taken back to where its steering begins."""
+    path = tiny_model("gemma3", n_layer=6)  # the sixth sees all tokens
+    rows = []
+    request = {
+        "prompt": [*range(270, 320)] * 8 + PROMPTS["a"],
+        "steering": {"a": "auto"},
+        "policy": {"scope": "range 156", "categories": {"a": {"threshold": -1e9}}},
+        "max_tokens": 1,
+        "temperature": 0.0,
+        "logits_processor": llama_cpp.LogitsProcessorList(
+            [lambda tokens, logits: rows.append(logits.copy()) or logits]
+        ),
+    }
+    [alone] = solo_answers(path, [request])
+    assert alone["steering"]["prompt_reprocessed"]
+    arguments = {**ARGUMENTS, "swa_full": False, "n_ubatch": 8}
+    with Engine(path, pack=pack_for(path), max_sequences=2, **arguments) as engine:
+        assert outcome(engine.submit(**request).result()) == outcome(alone)
+    np.testing.assert_allclose(rows[0], rows[1], atol=1e-3)

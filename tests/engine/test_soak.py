@@ -1,0 +1,81 @@
+"""Much random traffic: every request ends as it should, and nothing is left of any of them."""
+
+import sys
+import time
+
+import llama_cpp
+import numpy as np
+import pytest
+from memory import resident_bytes
+from serving import ARGUMENTS, pack_for, solo_answers
+from traffic import Traffic, random_cases, varied_requests
+
+from pysteer import Engine
+
+
+def check_cells(engine):
+    """Nothing runs, so idle slots hold the cells that are held, as llama.cpp sees it too."""
+    assert engine.statistics.running == engine.statistics.waiting == 0
+    cache = engine._scheduler._cache
+    assert cache.available == cache._n_cells
+    assert not cache._running_holders.any()
+    assert not any(slot.in_use for slot in cache.slots)
+    held = np.concatenate([np.array(slot.cells, int) for slot in cache.slots])
+    assert np.array_equal(np.bincount(held, minlength=cache._n_cells), cache._holders)
+    assert cache.unheld == cache._n_cells - len(np.unique(held))
+    assert sorted({*cache._unheld, *held.tolist()}) == list(range(cache._n_cells))
+    memory = llama_cpp.llama_get_memory(engine._llm.ctx)
+    for slot in cache.slots:
+        last = llama_cpp.llama_memory_seq_pos_max(memory, slot.number)
+        assert last + 1 == len(slot.cells)
+
+
+@pytest.mark.parametrize("family", ["llama", "mamba", "lfm2"])
+def test_random_traffic(tiny_model, family):
+    path = tiny_model(family)
+    requests = varied_requests(40, seed=1, longest=40, most_tokens=60)
+    traffic = Traffic(path, requests, solo_answers(path, requests))
+    arguments = {**ARGUMENTS, "n_ctx": 256}
+    with Engine(
+        path, pack=pack_for(path), max_sequences=6, max_queue=4, prompt_share=24, **arguments
+    ) as engine:
+        traffic.run(engine, random_cases(100, len(requests), seed=2))
+        check_cells(engine)
+        statistics = engine.statistics
+    assert sum(traffic.ends.values()) == 100
+    assert min(traffic.ends.values()) > 0
+    assert traffic.check_the_rounded() <= 2
+    assert family != "llama" or statistics.preemptions > 0
+
+
+@pytest.mark.slow
+def test_a_thousand_random_requests_in_flat_memory(tiny_llama):
+    requests = varied_requests(250, seed=3, longest=50, most_tokens=60)
+    traffic = Traffic(tiny_llama, requests, solo_answers(tiny_llama, requests))
+    cases = random_cases(1500, len(requests), seed=4)
+    arguments = {**ARGUMENTS, "n_ctx": 256}
+    with Engine(
+        tiny_llama,
+        pack=pack_for(tiny_llama),
+        max_sequences=6,
+        max_queue=4,
+        prompt_share=24,
+        **arguments,
+    ) as engine:
+        traffic.run(engine, cases[:500])
+        warm = resident_bytes() if sys.platform == "linux" else 0
+        began = time.monotonic()
+        traffic.run(engine, cases[500:])
+        took = time.monotonic() - began
+        after = resident_bytes() if sys.platform == "linux" else 0
+        check_cells(engine)
+        statistics = engine.statistics
+    print(
+        f"{1000 / took:.0f} requests/s, {statistics}, {traffic.ends}, "
+        f"{(after - warm) / 1024:.0f} KiB more"
+    )
+    assert sum(traffic.ends.values()) == 1500
+    assert statistics.preemptions > 50
+    assert statistics.tokens_reused > 1000
+    assert after - warm < 1000 * 2 * 1024, "2 KiB for each request"
+    assert traffic.check_the_rounded() <= 15
