@@ -8,6 +8,9 @@ import uuid
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from pysteer.engine.text import FinishReason
 
 Completion = dict[str, Any]
@@ -60,6 +63,10 @@ class Handle:
     Iterating gives the chunks that `create_chat_completion(stream=True)`, or for a `prompt`
     `create_completion(stream=True)`, gives; from the first chunk, however often and from whichever
     thread. The last one has "steering", as the result has.
+
+    Attributes:
+        first_logits: float32 of shape (n_vocab,), what the model said of the first token of the
+            text, if `submit` was asked to keep it, and once there is one.
     """
 
     def __init__(self, *, model: str, shape: Shape, echo: str = "") -> None:
@@ -75,6 +82,7 @@ class Handle:
         self._result: dict[str, Any] | None = None
         self._on_cancel: Callable[[], None] | None = None
         self.cancelled = False
+        self.first_logits: npt.NDArray[np.float32] | None = None
 
     # ---- the caller's side -------------------------------------------------------------------
 

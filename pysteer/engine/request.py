@@ -28,6 +28,7 @@ class Request:
         pieces: the model's vocabulary.
         steering: what steers it.
         handle: where it is seen from the outside.
+        keep_first_logits: whether the handle is to get those that the first token is drawn from.
 
     Raises:
         SteeringError: arguments that cannot be.
@@ -44,6 +45,7 @@ class Request:
         pieces: Pieces,
         steering: SequenceSteering,
         handle: Handle,
+        keep_first_logits: bool = False,
     ) -> None:
         if not prompt:
             raise SteeringError("the prompt is empty, and this model has no token to begin with")
@@ -69,6 +71,7 @@ class Request:
         """Older requests have smaller numbers."""
         self.steering = steering
         self.handle = handle
+        self.keep_first_logits = keep_first_logits
         self.stopping_criteria = arguments["stopping_criteria"]
         self.writing = Writing(
             pieces,
