@@ -321,7 +321,7 @@ def _check_output(output: Path, inputs: Iterable[Path | None]) -> None:
 
 
 def _not_a_refusal(prompt: str, answer: str) -> bool:
-    from pysteer.evaluate.judges import is_refusal
+    from pysteer.evaluate.refusal import is_refusal
 
     return not is_refusal(answer)
 

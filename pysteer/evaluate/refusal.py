@@ -1,4 +1,4 @@
-"""Judges: rules that say what kind of answer a text is.
+"""The built-in judge: a rule that says whether a text refuses.
 
 A rule is no reader. This one is strict, because an answer that is wrongly called a refusal makes
 steering look safer than it is: in doubt, a text is no refusal.
