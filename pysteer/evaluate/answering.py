@@ -149,6 +149,8 @@ class _Work:
                 self._found.answers[number][arm.name] = answer
             if against is not None:
                 self._compare(group, arm, asked, answers)
+            elif group.benign:
+                self._found.unchanged.update(((number, arm.name), True) for number in group.numbers)
             step(len(group.numbers))
 
     def _asked(self, group: _Group, arm: Arm) -> list[Asked]:

@@ -40,8 +40,8 @@ class AnswerRecord(_Part):
         log_likelihood: mean log-likelihood per token under the unsteered model, nats; None if not
             measured, or of an empty answer.
         rewards: named scores; empty without a reward.
-        unchanged: of a steered answer to a benign prompt: whether it is the unsteered one.
-        first_token_kl: of the same: KL(unsteered || steered) of the first token, nats.
+        unchanged: of an answer to a benign prompt: whether it is the unsteered one.
+        first_token_kl: of a steered answer to one: KL(unsteered || steered) of the first token, nats.
     """
 
     text: str
