@@ -212,7 +212,6 @@ def _print_categories(report: Report) -> None:
     from pysteer.evaluate.report import STEERED, UNSTEERED
 
     found = table("category", "n", "safe", "", "degenerate")
-    found.title = f"without steering → {console.plain(report.arms[STEERED])}"
     for column in found.columns:
         column.no_wrap = True
     rows = [(row.category, row.n, row.arms) for row in report.categories]
@@ -228,6 +227,7 @@ def _print_categories(report: Report) -> None:
             _range(after.safe),
             _change(before.degenerate, after.degenerate),
         )
+    console.say(f"without steering → {console.plain(report.arms[STEERED])}")
     console.out.print(found)
     before, after = report.overall[UNSTEERED], report.overall[STEERED]
     if before.log_likelihood.value is not None and after.log_likelihood.value is not None:

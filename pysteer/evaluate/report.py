@@ -41,7 +41,8 @@ class AnswerRecord(_Part):
             measured, or of an empty answer.
         rewards: named scores; empty without a reward.
         unchanged: of an answer to a benign prompt: whether it is the unsteered one.
-        first_token_kl: of a steered answer to one: KL(unsteered || steered) of the first token, nats.
+        first_token_kl: of a steered answer to one: KL(unsteered || steered) of the first token,
+            nats.
     """
 
     text: str

@@ -68,8 +68,17 @@ def test_what_a_function_raises_is_named(module):
 
 @pytest.mark.parametrize(
     "spec",
-    ["", "refuse", "guard:", "python:", "openai:", "openai:ftp://x#m", "openai:http://x"]
-    + ["python:no_such_module_here:f", "guard:/no/such/file.gguf"],
+    [
+        "",
+        "refuse",
+        "guard:",
+        "python:",
+        "openai:",
+        "openai:ftp://x#m",
+        "openai:http://x",
+        "python:no_such_module_here:f",
+        "guard:/no/such/file.gguf",
+    ],
 )
 def test_names_of_no_judge_are_errors(spec):
     with pytest.raises(SteeringError):
