@@ -237,7 +237,8 @@ class Engine:
         that the same block gives the same answers, to the last bit. In other company the
         arithmetic of llama.cpp may differ in the last bits, and with it, rarely, a word.
 
-        Submit at most `max_queue` requests in the block, and do not wait for any of them in it.
+        Submit at most `max_queue` requests in the block, wait for none of them in it, and open no
+        such block inside another.
 
         Raises:
             EngineClosedError: the engine is closed.

@@ -3,9 +3,9 @@
 - Prompts are grouped by category, in their order, `group_size` at a time; every arm answers the
   same groups, so that an answer that no steering touched is the same text in all of them.
 - Where steering changes one answer of a group, it becomes longer or shorter, and the others are
-  computed in other batches: their text may change although nothing steered them. So a benign answer
-  that no category acted on and that differs from the unsteered one is compared again, with that of
-  the same group with its own steering off and all else as it was.
+  computed in other batches: their text may change although nothing steered them. So the answers of
+  a benign group that no category acted on are compared with those of the same group in which they
+  are not steered, and all else is as it was.
 - A single category, gated, leaves the answer as it is where its gate is closed. So only prompts
   whose gate opens are answered; of the others a sample is, to see that this holds.
 """
@@ -163,24 +163,24 @@ class _Work:
         self, group: _Group, arm: Arm, asked: Sequence[Asked], answers: Sequence[Answer]
     ) -> None:
         """Which of a benign group's answers are the unsteered ones, in the same company."""
-        before = [self._found.answers[number][UNSTEERED].text for number in group.numbers]
-        same = [answer.text == text for answer, text in zip(answers, before, strict=True)]
-        doubtful = [
-            not equal and not answer.active for equal, answer in zip(same, answers, strict=True)
-        ]
-        if any(doubtful):
-            # The same company: all whom nothing acted on are asked without steering.
+        before = [self._found.answers[number][UNSTEERED] for number in group.numbers]
+        touched = [bool(answer.active) for answer in answers]
+        if any(touched) and not all(touched):
+            # The same company: those that nothing acted on are asked without steering.
             company = [
-                one if answer.active else replace(one, steering=None, policy=None)
-                for one, answer in zip(asked, answers, strict=True)
+                one if there else replace(one, steering=None, policy=None)
+                for one, there in zip(asked, touched, strict=True)
             ]
-            again = self._answerer.ask(company)
-            same = [
-                equal or (doubt and answer.text == there.text)
-                for equal, doubt, answer, there in zip(same, doubtful, answers, again, strict=True)
-            ]
-        for number, equal in zip(group.numbers, same, strict=True):
-            self._found.unchanged[number, arm.name] = equal
+            again = self._answerer.ask(company, asked)
+            for i, number in enumerate(group.numbers):
+                if not touched[i]:
+                    before[i] = again[i]
+                    # The other way round, which makes no difference to what is to be 0.
+                    self._found.answers[number][arm.name] = replace(
+                        answers[i], first_token_kl=again[i].first_token_kl
+                    )
+        for number, answer, there in zip(group.numbers, answers, before, strict=True):
+            self._found.unchanged[number, arm.name] = answer.text == there.text
 
     def noise_numbers(self) -> list[int]:
         """Prompts to answer in other company: benign ones, if there are any."""

@@ -30,6 +30,8 @@ _log = logging.getLogger(__name__)
 
 Floats = npt.NDArray[np.float64]
 
+_REMEMBERED = 4  # groups whose distributions are at hand: a reference, and what is asked after it
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -174,7 +176,7 @@ class Answerer:
         self._sampling = sampling
         self._kept = kept
         self._identity = identity
-        self._latest: tuple[str, list[Floats]] | None = None
+        self._latest: dict[str, list[Floats]] = {}  # groups just run, to log-probabilities
 
     def ask(
         self,
@@ -206,18 +208,17 @@ class Answerer:
                     Answer(**{**asdict(answer), "first_token_kl": kl(p, q)})
                     for answer, p, q in zip(kept, against, first, strict=True)
                 ]
-            else:
-                self._latest = (key, first)
             self._kept.put(key, kept)
         return kept
 
     def _first_of(self, reference: Sequence[Asked], n: int) -> list[Floats]:
         key = self._key(reference, None, n)
-        if self._latest is None or self._latest[0] != key:
+        if key not in self._latest:
             # Kept from an earlier run, without its distributions: asked again, whole, because a
             # shorter answer would change the batches of the others.
-            self._latest = (key, self._run(reference, n)[1])
-        return self._latest[1]
+            self._run(reference, n)
+        self._latest[key] = self._latest.pop(key)  # the one to be forgotten last
+        return self._latest[key]
 
     def _key(self, group: Sequence[Asked], reference: Sequence[Asked] | None, n: int) -> str:
         content = {
@@ -239,8 +240,11 @@ class Answerer:
             for handle in handles:
                 handle.cancel()
             raise
-        answers = [_answered(result) for result in results]
-        return answers, [_log_softmax(handle) for handle in handles]
+        first = [_log_softmax(handle) for handle in handles]
+        if len(self._latest) == _REMEMBERED:
+            del self._latest[next(iter(self._latest))]
+        self._latest[self._key(group, None, n)] = first
+        return [_answered(result) for result in results], first
 
     def _submit(self, asked: Asked, n: int) -> Handle:
         try:

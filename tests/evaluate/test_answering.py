@@ -33,7 +33,11 @@ class Engine:
             leak = self.leaks and one.steering is not None and not names
             text = "refused" if names else f"{one.prompt}, beside {company}{' leaked' * leak}"
             scores = {f"says {x}": 1.0 if f"*{x}" in one.prompt else 0.0 for x in "qz"}
-            answers.append(Answer(text, "stop", 1, list(names), names, scores, 0.0))
+            # Of what is steered, or is compared with a group of another company.
+            kl = None if reference is None else 0.0
+            if reference is not None and company != sum(map(bool, map(self.active, reference))):
+                kl = 0.25
+            answers.append(Answer(text, "stop", 1, list(names), names, scores, kl))
         return answers
 
     def active(self, asked):
@@ -75,6 +79,8 @@ def test_an_answer_that_only_its_company_changed_is_unchanged(run):
     assert [a == b for a, b in zip(steered, plain, strict=True)] == [False] * 4 + [True] * 3
     unchanged = [found.unchanged[first + i, "steered"] for i in range(7)]
     assert unchanged == [True, True, False, True, True, True, True]
+    kl = [found.answers[first + i]["steered"].first_token_kl for i in range(7)]
+    assert kl == [0.0, 0.0, 0.25, 0.0, 0.0, 0.0, 0.0]
 
 
 def test_an_answer_that_its_own_closed_gate_changed_is_not(run):

@@ -134,7 +134,9 @@ def report():
                 scores={},
                 answers={
                     "unsteered": answer(HOSTILE, safe=False, reason=HOSTILE),
-                    "steered": answer("No.", safe=True, active={HOSTILE: 1.0}),
+                    "steered": answer(
+                        "No.", safe=True, active={HOSTILE: 1.0}, log_likelihood=-3.456
+                    ),
                     HOSTILE: answer("third arm", safe=True, rewards={HOSTILE: 1.0}),
                 },
             ),
@@ -184,6 +186,7 @@ def test_cells_say_what_the_report_says(report):
     assert "third arm" in " ".join(cells)
     assert any(cell.startswith("33% → 33%") for cell in cells)
     assert "now safe" in cells
+    assert "-3.46" in cells
     assert "unchanged" in cells
 
 
