@@ -139,3 +139,15 @@ def test_an_impossible_prompt_is_named(answerer):
     with pytest.raises(SteeringError, match="the prompt 'xxxx"):
         answerer().ask([Asked("hi"), Asked("x" * 2000)])
     assert len(answerer().ask([Asked("hi")])) == 1  # and the engine goes on
+
+
+def test_a_reference_is_run_once_for_all_that_is_compared_with_it(answerer, monkeypatch):
+    runs, run = [], Answerer._run
+    monkeypatch.setattr(Answerer, "_run", lambda self, *rest: runs.append(1) or run(self, *rest))
+    asking, reference = answerer(), [Asked(one.prompt) for one in GROUP]
+    asking.ask(reference)
+    for strength in (0.25, 0.5, 1.0, 2.0):
+        steered = [Asked(one.prompt, {"says q": strength}) for one in GROUP]
+        asking.ask(steered, reference)
+        asking.ask([*steered[:2], reference[2]], steered)
+    assert len(runs) == 1 + 2 * 4
