@@ -22,9 +22,9 @@ def engine(tiny_llama, routed_pack):
 
 @pytest.fixture
 def answerer(engine, tmp_path):
-    def make(**sampling):
+    def make(model="x", **sampling):
         kept = KeptAnswers(tmp_path / "answers.jsonl")
-        return Answerer(engine, Sampling(**{"max_tokens": 8, **sampling}), kept, {"model": "x"})
+        return Answerer(engine, Sampling(**{"max_tokens": 8, **sampling}), kept, {"model": model})
 
     return make
 
@@ -90,9 +90,10 @@ def test_a_group_is_asked_once(answerer, engine):
         answerer().ask(other)
         assert engine.statistics.decodes > before
         before = engine.statistics.decodes
-    answerer(seed=1).ask(GROUP)
-    answerer(max_tokens=4).ask(GROUP)
-    assert engine.statistics.decodes > before
+    for changed in ({"seed": 1}, {"max_tokens": 4}, {"model": "another"}):
+        answerer(**changed).ask(GROUP)
+        assert engine.statistics.decodes > before
+        before = engine.statistics.decodes
 
 
 def test_the_seed_decides_whatever_stands_beside(answerer, tmp_path):

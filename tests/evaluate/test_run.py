@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pysteer import FormatError, SteeringError
+from pysteer import FormatError, Policy, SteeringError, SteeringPack
 from pysteer.evaluate import answers as answers_module
 from pysteer.evaluate.answers import Sampling
 from pysteer.evaluate.arms import OWN
@@ -151,6 +151,34 @@ def test_nothing_is_asked_twice(whole, run, monkeypatch):
     monkeypatch.setattr("pysteer.engine.Engine.together", lambda self: pytest.fail("asked"))
     assert run(folder) == report
     assert (folder / "answers.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("what", ["policy", "pack", "model"])
+def test_answers_of_something_else_are_not_used(
+    what, whole, run, tmp_path, tiny_llama, routed_pack, harmful
+):
+    _, folder = whole
+    kept = (folder / "answers.jsonl").read_bytes()
+    (tmp_path / "answers.jsonl").write_bytes(kept)
+    model, pack, policy = tiny_llama, routed_pack, None
+    if what == "policy":
+        policy = Policy(scope="response")
+    elif what == "pack":
+        loaded = SteeringPack.load(routed_pack)
+        pack = tmp_path / "other.gguf"
+        replace(loaded, provenance={"made": "again"}).save(pack)
+    else:
+        model = tmp_path / "other.gguf"
+        model.write_bytes(tiny_llama.read_bytes())
+    short = replace(SETTINGS, isolation=(), fluency=False)
+    given = {"settings": short, "judge": JUDGE, "policy": policy, **OPTIONS}
+    evaluate(model, pack, harmful, [], tmp_path, **given)
+    groups = [json.loads(line)["group"] for line in kept.splitlines() if line]
+    now = [
+        json.loads(line)["group"] for line in (tmp_path / "answers.jsonl").open() if line.strip()
+    ]
+    fresh = now[len(groups) :]
+    assert len(fresh) == len(set(fresh) - set(groups)) > 3
 
 
 def test_without_a_router_each_category_is_forced_on_its_prompts(
