@@ -7,7 +7,8 @@
   a benign group that no category acted on are compared with those of the same group in which they
   are not steered, and all else is as it was.
 - A single category, gated, leaves the answer as it is where its gate is closed. So only prompts
-  whose gate opens are answered; of the others a sample is, to see that this holds.
+  whose gate opens are answered; of the others one group for each category is, to see that this
+  holds.
 """
 
 from __future__ import annotations
@@ -25,9 +26,6 @@ from pysteer.runtime.plan import AUTO
 
 NOISE_PROMPTS = 100
 """Unsteered prompts that are answered once more, batched otherwise."""
-
-CHECKED_GROUPS = 2
-"""Groups of closed gates that are answered after all, for each category."""
 
 _Named = dict[str, Answer]
 
@@ -230,7 +228,9 @@ class _Work:
                     self.answer(group, [arm], step)
             return
         plan = {name: self._open(name, harmful) for name in self._steered.gated}
-        checks = {name: self._closed(name, harmful, plan[name]) for name in plan}
+        checks = {
+            name: self._closed(number, harmful, plan[name]) for number, name in enumerate(plan)
+        }
         asked = [group for name in plan for group in (*plan[name], *checks[name])]
         total = sum(len(group.numbers) for group in asked)
         step = progress.start("isolation, gated", total)
@@ -256,10 +256,15 @@ class _Work:
         return [_Group(part, [rows[number] for number in part], False) for part in parts]
 
     def _closed(
-        self, name: str, harmful: Sequence[_Group], opened: Sequence[_Group]
+        self, number: int, harmful: Sequence[_Group], opened: Sequence[_Group]
     ) -> list[_Group]:
-        """Some groups of which no gate opens: their answers should be the unsteered ones."""
-        fires = {number for group in opened for number in group.numbers}
+        """A group of which no gate opens: its answers should be the unsteered ones.
+
+        Args:
+            number: of the category, so that the choice is not the same for all.
+            harmful: all groups.
+            opened: the prompts whose gate opens.
+        """
+        fires = {prompt for group in opened for prompt in group.numbers}
         closed = [group for group in harmful if not fires & set(group.numbers)]
-        spread = max(1, len(closed) // CHECKED_GROUPS)
-        return closed[::spread][:CHECKED_GROUPS]
+        return [closed[number % len(closed)]] if closed else []

@@ -110,11 +110,11 @@ def test_gated_isolation_asks_only_where_a_gate_opens_and_checks_the_rest(run, m
     for number, prompt in enumerate(HARMFUL):
         arms = {name for name in found.answers[number] if name.startswith("gated")}
         assert arms == {f"gated: {prompt.category}"}
-    assert found.checked["gated"] == [False] * 16  # two groups of four for each category
+    assert found.checked["gated"] == [False] * 8  # a group of four for each category
     asked = [group for group in engine.groups if isinstance(group[0][1], dict)]
-    assert sum(map(len, asked)) == 16 + 16
+    assert sum(map(len, asked)) == 16 + 8
     leaking = run(Engine(leaks=True), HARMFUL, [], ["gated"])
-    assert leaking.checked["gated"] == [True] * 16
+    assert leaking.checked["gated"] == [True] * 8
 
 
 def test_forced_isolation_asks_everything(run):
