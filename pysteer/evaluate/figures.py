@@ -38,7 +38,7 @@ def benign_figures(answers: Sequence[AnswerRecord]) -> BenignFigures:
         degenerate=share(one.degenerate for one in answers),
         fired=share(bool(one.fired) for one in answers),
         first_token_kl=mean(
-            one.first_token_kl for one in answers if one.first_token_kl is not None
+            (one.first_token_kl for one in answers if one.first_token_kl is not None), lowest=0.0
         ),
         rewards=_rewards(answers),
     )

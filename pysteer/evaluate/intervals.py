@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import numpy as np
@@ -64,8 +65,13 @@ def share(flags: Iterable[bool]) -> Share:
     return Share(k=k, n=n, value=k / n, low=float(interval.low), high=float(interval.high))
 
 
-def mean(values: Iterable[float]) -> Mean:
-    """The mean of numbers, with the interval of Student's t."""
+def mean(values: Iterable[float], *, lowest: float = -math.inf) -> Mean:
+    """The mean of numbers, with the interval of Student's t.
+
+    Args:
+        values: the numbers.
+        lowest: what none of them can be below, and the interval neither.
+    """
     numbers = np.asarray(list(values), np.float64)
     if numbers.size == 0:
         return Mean(n=0)
@@ -73,4 +79,4 @@ def mean(values: Iterable[float]) -> Mean:
     if numbers.size == 1:
         return Mean(n=1, value=value)
     half = float(stats.sem(numbers) * stats.t.ppf((1 + CONFIDENCE) / 2, numbers.size - 1))
-    return Mean(n=int(numbers.size), value=value, low=value - half, high=value + half)
+    return Mean(n=int(numbers.size), value=value, low=max(lowest, value - half), high=value + half)

@@ -42,4 +42,6 @@ def test_a_mean_has_students_interval():
 def test_means_of_too_few_numbers_have_no_interval():
     assert (mean([]).n, mean([]).value, mean([]).low) == (0, None, None)
     assert (mean([3.5]).value, mean([3.5]).low) == (3.5, None)
+    assert mean([0.0, 1.0]).low < 0.0
+    assert mean([0.0, 1.0], lowest=0.0).low == 0.0
     assert mean([2.0, 2.0]).low == mean([2.0, 2.0]).high == 2.0
