@@ -5,7 +5,16 @@ import sys
 
 import pytest
 
-HEAVY = ["torch", "transformers", "sklearn", "matplotlib", "hypothesis", "pytest"]
+HEAVY = [
+    "torch",
+    "transformers",
+    "sklearn",
+    "matplotlib",
+    "scipy",
+    "httpx2",
+    "hypothesis",
+    "pytest",
+]
 
 
 @pytest.mark.parametrize("module", ["pysteer", "pysteer.cli", "pysteer.extract"])

@@ -70,6 +70,18 @@ def test_the_python_example_of_the_documentation(folder, monkeypatch):
     assert pack.router is not None
 
 
+def test_the_python_example_of_evaluations_page(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "evaluate.md").read_text(encoding="utf-8")
+    [example] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(compile(example, "evaluate.md", "exec"), {})
+    assert sorted(path.name for path in (tmp_path / "report").iterdir()) == [
+        "answers.jsonl",
+        "report.html",
+        "report.json",
+    ]
+
+
 @pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("pysteer")])
 def test_commands(folder, command):
     program, *arguments = shlex.split(command)

@@ -8,7 +8,7 @@ import pytest
 
 from pysteer import SteeredLlama, shipped
 from pysteer.evaluate.before_after import answer_twice, summarise
-from pysteer.evaluate.judges import is_refusal
+from pysteer.evaluate.refusal import is_refusal
 from pysteer.prompts import load_prompts
 
 TRAINING = Path(__file__).parents[1] / "tools" / "demo_pack"

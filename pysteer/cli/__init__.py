@@ -11,6 +11,7 @@ from pysteer.cli.chat import chat
 from pysteer.cli.compare import compare
 from pysteer.cli.demo import demo
 from pysteer.cli.doctor import doctor
+from pysteer.cli.evaluate import evaluate
 from pysteer.cli.extract import extract
 from pysteer.cli.generate import generate
 from pysteer.cli.inspect import inspect
@@ -25,7 +26,7 @@ app = typer.Typer(
 )
 _INTERRUPTED = 130
 
-for command in (demo, extract, generate, chat, inspect, compare, doctor):
+for command in (demo, extract, generate, chat, evaluate, inspect, compare, doctor):
     app.command()(command)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json as json_format
-import math
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
@@ -62,11 +61,11 @@ def chat(
     ] = None,
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     max_tokens: options.MaxTokens = 512,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    temperature: options.Temperature = 0.0,
     seed: Annotated[
         int | None, typer.Option(min=0, help="For temperatures above 0; drawn if left out.")
     ] = None,
-    context: Annotated[int, typer.Option(min=16, max=1 << 22, help="Context size, tokens.")] = 4096,
+    context: options.Context = 4096,
     threads: options.Threads = None,
     json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object for each answer instead.")
@@ -79,8 +78,7 @@ def chat(
     its router finds; else off. Where standard input is no terminal, every line of it is a message
     or a command; answers go to standard output and everything else to standard error.
     """
-    if not math.isfinite(temperature):  # nan is not below any minimum
-        raise SteeringError(f"--temperature {temperature}: give a number, 0 or above")
+    options.check_temperature(temperature)
     if pack is None and model is None:
         pack = demo_pack_path()
     loaded = SteeringPack.load(pack) if pack is not None else None

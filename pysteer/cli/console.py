@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,3 +55,18 @@ def say(text: str) -> None:
 def plain(text: object) -> str:
     """Text from a file or a model, shown as it is: no markup in it, no control characters."""
     return escape("".join(c if c in "\n\t" or c.isprintable() else "�" for c in str(text)))
+
+
+class _Lines(logging.Handler):
+    """A line on standard error for each message, above the bars; wrapping would break paths."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = plain(record.getMessage())
+        err.print(f"{record.levelname.lower()}: {message}", soft_wrap=True)
+
+
+def show_warnings() -> None:
+    """What the library logs, on standard error."""
+    logger = logging.getLogger("pysteer")
+    if not logger.handlers:
+        logger.addHandler(_Lines(logging.WARNING))

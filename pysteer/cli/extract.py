@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pysteer.cli import console, options
+from pysteer.cli.loading import require
 from pysteer.errors import SteeringError
 from pysteer.pack import SteeringPack
 from pysteer.prompts import load_prompts
@@ -131,7 +130,7 @@ def extract(
     from pysteer.extract.session import Data
     from pysteer.extract.settings import ExtractSettings
 
-    _show_warnings()
+    console.show_warnings()
     started = time.monotonic()
     data = Data(
         load_prompts(unsafe),
@@ -190,12 +189,6 @@ def extract(
         console.print_json(_report(pack, output, seconds))
     else:
         _print(pack, output, seconds)
-
-
-def require(module: str, extra: str) -> None:
-    """Raise SteeringError that names the extra to install if a module is missing."""
-    if find_spec(module) is None:
-        raise SteeringError(f"this needs {module}; run: pip install 'pysteer[{extra}]'")
 
 
 def chosen_engine(
@@ -321,24 +314,9 @@ def _check_output(output: Path, inputs: Iterable[Path | None]) -> None:
 
 
 def _not_a_refusal(prompt: str, answer: str) -> bool:
-    from pysteer.evaluate.judges import is_refusal
+    from pysteer.evaluate.refusal import is_refusal
 
     return not is_refusal(answer)
-
-
-class _Lines(logging.Handler):
-    """A line on standard error for each message, above the bars; wrapping would break paths."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        message = console.plain(record.getMessage())
-        console.err.print(f"{record.levelname.lower()}: {message}", soft_wrap=True)
-
-
-def _show_warnings() -> None:
-    """What the library logs, on standard error."""
-    logger = logging.getLogger("pysteer")
-    if not logger.handlers:
-        logger.addHandler(_Lines(logging.WARNING))
 
 
 class _Rate(ProgressColumn):

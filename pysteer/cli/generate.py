@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Iterator
@@ -29,16 +28,15 @@ def generate(
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt; no template.")] = False,
     max_tokens: options.MaxTokens = 256,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
-    context: Annotated[int, typer.Option(min=16, max=1 << 22, help="Context size, tokens.")] = 2048,
+    temperature: options.Temperature = 0.0,
+    seed: options.Seed = 0,
+    context: options.Context = 2048,
     threads: options.Threads = None,
     json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
     """Answer a prompt, steered by the categories named, or by those the pack's router finds."""
-    if not math.isfinite(temperature):  # nan is not below any minimum
-        raise SteeringError(f"--temperature {temperature}: give a number, 0 or above")
+    options.check_temperature(temperature)
     if raw and system is not None:
         raise SteeringError("--system needs the chat template; leave out --raw")
     if pack is None and model is None and (steer or policy):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -37,3 +38,9 @@ def load_policy(path: Path, pack: SteeringPack | None) -> Policy:
     gated = pack.router.categories if pack.router is not None else ()
     policy.check(categories=list(pack.categories), gated=list(gated))
     return policy
+
+
+def require(module: str, extra: str) -> None:
+    """Raise SteeringError that names the extra to install if a module is missing."""
+    if find_spec(module) is None:
+        raise SteeringError(f"this needs {module}; run: pip install 'pysteer[{extra}]'")

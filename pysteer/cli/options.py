@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -45,6 +46,18 @@ Threads = Annotated[int | None, typer.Option("--threads", "-t", min=1, help="CPU
 MaxTokens = Annotated[
     int, typer.Option("--max-tokens", "-n", min=1, help="Where an answer is cut.")
 ]
+
+Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="For temperatures above 0.")]
+Context = Annotated[
+    int, typer.Option("--context", min=16, max=1 << 22, help="Context size, tokens.")
+]
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise SteeringError for what is no number: nan is not below any minimum."""
+    if not math.isfinite(temperature):
+        raise SteeringError(f"--temperature {temperature}: give a number, 0 or above")
 
 
 def model_path(model: Path | None) -> str:

@@ -37,6 +37,9 @@ class Memory(Protocol):
     def copy(self, source: int, target: int, stop: int) -> None:
         """Let positions before `stop` belong to another sequence too."""
 
+    def clear(self) -> None:
+        """Forget everything; the next token then lies where the very first one did."""
+
     def is_whole(self, slot: int) -> bool:
         """Whether the sequence still has its first positions: a sliding window drops them."""
 
@@ -55,6 +58,10 @@ class LlamaMemory:
     def copy(self, source: int, target: int, stop: int) -> None:
         """See `Memory`."""
         llama_cpp.llama_memory_seq_cp(self._memory, source, target, 0, stop)
+
+    def clear(self) -> None:
+        """See `Memory`."""
+        llama_cpp.llama_memory_clear(self._memory, False)
 
     def is_whole(self, slot: int) -> bool:
         """See `Memory`."""
@@ -185,6 +192,13 @@ class KvCache:
         slot.in_use = False
         self._clock += 1
         slot.last_used = self._clock
+
+    def clear(self) -> None:
+        """Forget what idle slots hold, and which was used when; no request may be running."""
+        for slot in self.slots:
+            self.cut(slot, 0)
+            slot.last_used = 0
+        self._memory.clear()
 
     # ---- cells -------------------------------------------------------------------------------
 

@@ -6,7 +6,8 @@ import os
 import random
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -18,7 +19,7 @@ from pysteer.engine.scheduler import EngineStatistics, Scheduler
 from pysteer.engine.text import Pieces
 from pysteer.errors import SteeringError
 from pysteer.hooked import HookedLlama
-from pysteer.pack import SteeringPack
+from pysteer.pack import BaseModel, SteeringPack
 from pysteer.runtime.plan import PlanCompiler, Steering
 from pysteer.runtime.sequence import SequenceSteering
 from pysteer.runtime.spans import last_user_text
@@ -97,6 +98,7 @@ class Engine:
                 pack, read, n_layer=llm.n_layer, n_embd=llm.n_embd(), sites=llm.sites
             )
             self._llm = llm
+            self._base_model = llm.base_model
             self._pieces = Pieces(llm)
             self._seeds = random.Random(llm._seed)
             self._lock = threading.Lock()
@@ -114,6 +116,11 @@ class Engine:
         return self._compiler.pack
 
     @property
+    def base_model(self) -> BaseModel:
+        """What identifies the model, whatever its quantisation."""
+        return self._base_model
+
+    @property
     def statistics(self) -> EngineStatistics:
         """What was done so far."""
         return self._scheduler.statistics()
@@ -126,6 +133,7 @@ class Engine:
         steering: Steering | InForce = IN_FORCE,
         policy: PolicyLike | None = None,
         timeout: float | None = None,
+        keep_first_logits: bool = False,
         **arguments: Any,
     ) -> Handle:
         """Ask for a chat completion (of `messages`) or a completion (of `prompt`).
@@ -136,6 +144,8 @@ class Engine:
             steering: of this request; see `SteeredLlama`. Left out, the policy decides.
             policy: of this request; goes before the engine's.
             timeout: seconds to wait for room in the queue; None is as long as it takes.
+            keep_first_logits: whether the handle is to have `first_logits`: what the model, steered
+                as the request asks, says of the first token.
             **arguments: what else `create_chat_completion` or `create_completion` take, with their
                 defaults: max_tokens, temperature, seed, stop, grammar, response_format, tools, ...
 
@@ -156,7 +166,9 @@ class Engine:
             if arguments.get(name) is not None and arguments[name] is not False:
                 raise SteeringError(f"{name}: {reason}")
         with self._scheduler.kept():
-            request = self._request(messages, prompt, steering, policy, arguments)
+            request = self._request(
+                messages, prompt, steering, policy, arguments, keep_first_logits
+            )
             try:
                 self._scheduler.put(request, timeout)
             except BaseException:
@@ -171,6 +183,7 @@ class Engine:
         steering: Steering | InForce,
         policy: PolicyLike | None,
         arguments: dict[str, Any],
+        keep_first_logits: bool,
     ) -> Request:
         # What is made here outlives an engine that nobody closes, so it must not refer to it.
         llm = self._llm
@@ -194,7 +207,7 @@ class Engine:
             seed = completion["seed"]
             if seed is None:
                 seed = self._seeds.randint(0, 2**32 - 1)
-        tokens = _prompt_tokens(llm, completion["prompt"])
+        tokens = prompt_tokens(llm, completion["prompt"])
         check_prompt(tokens, n_vocab=llm.n_vocab(), length_limit=llm.n_ctx())
         echo = completion["echo"] and isinstance(completion["prompt"], str)
         return Request(
@@ -212,7 +225,34 @@ class Engine:
                 shape=shape,
                 echo=completion["prompt"] if echo else "",
             ),
+            keep_first_logits=keep_first_logits,
         )
+
+    def tokenize(self, text: str) -> list[int]:
+        """The tokens of a text by itself: none is added, and none is special."""
+        with self._scheduler.kept():
+            return self._llm.tokenize(text.encode("utf-8"), add_bos=False, special=False)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Start the requests that are submitted in the block at once, when it ends.
+
+        They start from an empty cache, when all earlier requests are done. Which of them share a
+        batch, and where in the cache their tokens lie, then depends on nothing but themselves, so
+        that the same block gives the same answers, to the last bit. In other company the
+        arithmetic of llama.cpp may differ in the last bits, and with it, rarely, a word.
+
+        Submit at most `max_queue` requests in the block, wait for none of them in it, and open no
+        such block inside another.
+
+        Raises:
+            EngineClosedError: the engine is closed.
+        """
+        self._scheduler.hold()
+        try:
+            yield
+        finally:
+            self._scheduler.release()
 
     def close(self, *, drain: bool = False) -> None:
         """End: running and waiting requests as cancelled, or, with `drain`, when they are done.
@@ -240,7 +280,7 @@ def _piece(llm: HookedLlama, token: int) -> bytes:
     return llm.detokenize([token], special=True)
 
 
-def _prompt_tokens(llm: HookedLlama, prompt: str | Sequence[int]) -> list[int]:
+def prompt_tokens(llm: HookedLlama, prompt: str | Sequence[int]) -> list[int]:
     """The tokens that `create_completion` makes of a prompt."""
     if not isinstance(prompt, str):
         return list(prompt)

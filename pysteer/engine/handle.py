@@ -8,6 +8,9 @@ import uuid
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from pysteer.engine.text import FinishReason
 from pysteer.errors import SteeringError
 
@@ -61,6 +64,10 @@ class Handle:
     Iterating gives the chunks that `create_chat_completion(stream=True)`, or for a `prompt`
     `create_completion(stream=True)`, gives; from the first chunk, however often and from whichever
     thread. The last one has "steering", as the result has.
+
+    Attributes:
+        first_logits: float32 of shape (n_vocab,), what the model said of the first token of the
+            text, if `submit` was asked to keep it, and once there is one.
     """
 
     def __init__(self, *, model: str, shape: Shape, echo: str = "") -> None:
@@ -77,6 +84,7 @@ class Handle:
         self._on_cancel: Callable[[], None] | None = None
         self._decodes_in: threading.Thread | None = None
         self.cancelled = False
+        self.first_logits: npt.NDArray[np.float32] | None = None
 
     # ---- the caller's side -------------------------------------------------------------------
 

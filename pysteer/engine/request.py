@@ -46,6 +46,7 @@ class Request:
         pieces: the model's vocabulary.
         steering: what steers it.
         handle: where it is seen from the outside.
+        keep_first_logits: whether the handle is to get those that the first token is drawn from.
 
     Raises:
         SteeringError: arguments that cannot be.
@@ -62,6 +63,7 @@ class Request:
         pieces: Pieces,
         steering: SequenceSteering,
         handle: Handle,
+        keep_first_logits: bool = False,
     ) -> None:
         room = length_limit - len(prompt)
         wanted = arguments["max_tokens"]
@@ -79,6 +81,7 @@ class Request:
         """Until so many of its tokens are decoded, they are so in batches of its own."""
         self.steering = steering
         self.handle = handle
+        self.keep_first_logits = keep_first_logits
         self.stopping_criteria = arguments["stopping_criteria"]
         self.writing = Writing(
             pieces,

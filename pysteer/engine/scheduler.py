@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from pysteer.engine.batch import Batch
 from pysteer.engine.cache import KvCache, LlamaMemory
@@ -103,6 +104,9 @@ class Scheduler:
         self._stopping = False
         self._draining = False
         self._cancelling = False
+        self._idle = False  # the thread has nothing to do, or only what is held
+        self._held = False  # requests wait in the queue until all of a group are there
+        self._clearing = False  # what the cache holds is to be forgotten first
         self.thread = threading.Thread(target=self._run, name="pysteer-engine", daemon=True)
         self.thread.start()
         _all.add(self)
@@ -142,6 +146,8 @@ class Scheduler:
         if threading.current_thread() is self.thread:
             timeout = 0  # in a callback of some request: nobody else makes room
         with self._changed:
+            if self._held and self.open and len(self._queue) >= self._max_queue:
+                timeout = 0  # nothing leaves the queue before the group is complete
             if not self._changed.wait_for(
                 lambda: not self.open or len(self._queue) < self._max_queue, timeout
             ):
@@ -155,6 +161,27 @@ class Scheduler:
             self._next_order += 1
             request.handle.attach(self.wake, self.thread)
             self._queue.append(request)
+            self._changed.notify_all()
+
+    def hold(self) -> None:
+        """Wait until nothing is running, and start nothing until `release`.
+
+        Raises:
+            EngineClosedError: it was stopped.
+        """
+        with self._changed:
+            self._changed.wait_for(
+                lambda: not self.open or (self._idle and not self._held and not self._queue)
+            )
+            if not self.open:
+                raise EngineClosedError(_CLOSED)
+            self._held = True
+
+    def release(self) -> None:
+        """Start what was queued since `hold`, all at once and from an empty cache."""
+        with self._changed:
+            self._held = False
+            self._clearing = True
             self._changed.notify_all()
 
     def wake(self) -> None:
@@ -200,12 +227,20 @@ class Scheduler:
     def _wait(self) -> bool:
         """Wait for work; False when there is none and will be none."""
         with self._changed:
-            while not (self._stopping or self._active or self._preempted or self._queue):
+            while not (self._stopping or self._active or self._preempted or self._startable):
                 if self._draining:
                     return False
-                self._cancelling = False
+                if not self._queue:
+                    self._cancelling = False
+                self._idle = True
+                self._changed.notify_all()
                 self._changed.wait()
+            self._idle = False
             return not self._stopping
+
+    @property
+    def _startable(self) -> bool:
+        return bool(self._queue) and not self._held
 
     def _end(self, failure: BaseException | None) -> None:
         with self._changed:
@@ -225,6 +260,9 @@ class Scheduler:
         self._llm.close()
 
     def _step(self) -> None:
+        if self._clearing:
+            self._clearing = False
+            self._cache.clear()
         self._end_cancelled()
         self._admit()
         runs = self._choose()
@@ -429,13 +467,13 @@ class Scheduler:
             if changed < request.n_past:
                 request.n_past = self._cache.cut(request.slot, changed)
                 return
-        if request.stopping_criteria is not None:
-            logits = np.ctypeslib.as_array(
-                self._llm._ctx.get_logits_ith(row), shape=(self._llm._n_vocab,)
-            )
-            if request.stopping_criteria(request.tokens(0, request.n_past), logits):
-                self._finish(request, "stop")
-                return
+        if request.keep_first_logits and request.handle.first_logits is None:
+            request.handle.first_logits = self._logits(row).copy()
+        if request.stopping_criteria is not None and request.stopping_criteria(
+            request.tokens(0, request.n_past), self._logits(row)
+        ):
+            self._finish(request, "stop")
+            return
         token = request.sampler.sample(self._candidates, self._llm.ctx, row)
         ended = request.writing.add(token)
         if ended is not None:
@@ -448,6 +486,12 @@ class Scheduler:
             self._finish(request, "length")
             return
         request.append(token)
+
+    def _logits(self, row: int) -> npt.NDArray[np.float32]:
+        """A view of the logits of the batch's row `row`, shape (n_vocab,)."""
+        return np.ctypeslib.as_array(
+            self._llm._ctx.get_logits_ith(row), shape=(self._llm._n_vocab,)
+        )
 
 
 @atexit.register

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pysteer.evaluate.judges import is_refusal
 from pysteer.evaluate.metrics import is_degenerate
+from pysteer.evaluate.refusal import is_refusal
 from pysteer.prompts import Prompt
 from pysteer.runtime.plan import Steering
 from pysteer.runtime.steered import SteeredLlama

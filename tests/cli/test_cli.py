@@ -439,11 +439,11 @@ def test_mistakes_in_usage_point_to_the_help(arguments, cli):
 def test_help_lists_the_commands(arguments, cli):
     code, out, err = cli(*arguments)
     assert (code, err) == (0, "")
-    for command in ("demo", "generate", "inspect", "doctor"):
+    for command in ("demo", "generate", "evaluate", "inspect", "doctor"):
         assert command in out
 
 
-@pytest.mark.parametrize("command", ["demo", "generate", "inspect", "doctor"])
+@pytest.mark.parametrize("command", ["demo", "generate", "evaluate", "inspect", "doctor"])
 def test_every_command_has_help_json_and_debug(command, cli):
     code, out, err = cli(command, "--help")
     assert (code, err) == (0, "")

@@ -352,7 +352,7 @@ def test_a_bad_line_is_named_with_its_file(line, words, side, extract, files):
 
 
 def test_torch_that_is_missing_is_named_with_its_extra(extract, monkeypatch, tmp_path):
-    command = importlib.import_module("pysteer.cli.extract")  # not the function of that name
+    command = importlib.import_module("pysteer.cli.loading")
     real = command.find_spec
     missing = "torch"
     monkeypatch.setattr(command, "find_spec", lambda name: None if name == missing else real(name))

@@ -70,7 +70,8 @@ def test_another_layout_of_tensors_is_refused(tmp_path):
 
 
 def test_the_native_part_is_the_one_under_test():
-    """Under `make asan` the suite must not fall back to another build."""
-    if os.environ.get("PYSTEER_EXPECT_SANITIZER"):
-        assert "asan" in _native.__file__
-        assert b"__asan_init" in Path(_native.__file__).read_bytes()
+    """Under `make asan` and `make tsan` the suite must not fall back to another build."""
+    sanitizer = os.environ.get("PYSTEER_EXPECT_SANITIZER")
+    if sanitizer:
+        assert sanitizer in _native.__file__
+        assert f"__{sanitizer}_init".encode() in Path(_native.__file__).read_bytes()

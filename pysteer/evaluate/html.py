@@ -1,0 +1,174 @@
+"""`report.html`: a report for a person, in one file that needs nothing else."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from pysteer.evaluate.intervals import Mean, Share
+from pysteer.evaluate.report import (
+    STEERED,
+    UNSTEERED,
+    CurvePoint,
+    PromptRecord,
+    Report,
+    write_whole,
+)
+
+_TEMPLATE = "report.html.j2"
+_WIDTH, _HEIGHT = 640, 300  # of the plot, without its margins
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the chart, in the SVG's units.
+
+    Attributes:
+        name: for the legend.
+        points: the line, as SVG wants it.
+        band: outline of its interval.
+        marks: x, y and what to say of each point.
+    """
+
+    name: str
+    points: str
+    band: str
+    marks: Sequence[tuple[float, float, str]]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """The trade-off curves.
+
+    Attributes:
+        width: of the plot.
+        height: of the plot.
+        lines: one for each measure.
+        ticks: x and label of each strength.
+    """
+
+    width: int
+    height: int
+    lines: Sequence[Line]
+    ticks: Sequence[tuple[float, str]]
+
+
+def render(report: Report) -> str:
+    """The HTML of a report. Prompts, answers and names are escaped: they may be hostile."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(percent=percent, number=number, range=interval)
+    template = environment.get_template(_TEMPLATE)
+    return template.render(
+        report=report,
+        chart=chart(report.curve),
+        unsteered=UNSTEERED,
+        steered=STEERED,
+        shade=shade,
+        outcome=outcome,
+        harmful=[one for one in report.prompts if not one.benign],
+        benign=[one for one in report.prompts if one.benign],
+    )
+
+
+def save(report: Report, path: str | os.PathLike[str]) -> None:
+    """Write the HTML; an older file is replaced in one step."""
+    write_whole(Path(path), render(report))
+
+
+def percent(value: Share | None) -> str:
+    """A share as a person writes it; a dash where there was nothing to count."""
+    return "-" if value is None or value.value is None else f"{value.value:.0%}"
+
+
+def interval(value: Share | Mean) -> str:
+    """The 95% interval of a share or a mean; empty where there is none."""
+    if value.low is None or value.high is None:
+        return ""
+    if isinstance(value, Share):
+        return f"{100 * value.low:.0f}-{100 * value.high:.0f}%"
+    return f"{value.low:.3g} to {value.high:.3g}"
+
+
+def number(value: Mean | float | None) -> str:
+    """A number with three digits."""
+    found = value.value if isinstance(value, Mean) else value
+    return "-" if found is None else f"{found:.3g}"
+
+
+def shade(part: int, whole: int) -> int:
+    """Percent of colour of a cell; some for every count above 0, so that none is overlooked."""
+    return 0 if part == 0 or whole == 0 else round(12 + 68 * part / whole)
+
+
+def outcome(one: PromptRecord) -> str:
+    """What became of a prompt, in a word or two: what the answers can be filtered by."""
+    before, after = one.answers[UNSTEERED], one.answers[STEERED]
+    if after.degenerate:
+        return "degenerate"
+    if one.benign:
+        if after.unchanged:
+            return "unchanged"
+        return "refused" if after.refused else "changed"
+    if after.safe:
+        return "safe before" if before.safe else "now safe"
+    return "now unsafe" if before.safe else "still unsafe"
+
+
+def chart(points: Sequence[CurvePoint]) -> Chart | None:
+    """The curves in the SVG's units; None where there are not two points."""
+    if len(points) < 2:
+        return None
+    low, high = points[0].strength, points[-1].strength
+    measures: list[tuple[str, Callable[[CurvePoint], Share]]] = [
+        ("safe", lambda point: point.safe),
+        ("degenerate", lambda point: point.degenerate),
+        ("benign unchanged", lambda point: point.unchanged),
+    ]
+
+    def x(point: CurvePoint) -> float:
+        return round(_WIDTH * (point.strength - low) / (high - low), 1)
+
+    lines = []
+    for name, measure in measures:
+        there = [(x(point), measure(point), point) for point in points if measure(point).n]
+        if not there:
+            continue
+        outline = [(at, share.high) for at, share, _ in there]
+        outline += [(at, share.low) for at, share, _ in reversed(there)]
+        lines.append(
+            Line(
+                name=name,
+                points=_path((at, share.value) for at, share, _ in there),
+                band=_path(outline),
+                marks=[
+                    (
+                        at,
+                        _y(share.value),
+                        f"{name} at strength {point.strength:g}: {percent(share)} "
+                        f"({interval(share)}), {share.k} of {share.n}",
+                    )
+                    for at, share, point in there
+                ],
+            )
+        )
+    ticks = [(x(point), f"{point.strength:g}") for point in points]
+    return Chart(_WIDTH, _HEIGHT, lines, ticks)
+
+
+def _path(points: Any) -> str:
+    return " ".join(f"{x:g},{_y(y):g}" for x, y in points)
+
+
+def _y(value: float | None) -> float:
+    return round(_HEIGHT * (1 - (value or 0.0)), 1)

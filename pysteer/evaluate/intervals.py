@@ -1,0 +1,82 @@
+"""Shares and means, each with the range that it can be trusted to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+from scipy import stats  # type: ignore[import-untyped]
+
+CONFIDENCE = 0.95
+"""Of every interval."""
+
+
+class Share(BaseModel):
+    """How many of how many, and the 95% interval of the share.
+
+    Attributes:
+        k: how many.
+        n: of how many.
+        value: k / n; None where n is 0.
+        low: lower end of the interval; None where n is 0.
+        high: upper end.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    k: int
+    n: int
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+
+class Mean(BaseModel):
+    """The mean of n numbers, and its 95% interval.
+
+    Attributes:
+        n: how many numbers.
+        value: their mean; None where n is 0.
+        low: lower end of the interval; None where n is below 2.
+        high: upper end.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    n: int
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+
+def share(flags: Iterable[bool]) -> Share:
+    """The share of flags that are set, with Wilson's score interval.
+
+    Source: Wilson 1927, "Probable Inference, the Law of Succession, and Statistical Inference". It
+    holds for small n and for shares of 0 and 1, where the textbook interval has no width.
+    """
+    values = list(flags)
+    k, n = sum(values), len(values)
+    if n == 0:
+        return Share(k=0, n=0)
+    interval = stats.binomtest(k, n).proportion_ci(CONFIDENCE, method="wilson")
+    return Share(k=k, n=n, value=k / n, low=float(interval.low), high=float(interval.high))
+
+
+def mean(values: Iterable[float], *, lowest: float = -math.inf) -> Mean:
+    """The mean of numbers, with the interval of Student's t.
+
+    Args:
+        values: the numbers.
+        lowest: what none of them can be below, and the interval neither.
+    """
+    numbers = np.asarray(list(values), np.float64)
+    if numbers.size == 0:
+        return Mean(n=0)
+    value = float(numbers.mean())
+    if numbers.size == 1:
+        return Mean(n=1, value=value)
+    half = float(stats.sem(numbers) * stats.t.ppf((1 + CONFIDENCE) / 2, numbers.size - 1))
+    return Mean(n=int(numbers.size), value=value, low=max(lowest, value - half), high=value + half)

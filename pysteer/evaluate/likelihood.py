@@ -1,0 +1,228 @@
+"""How likely a text is under the unsteered model: the measure of fluency.
+
+The mean of log p(token | prompt, tokens before) over the tokens of an answer, in nats. Steering
+that breaks a text makes it improbable to the model that it came from. It is no measure of quality:
+what repeats itself is probable, which is why degeneration is counted apart.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from itertools import pairwise, takewhile
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
+
+from pysteer.engine.batch import Batch
+from pysteer.engine.chat import ChatShape
+from pysteer.engine.engine import prompt_tokens
+from pysteer.errors import SteeringError
+from pysteer.hooked import HookedLlama
+
+_SEQUENCES = 16  # answers at once
+_PREFIX = 0  # llama.cpp's number of the sequence that holds what all prompts begin with
+
+
+class _Row(NamedTuple):
+    """A token to decode, and the tokens after it whose probability is wanted."""
+
+    slot: int
+    position: int
+    token: int
+    targets: Sequence[int] = ()
+
+
+class _Work(NamedTuple):
+    """Answers to one prompt: its tokens, and for each answer its index and tokens."""
+
+    prompt: list[int]
+    answers: list[tuple[int, list[int]]]
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.prompt) + sum(len(tokens) for _, tokens in self.answers)
+
+
+class Likelihood:
+    """The unsteered model, reading. A context manager.
+
+    What all prompts begin with is computed once, a prompt once for all answers to it, and logits
+    only of the rows that predict a token of an answer.
+
+    Args:
+        model_path: a GGUF model.
+        n_ctx: tokens that a prompt and its answers may have together.
+        **llama_arguments: everything else that `llama_cpp.Llama` takes.
+
+    Raises:
+        SteeringError: the model cannot be loaded.
+    """
+
+    def __init__(
+        self, model_path: str | os.PathLike[str], *, n_ctx: int = 4096, **llama_arguments: Any
+    ) -> None:
+        arguments = {"verbose": False, **llama_arguments}
+        try:
+            self._llm = HookedLlama(
+                model_path, max_sequences=1 + _SEQUENCES, n_ctx=n_ctx, **arguments
+            )
+        except SteeringError:
+            raise
+        except ValueError as error:
+            raise SteeringError(f"{model_path}: {error}; is it a GGUF model?") from None
+        self._memory = llama_cpp.llama_get_memory(self._llm.ctx)
+        self._batch = Batch(self._llm.n_batch)
+
+    def per_token(
+        self,
+        items: Sequence[tuple[str, str]],
+        on_items: Callable[[int], None] = lambda n: None,
+    ) -> list[float | None]:
+        """Mean log-likelihood per token, in nats.
+
+        Args:
+            items: pairs of what a user said and what was answered.
+            on_items: called with the number of items whenever some are done.
+
+        Returns:
+            for each item the mean; None for an empty answer.
+
+        Raises:
+            SteeringError: a prompt and its answer do not fit the context.
+        """
+        work: dict[str, _Work] = {}
+        for index, (prompt, text) in enumerate(items):
+            if prompt not in work:
+                work[prompt] = _Work(self._prompt(prompt), [])
+            tokens = self._llm.tokenize(text.encode("utf-8"), add_bos=False, special=False)
+            if tokens:
+                work[prompt].answers.append((index, tokens))
+        found: list[float | None] = [None] * len(items)
+        on_items(sum(1 for _, text in items if not text))
+        pieces = [
+            _Work(one.prompt, one.answers[start : start + _SEQUENCES])
+            for one in work.values()
+            for start in range(0, len(one.answers), _SEQUENCES)
+        ]
+        shared = _shared([piece.prompt for piece in pieces])
+        llama_cpp.llama_memory_clear(self._memory, False)
+        if shared:
+            self._decode([_Row(_PREFIX, at, token) for at, token in enumerate(shared)])
+        for chunk in self._chunks(pieces, len(shared)):
+            for index, value in self._read(chunk, len(shared)):
+                found[index] = value
+            on_items(sum(len(one.answers) for one in chunk))
+        return found
+
+    def _prompt(self, prompt: str) -> list[int]:
+        messages = [{"role": "user", "content": prompt}]
+        shape = ChatShape(self._llm, {"messages": messages}, kept=nullcontext)
+        return prompt_tokens(self._llm, shape.completion["prompt"])
+
+    def _chunks(self, pieces: Sequence[_Work], shared: int) -> Iterator[list[_Work]]:
+        """As many pieces at a time as there are sequences and room for."""
+        room = min(self._llm.n_ctx() - shared, self._llm.n_batch)
+        chunk: list[_Work] = []
+        for piece in pieces:
+            if shared + piece.n_tokens > self._llm.n_ctx():
+                raise SteeringError(
+                    f"a prompt and its answers are {piece.n_tokens} tokens long, and the context "
+                    f"takes {self._llm.n_ctx()}; raise --context"
+                )
+            together = [*chunk, piece]
+            answers = sum(len(one.answers) for one in together)
+            tokens = sum(one.n_tokens - shared for one in together)
+            if chunk and (answers > _SEQUENCES or tokens > room):
+                yield chunk
+                together = [piece]
+            chunk = together
+        if chunk:
+            yield chunk
+
+    def _read(self, chunk: Sequence[_Work], shared: int) -> Iterator[tuple[int, float]]:
+        """Index and mean of each answer."""
+        sums: dict[int, float] = {}
+        slots: dict[int, int] = {}
+        rows: list[_Row] = []
+        for one in chunk:
+            for index, _ in one.answers:
+                slots[index] = len(slots) + 1
+            slot = slots[one.answers[0][0]]
+            llama_cpp.llama_memory_seq_cp(self._memory, _PREFIX, slot, 0, shared)
+            rows += [_Row(slot, at, one.prompt[at]) for at in range(shared, len(one.prompt))]
+            rows[-1] = rows[-1]._replace(targets=[tokens[0] for _, tokens in one.answers])
+        for one, values in zip(chunk, self._decode(rows), strict=True):
+            first, *others = (slots[index] for index, _ in one.answers)
+            for slot in others:
+                llama_cpp.llama_memory_seq_cp(self._memory, first, slot, 0, len(one.prompt))
+            sums.update(zip((index for index, _ in one.answers), values, strict=True))
+        rows = []
+        owners: list[int] = []
+        for one in chunk:
+            for index, tokens in one.answers:
+                for offset, (token, after) in enumerate(pairwise(tokens)):
+                    rows.append(_Row(slots[index], len(one.prompt) + offset, token, [after]))
+                    owners.append(index)
+        for index, (value,) in zip(owners, self._decode(rows), strict=True):
+            sums[index] += value
+        for slot in slots.values():
+            llama_cpp.llama_memory_seq_rm(self._memory, slot, -1, -1)
+        for one in chunk:
+            for index, tokens in one.answers:
+                yield index, sums[index] / len(tokens)
+
+    def _decode(self, rows: Sequence[_Row]) -> list[list[float]]:
+        """Decode rows; of those with targets, the log-probabilities of the targets."""
+        found = []
+        for start in range(0, len(rows), self._llm.n_batch):
+            part = rows[start : start + self._llm.n_batch]
+            self._batch.clear()
+            for row in part:
+                token = np.array([row.token], np.intc)
+                self._batch.add(row.slot, row.position, token, output=bool(row.targets))
+            with self._llm._decoding([]):
+                status = self._batch.decode(self._llm.ctx)
+            if status != 0:
+                raise SteeringError(f"llama.cpp could not decode a batch (status {status})")
+            for number, row in enumerate(part):
+                if row.targets:
+                    logits = np.ctypeslib.as_array(
+                        self._llm._ctx.get_logits_ith(number), shape=(self._llm._n_vocab,)
+                    )
+                    found.append(_log_probabilities(logits, row.targets))
+        return found
+
+    def close(self) -> None:
+        """Free the model."""
+        self._llm.close()
+
+    def __enter__(self) -> Likelihood:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _log_probabilities(logits: npt.NDArray[np.float32], tokens: Sequence[int]) -> list[float]:
+    """l_t - log(sum of exp(l)) for each token t, of logits l of shape (n_vocab,)."""
+    largest = logits.max()
+    total = float(np.exp(logits - largest).sum(dtype=np.float64))
+    return [float(logits[token]) - float(largest) - float(np.log(total)) for token in tokens]
+
+
+def _shared(prompts: Sequence[Sequence[int]]) -> list[int]:
+    """What all prompts begin with; the last token of none, whose logits are needed."""
+    if not prompts:
+        return []
+    columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
+    return [column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)]

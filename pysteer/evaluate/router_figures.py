@@ -1,0 +1,97 @@
+"""What a router found, against what the prompts are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from sklearn.metrics import (  # type: ignore[import-untyped]
+    confusion_matrix,
+    f1_score,
+)
+
+from pysteer.evaluate.intervals import share
+from pysteer.evaluate.report import BENIGN, RouterFigures
+
+NOTHING = "nothing"
+"""The column of prompts for which no gate opened."""
+
+
+@dataclass(frozen=True)
+class Routed:
+    """One prompt: its category ("benign" for benign ones), what fired, and the scores."""
+
+    category: str
+    fired: Sequence[str]
+    scores: Mapping[str, float]
+
+
+def router_figures(
+    routed: Sequence[Routed], known: Sequence[str], thresholds: Mapping[str, float]
+) -> RouterFigures:
+    """Confusion, F1 and false positives.
+
+    Prompts of categories that the router does not know have rows of their own, and no part in F1:
+    nothing that a router could say of them is right or wrong.
+
+    Args:
+        routed: the prompts.
+        known: the router's categories.
+        thresholds: of those: where several fired, the one furthest past its own is what was found.
+    """
+    columns = [*known, NOTHING]
+    present = list(dict.fromkeys(one.category for one in routed))
+    rows = [name for name in known if name in present]
+    rows += [name for name in present if name not in known and name != BENIGN]
+    rows += [BENIGN] if BENIGN in present else []
+    found = [_found(one, thresholds) for one in routed]
+    true = [one.category for one in routed]
+    # One matrix over all labels, of which the rows and columns are taken that can have counts.
+    labels = list(dict.fromkeys([*rows, *columns]))
+    counts = np.zeros((len(labels), len(labels)), np.int64)
+    if routed:
+        counts = confusion_matrix(true, found, labels=labels)
+    at = {name: i for i, name in enumerate(labels)}
+    confusion = counts[np.ix_([at[row] for row in rows], [at[column] for column in columns])]
+    classes = [*(name for name in rows if name in known), *([NOTHING] if BENIGN in rows else [])]
+    pairs = [
+        (NOTHING if t == BENIGN else t, f)
+        for t, f in zip(true, found, strict=True)
+        if t == BENIGN or t in known
+    ]
+    f1: dict[str, float] = {}
+    if pairs:
+        values = f1_score(
+            [t for t, _ in pairs],
+            [f for _, f in pairs],
+            labels=classes,
+            average=None,
+            zero_division=0.0,
+        )
+        names = [BENIGN if name == NOTHING else name for name in classes]
+        f1 = dict(zip(names, map(float, values), strict=True))
+    benign = [one for one in routed if one.category == BENIGN]
+    return RouterFigures(
+        rows=rows,
+        columns=columns,
+        confusion=confusion.tolist(),
+        macro_f1=float(np.mean(list(f1.values()))) if f1 else None,
+        f1=f1,
+        caught={
+            name: share(bool(one.fired) for one in routed if one.category == name)
+            for name in rows
+            if name != BENIGN
+        },
+        false_positives=share(bool(one.fired) for one in benign),
+        false_positives_of={
+            name: sum(1 for one in benign if _found(one, thresholds) == name) for name in known
+        },
+    )
+
+
+def _found(one: Routed, thresholds: Mapping[str, float]) -> str:
+    def past(name: str) -> float:
+        return abs(one.scores.get(name, 0.0) - thresholds.get(name, 0.0))
+
+    return max(one.fired, key=past) if one.fired else NOTHING

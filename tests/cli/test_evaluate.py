@@ -1,0 +1,137 @@
+"""`pysteer evaluate`, on a tiny model."""
+
+import json
+
+import pytest
+
+from pysteer import SteeringPack
+from pysteer.cli import run
+from pysteer.evaluate.answers import KeptAnswers
+from pysteer.evaluate.report import Report
+
+OPTIONS = ("--context", 512, "--threads", 1, "--parallel", 2, "-n", 6)
+
+
+@pytest.fixture
+def files(tmp_path):
+    rows = [{"prompt": f"the cat {i}", "category": "a" if i % 2 else "b"} for i in range(4)]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "b.csv").write_text("prompt\nzzz\nand so\n")
+    return tmp_path
+
+
+@pytest.fixture
+def evaluate(capsys, files, tiny_llama):
+    """A function that runs the command and returns its exit code, standard output and error."""
+    import numpy as np
+
+    from pysteer import SteeringVector
+
+    rng = np.random.default_rng(0)
+    vectors = {name: SteeringVector({2: 5 * rng.normal(size=64)}) for name in "ab"}
+    SteeringPack(vectors).save(files / "pack.gguf")
+
+    def call(*arguments, benign=True):
+        given = ["-m", tiny_llama, "-s", files / "pack.gguf", "--prompts", files / "p.jsonl"]
+        given += ["--benign", files / "b.csv"] if benign else []
+        capsys.readouterr()
+        code = run(
+            [str(a) for a in ("evaluate", *given, "-o", files / "out", *OPTIONS, *arguments)]
+        )
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def check_mistake(result, *words):
+    code, out, err = result
+    assert (code, out) == (2, "")
+    assert len(err.splitlines()) == 1
+    for word in words:
+        assert str(word) in err
+
+
+def test_a_run_prints_a_table_and_writes_three_files(evaluate, files):
+    code, out, err = evaluate("--strengths", "0.5", "--isolation", "forced")
+    assert (code, err) == (0, "")
+    for words in ("own category, forced", "safe", "degenerate", "benign:", "made safe", "strength"):
+        assert words in out
+    assert str(files / "out" / "report.html") in out.replace("\n", "")
+    names = sorted(path.name for path in (files / "out").iterdir())
+    assert names == ["answers.jsonl", "report.html", "report.json"]
+    report = Report.load(files / "out" / "report.json")
+    assert [row.n for row in report.categories] == [2, 2]
+    assert [point.strength for point in report.curve] == [0.0, 0.5, 1.0]
+    assert report.benign["steered"].unchanged.n == 2
+
+
+def test_json_is_the_report_without_its_answers(evaluate, files):
+    code, out, err = evaluate("--json", "--no-fluency")
+    assert (code, err) == (0, "")
+    found = json.loads(out, parse_constant=pytest.fail)
+    report = Report.load(files / "out" / "report.json").model_dump(mode="json")
+    del report["prompts"]
+    assert {key: found[key] for key in report} == report
+    assert set(found) - set(report) == {"report", "html", "seconds"}
+    assert found["overall"]["steered"]["log_likelihood"]["n"] == 0
+
+
+def test_interrupted_it_says_how_to_go_on_and_does(evaluate, files, monkeypatch):
+    whole = json.loads(evaluate("--json")[1])
+    lines = (files / "out" / "answers.jsonl").read_text().splitlines()
+    for path in (files / "out").iterdir():
+        path.unlink()
+    put = KeptAnswers.put
+
+    def interrupt(self, key, answers):
+        put(self, key, answers)
+        if len(self._groups) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(KeptAnswers, "put", interrupt)
+    code, out, err = evaluate("--json")
+    assert (code, out) == (130, "")
+    assert f"kept in {files / 'out'}; the same command goes on" in err
+    assert (files / "out" / "answers.jsonl").read_text().splitlines() == lines[:2]
+    monkeypatch.setattr(KeptAnswers, "put", put)
+    again = json.loads(evaluate("--json")[1])
+    assert {**again, "seconds": 0} == {**whole, "seconds": 0}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--strengths", "a"], ["--strengths a"]),
+        (["--strengths", "nan"], ["--strengths nan"]),
+        (["--isolation", "both"], ["--isolation both", "forced"]),
+        (["--isolation", "gated"], ["no router"]),
+        (["--judge", "nobody"], ["--judge nobody", "refusal"]),
+        (["--reward", "refusal"], ["--reward refusal"]),
+        (["--steer", "auto"], ["no router", "own"]),
+        (["--steer", "a=auto"], ["no router"]),
+        (["--steer", "c=1"], ["unknown category"]),
+        (["--temperature", "nan"], ["--temperature"]),
+        (["--limit", "0"], ["--limit"]),
+        (["--prompts", "/no/such/file.jsonl"], ["/no/such/file.jsonl"]),
+        (["--benign", "/no/such/file.jsonl"], ["/no/such/file.jsonl"]),
+        (["-m", "/no/such/model.gguf"], ["/no/such/model.gguf"]),
+        (["-s", "/no/such/pack.gguf"], ["/no/such/pack.gguf"]),
+        (["--policy", "/no/such/policy.yaml"], ["/no/such/policy.yaml"]),
+    ],
+    ids=lambda value: " ".join(value)[:30],
+)
+def test_mistakes(arguments, words, evaluate):
+    check_mistake(evaluate(*arguments), *words)
+
+
+def test_an_output_that_is_a_file_and_a_pack_that_is_missing(evaluate, files, capsys, tiny_llama):
+    (files / "out").write_text("")
+    check_mistake(evaluate(), files / "out", "folder")
+    code = run(["evaluate", "-m", str(tiny_llama), "--prompts", "x", "-o", "y"])
+    assert (code, "--pack" in capsys.readouterr().err) == (2, True)
+
+
+def test_a_missing_extra_is_named(evaluate, monkeypatch):
+    monkeypatch.setattr("pysteer.cli.loading.find_spec", lambda name: None)
+    check_mistake(evaluate(), "pip install 'pysteer[evaluate]'")

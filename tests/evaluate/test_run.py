@@ -1,0 +1,245 @@
+"""The whole, on a tiny model whose vectors say a letter."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pysteer import FormatError, Policy, SteeringError, SteeringPack
+from pysteer.evaluate import answers as answers_module
+from pysteer.evaluate.answers import Sampling
+from pysteer.evaluate.arms import OWN
+from pysteer.evaluate.judges import CallableJudge, CallableReward
+from pysteer.evaluate.report import Report
+from pysteer.evaluate.run import EvaluateSettings, evaluate
+from pysteer.prompts import Prompt
+
+SETTINGS = EvaluateSettings(
+    sampling=Sampling(max_tokens=8),
+    strengths=(0.0001,),
+    isolation=("gated", "forced"),
+    parallel=4,
+    context=512,
+)
+OPTIONS = {"n_threads": 1, "type_k": 0, "type_v": 0}
+JUDGE = CallableJudge(lambda prompt, answer: ("Q" * 3 in answer or "Z" * 3 in answer, "letters"))
+
+
+@pytest.fixture(autouse=True)
+def _letters_are_no_degeneration(monkeypatch):
+    """A letter said eight times stands for a refusal here."""
+    monkeypatch.setattr("pysteer.evaluate.run.is_degenerate", lambda text: "QZ" in text)
+
+
+@pytest.fixture(scope="module")
+def run(tiny_llama, routed_pack, harmful, benign):
+    def call(folder, **arguments):
+        given = {"settings": SETTINGS, "judge": JUDGE, **arguments, **OPTIONS}
+        rows = given.pop("prompts", harmful), given.pop("benign", benign)
+        return evaluate(tiny_llama, routed_pack, *rows, folder, **given)
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def whole(run, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pysteer.evaluate.run.is_degenerate", lambda text: "QZ" in text)
+        folder = tmp_path_factory.mktemp("whole")
+        return run(folder), folder
+
+
+def test_what_the_gates_find_is_made_safe_and_nothing_else(whole):
+    report, _ = whole
+    by_name = {row.category: row for row in report.categories}
+    assert list(by_name) == ["says q", "says z", "stranger"]
+    assert [row.in_pack for row in report.categories] == [True, True, False]
+    assert [row.n for row in report.categories] == [5, 5, 3]
+    for row in report.categories:
+        assert row.arms["unsteered"].safe.k == 0
+        found = [one for one in report.prompts if one.category == row.category]
+        steered = [one.answers["steered"] for one in found]
+        assert row.arms["steered"].safe.k == sum(bool(one.active) for one in steered)
+        assert [one.safe for one in steered] == [bool(one.active) for one in steered]
+    assert by_name["says q"].arms["steered"].safe.k > 0
+    assert by_name["says z"].arms["steered"].safe.k > 0
+    assert report.overall["steered"].safe.n == 13
+    assert report.overall["steered"].safe.k == sum(
+        row.arms["steered"].safe.k for row in report.categories
+    )
+
+
+def test_benign_answers_are_the_unsteered_ones(whole):
+    report, _ = whole
+    found = report.benign["steered"]
+    assert (found.unchanged.k, found.unchanged.n, found.fired.k) == (6, 6, 0)
+    assert found.first_token_kl.value == 0.0
+    assert report.router.false_positives.k == 0
+    assert report.noise.differs.n == 6
+
+
+def test_the_forced_matrix_shows_vectors_that_act_on_everything(whole):
+    report, _ = whole
+    gated, forced = report.isolation
+    assert [gated.mode, forced.mode] == ["gated", "forced"]
+    assert gated.columns == forced.columns == ["says q", "says z", "stranger"]
+    assert all(cell.changed == cell.n for row in forced.cells for cell in row)
+    assert forced.rest.value == 1.0
+    fired = dict.fromkeys(gated.rows, 0)
+    for one in report.prompts:
+        for name in one.answers["steered"].fired:
+            fired[name] += 1
+    assert all(fired.values())
+    assert sum(cell.changed for row in gated.cells for cell in row) == sum(fired.values())
+    assert (gated.checked.k, gated.checked.n > 0) == (0, True)
+
+
+def test_a_strength_near_0_changes_nothing(whole):
+    report, _ = whole
+    assert [point.strength for point in report.curve] == [0.0, 0.0001, 1.0]
+    weak, full = report.curve[1:]
+    assert weak.safe.k == 0
+    assert full.safe.k > 0
+    assert report.arms["steered x0.0001"].endswith("times 0.0001")
+
+
+def test_letters_are_improbable_to_the_unsteered_model(whole):
+    report, _ = whole
+    before, after = report.overall["unsteered"], report.overall["steered"]
+    assert after.log_likelihood.value < before.log_likelihood.value - 0.5
+
+
+def test_a_report_is_the_same_after_it_was_saved(whole, tmp_path):
+    report, _ = whole
+    report.save(tmp_path / "report.json")
+    assert Report.load(tmp_path / "report.json") == report
+    json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
+
+
+@settings(
+    max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_interrupted_anywhere_it_ends_in_the_same_report(whole, run, tmp_path_factory, data):
+    report, folder = whole
+    lines = (folder / "answers.jsonl").read_bytes().count(b"\n")
+    stop = data.draw(st.integers(0, lines - 1), "groups kept")
+    cut = data.draw(st.integers(0, 40), "bytes lost")
+    again = tmp_path_factory.mktemp("again")
+    put, count = answers_module.KeptAnswers.put, [0]
+
+    def interrupted(self, key, answers):
+        if count[0] == stop:
+            raise KeyboardInterrupt
+        count[0] += 1
+        put(self, key, answers)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(answers_module.KeptAnswers, "put", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(again)
+    path = again / "answers.jsonl"
+    path.write_bytes(path.read_bytes()[: max(0, path.stat().st_size - cut)])
+    assert run(again) == report
+
+
+def test_nothing_is_asked_twice(whole, run, monkeypatch):
+    report, folder = whole
+    before = (folder / "answers.jsonl").read_bytes()
+    monkeypatch.setattr("pysteer.engine.Engine.together", lambda self: pytest.fail("asked"))
+    assert run(folder) == report
+    assert (folder / "answers.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("what", ["policy", "pack", "model"])
+def test_answers_of_something_else_are_not_used(
+    what, whole, run, tmp_path, tiny_llama, routed_pack, harmful
+):
+    _, folder = whole
+    kept = (folder / "answers.jsonl").read_bytes()
+    (tmp_path / "answers.jsonl").write_bytes(kept)
+    model, pack, policy = tiny_llama, routed_pack, None
+    if what == "policy":
+        policy = Policy(scope="response")
+    elif what == "pack":
+        loaded = SteeringPack.load(routed_pack)
+        pack = tmp_path / "other.gguf"
+        replace(loaded, provenance={"made": "again"}).save(pack)
+    else:
+        model = tmp_path / "other.gguf"
+        model.write_bytes(tiny_llama.read_bytes())
+    short = replace(SETTINGS, isolation=(), fluency=False)
+    given = {"settings": short, "judge": JUDGE, "policy": policy, **OPTIONS}
+    evaluate(model, pack, harmful, [], tmp_path, **given)
+    groups = [json.loads(line)["group"] for line in kept.splitlines() if line]
+    now = [
+        json.loads(line)["group"] for line in (tmp_path / "answers.jsonl").open() if line.strip()
+    ]
+    fresh = now[len(groups) :]
+    assert len(fresh) == len(set(fresh) - set(groups)) > 3
+
+
+def test_without_a_router_each_category_is_forced_on_its_prompts(
+    tiny_llama, routed_pack, harmful, benign, tmp_path
+):
+    report = evaluate(
+        tiny_llama,
+        routed_pack,
+        harmful,
+        benign,
+        tmp_path,
+        settings=replace(SETTINGS, steering=OWN, isolation=(), strengths=(), limit=2),
+        judge=JUDGE,
+        reward=CallableReward(lambda prompt, answer: {"q": answer.count("Q")}),
+        **OPTIONS,
+    )
+    assert [row.n for row in report.categories] == [2, 2, 2]
+    assert report.overall["steered"].safe.value == 1.0
+    assert report.benign["steered"].unchanged.k == 0
+    assert report.router is not None  # which was asked although it did not steer
+    assert report.isolation == []
+    assert report.overall["steered"].rewards["q"].value == pytest.approx((2 * 8 + 8) / 6)
+    assert report.overall["unsteered"].rewards["q"].value < 1
+    assert any("its own category" in note for note in report.notes)
+
+
+def test_a_degenerate_answer_is_never_safe(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("pysteer.evaluate.run.is_degenerate", lambda text: "QQQ" in text)
+    report = run(tmp_path, settings=replace(SETTINGS, isolation=(), strengths=(), fluency=False))
+    for one in report.prompts:
+        for answer in one.answers.values():
+            assert not (answer.degenerate and (answer.safe or answer.refused))
+    assert report.overall["steered"].degenerate.k > 0
+    assert report.overall["unsteered"].log_likelihood.n == 0
+
+
+def test_prompts_without_a_category_are_unsafe_ones(run, tmp_path):
+    short = replace(SETTINGS, isolation=(), strengths=(), fluency=False)
+    report = run(tmp_path, prompts=[Prompt("what?")], benign=[], settings=short)
+    assert [row.category for row in report.categories] == ["unsafe"]
+    assert report.benign == {}
+    assert report.noise is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"prompts": []}, "no prompts"),
+        ({"prompts": [Prompt("x", "benign")]}, "--benign"),
+        ({"settings": replace(SETTINGS, parallel=0)}, "parallel"),
+        ({"settings": replace(SETTINGS, steering={"absent": 1.0})}, "unknown category"),
+        ({"settings": replace(SETTINGS, context=2)}, "n_ctx"),
+    ],
+)
+def test_what_cannot_be_is_said(changes, words, run, tmp_path):
+    with pytest.raises(SteeringError, match=words):
+        run(tmp_path, **changes)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema_version": "pysteer.evaluate/1"}', "x"])
+def test_what_is_no_report_is_an_error(text, tmp_path):
+    (tmp_path / "r.json").write_text(text)
+    with pytest.raises(FormatError, match=r"r\.json"):
+        Report.load(tmp_path / "r.json")
