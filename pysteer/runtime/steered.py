@@ -25,7 +25,8 @@ from pysteer.runtime.spans import last_user_text
 PolicyLike: TypeAlias = "Policy | Mapping[str, Any] | str | os.PathLike[str]"
 """A policy, its data, or a YAML file."""
 
-_KEYS = "steering_keys"  # attribute of a LlamaState: what its tokens were computed under
+# Attributes of a LlamaState: what its tokens were computed under, and how many are the prompt.
+_KEYS, _N_PROMPT = "steering_keys", "steering_n_prompt"
 _GENERATE = inspect.signature(Llama.generate)
 
 _log = logging.getLogger(__name__)
@@ -104,6 +105,7 @@ class SteeredLlama(HookedLlama):
         self._ledger = CacheLedger()
         self._sequence: SequenceSteering | None = None
         self._installed: SequenceSteering | None = None
+        self._loaded_n_prompt: int | None = None  # of the state in the context, until it is used
         self._logits_key = 0  # of the last token decoded
         self._warned_unsteered = False
         if self._pack is not None and llama_arguments.get("vocab_only"):
@@ -341,11 +343,14 @@ class SteeredLlama(HookedLlama):
         Evaluates after the tokens in the context, whatever those were computed under: to change the
         steering between two tokens is a caller's right. `generate` and all completions recompute.
         Called directly, the first tokens after `reset()` are the prompt, and what a gate decides at
-        the last of them holds until the next `reset()`.
+        the last of them holds until the next `reset()`. Where gated steering comes into force only
+        afterwards, the router has the tokens that it looks at computed once more.
         """
         with self._step_lock:
             self._require_open()
             sequence = self._sequence_for(tokens)
+            if not sequence.begun and sequence.first_to_decode < self.n_tokens:
+                tokens = [*self._rewind(sequence.first_to_decode), *tokens]
             self._evaluate(sequence, tokens)
             if sequence.wants_reprocess:
                 self._reprocess(sequence)
@@ -355,12 +360,22 @@ class SteeredLlama(HookedLlama):
         sequence = self._sequence
         if sequence is None or sequence.plan is not request.plan or self._ended(sequence):
             prompt = [*self._input_ids.tolist(), *tokens]
-            if sequence is not None and self.n_tokens > 0:
-                prompt = prompt[: sequence.n_prompt]
+            n_prompt = self._loaded_n_prompt if sequence is None else sequence.n_prompt
+            if self.n_tokens > 0 and n_prompt is not None:
+                prompt = prompt[:n_prompt]
             sequence = self._start(request, prompt)
             sequence.follow(0, self._input_ids.tolist())
         self._sequence = sequence
         return sequence
+
+    def _rewind(self, position: int) -> list[int]:
+        """Cut the context back to a position, or to nothing if it cannot be; gives what is gone."""
+        tokens: list[int] = self._input_ids.tolist()
+        if not self.batches_sequences:  # the state of such models cannot be cut back
+            self.reset()
+            return tokens
+        self.n_tokens = position
+        return tokens[position:]
 
     def _ended(self, sequence: SequenceSteering) -> bool:
         """Whether the context was emptied since, so that another sequence begins."""
@@ -381,13 +396,7 @@ class SteeredLlama(HookedLlama):
 
     def _reprocess(self, sequence: SequenceSteering) -> None:
         """Compute the prompt once more, now that a category has fired that steers it."""
-        tokens = self._input_ids.tolist()
-        start = sequence.hold(len(tokens))
-        if not self.batches_sequences:
-            start = 0
-            self.reset()
-        self.n_tokens = start
-        self._evaluate(sequence, tokens[start:])
+        self._evaluate(sequence, self._rewind(sequence.hold(self.n_tokens)))
 
     def capture(self, *args: Any, **kwargs: Any) -> Any:
         """`HookedLlama.capture` under the steering that `with llm.steering(...)` put in force.
@@ -441,6 +450,8 @@ class SteeredLlama(HookedLlama):
             self._require_open()
             state = super().save_state()
             setattr(state, _KEYS, self._ledger.keys()[: self.n_tokens])
+            n_prompt = self._loaded_n_prompt if self._sequence is None else self._sequence.n_prompt
+            setattr(state, _N_PROMPT, n_prompt)
             return state
 
     def load_state(self, state: LlamaState) -> None:
@@ -452,6 +463,9 @@ class SteeredLlama(HookedLlama):
             self._ledger = CacheLedger(
                 np.zeros(state.n_tokens, np.uint64) if keys is None else keys
             )
+            # What the gates of another sequence decided says nothing of this one.
+            self._sequence = None
+            self._loaded_n_prompt = getattr(state, _N_PROMPT, None)
 
     def __getstate__(self) -> dict[str, Any]:
         return {

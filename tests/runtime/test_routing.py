@@ -428,3 +428,44 @@ def test_embeddings_and_captures_are_not_gated(llm):
         llm.capture(PROMPTS["a"])
     assert isinstance(llm.pack.router, Router)
     assert llm.capture(PROMPTS["a"])["residual"]
+
+
+# ---- evaluation by hand --------------------------------------------------------------------------
+
+
+def evaluated(llm, steering, *parts):
+    """The last logits after a prompt in parts, all under one steering, from an empty context."""
+    llm.reset()
+    with llm.steering(steering):
+        for tokens in parts:
+            llm.eval(tokens)
+    return llm.scores[llm.n_tokens - 1].copy()
+
+
+def test_a_gate_that_comes_into_force_later_sees_the_prompt_that_is_there(llm):
+    response = [266, 267, 270]
+    for name, steering in (("a", {"a": 1.0}), ("", None)):
+        expected = evaluated(llm, steering, PROMPTS[name], response)
+        llm.reset()
+        llm.eval(PROMPTS[name])
+        with llm.steering("auto"):
+            llm.eval(response)
+        assert llm.last_steering.fired == [name] * bool(name)
+        np.testing.assert_allclose(llm.scores[llm.n_tokens - 1], expected, atol=5e-5)
+
+
+@pytest.mark.parametrize("other", ["a", ""])
+def test_a_loaded_state_is_not_steered_by_what_another_prompt_opened(llm, other):
+    """Nor held to that prompt's length."""
+    response = [266, 267, 270]
+    expected = evaluated(llm, {"b": 1.0}, PROMPTS["b"], response)
+    llm.reset()
+    with llm.steering("auto"):
+        llm.eval(PROMPTS["b"])
+        state = llm.save_state()
+        llm.reset()
+        llm.eval([*range(270, 290), *PROMPTS[other]])
+        llm.load_state(state)
+        llm.eval(response)
+        assert llm.last_steering.fired == ["b"]
+    np.testing.assert_allclose(llm.scores[llm.n_tokens - 1], expected, atol=5e-5)
