@@ -6,8 +6,8 @@ has. Norm weights and biases are random too: leaving one out changes the logits.
 
 For each family in ``TRANSFORMERS_FAMILIES`` an F32 file gives the same logits in llama.cpp (CPU,
 F32 KV cache) and in transformers (``from_pretrained(folder, gguf_file=name)``). Logits of size 1
-differ by 1e-5 in llama, qwen2, qwen3, phi3 and mamba, and by 2e-3 in gemma2, gemma3 and gpt2, whose
-GELU llama.cpp's CPU backend reads from a table in half precision.
+differ by 1e-5 in llama, qwen2, qwen3, phi3, mamba and lfm2, and by 2e-3 in gemma2, gemma3 and gpt2,
+whose GELU llama.cpp's CPU backend reads from a table in half precision.
 
 The vocabulary is sentencepiece-shaped and synthetic: control tokens, 256 byte tokens, "▁" and
 short lower-case pieces. Any UTF-8 text goes through it unchanged, except a literal U+2581, which
@@ -53,6 +53,11 @@ class Family:
     window: int | None = None  # sliding window, tokens; the pattern over layers is llama.cpp's own
     softcap: bool = False  # of attention scores and of logits
     recurrent: bool = False  # Mamba blocks: no attention and no FFN
+    hybrid: bool = False  # a short convolution for attention, but in every third block
+
+    def has_attention(self, layer: int) -> bool:
+        """Whether a block has one; a convolution in its place is followed by an FFN, too."""
+        return not self.recurrent and (not self.hybrid or layer % 3 == 2)
 
 
 # Transformers 5.23 does not read these from the file but takes the real models' values, so they
@@ -71,6 +76,7 @@ _TABLE: dict[str, Family] = {
     "phi3": Family(fused_qkv=True, ffn="fused"),
     "gpt2": Family(rope_base=None, grouped=False, tied=True, gpt=True, fused_qkv=True, ffn="plain"),
     "mamba": Family(rope_base=None, tied=True, recurrent=True),
+    "lfm2": Family(rope_base=1e6, tied=True, qk_norm=True, hybrid=True),
 }
 FAMILIES: tuple[str, ...] = tuple(_TABLE)
 TRANSFORMERS_FAMILIES: tuple[str, ...] = FAMILIES
@@ -82,6 +88,7 @@ BENCH_SHAPES: dict[str, tuple[int, int, int, int, int]] = {
 }
 
 _SSM_CONV, _SSM_STATE = 4, 16  # Mamba's own kernel width and state size
+_SHORT_CONV = 3  # LFM2's own kernel width
 _CONTROL = ("<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>")
 _COMMON = (
     "th he in er an re on at en nd ti es or te of ed is it al ar st the and ing "
@@ -137,7 +144,7 @@ def _bias(name: str, size: int) -> Tensor:
 
 
 def _attention(p: str, fam: Family, d: Dims) -> Iterator[Tensor]:
-    """Attention and FFN tensors of one block; ``p`` is the name's prefix, "blk.N."."""
+    """Attention tensors of one block; ``p`` is the name's prefix, "blk.N."."""
     q, kv = d.n_head * d.head_dim, d.n_kv * d.head_dim
     yield _norm(p + "attn_norm", d.n_embd)
     # Scores of size 2 or so: from random weights, smaller ones leave attention almost uniform.
@@ -149,8 +156,23 @@ def _attention(p: str, fam: Family, d: Dims) -> Iterator[Tensor]:
         yield _norm(p + "attn_q_norm", d.head_dim)
         yield _norm(p + "attn_k_norm", d.head_dim)
     yield _matrix(p + "attn_output", d.n_embd, q)
+    if fam.gpt:
+        for name in ("attn_norm", "attn_output"):
+            yield _bias(p + name, d.n_embd)
     if fam.post_norm:
         yield _norm(p + "post_attention_norm", d.n_embd)
+
+
+def _short_convolution(p: str, d: Dims) -> Iterator[Tensor]:
+    """What LFM2's other blocks have for attention."""
+    yield _norm(p + "attn_norm", d.n_embd)
+    yield _matrix(p + "shortconv.in_proj", 3 * d.n_embd, d.n_embd)
+    yield Tensor(p + "shortconv.conv.weight", (d.n_embd, _SHORT_CONV), 0.5, f32=True)
+    yield _matrix(p + "shortconv.out_proj", d.n_embd, d.n_embd)
+
+
+def _ffn(p: str, fam: Family, d: Dims) -> Iterator[Tensor]:
+    """FFN tensors of one block."""
     yield _norm(p + "ffn_norm", d.n_embd)
     if fam.ffn == "gated":
         yield _matrix(p + "ffn_gate", d.n_ff, d.n_embd)
@@ -159,7 +181,7 @@ def _attention(p: str, fam: Family, d: Dims) -> Iterator[Tensor]:
     if fam.post_norm:
         yield _norm(p + "post_ffw_norm", d.n_embd)
     if fam.gpt:
-        for name in ("attn_norm", "attn_output", "ffn_norm", "ffn_down"):
+        for name in ("ffn_norm", "ffn_down"):
             yield _bias(p + name, d.n_embd)
         yield _bias(p + "ffn_up", d.n_ff)
 
@@ -187,11 +209,19 @@ def _tensors(fam: Family, d: Dims) -> Iterator[Tensor]:
     if fam.gpt:
         yield Tensor("position_embd.weight", (d.n_ctx, d.n_embd), embd_std, f32=True)
     for i in range(d.n_layer):
-        yield from _mamba(f"blk.{i}.", d) if fam.recurrent else _attention(f"blk.{i}.", fam, d)
+        if fam.recurrent:
+            yield from _mamba(f"blk.{i}.", d)
+            continue
+        if fam.has_attention(i):
+            yield from _attention(f"blk.{i}.", fam, d)
+        else:
+            yield from _short_convolution(f"blk.{i}.", d)
+        yield from _ffn(f"blk.{i}.", fam, d)
     if fam.tied:
         # For logits of size 1. A mean above zero would make a tied model repeat its input.
         norm_std = d.n_embd**-0.5 / embd_std
-        yield Tensor("output_norm.weight", (d.n_embd,), norm_std, f32=True)
+        norm = "token_embd_norm" if fam.hybrid else "output_norm"  # LFM2's own name for it
+        yield Tensor(f"{norm}.weight", (d.n_embd,), norm_std, f32=True)
         if fam.gpt:
             yield Tensor("output_norm.bias", (d.n_embd,), 0.2 * norm_std, f32=True)
     else:
@@ -262,7 +292,11 @@ def _metadata(w: GGUFWriter, fam: Family, d: Dims, dtype: str) -> None:
         w.add_ssm_state_size(_SSM_STATE)
         w.add_ssm_time_step_rank(d.n_embd // 16)
     else:
-        w.add_head_count_kv(d.n_kv)
+        if fam.hybrid:  # which also says which blocks have attention
+            w.add_head_count_kv([d.n_kv * fam.has_attention(i) for i in range(d.n_layer)])
+            w.add_shortconv_l_cache(_SHORT_CONV)
+        else:
+            w.add_head_count_kv(d.n_kv)
         w.add_key_length(d.head_dim)
         w.add_value_length(d.head_dim)
     if fam.rope_base is not None:

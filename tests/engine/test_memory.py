@@ -3,7 +3,7 @@
 import threading
 
 import numpy as np
-from memory import on_linux, resident_bytes
+from memory import measurable, resident_bytes
 from serving import ARGUMENTS, pack_for
 
 from pysteer import Engine
@@ -47,7 +47,7 @@ class Meeting:
         self._over.set()
 
 
-@on_linux
+@measurable
 def test_an_active_sequence_takes_a_few_kilobytes(tiny_model):
     path = tiny_model("llama", n_vocab=LARGE_VOCABULARY)
     rng = np.random.default_rng(0)
@@ -71,7 +71,7 @@ def test_an_active_sequence_takes_a_few_kilobytes(tiny_model):
     assert min(resident[1:]) < 16 * 1024
 
 
-@on_linux
+@measurable
 def test_of_which_its_steering_takes_little(tiny_llama):
     """Gated, checked anew, not between markers, and as long as its context."""
     pack = pack_for(tiny_llama)
