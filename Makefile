@@ -33,7 +33,7 @@ $(BIN)/python -m venv build/$(2)
 $(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
   > $$(build/$(2)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/first.pth
 build/$(2)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --ignore-installed \
-  -C build-dir=build/$(2)-objects -C install.strip=false -C cmake.define.PYSTEER_SANITIZE=$(1) .
+  -C build-dir=build/$(2)-objects -C cmake.build-type=RelWithDebInfo -C cmake.define.PYSTEER_SANITIZE=$(1) .
 cd build/$(2) && $(3) LD_PRELOAD="$$($${CXX:-c++} -print-file-name=lib$(2).so) \
   $$($${CXX:-c++} -print-file-name=libstdc++.so)" PYSTEER_EXPECT_SANITIZER=$(2) \
   bin/python -m pytest -c ../../pyproject.toml --rootdir ../.. $(4)
@@ -50,7 +50,7 @@ tsan: $(VENV)/.dev ## Run the tests that use threads with the native part under 
 	$(call sanitized,thread,tsan,$$(setarch -R true 2> /dev/null && echo setarch -R) \
 	  env OMP_THREAD_LIMIT=1 TSAN_OPTIONS="ignore_noninstrumented_modules=1 log_path=report",-m "not slow" \
 	  $(addprefix ../../tests/,engine native/test_abi.py native/test_callback.py runtime/test_lifecycle.py) \
-	  || { cat report.*; exit 1; })
+	  || { cat report.* 2> /dev/null; exit 1; })
 
 lint: $(VENV)/.dev ## Check style, types, formatting, and that the native part compiles without warnings.
 	$(BIN)/ruff check .

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 from pysteer.errors import SteeringError
 
 
@@ -11,3 +13,16 @@ class EngineBusyError(SteeringError):
 
 class EngineClosedError(SteeringError):
     """The engine was closed; what was still running has ended as cancelled."""
+
+
+def require_other_thread(decodes: threading.Thread | None) -> None:
+    """See to it that the thread which decodes does not wait for itself.
+
+    Raises:
+        SteeringError: it is the one that calls.
+    """
+    if threading.current_thread() is decodes:
+        raise SteeringError(
+            "a logits processor or stopping criterion is a callback of the thread that decodes, "
+            "which would wait here for itself; wait in another thread"
+        )

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from pysteer.engine.errors import require_other_thread
 from pysteer.engine.text import FinishReason
-from pysteer.errors import SteeringError
 
 Completion = dict[str, Any]
 Chunk = dict[str, Any]
@@ -117,7 +117,7 @@ class Handle:
         """
         with self._changed:
             if not self.done:
-                self._require_other_thread()
+                require_other_thread(self._decodes_in)
             if not self._changed.wait_for(lambda: self.done, timeout):
                 raise TimeoutError(f"not done after {timeout} seconds")
             if self._error is not None:
@@ -197,7 +197,7 @@ class Handle:
         while True:
             with self._changed:
                 while len(self._texts) == read and not self.done:
-                    self._require_other_thread()
+                    require_other_thread(self._decodes_in)
                     self._changed.wait()
                 fresh = self._texts[read:]
                 end, error = self._end, self._error
@@ -209,13 +209,6 @@ class Handle:
             if end is not None:
                 yield {**self._head(), "choices": [_choice("", end.finish_reason)]}
                 return
-
-    def _require_other_thread(self) -> None:
-        if threading.current_thread() is self._decodes_in:
-            raise SteeringError(
-                "a logits processor or stopping criterion is a callback of the thread that "
-                "decodes, which would wait here for itself; wait in another thread"
-            )
 
     def _head(self) -> dict[str, Any]:
         return {

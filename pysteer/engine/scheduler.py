@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from pysteer.engine.batch import Batch
 from pysteer.engine.cache import KvCache, LlamaMemory
-from pysteer.engine.errors import EngineBusyError, EngineClosedError
+from pysteer.engine.errors import EngineBusyError, EngineClosedError, require_other_thread
 from pysteer.engine.request import Request
 from pysteer.engine.sampling import Candidates
 from pysteer.engine.text import FinishReason
@@ -168,7 +168,9 @@ class Scheduler:
 
         Raises:
             EngineClosedError: it was stopped.
+            SteeringError: called by its own thread.
         """
+        require_other_thread(self.thread)
         with self._changed:
             self._changed.wait_for(
                 lambda: not self.open or (self._idle and not self._held and not self._queue)

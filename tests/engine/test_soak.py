@@ -33,7 +33,7 @@ def check_cells(engine):
 @pytest.mark.parametrize("family", ["llama", "mamba", "lfm2"])
 def test_random_traffic(tiny_model, family):
     path = tiny_model(family)
-    requests = varied_requests(40, seed=1, longest=40, most_tokens=60)
+    requests = varied_requests(40, seed=1, longest=30, most_tokens=90)
     traffic = Traffic(path, requests, solo_answers(path, requests))
     arguments = {**ARGUMENTS, "n_ctx": 256}
     with Engine(

@@ -11,7 +11,14 @@ from pysteer import Engine, SteeringPack, SteeringVector
 from pysteer.engine import EngineBusyError, EngineClosedError
 from pysteer.hooked import set_native_control_vector
 
-OPTIONS = {"n_threads": 1, "verbose": False, "n_ctx": 256, "type_k": 0, "type_v": 0}
+OPTIONS = {
+    "n_threads": 1,
+    "n_threads_batch": 1,
+    "verbose": False,
+    "n_ctx": 256,
+    "type_k": 0,
+    "type_v": 0,
+}
 PROMPTS = ["the cat", "an other thing", "zzz", "12345 6789"]
 
 

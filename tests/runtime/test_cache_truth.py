@@ -161,7 +161,8 @@ class Context(RuleBasedStateMachine):
 
     @rule(n=st.integers(0, 12))
     def rewind(self, n):
-        self.llm.n_tokens = min(self.llm.n_tokens, n)
+        if self.llm.batches_sequences:  # llama.cpp cannot cut back the state of other models
+            self.llm.n_tokens = min(self.llm.n_tokens, n)
 
     @rule()
     def reset(self):
