@@ -33,7 +33,7 @@ $(BIN)/python -m venv build/$(2)
 $(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
   > $$(build/$(2)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/first.pth
 build/$(2)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --ignore-installed \
-  -C build-dir=build/$(2)-objects -C cmake.build-type=RelWithDebInfo -C cmake.define.PYSTEER_SANITIZE=$(1) .
+  -C build-dir=build/$(2)-objects -C install.strip=false -C cmake.define.PYSTEER_SANITIZE=$(1) .
 cd build/$(2) && $(3) LD_PRELOAD="$$($${CXX:-c++} -print-file-name=lib$(2).so) \
   $$($${CXX:-c++} -print-file-name=libstdc++.so)" PYSTEER_EXPECT_SANITIZER=$(2) \
   bin/python -m pytest -c ../../pyproject.toml --rootdir ../.. $(4)
