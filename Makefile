@@ -62,6 +62,8 @@ lint: $(VENV)/.dev ## Check style, types, formatting, and that the native part c
 
 bench: $(VENV)/.dev $(BENCH_MODEL) ## Measure what steering costs.
 	$(BIN)/python tools/bench_hook.py $(BENCH_MODEL)
+	$(BIN)/python tools/bench_runtime.py
+	$(BIN)/python tools/bench_runtime.py $(BENCH_MODEL) --rounds 4 --decode 6 --prompt 128
 
 $(BENCH_MODEL): tools/tiny_models.py | $(VENV)/.dev
 	mkdir -p $(@D)

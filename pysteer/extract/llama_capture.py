@@ -65,12 +65,7 @@ class LlamaCapture:
         batch = min(token_budget, n_ctx)
         arguments.update(n_batch=batch, n_ubatch=batch, n_ctx=n_ctx)
         try:
-            try:
-                self.llm = HookedLlama(model_path, max_sequences=_MAX_SEQUENCES, **arguments)
-            except HookError as error:
-                if "one sequence at a time" not in str(error):
-                    raise
-                self.llm = HookedLlama(model_path, **arguments)
+            self.llm = HookedLlama(model_path, max_sequences=_MAX_SEQUENCES, **arguments)
         except SteeringError:
             raise
         except ValueError as error:
@@ -177,7 +172,8 @@ class LlamaCapture:
         shared = shared_start([row.tokens[:limit] for row in rows])
         lengths = [len(row.tokens) - shared for row in rows]
         room = self.llm.n_batch - shared
-        for batch in token_batches(lengths, room, self.llm.max_sequences, padded=False):
+        max_rows = self.llm.max_sequences if self.llm.batches_sequences else 1
+        for batch in token_batches(lengths, room, max_rows, padded=False):
             found = self.llm.capture_means(
                 [rows[i].tokens for i in batch],
                 [(rows[i].start, rows[i].stop) for i in batch],

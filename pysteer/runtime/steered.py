@@ -9,6 +9,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Final, NamedTuple, TypeAlias
 
+import llama_cpp
 import numpy as np
 from llama_cpp import Llama, LlamaState
 
@@ -202,6 +203,8 @@ class SteeredLlama(HookedLlama):
         )
 
     def _piece(self, token: int) -> bytes:
+        if not 0 <= token < self.n_vocab():  # llama.cpp would end the process
+            raise SteeringError(f"there is no token {token}; 0 to {self.n_vocab() - 1} are")
         return self.detokenize([token], special=True)
 
     def _install(self, sequence: SequenceSteering) -> None:
@@ -315,13 +318,15 @@ class SteeredLlama(HookedLlama):
             sequence.first_to_decode,
             self.n_tokens,
         )
+        if reset and not self._cuts_back:  # the base class would cut it back to what matches
+            reusable = min(reusable, self.longest_token_prefix(self._input_ids, tokens[:-1]))
         if reusable < self.n_tokens:
             if not reset:  # the caller goes on from the context: recompute what it no longer is
                 tokens = prompt[reusable:]
-            self.n_tokens = reusable
             self._requires_eval = True
-            if not self.batches_sequences:
-                # Their state cannot be cut back to a position; go on from nothing.
+            if self._cuts_back:
+                self.n_tokens = reusable
+            else:
                 if not reset:
                     tokens = prompt
                 self.reset()
@@ -368,10 +373,22 @@ class SteeredLlama(HookedLlama):
         self._sequence = sequence
         return sequence
 
+    @property
+    def _cuts_back(self) -> bool:
+        """Whether the context can be cut back to an earlier position.
+
+        The state of recurrent models cannot, nor can a sliding window that has dropped the first
+        tokens (`swa_full=False`): what an earlier position attended to is gone.
+        """
+        if not self.batches_sequences:
+            return False
+        first = llama_cpp.llama_memory_seq_pos_min(llama_cpp.llama_get_memory(self.ctx), 0)
+        return self.n_tokens == 0 or first == 0
+
     def _rewind(self, position: int) -> list[int]:
         """Cut the context back to a position, or to nothing if it cannot be; gives what is gone."""
         tokens: list[int] = self._input_ids.tolist()
-        if not self.batches_sequences:  # the state of such models cannot be cut back
+        if not self._cuts_back:
             self.reset()
             return tokens
         self.n_tokens = position

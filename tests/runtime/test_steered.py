@@ -413,3 +413,34 @@ def test_embeddings_are_never_steered(tiny_llama):
 def test_pickling_keeps_the_pack(llm):
     with closing(pickle.loads(pickle.dumps(llm))) as copy:
         assert complete(copy, {"a": 3.0}) == complete(llm, {"a": 3.0})
+
+
+@pytest.mark.parametrize("steering", [None, {"a": 1.0}])
+def test_a_window_that_dropped_its_first_tokens_is_not_gone_on_from(tiny_model, steering):
+    """With swa_full=False llama.cpp cannot cut a sequence back to where a prompt begins to differ."""
+    path = tiny_model("gemma3", n_layer=6)  # the sixth sees all tokens
+    arguments = {**ARGUMENTS, "n_ctx": 1024, "swa_full": False, "n_ubatch": 8}
+    long = [*range(270, 320)] * 8
+    other = [*long[:100], 11, 12, 13]
+    with (
+        closing(SteeredLlama(path, pack=PACK, **arguments)) as llm,
+        closing(SteeredLlama(path, pack=PACK, **arguments)) as fresh,
+    ):
+        found = []
+        for one, prompts in ((llm, (long, other)), (fresh, (other,))):
+            with one.steering(steering):
+                for prompt in prompts:
+                    next(one.generate(prompt, temp=0.0))
+            found.append(np.array(one.scores[len(other) - 1]))
+    np.testing.assert_allclose(found[0], found[1], atol=1e-4)
+
+
+def test_a_token_that_does_not_exist_is_an_error_where_markers_are_looked_for(llm):
+    """To look for them a token's text is needed, and llama.cpp ends the process over none."""
+    policy = {"scope": {"tokens": "all", "exclude": ["ab", "c"]}}
+    with (
+        llm.steering({"a": 1.0}, policy=policy),
+        pytest.raises(SteeringError, match="no token 99999"),
+    ):
+        next(llm.generate([10, 99999]))
+    assert llm(PROMPT, steering={"a": 1.0}, **GREEDY)["choices"]
