@@ -5,6 +5,8 @@
 
 #include <algorithm>
 #include <memory>
+#include <utility>
+#include <vector>
 
 #include "capture.hpp"
 #include "hook.hpp"
@@ -61,23 +63,36 @@ void add_to_plan(Plan & plan, Site site, const Integers & layers, const Floats &
              static_cast<std::size_t>(rows.shape(1)), owner);
 }
 
-std::shared_ptr<Gate> make_gate(Site site, std::size_t layer, Gate::Kind kind, const Doubles & weights,
-                                std::vector<double> offsets, std::vector<double> origin) {
-    if (weights.ndim() != 2) {
-        throw std::invalid_argument("a gate's weights must be (rows, n_embd)");
+std::shared_ptr<Gate> make_gate(Site site, const std::vector<std::pair<std::size_t, bool>> & reads, Gate::Kind kind,
+                                const Doubles & weights, std::vector<double> offsets, std::vector<double> origin,
+                                std::vector<double> allowances) {
+    if (weights.ndim() != 2 || reads.empty() || static_cast<std::size_t>(weights.shape(1)) % reads.size() != 0) {
+        throw std::invalid_argument("a gate's weights must be (rows, reads x n_embd)");
     }
-    return std::make_shared<Gate>(site, layer, kind, static_cast<std::size_t>(weights.shape(1)),
+    std::vector<Gate::Read> places;
+    for (const auto & [layer, pools] : reads) {
+        places.push_back({layer, pools});
+    }
+    return std::make_shared<Gate>(site, std::move(places), kind,
+                                  static_cast<std::size_t>(weights.shape(1)) / reads.size(),
                                   std::vector<double>(weights.data(), weights.data() + weights.size()),
-                                  std::move(offsets), std::move(origin));
+                                  std::move(offsets), std::move(origin), std::move(allowances));
 }
 
-py::object gate_scores(const Gate & gate, const Doubles & h) {
-    if (static_cast<std::size_t>(h.size()) != gate.n_embd()) {
-        throw std::invalid_argument("a gate looks at " + std::to_string(gate.n_embd()) + " values");
+// The scores, or what open gates are compared by.
+py::object gate_scores(const Gate & gate, const Doubles & h, bool ranks) {
+    if (static_cast<std::size_t>(h.size()) != gate.width()) {
+        throw std::invalid_argument("a gate looks at " + std::to_string(gate.width()) + " values");
     }
     std::vector<double> out(gate.n_rows());
-    gate.scores(h.data(), out.data());
-    return Doubles(static_cast<py::ssize_t>(gate.n_categories()), out.data());
+    std::vector<double> by(gate.n_rows());
+    gate.scores(h.data(), out.data(), by.data());
+    return Doubles(static_cast<py::ssize_t>(gate.n_categories()), ranks ? by.data() : out.data());
+}
+
+std::vector<double> of_gate(const Sequence & sequence, const double * values) {
+    const Gate * gate = sequence.plan().gate();
+    return {values, values + (gate != nullptr ? gate->n_categories() : 0)};
 }
 
 py::object apply_operator(const Operator & op, const Floats & rows, float strength, const Floats & h) {
@@ -182,14 +197,17 @@ PYBIND11_MODULE(_native, module) {
              py::arg("kind"), py::arg("start") = 0, py::arg("stop") = 0, py::arg("values") = std::vector<float>{})
         .def("factor", &Scope::factor, py::arg("position"), py::arg("n_prompt"));
     py::enum_<Gate::Kind>(module, "GateKind")
+        .value("margin", Gate::Kind::margin)
         .value("multinomial", Gate::Kind::multinomial)
         .value("probe", Gate::Kind::probe)
         .value("centroid", Gate::Kind::centroid)
         .value("cast", Gate::Kind::cast);
     py::class_<Gate, std::shared_ptr<Gate>>(module, "Gate")
-        .def(py::init(&make_gate), py::arg("site"), py::arg("layer"), py::arg("kind"), py::arg("weights").noconvert(),
-             py::arg("offsets"), py::arg("origin"))
-        .def("scores", &gate_scores, py::arg("h"));
+        .def(py::init(&make_gate), py::arg("site"), py::arg("reads"), py::arg("kind"), py::arg("weights").noconvert(),
+             py::arg("offsets"), py::arg("origin"), py::arg("allowances"))
+        .def(
+            "scores", [](const Gate & gate, const Doubles & h) { return gate_scores(gate, h, false); }, py::arg("h"))
+        .def("ranks", [](const Gate & gate, const Doubles & h) { return gate_scores(gate, h, true); }, py::arg("h"));
 
     py::class_<Plan, std::shared_ptr<Plan>>(module, "Plan")
         .def(py::init<std::size_t, std::size_t, Way>(), py::arg("n_layer"), py::arg("n_embd"), py::arg("way"))
@@ -197,19 +215,25 @@ PYBIND11_MODULE(_native, module) {
              py::arg("operator"), py::arg("strength"), py::arg("scope"), py::arg("digest"), py::arg("exclude_bit"),
              py::arg("rule"), py::arg("own_gate"))
         .def("set_gate", &Plan::set_gate, py::arg("gate"), py::arg("thresholds"), py::arg("above"), py::arg("several"),
-             py::arg("recheck"), py::arg("pools"))
+             py::arg("recheck"))
         .def("check_finite", &Plan::check_finite)
         .def_property_readonly("fits_resident", &Plan::fits_resident);
 
     py::class_<Sequence, std::shared_ptr<Sequence>>(module, "Sequence")
-        .def(py::init([](std::shared_ptr<Plan> plan, int64_t n_prompt, int64_t start, int64_t stop, int64_t positions) {
-                 return std::make_shared<Sequence>(std::move(plan), n_prompt, start, stop, positions);
+        .def(py::init([](std::shared_ptr<Plan> plan, int64_t n_prompt,
+                         const std::vector<std::pair<int64_t, int64_t>> & spans, int64_t positions) {
+                 std::vector<Sequence::Span> found;
+                 for (const auto & [start, stop] : spans) {
+                     found.push_back({start, stop});
+                 }
+                 return std::make_shared<Sequence>(std::move(plan), n_prompt, std::move(found), positions);
              }),
-             py::arg("plan"), py::arg("n_prompt"), py::arg("span_start"), py::arg("span_stop"), py::arg("n_positions"))
+             py::arg("plan"), py::arg("n_prompt"), py::arg("spans"), py::arg("n_positions"))
         .def("keys", &sequence_keys, py::arg("start"), py::arg("stop"))
         .def(
             "logits_key", [](const Sequence & sequence, int64_t position) { return sequence.key(position); },
             py::arg("position"))
+        .def_property_readonly("next_decision", &Sequence::next_decision)
         .def_property_readonly("wants_reprocess", &Sequence::wants_reprocess)
         .def_property_readonly("held", &Sequence::held)
         .def("hold", &Sequence::hold)
@@ -229,13 +253,8 @@ PYBIND11_MODULE(_native, module) {
                                    return out;
                                })
         .def("fired", &Sequence::fired, py::arg("decision"), py::arg("term"))
-        .def_property_readonly("scores",
-                               [](const Sequence & sequence) {
-                                   const Gate * gate = sequence.plan().gate();
-                                   return std::vector<double>(
-                                       sequence.scores(),
-                                       sequence.scores() + (gate != nullptr ? gate->n_categories() : 0));
-                               })
+        .def_property_readonly("scores", [](const Sequence & sequence) { return of_gate(sequence, sequence.scores()); })
+        .def_property_readonly("ranks", [](const Sequence & sequence) { return of_gate(sequence, sequence.ranks()); })
         .def("tokens_steered", py::overload_cast<std::size_t, int64_t>(&Sequence::tokens_steered, py::const_),
              py::arg("term"), py::arg("n_tokens"))
         .def("tokens_steered", py::overload_cast<int64_t>(&Sequence::tokens_steered, py::const_), py::arg("n_tokens"));
@@ -249,6 +268,7 @@ PYBIND11_MODULE(_native, module) {
         .def("end_probe", &Hook::end_probe)
         .def_property_readonly("sites", &Hook::sites)
         .def("set_sequence", &Hook::set_sequence, py::arg("slot"), py::arg("sequence").none(true))
+        .def("next_decision", &Hook::next_decision, py::arg("slot"))
         .def("begin_decode", &begin_decode, py::arg("runs").noconvert())
         .def("end_decode", &Hook::end_decode)
         .def_property_readonly("was_resident", &Hook::was_resident)

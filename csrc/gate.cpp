@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <stdexcept>
 #include <utility>
 
@@ -23,53 +24,99 @@ double over_lengths(double product, double squared_a, double squared_b) noexcept
 
 }  // namespace
 
-Gate::Gate(Site site, std::size_t layer, Kind kind, std::size_t n_embd, std::vector<double> weights,
-           std::vector<double> offsets, std::vector<double> origin)
+Gate::Gate(Site site, std::vector<Read> reads, Kind kind, std::size_t n_embd, std::vector<double> weights,
+           std::vector<double> offsets, std::vector<double> origin, std::vector<double> allowances)
     : site_(site),
-      layer_(layer),
+      reads_(std::move(reads)),
       kind_(kind),
       n_embd_(n_embd),
-      n_rows_(n_embd == 0 ? 0 : weights.size() / n_embd),
+      n_rows_(width() == 0 ? 0 : weights.size() / width()),
       weights_(std::move(weights)),
       offsets_(std::move(offsets)),
-      origin_(std::move(origin)) {
-    const bool linear = kind == Kind::multinomial || kind == Kind::probe;
-    if (n_rows_ == 0 || weights_.size() != n_rows_ * n_embd || n_categories() == 0 ||
-        offsets_.size() != (linear ? n_rows_ : 0) || origin_.size() != (kind == Kind::centroid ? n_embd : 0)) {
+      origin_(std::move(origin)),
+      allowances_(std::move(allowances)) {
+    const bool linear = has_benign_row() || kind == Kind::probe;
+    if (n_rows_ == 0 || weights_.size() != n_rows_ * width() || n_categories() == 0 ||
+        offsets_.size() != (linear ? n_rows_ : 0) || origin_.size() != (kind == Kind::centroid ? width() : 0) ||
+        allowances_.size() != (kind == Kind::margin ? n_categories() : 0)) {
         throw std::invalid_argument("the parts of the gate do not fit each other");
     }
+    for (const Read & read : reads_) {
+        layer_ = std::max(layer_, read.layer);
+    }
+}
+
+bool Gate::reads_layer(std::size_t layer) const noexcept {
+    return std::any_of(reads_.begin(), reads_.end(), [&](const Read & read) { return read.layer == layer; });
 }
 
 double Gate::cosine(const double * h, const double * row) const noexcept {
     double product = 0.0;
     double squared_h = 0.0;
-    for (std::size_t i = 0; i < n_embd_; ++i) {
+    for (std::size_t i = 0; i < width(); ++i) {
         const double from_origin = h[i] - origin_[i];
         product += from_origin * row[i];
         squared_h += from_origin * from_origin;
     }
-    return over_lengths(product, squared_h, dot(row, row, n_embd_));
+    return over_lengths(product, squared_h, dot(row, row, width()));
 }
 
 double Gate::condition(const double * h, const double * row) const noexcept {
-    const double along = dot(h, row, n_embd_);
+    const double along = dot(h, row, width());
     double product = 0.0;
     double squared = 0.0;
-    for (std::size_t i = 0; i < n_embd_; ++i) {
+    for (std::size_t i = 0; i < width(); ++i) {
         const double bounded = std::tanh(along * row[i]);
         product += h[i] * bounded;
         squared += bounded * bounded;
     }
-    return over_lengths(product, dot(h, h, n_embd_), squared);
+    return over_lengths(product, dot(h, h, width()), squared);
 }
 
-void Gate::scores(const double * h, double * out) const noexcept {
+// From logits of all rows to the probabilities of all but the first.
+void Gate::softmax(double * out) const noexcept {
+    const double largest = *std::max_element(out, out + n_rows_);
+    double sum = 0.0;
     for (std::size_t k = 0; k < n_rows_; ++k) {
-        const double * row = weights_.data() + k * n_embd_;
+        out[k] = std::exp(out[k] - largest);
+        sum += out[k];
+    }
+    for (std::size_t k = 0; k < n_categories(); ++k) {
+        out[k] = out[k + 1] / sum;
+    }
+}
+
+// From r of all rows to the scores, and to the leads with their allowances.
+void Gate::margins(double * out, double * ranks) const noexcept {
+    const double harm = -out[0];
+    const double * r = out + 1;
+    std::size_t best = 0;
+    double second = -std::numeric_limits<double>::infinity();
+    for (std::size_t k = 1; k < n_categories(); ++k) {
+        if (r[k] > r[best]) {
+            second = r[best];
+            best = k;
+        } else {
+            second = std::max(second, r[k]);
+        }
+    }
+    for (std::size_t k = 0; k < n_categories(); ++k) {
+        const double ahead = n_categories() == 1 ? 0.0 : r[k] - (k == best ? second : r[best]);
+        ranks[k] = ahead + allowances_[k];
+    }
+    for (std::size_t k = 0; k < n_categories(); ++k) {
+        out[k] = std::min(harm, ranks[k]);
+    }
+}
+
+void Gate::scores(const double * h, double * out, double * ranks) const noexcept {
+    for (std::size_t k = 0; k < n_rows_; ++k) {
+        const double * row = weights_.data() + k * width();
         switch (kind_) {
+            case Kind::margin:
             case Kind::multinomial:
             case Kind::probe:
-                out[k] = dot(h, row, n_embd_) + offsets_[k];
+                out[k] = dot(h, row, width()) + offsets_[k];
                 break;
             case Kind::centroid:
                 out[k] = cosine(h, row);
@@ -79,17 +126,13 @@ void Gate::scores(const double * h, double * out) const noexcept {
                 break;
         }
     }
-    if (kind_ == Kind::multinomial) {
-        const double largest = *std::max_element(out, out + n_rows_);
-        double sum = 0.0;
-        for (std::size_t k = 0; k < n_rows_; ++k) {
-            out[k] = std::exp(out[k] - largest);
-            sum += out[k];
-        }
-        for (std::size_t k = 0; k + 1 < n_rows_; ++k) {
-            out[k] = out[k + 1] / sum;
-        }
+    if (kind_ == Kind::margin) {
+        return margins(out, ranks);
     }
+    if (kind_ == Kind::multinomial) {
+        softmax(out);
+    }
+    std::copy(out, out + n_categories(), ranks);
 }
 
 }  // namespace pysteer

@@ -151,11 +151,13 @@ void Hook::set_sequence(std::size_t slot, std::shared_ptr<Sequence> sequence) {
             }
         }
         if (plan.gate() != nullptr) {
-            require_site(plan.gate()->site(), plan.gate()->layer());
-            if (plan.pools() && plan.gate()->layer() + 1 == n_layer_ && plan.gate()->site() != Site::attention) {
-                throw std::invalid_argument("the router looks at several tokens at " +
-                                            named(plan.gate()->site(), plan.gate()->layer()) +
-                                            ", where llama.cpp computes only the last one");
+            const Site site = plan.gate()->site();
+            for (const Gate::Read & read : plan.gate()->reads()) {
+                require_site(site, read.layer);
+                if (read.pools && read.layer + 1 == n_layer_ && site != Site::attention) {
+                    throw std::invalid_argument("the router looks at several tokens at " + named(site, read.layer) +
+                                                ", where llama.cpp computes only the last one");
+                }
             }
         }
         factors_.resize(std::max(factors_.size(), plan.terms().size()));
@@ -166,6 +168,10 @@ void Hook::set_sequence(std::size_t slot, std::shared_ptr<Sequence> sequence) {
         slots_.resize(slot + 1);
     }
     slots_[slot] = std::move(sequence);
+}
+
+int64_t Hook::next_decision(std::size_t slot) const noexcept {
+    return slot < slots_.size() && slots_[slot] ? slots_[slot]->next_decision() : -1;
 }
 
 // ---- decode ---------------------------------------------------------------------------------------------------------
@@ -183,6 +189,11 @@ void Hook::begin_decode(const RowRun * runs, std::size_t n_runs) {
         Sequence * sequence = known ? slots_[static_cast<std::size_t>(run.slot)].get() : nullptr;
         products_ = products_ || (sequence != nullptr && sequence->plan().uses_products());
         bool reads = false;
+        const int64_t decision = sequence != nullptr ? sequence->next_decision() : -1;
+        if (decision >= 0 && run.count > 0 && run.position + run.count - 1 > decision) {
+            throw std::invalid_argument("the router decides at token " + std::to_string(decision) +
+                                        ", which has to be the last of a decode");
+        }
         for (int64_t k = 0; k < run.count; ++k) {
             if (run.outputs == RowRun::every || (run.outputs == RowRun::last && k + 1 == run.count)) {
                 output_rows_.push_back(static_cast<int32_t>(rows_.size()));
@@ -210,7 +221,9 @@ void Hook::begin_decode(const RowRun * runs, std::size_t n_runs) {
         require_hooked_places();
     }
     for (const Gate * gate : gates_) {
-        require_host(gate->site(), gate->layer());
+        for (const Gate::Read & read : gate->reads()) {
+            require_host(gate->site(), read.layer);
+        }
     }
     write_resident(resident_ ? rows_.front().sequence : nullptr, resident_ ? rows_.front().position : 0);
     busy_ = any || !gates_.empty() || capture_ != nullptr;
@@ -249,7 +262,7 @@ bool Hook::choose_resident() {
     for (const Row & row : rows_) {
         insists = insists || (row.sequence != nullptr && row.sequence->plan().way() == Way::resident);
     }
-    // A gate looks at its layer before that is steered, which the resident way would have done already. And nothing
+    // A gate looks at its layers before they are steered, which the resident way would have done already. And nothing
     // sees what the graph adds by itself, so it must not be able to add too much.
     bool can = first != nullptr && first->plan().way() != Way::hooked && first->plan().stays_finite() && gates_.empty();
     const auto same = [&](const Row & row) {
@@ -351,7 +364,7 @@ void Hook::end_decode() {
 
 bool Hook::reads_at(Site site, std::size_t layer) const noexcept {
     return std::any_of(gates_.begin(), gates_.end(),
-                       [&](const Gate * gate) { return gate->site() == site && gate->layer() == layer; });
+                       [&](const Gate * gate) { return gate->site() == site && gate->reads_layer(layer); });
 }
 
 bool Hook::wants(Tensor * node) {
@@ -453,8 +466,8 @@ void Hook::treat(const Tensor * node, Site site, std::size_t layer) {
                                static_cast<std::size_t>(i2) * node->nb[2] + static_cast<std::size_t>(i3) * node->nb[3];
                 float * values = access.load(bytes, row_.data(), n_embd_);
                 if (reads && row.sequence != nullptr && row.sequence->reads(row.position) &&
-                    row.sequence->plan().gate()->site() == site && row.sequence->plan().gate()->layer() == layer &&
-                    row.sequence->read(row.position, values)) {
+                    row.sequence->plan().gate()->site() == site && row.sequence->plan().gate()->reads_layer(layer) &&
+                    row.sequence->read(layer, row.position, values)) {
                     --decisions_due_;
                     find_active();
                     summed_for_ = nullptr;

@@ -56,12 +56,17 @@ class Hook {
     // after detach() or during a decode.
     void set_sequence(std::size_t slot, std::shared_ptr<Sequence> sequence);
 
+    // The position where the gate of the sequence with this number decides next; -1 if it does not. No row beyond it
+    // can be in the same bracket of begin_decode() and end_decode(): the graph has computed it at the lower layers when
+    // the gate decides what happens there.
+    int64_t next_decision(std::size_t slot) const noexcept;
+
     // Around every llama_decode, or several of one evaluation, whose rows come in this order. begin_decode() decides
     // which way the directions get in: where every row gets the same additions to the residual of layers >= 1, they are
     // written into llama.cpp's control-vector tensors and the graph runs uncut. It throws NotOnHost for what has to be
     // hooked but is not in host memory, and std::invalid_argument for a plan that insists on the resident way where
-    // that cannot express it. end_decode() throws std::runtime_error if the callback met something it cannot handle, or
-    // if a site that had to be steered or read did not see every row.
+    // that cannot express it, and for rows beyond the next decision. end_decode() throws std::runtime_error if the
+    // callback met something it cannot handle, or if a site that had to be steered or read did not see every row.
     void begin_decode(const RowRun * runs, std::size_t n_runs);
     void end_decode();
     // Ends the bracket without checks, after a decode that failed.

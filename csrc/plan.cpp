@@ -58,7 +58,7 @@ void Plan::add(Term term, Site site, const int32_t * layers, std::size_t n_layer
 }
 
 void Plan::set_gate(std::shared_ptr<const Gate> gate, std::vector<double> thresholds, std::vector<uint8_t> above,
-                    Several several, int64_t recheck, bool pools) {
+                    Several several, int64_t recheck) {
     const std::size_t n = gate->n_categories();
     if (gate->n_embd() != n_embd_ || gate->layer() >= n_layer_ || thresholds.size() != n || above.size() != n ||
         recheck < 0) {
@@ -75,7 +75,11 @@ void Plan::set_gate(std::shared_ptr<const Gate> gate, std::vector<double> thresh
     above_ = std::move(above);
     several_ = several;
     recheck_ = recheck;
-    pools_ = pools;
+}
+
+bool Plan::acts_before_gate(const Term & term) const noexcept {
+    return std::any_of(term.places.begin(), term.places.end(),
+                       [&](std::size_t at) { return before_gate(static_cast<Site>(at / n_layer_), at % n_layer_); });
 }
 
 bool Plan::fits_resident() const noexcept {

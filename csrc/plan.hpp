@@ -57,10 +57,10 @@ class Plan {
              std::shared_ptr<const void> owner);
 
     // Gives gated terms what they wait for: category i's gate is open where its score is at least (above) or at most
-    // thresholds[i]. recheck: decide anew every so many response tokens; 0 is never. pools: over a span, rather than at
-    // the last token. Throws std::invalid_argument for sizes or rules that do not fit.
+    // thresholds[i]. recheck: decide anew every so many response tokens; 0 is never. Throws std::invalid_argument for
+    // sizes or rules that do not fit.
     void set_gate(std::shared_ptr<const Gate> gate, std::vector<double> thresholds, std::vector<uint8_t> above,
-                  Several several, int64_t recheck, bool pools);
+                  Several several, int64_t recheck);
 
     // Throws std::invalid_argument if all terms together can add something that is not finite.
     void check_finite() const;
@@ -78,10 +78,12 @@ class Plan {
     const std::vector<uint8_t> & above() const noexcept { return above_; }
     Several several() const noexcept { return several_; }
     int64_t recheck() const noexcept { return recheck_; }
-    bool pools() const noexcept { return pools_; }
+    // Whether a place comes before the one where the gate decides.
     bool before_gate(Site site, std::size_t layer) const noexcept {
         return gate_ && graph_order(site, layer) < graph_order(gate_->site(), gate_->layer());
     }
+    // Whether a term acts at such a place.
+    bool acts_before_gate(const Term & term) const noexcept;
 
     // Whether every token of every sequence gets the same: nothing gated, excluded or limited to some tokens.
     bool uniform() const noexcept { return uniform_; }
@@ -111,7 +113,6 @@ class Plan {
     std::vector<uint8_t> above_;
     Several several_ = Several::sum;
     int64_t recheck_ = 0;
-    bool pools_ = false;
 };
 
 }  // namespace pysteer

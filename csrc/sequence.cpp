@@ -43,28 +43,35 @@ bool holds(const std::vector<int32_t> & rule, const uint8_t * open, uint8_t * st
 
 }  // namespace
 
-Sequence::Sequence(std::shared_ptr<const Plan> plan, int64_t n_prompt, int64_t span_start, int64_t span_stop,
-                   int64_t n_positions)
-    : plan_(std::move(plan)),
-      has_gate_(plan_->gate() != nullptr),
-      n_prompt_(n_prompt),
-      span_start_(span_start),
-      span_stop_(span_stop) {
-    if (n_prompt < 0 || (has_gate_ && !(0 <= span_start && span_start < span_stop && span_stop <= n_prompt))) {
-        throw std::invalid_argument("the router has no token of the prompt to look at");
+Sequence::Sequence(std::shared_ptr<const Plan> plan, int64_t n_prompt, std::vector<Span> spans, int64_t n_positions)
+    : plan_(std::move(plan)), has_gate_(plan_->gate() != nullptr), n_prompt_(n_prompt) {
+    if (n_prompt < 0) {
+        throw std::invalid_argument("a prompt of " + std::to_string(n_prompt) + " tokens");
     }
     if (!has_gate_) {
         return;
     }
-    if (!plan_->pools()) {
-        span_start_ = n_prompt - 1;
-        span_stop_ = n_prompt;
+    const std::vector<Gate::Read> & reads = plan_->gate()->reads();
+    spans_ = std::move(spans);
+    if (spans_.size() != reads.size()) {
+        throw std::invalid_argument("the router looks at " + std::to_string(reads.size()) + " places, and there are " +
+                                    std::to_string(spans_.size()) + " spans");
+    }
+    for (std::size_t k = 0; k < spans_.size(); ++k) {
+        if (!(0 <= spans_[k].start && spans_[k].start < spans_[k].stop && spans_[k].stop <= n_prompt)) {
+            throw std::invalid_argument("the router has no token of the prompt to look at");
+        }
+        if (!reads[k].pools) {
+            spans_[k] = {n_prompt - 1, n_prompt};
+        }
     }
     const int64_t checks = plan_->recheck() > 0 ? n_positions / plan_->recheck() + 2 : 1;
     decided_at_.reserve(static_cast<std::size_t>(checks));
     fired_.reserve(static_cast<std::size_t>(checks) * plan_->terms().size());
-    sums_.assign(plan_->n_embd(), 0.0);
+    summed_.assign(reads.size(), {});
+    sums_.assign(plan_->gate()->width(), 0.0);
     scores_.assign(plan_->gate()->n_rows(), 0.0);
+    ranks_.assign(plan_->gate()->n_rows(), 0.0);
     open_.assign(plan_->gate()->n_categories(), 0);
     std::size_t longest = 1;
     for (const Term & term : plan_->terms()) {
@@ -89,11 +96,15 @@ float Sequence::factor(std::size_t term, int64_t position, bool before_gate) con
             return 0.0f;
         }
     }
-    if (what.exclude_bit >= 0 && static_cast<std::size_t>(position) < excluded_.size() &&
-        ((excluded_[static_cast<std::size_t>(position)] >> what.exclude_bit) & 1u) != 0) {
+    if (excluded(what, position)) {
         return 0.0f;
     }
     return what.strength * what.scope.factor(position, n_prompt_);
+}
+
+bool Sequence::excluded(const Term & term, int64_t position) const noexcept {
+    return term.exclude_bit >= 0 && static_cast<std::size_t>(position) < excluded_.size() &&
+           ((excluded_[static_cast<std::size_t>(position)] >> term.exclude_bit) & 1u) != 0;
 }
 
 uint64_t Sequence::key(int64_t position, bool cached) const noexcept {
@@ -141,51 +152,78 @@ bool Sequence::decides(int64_t position) const noexcept {
     return r == 0 || (r > 0 && plan_->recheck() > 0 && r % plan_->recheck() == 0);
 }
 
+int64_t Sequence::next_decision() const noexcept {
+    if (!has_gate_) {
+        return -1;
+    }
+    if (decided_at_.empty()) {
+        return n_prompt_ - 1;
+    }
+    const int64_t recheck = plan_->recheck();
+    return recheck > 0 ? n_prompt_ - 1 + (response_index(decided_at_.back()) / recheck + 1) * recheck : -1;
+}
+
+// Whether a read takes the row of a position that no decision has been made at yet.
+bool Sequence::counts(std::size_t read, int64_t position) const noexcept {
+    if (decided_at_.empty()) {
+        return spans_[read].holds(position);
+    }
+    return plan_->recheck() > 0 && (plan_->gate()->reads()[read].pools || decides(position));
+}
+
 bool Sequence::reads(int64_t position) const noexcept {
     if (!has_gate_ || (!decided_at_.empty() && decided_at_.back() >= position)) {
         return false;
     }
-    if (decides(position)) {
-        return true;
+    bool any = decides(position);
+    for (std::size_t k = 0; k < spans_.size() && !any; ++k) {
+        any = counts(k, position);
     }
-    if (decided_at_.empty()) {
-        return position >= span_start_ && position < span_stop_;
-    }
-    return plan_->recheck() > 0 && plan_->pools();
+    return any;
 }
 
-bool Sequence::read(int64_t position, const float * row) {
+bool Sequence::read(std::size_t layer, int64_t position, const float * row) {
+    const Gate & gate = *plan_->gate();
     const bool first = decided_at_.empty();
-    const bool last_of_prompt = first && position == n_prompt_ - 1;
-    const bool counts = first ? position >= span_start_ && position < span_stop_ : plan_->pools() || decides(position);
-    if (counts) {
-        if (position <= summed_to_) {
-            restart();  // the same tokens again
+    for (std::size_t k = 0; k < spans_.size(); ++k) {
+        if (gate.reads()[k].layer == layer && counts(k, position)) {
+            accumulate_row(k, position, row);
         }
-        accumulate(sums_.data(), row, plan_->n_embd());
-        ++summed_;
-        summed_to_ = position;
     }
-    if (!decides(position)) {
+    if (layer != gate.layer() || !decides(position)) {
         return false;
     }
-    if (last_of_prompt && summed_ != span_stop_ - span_start_) {
-        throw std::runtime_error("the router saw " + std::to_string(summed_) + " of the " +
-                                 std::to_string(span_stop_ - span_start_) + " tokens it looks at");
+    for (std::size_t k = 0; k < spans_.size() && first; ++k) {
+        const int64_t due = spans_[k].stop - spans_[k].start;
+        if (summed_[k].count != due) {
+            throw std::runtime_error("the router saw " + std::to_string(summed_[k].count) + " of the " +
+                                     std::to_string(due) + " tokens it looks at");
+        }
     }
     decide(position);
     return true;
 }
 
+void Sequence::accumulate_row(std::size_t read, int64_t position, const float * row) noexcept {
+    double * sum = sums_.data() + read * plan_->n_embd();
+    if (position <= summed_[read].to) {  // the same tokens again
+        std::fill(sum, sum + plan_->n_embd(), 0.0);
+        summed_[read].count = 0;
+    }
+    accumulate(sum, row, plan_->n_embd());
+    ++summed_[read].count;
+    summed_[read].to = position;
+}
+
 void Sequence::decide(int64_t position) {
     const Gate & gate = *plan_->gate();
-    for (double & sum : sums_) {
-        sum /= static_cast<double>(summed_);
-        if (!std::isfinite(sum)) {
+    for (std::size_t i = 0; i < sums_.size(); ++i) {
+        sums_[i] /= static_cast<double>(summed_[i / plan_->n_embd()].count);
+        if (!std::isfinite(sums_[i])) {
             throw std::runtime_error("the hidden state that the router looks at is not finite");
         }
     }
-    gate.scores(sums_.data(), scores_.data());
+    gate.scores(sums_.data(), scores_.data(), ranks_.data());
     for (std::size_t k = 0; k < gate.n_categories(); ++k) {
         const double threshold = plan_->thresholds()[k];
         open_[k] = plan_->above()[k] != 0 ? scores_[k] >= threshold : scores_[k] <= threshold;
@@ -203,7 +241,7 @@ void Sequence::decide(int64_t position) {
         double past = 0.0;  // how far past its threshold
         if (terms[t].own_gate >= 0) {
             const auto own = static_cast<std::size_t>(terms[t].own_gate);
-            past = (scores_[own] - plan_->thresholds()[own]) * (plan_->above()[own] != 0 ? 1.0 : -1.0);
+            past = (ranks_[own] - plan_->thresholds()[own]) * (plan_->above()[own] != 0 ? 1.0 : -1.0);
         }
         if (chosen == terms.size() || (plan_->several() == Several::strongest && past > furthest)) {
             chosen = t;
@@ -225,13 +263,17 @@ bool Sequence::wants_reprocess() const noexcept {
     }
     for (std::size_t t = 0; t < plan_->terms().size(); ++t) {
         const Term & term = plan_->terms()[t];
-        if (!term.gated() || term.only_last_block || !fired(0, t)) {
+        if (!term.gated() || !fired(0, t)) {
             continue;
         }
-        for (int64_t position = 0; position < n_prompt_ - 1; ++position) {
-            const bool excluded = term.exclude_bit >= 0 && static_cast<std::size_t>(position) < excluded_.size() &&
-                                  ((excluded_[static_cast<std::size_t>(position)] >> term.exclude_bit) & 1u) != 0;
-            if (!excluded && term.scope.factor(position, n_prompt_) != 0.0f) {
+        const auto acts = [&](int64_t position) {
+            return !excluded(term, position) && term.scope.factor(position, n_prompt_) != 0.0f;
+        };
+        if (plan_->acts_before_gate(term) && acts(n_prompt_ - 1)) {
+            return true;
+        }
+        for (int64_t position = 0; position < n_prompt_ - 1 && !term.only_last_block; ++position) {
+            if (acts(position)) {
                 return true;
             }
         }
@@ -239,10 +281,18 @@ bool Sequence::wants_reprocess() const noexcept {
     return false;
 }
 
+void Sequence::hold() noexcept {
+    held_ = true;
+    decided_at_.resize(std::min<std::size_t>(decided_at_.size(), 1));
+    fired_.resize(std::min(fired_.size(), plan_->terms().size()));
+    if (has_gate_) {
+        restart();
+    }
+}
+
 void Sequence::restart() noexcept {
     std::fill(sums_.begin(), sums_.end(), 0.0);
-    summed_ = 0;
-    summed_to_ = -1;
+    std::fill(summed_.begin(), summed_.end(), Sum{});
 }
 
 void Sequence::set_excluded(int64_t start, const uint32_t * masks, std::size_t count) {

@@ -279,8 +279,16 @@ class HookedLlama(llama_cpp.Llama):
             HookError: a site that is to be steered was not reached by every token.
         """
         outputs = EVERY_ROW if self._logits_all else LAST_ROW
-        with self._decoding(self._chunks(self.n_tokens, len(tokens), outputs)):
-            super().eval(tokens)
+        left = list(tokens)
+        while True:
+            # What a gate decides holds for the next token at all layers, so that is in a later one.
+            decision = self._hook.next_decision(0)
+            n = decision + 1 - self.n_tokens if decision >= self.n_tokens else len(left)
+            part, left = left[:n], left[n:]
+            with self._decoding(self._chunks(self.n_tokens, len(part), outputs)):
+                super().eval(part)
+            if not left:
+                return
 
     def capture(
         self,
@@ -338,23 +346,26 @@ class HookedLlama(llama_cpp.Llama):
         sequences: Sequence[Sequence[int]],
         spans: Sequence[tuple[int, int]],
         *,
+        owners: Sequence[int] | None = None,
         sites: Iterable[str] = ("residual",),
         layers: Iterable[int] | None = None,
         shared: int = 0,
     ) -> dict[str, dict[int, npt.NDArray[np.float32]]]:
-        """Mean activations over a span of each of several sequences, decoded as one batch.
+        """Mean activations over spans of several sequences, decoded as one batch.
 
         Args:
             sequences: token sequences, each for itself from position 0; at most `max_sequences` of
                 them, together at most n_batch tokens (one alone: n_ctx).
-            spans: for each sequence a token range [start, stop).
+            spans: token ranges [start, stop), at least one in each sequence; those of one sequence
+                do not overlap.
+            owners: for each span the number of its sequence; None is one span in each, in order.
             shared: how many tokens all sequences begin with; they are decoded, and count, once. No
                 span may reach into them.
             sites: of "residual", "attention" and "mlp".
             layers: block indices; None is every layer that has the site.
 
         Returns:
-            site to layer to float32 array of shape (len(sequences), n_embd).
+            site to layer to float32 array of shape (len(spans), n_embd).
 
         Raises:
             SteeringError: as `capture`, or more sequences or tokens than fit.
@@ -367,8 +378,10 @@ class HookedLlama(llama_cpp.Llama):
                 f"cannot capture {len(sequences)} sequences at once: between 1 and "
                 f"max_sequences={self._max_sequences}"
             )
-        slots: list[int] = []
-        for number, (tokens, (start, stop)) in enumerate(zip(sequences, spans, strict=True)):
+        owners = range(len(sequences)) if owners is None else owners
+        slots = [np.full(len(tokens), -1, np.int32) for tokens in sequences]
+        for span, (number, (start, stop)) in enumerate(zip(owners, spans, strict=True)):
+            tokens = sequences[number]
             if not 0 <= start < stop <= len(tokens):
                 raise SteeringError(
                     f"the token range [{start}, {stop}) is empty or outside the {len(tokens)} "
@@ -379,11 +392,14 @@ class HookedLlama(llama_cpp.Llama):
                     f"sequence {number} does not share its first {shared} tokens, or is to be "
                     "captured there"
                 )
-            slots += [number if start <= at < stop else -1 for at in range(shared, len(tokens))]
-        at_start = np.full(shared, -1)
+            if (slots[number][start:stop] >= 0).any():
+                raise SteeringError(f"token ranges of sequence {number} overlap")
+            slots[number][start:stop] = span
+        if set(owners) != set(range(len(sequences))):
+            raise SteeringError("a sequence has no token range")
         return self._capture(
             sequences,
-            np.concatenate([at_start, slots]).astype(np.int32),
+            np.concatenate([np.full(shared, -1, np.int32), *(own[shared:] for own in slots)]),
             self._wanted(sites, layers),
             shared=shared,
         )

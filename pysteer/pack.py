@@ -143,8 +143,7 @@ class SteeringPack:
 
         if not isinstance(self.policy, Policy):
             raise SteeringError(f"{quoted(self.policy)} is not a pysteer.policy.Policy")
-        gated = self.router.categories if self.router is not None else ()
-        self.policy.check(categories=list(self.categories), gated=list(gated))
+        self.check_policy(self.policy)
 
     def __getitem__(self, category: str) -> SteeringVector:
         try:
@@ -169,6 +168,19 @@ class SteeringPack:
     def n_embd(self) -> int:
         """Width of every direction in the pack."""
         return next(iter(self.categories.values())).n_embd
+
+    def check_policy(self, policy: Policy) -> None:
+        """Hold a policy against the categories and the router; see `Policy.check`.
+
+        Raises:
+            SteeringError: it does not fit.
+        """
+        router = self.router
+        policy.check(
+            categories=list(self.categories),
+            gated=list(router.categories) if router is not None else [],
+            kinds=list(router.gates) if router is not None else [],
+        )
 
     def check_fits(self, model: BaseModel) -> None:
         """Raise ModelMismatchError unless the pack can steer `model`."""
@@ -195,9 +207,9 @@ class SteeringPack:
                     f"category {category!r} has a direction for layer {vector.layers[-1]}, "
                     f"the model has layers 0 to {model.n_layer - 1}"
                 )
-        if self.router is not None and self.router.layer >= model.n_layer:
+        if self.router is not None and self.router.last_layer >= model.n_layer:
             raise ModelMismatchError(
-                f"the router looks at layer {self.router.layer}, "
+                f"the router looks at layer {self.router.last_layer}, "
                 f"the model has layers 0 to {model.n_layer - 1}"
             )
 

@@ -36,21 +36,9 @@ def plot_pack(pack: SteeringPack, path: str | os.PathLike[str]) -> None:
         path: where to; the ending (.png, .svg, .pdf, ...) says what it will be.
 
     Raises:
-        SteeringError: matplotlib is not installed, does not know the ending, or cannot write there.
+        SteeringError: as `open_figure` and `save_figure`.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise SteeringError(
-            "a plot needs matplotlib; install it with: pip install 'pysteer[plot]'"
-        ) from None
-    path = Path(path)
-    figure = Figure(layout="constrained")
-    known = sorted(figure.canvas.get_supported_filetypes())
-    if path.suffix[1:].lower() not in known:
-        raise SteeringError(
-            f"{path}: the ending says what a plot will be; use one of .{', .'.join(known)}"
-        )
+    figure, path = open_figure(path)
     panels = [_draw_norms]
     if category_cosines(pack):
         panels.append(_draw_cosines)
@@ -66,6 +54,37 @@ def plot_pack(pack: SteeringPack, path: str | os.PathLike[str]) -> None:
     for axes in figure.axes:
         if not axes.has_data():
             axes.remove()
+    save_figure(figure, path)
+
+
+def open_figure(path: str | os.PathLike[str]) -> tuple[Any, Path]:
+    """An empty matplotlib figure, and the path that it can be written to.
+
+    Raises:
+        SteeringError: matplotlib is not installed, or does not know the path's ending.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise SteeringError(
+            "a plot needs matplotlib; install it with: pip install 'pysteer[plot]'"
+        ) from None
+    path = Path(path)
+    figure = Figure(layout="constrained")
+    known = sorted(figure.canvas.get_supported_filetypes())
+    if path.suffix[1:].lower() not in known:
+        raise SteeringError(
+            f"{path}: the ending says what a plot will be; use one of .{', .'.join(known)}"
+        )
+    return figure, path
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure.
+
+    Raises:
+        SteeringError: it cannot be written there.
+    """
     with warnings.catch_warnings():
         # A category's name may be in a script that the font does not have: boxes, then.
         warnings.filterwarnings("ignore", message="Glyph")
@@ -129,7 +148,7 @@ def _draw_confusion(axes: Any, pack: SteeringPack) -> None:
     _draw_matrix(axes, shares, names, "Blues", (0.0, 1.0), cells)
     axes.set_xlabel("taken for")
     axes.set_ylabel("is")
-    axes.set_title(f"router at layer {router.layer}: held-out prompts")
+    axes.set_title("router: held-out prompts")
 
 
 def _draw_lines(axes: Any, values: Mapping[str, Mapping[int, float]]) -> None:

@@ -21,7 +21,7 @@ from pysteer.scope import MAX_POSITION, Scope, is_finite, is_text
 if TYPE_CHECKING:
     import os
 
-GateKind: TypeAlias = Literal["multinomial", "probe", "centroid", "cast"]
+GateKind: TypeAlias = Literal["margin", "multinomial", "probe", "centroid", "cast"]
 Several: TypeAlias = Literal["sum", "strongest", "first"]
 Mode: TypeAlias = Literal["auto", "always", "off"]
 
@@ -194,7 +194,8 @@ class Policy(_Settings):
     """What acts when. Immutable; equal to another that was given the same settings.
 
     Attributes:
-        gate: which of the router's kinds of gate decides; one of `pysteer.router.GATES`.
+        gate: which of the router's kinds of gate decides; one of `pysteer.router.GATES`. None:
+            "margin" if the router has it, else "multinomial"; see `gate_of`.
         several: what acts where several categories fire: "strongest" (the one whose score is
             furthest past its threshold), "first" (in the pack's order) or "sum" (all of them; with
             vectors that are much alike that is several times the strength, which ruins text).
@@ -208,7 +209,7 @@ class Policy(_Settings):
             this kind of gate can cross.
     """
 
-    gate: GateKind = "multinomial"
+    gate: GateKind | None = None
     several: Several = "strongest"
     recheck: Annotated[int | None, _nullable(_count)] = None
     scope: Annotated[Scope, PlainValidator(Scope.parse)] = Scope()
@@ -220,11 +221,11 @@ class Policy(_Settings):
 
     def __init__(self, /, **given: Any) -> None:
         super().__init__(**given)
-        if "gate" in self.model_fields_set:  # else another policy, below this one, may say which
-            self._check_thresholds()
+        if self.gate is not None:  # else another policy, below this one, may say which
+            self._check_thresholds(self.gate)
 
-    def _check_thresholds(self) -> None:
-        smallest, largest = _SCORES.get(self.gate, (None, None))
+    def _check_thresholds(self, kind: GateKind) -> None:
+        smallest, largest = _SCORES.get(kind, (None, None))
         for name, settings in self.categories.items():
             threshold = settings.threshold
             if smallest is None or largest is None or threshold is None:
@@ -232,7 +233,7 @@ class Policy(_Settings):
             if not smallest <= threshold <= largest:
                 self._refuse(
                     ("categories", name, "threshold"),
-                    f"{threshold} cannot be crossed: scores of the gate {self.gate!r} are between "
+                    f"{threshold} cannot be crossed: scores of the gate {kind!r} are between "
                     f"{smallest:g} and {largest:g}",
                 )
 
@@ -308,12 +309,33 @@ class Policy(_Settings):
             rule=rule,
         )
 
-    def check(self, *, categories: Collection[str], gated: Collection[str]) -> None:
+    def gate_of(self, kinds: Collection[str]) -> GateKind:
+        """Which kind of gate decides.
+
+        Args:
+            kinds: those that a router has.
+
+        Raises:
+            SteeringError: the policy asks for one that it does not have. A FormatError with file
+                and line if it was read from a file.
+        """
+        if self.gate is None:
+            return "margin" if "margin" in kinds else "multinomial"
+        if self.gate not in kinds:
+            self._refuse(
+                ("gate",), f"the pack's router has no {self.gate} gate; it has {_listed(kinds)}"
+            )
+        return self.gate
+
+    def check(
+        self, *, categories: Collection[str], gated: Collection[str], kinds: Collection[str]
+    ) -> None:
         """Hold the policy against what a pack has.
 
         Args:
             categories: those of the pack.
             gated: those that its router has gates for; none without a router.
+            kinds: the kinds of gate that its router has; none without a router.
 
         Raises:
             SteeringError: it names a category that the pack does not hold, relies on a gate that
@@ -337,7 +359,8 @@ class Policy(_Settings):
                 )
             if settings.threshold is not None:
                 self._check_gated(("categories", name, "threshold"), name, gated)
-        self._check_thresholds()
+        if kinds:
+            self._check_thresholds(self.gate_of(kinds))
 
     def _check_known(self, path: _Path, name: str, categories: Collection[str]) -> None:
         if name not in categories:

@@ -1,6 +1,7 @@
 """Prompt sets: JSONL files, one object a line, and CSV files with a line of column names.
 
-`prompt` is text; optional are `category`, `response`, `pair_id` and `label`, text too.
+`prompt` is text; optional are `category`, `subcategory`, `response`, `pair_id` and `label`, text
+too.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     import os
 
 
-_OPTIONAL = ("category", "response", "pair_id", "label")
+_OPTIONAL = ("category", "subcategory", "response", "pair_id", "label")
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Prompt:
         pair_id: shared by an unsafe prompt and its harmless twin, or None.
         label: what a judge found the response to be, "safe" or "unsafe", or None.
         source: file and line, for messages; not part of what makes prompts equal.
+        subcategory: a kind of content within the category, by which data is split evenly, or "".
     """
 
     prompt: str
@@ -41,6 +43,7 @@ class Prompt:
     pair_id: str | None = None
     label: str | None = None
     source: str = field(default="", compare=False)
+    subcategory: str = ""
 
 
 def load_prompts(path: str | os.PathLike[str], *, answers: bool = False) -> list[Prompt]:
@@ -129,4 +132,5 @@ def _prompt(row: dict[str, Any], where: str) -> Prompt:
         optional["pair_id"],
         optional["label"],
         where,
+        optional["subcategory"] or "",
     )

@@ -20,15 +20,35 @@ from pysteer.vector import MAX_LAYER, SITES
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 
-POOLINGS = ("last", "prompt", "user")
-"""Whose activations are averaged: the last prompt token's, all prompt tokens', or those of the
-tokens of the user's message."""
+POOLINGS = ("last", "prompt", "user", "suffix")
+"""Whose activations are averaged: the last prompt token's, all prompt tokens', those of the tokens
+of the user's message, or those of what follows it up to the end of the prompt, which the chat
+template puts there. Where the message cannot be found, "user" is the whole prompt; where nothing
+follows it, "suffix" is the last token."""
 
-GATES = ("multinomial", "probe", "centroid", "cast")
-"""The kinds of gate a router has; `Router.scores` says what each of them looks at."""
+GATES = ("margin", "multinomial", "probe", "centroid", "cast")
+"""The kinds of gate that a router can have; `Router.scores` says what each of them looks at."""
+
+CLASSIFIERS = ("margin", "multinomial")
+"""Those that give each prompt one class, of which a router needs one."""
 
 _RATES = ("true_positive_rates", "false_positive_rates", "leak_rates")
+_ARRAYS = {
+    "margin": ("margin_weight", "margin_bias", "allowances"),
+    "multinomial": ("weight", "bias"),
+    "probe": ("probe_weight", "probe_bias"),
+    "centroid": ("centroids",),
+    "cast": ("conditions",),
+}
+"""Kind of gate to the arrays of a router that it looks by."""
+
+WEIGHTS = {kind: names[0] for kind, names in _ARRAYS.items()}
+"""Kind of gate to the name of its matrix of width w."""
+
 _TENSORS = {
+    "margin_weight": "margin.weight",
+    "margin_bias": "margin.bias",
+    "allowances": "allowances",
     "weight": "weight",
     "bias": "bias",
     "probe_weight": "probe.weight",
@@ -36,7 +56,7 @@ _TENSORS = {
     "centroids": "centroids",
     "conditions": "conditions",
 }
-_RULE = re.compile(r"youden|fpr=[0-9.e+-]{1,24}")
+_RULE = re.compile(r"(youden|fpr=[0-9.e+-]{1,24})(, margin fpr=[0-9.e+-]{1,24})?")
 _MOST = 2**53  # the largest count that every JSON reader keeps exact
 
 
@@ -98,59 +118,22 @@ class Gate(_Plain):
         return np.where(self.above, scores >= self.thresholds, scores <= self.thresholds)
 
 
-@dataclass(frozen=True, eq=False)
-class Router(_Plain):
-    """What tells k categories and benign prompts apart at one layer of the base model.
-
-    Everything looks at one vector h for each prompt: the activations at `site` and `layer`,
-    averaged over the prompt tokens that `pooling` names, in the units of the model's activations.
-    n is the width n_embd. "Benign" is class 0, category i class i + 1. Immutable.
+@dataclass(frozen=True)
+class Read:
+    """Where a router looks: a layer, and the tokens whose activations are averaged there.
 
     Attributes:
-        site: where in a block h is taken.
         layer: block index from 0.
-        pooling: "last", "prompt" or "user"; see `POOLINGS`.
-        categories: the k names; some or all of the pack's.
-        weight: float32 (k + 1, n), the multinomial logistic probe: `probabilities`.
-        bias: float32 (k + 1,).
-        probe_weight: float32 (k, n), one logistic probe for each category, trained against all
-            other prompts: `probe_scores`.
-        probe_bias: float32 (k,).
-        centroids: float32 (k + 1, n), the mean h of each class: `centroid_cosine`.
-        conditions: float32 (k, n), the condition vectors of CAST: `condition_similarity`.
-        gates: kind of gate (each of `GATES`) to its thresholds and held-out rates.
-        confusion: int64 (k + 1, k + 1), held-out prompts by true class (row) and class that the
-            multinomial probe finds most probable (column).
-        threshold_rule: "youden", or "fpr=0.01" for a benign false-positive rate of at most that.
-        train_counts: int64 (k + 1,), prompts of each class that the router was fitted to.
-        layer_scores: layer to balanced accuracy of the multinomial probe in cross-validation, for
-            the layers that were tried; may be empty.
+        pooling: one of `POOLINGS`.
 
     Raises:
-        SteeringError: parts that do not fit each other, or values that are not finite.
+        SteeringError: there is no such layer or pooling.
     """
 
-    site: str
     layer: int
     pooling: str
-    categories: Sequence[str]
-    weight: npt.NDArray[np.float32]
-    bias: npt.NDArray[np.float32]
-    probe_weight: npt.NDArray[np.float32]
-    probe_bias: npt.NDArray[np.float32]
-    centroids: npt.NDArray[np.float32]
-    conditions: npt.NDArray[np.float32]
-    gates: Mapping[str, Gate]
-    confusion: npt.NDArray[np.int64]
-    threshold_rule: str
-    train_counts: npt.NDArray[np.int64]
-    layer_scores: Mapping[int, float]
 
     def __post_init__(self) -> None:
-        if self.site not in SITES:
-            raise SteeringError(
-                f"the router has the unknown site {quoted(self.site)}; use one of {_list(SITES)}"
-            )
         if not _is_layer(self.layer):
             raise SteeringError(f"there is no layer {quoted(self.layer)} for the router to look at")
         if self.pooling not in POOLINGS:
@@ -158,12 +141,86 @@ class Router(_Plain):
                 f"the router has the unknown pooling {quoted(self.pooling)}; "
                 f"use one of {_list(POOLINGS)}"
             )
+
+
+@dataclass(frozen=True, eq=False)
+class Router(_Plain):
+    """What tells k categories and benign prompts apart in the base model's activations.
+
+    Everything looks at one vector h for each prompt: for each of `reads` the activations at `site`
+    and its layer, averaged over the prompt tokens that its pooling names, in the units of the
+    model's activations; all of them laid end to end, in the order of the reads. w is its width,
+    len(reads) * n_embd. "Benign" is class 0, category i class i + 1. Immutable.
+
+    The arrays of a kind of gate are there if `gates` has the kind, and None otherwise.
+
+    Attributes:
+        site: where in a block h is taken.
+        reads: at which layers, over which tokens; at least one, none twice.
+        categories: the k names; some or all of the pack's.
+        gates: kind of gate (some of `GATES`, one of `CLASSIFIERS` among them) to its thresholds and
+            held-out rates.
+        confusion: int64 (k + 1, k + 1), held-out prompts by true class (row) and class that
+            `classes` finds (column).
+        threshold_rule: "youden", or "fpr=0.01" for a benign false-positive rate of at most that;
+            followed by ", margin fpr=0.005" where the margin gate's is another.
+        train_counts: int64 (k + 1,), prompts of each class that the router was fitted to.
+        margin_weight: float32 (k + 1, w), one linear map: how harmless h is, and how much of each
+            category: `margin_scores`.
+        margin_bias: float32 (k + 1,).
+        allowances: float32 (k,), at least 0: by how much a category may fall behind another.
+        weight: float32 (k + 1, w), the multinomial logistic probe: `probabilities`.
+        bias: float32 (k + 1,).
+        probe_weight: float32 (k, w), one logistic probe for each category, trained against all
+            other prompts: `probe_scores`.
+        probe_bias: float32 (k,).
+        centroids: float32 (k + 1, w), the mean h of each class: `centroid_cosine`.
+        conditions: float32 (k, w), the condition vectors of CAST: `condition_similarity`.
+
+    Raises:
+        SteeringError: parts that do not fit each other, or values that are not finite.
+    """
+
+    site: str
+    reads: Sequence[Read]
+    categories: Sequence[str]
+    gates: Mapping[str, Gate]
+    confusion: npt.NDArray[np.int64]
+    threshold_rule: str
+    train_counts: npt.NDArray[np.int64]
+    margin_weight: npt.NDArray[np.float32] | None = None
+    margin_bias: npt.NDArray[np.float32] | None = None
+    allowances: npt.NDArray[np.float32] | None = None
+    weight: npt.NDArray[np.float32] | None = None
+    bias: npt.NDArray[np.float32] | None = None
+    probe_weight: npt.NDArray[np.float32] | None = None
+    probe_bias: npt.NDArray[np.float32] | None = None
+    centroids: npt.NDArray[np.float32] | None = None
+    conditions: npt.NDArray[np.float32] | None = None
+
+    def __post_init__(self) -> None:
+        if self.site not in SITES:
+            raise SteeringError(
+                f"the router has the unknown site {quoted(self.site)}; use one of {_list(SITES)}"
+            )
         if not isinstance(self.threshold_rule, str) or not _RULE.fullmatch(self.threshold_rule):
             raise SteeringError(f"unknown threshold rule {quoted(self.threshold_rule)}")
+        self._check_reads()
         self._check_categories()
-        self._check_arrays()
         self._check_gates()
-        self._check_layer_scores()
+        self._check_arrays()
+        self._check_counts()
+
+    def _check_reads(self) -> None:
+        reads = self.reads
+        if isinstance(reads, str) or not isinstance(reads, Sequence) or not reads:
+            raise SteeringError("a router needs a list of at least one place to look at")
+        for read in reads:
+            if not isinstance(read, Read):
+                raise SteeringError(f"{quoted(read)} is not a pysteer.router.Read")
+        if len(set(reads)) != len(reads):
+            raise SteeringError("the router looks at the same tokens of a layer twice")
+        object.__setattr__(self, "reads", tuple(reads))
 
     def _check_categories(self) -> None:
         names = self.categories
@@ -178,21 +235,35 @@ class Router(_Plain):
 
     def _check_arrays(self) -> None:
         k = len(self.categories)
-        conditions = _array(self.conditions, "fiu", "the router's conditions")
-        n = conditions.shape[-1] if conditions.ndim else 0
-        shapes = {
-            "weight": (k + 1, n),
-            "bias": (k + 1,),
-            "probe_weight": (k, n),
-            "probe_bias": (k,),
-            "centroids": (k + 1, n),
-            "conditions": (k, n),
-        }
-        for name, shape in shapes.items():
-            what = f"the router's {name.replace('_', ' ')}"
-            object.__setattr__(self, name, _floats(getattr(self, name), shape, what, np.float32))
-        if not self.conditions.any(axis=1).all():
+        of_classes = ("margin_weight", "margin_bias", "weight", "bias", "centroids")
+        flat = ("margin_bias", "allowances", "bias", "probe_bias")
+        width: int | None = None
+        for kind, names in _ARRAYS.items():
+            for name in names:
+                what = f"the router's {name.replace('_', ' ')}"
+                value = getattr(self, name)
+                if (value is not None) != (kind in self.gates):
+                    there = "are missing" if value is None else "belong to a gate that it lacks"
+                    raise SteeringError(f"{what} {there}")
+                if value is None:
+                    continue
+                if name not in flat and width is None:
+                    width = (np.shape(_array(value, "fiu", what)) or (0,))[-1]
+                n_rows = k + 1 if name in of_classes else k
+                shape = (n_rows,) if name in flat else (n_rows, width or 0)
+                object.__setattr__(self, name, _floats(value, shape, what, np.float32))
+        if not width or width % len(self.reads):
+            raise SteeringError(
+                f"the router's weights have width {width}, which {len(self.reads)} places of the "
+                "same width do not make"
+            )
+        if self.conditions is not None and not self.conditions.any(axis=1).all():
             raise SteeringError("a condition vector of the router is zero")
+        if self.allowances is not None and not (self.allowances >= 0).all():
+            raise SteeringError("an allowance of the router is negative")
+
+    def _check_counts(self) -> None:
+        k = len(self.categories)
         for name, shape in {"confusion": (k + 1, k + 1), "train_counts": (k + 1,)}.items():
             what = "the router's " + name.replace("_", " ")
             counts = np.array(_array(getattr(self, name), "iu", what))
@@ -205,60 +276,134 @@ class Router(_Plain):
             raise SteeringError("the router's confusion has a class without a prompt")
 
     def _check_gates(self) -> None:
-        if not isinstance(self.gates, Mapping) or set(self.gates) != set(GATES):
-            raise SteeringError(f"a router needs the gates {_list(GATES)}")
+        if not isinstance(self.gates, Mapping) or not set(self.gates) & set(CLASSIFIERS):
+            raise SteeringError(f"a router needs a gate that is one of {_list(CLASSIFIERS)}")
         for kind, gate in self.gates.items():
+            if kind not in GATES:
+                raise SteeringError(
+                    f"unknown kind of gate {quoted(kind)}; use some of {_list(GATES)}"
+                )
             if not isinstance(gate, Gate) or len(gate.thresholds) != len(self.categories):
                 raise SteeringError(f"the {kind} gate has not one threshold for each category")
-        gates = {kind: self.gates[kind] for kind in GATES}
+        gates = {kind: self.gates[kind] for kind in GATES if kind in self.gates}
         object.__setattr__(self, "gates", MappingProxyType(gates))
 
-    def _check_layer_scores(self) -> None:
-        if not isinstance(self.layer_scores, Mapping):
-            raise SteeringError("the router's layer scores are not a mapping")
-        for layer, score in self.layer_scores.items():
-            number = isinstance(score, (int, float)) and not isinstance(score, bool)
-            if not _is_layer(layer) or not number or not 0 <= score <= 1:
-                raise SteeringError(
-                    f"the router's score of layer {quoted(layer)} is {quoted(score)}"
-                )
-        scores = {layer: float(score) for layer, score in sorted(self.layer_scores.items())}
-        object.__setattr__(self, "layer_scores", MappingProxyType(scores))
-
     def __repr__(self) -> str:
+        where = ", ".join(f"{read.layer} {read.pooling}" for read in self.reads)
         return (
-            f"Router(site={self.site!r}, layer={self.layer}, pooling={self.pooling!r}, "
+            f"Router(site={self.site!r}, reads=[{where}], gates={list(self.gates)}, "
             f"categories={quoted(list(self.categories))}, n_embd={self.n_embd})"
         )
 
     @property
+    def width(self) -> int:
+        """Width of h, what the router looks at."""
+        kind = next(iter(self.gates))
+        return int(getattr(self, WEIGHTS[kind]).shape[1])
+
+    @property
     def n_embd(self) -> int:
-        """Width of the hidden state that the router looks at."""
-        return int(self.conditions.shape[1])
+        """Width of the model's activations."""
+        return self.width // len(self.reads)
+
+    @property
+    def last_layer(self) -> int:
+        """The highest layer that is looked at, where the router can decide."""
+        return max(read.layer for read in self.reads)
 
     @property
     def category_accuracy(self) -> float:
-        """Share of the held-out prompts of a category that `probabilities` gives that category."""
+        """Share of the held-out prompts of a category that `classes` gives that category."""
         return float(np.trace(self.confusion[1:, 1:]) / self.confusion[1:].sum())
 
     @property
     def benign_false_positive_rate(self) -> float:
-        """Share of the held-out benign prompts that `probabilities` gives some category."""
+        """Share of the held-out benign prompts that `classes` gives some category."""
         return float(self.confusion[0, 1:].sum() / self.confusion[0].sum())
+
+    def classes(self, h: npt.ArrayLike) -> npt.NDArray[np.intp]:
+        """The class of each hidden state: 0 for benign, i + 1 for category i.
+
+        By the margin gate, if the router has one: benign where there is no harm, else the category
+        that is ahead. Otherwise the most probable one by the multinomial probe.
+
+        Args:
+            h: shape (w,) or (rows, w).
+
+        Returns:
+            Integers of shape () or (rows,).
+        """
+        if self.margin_weight is None:
+            return np.asarray(self.probabilities(h).argmax(axis=-1))
+        r = self._linear(h)
+        return np.where(r[..., 0] > 0, 0, 1 + r[..., 1:].argmax(axis=-1))
+
+    def margin_scores(self, h: npt.ArrayLike) -> Floats:
+        """The lesser of how harmful h is, and how far each category is ahead of all others.
+
+        With r = W h + b, harm is -r_0, negative for what is benign, and the lead of category c is
+        r_c minus the largest r of the other categories; 0 if there is no other. The score is
+        min(harm, lead + allowance): a category's gate opens at 0 for prompts that are harmful and
+        no further from the category than its allowance. As allowances are not negative, that of the
+        best category opens for every harmful prompt.
+
+        Args:
+            h: shape (w,) or (rows, w).
+
+        Returns:
+            float64 (k,) or (rows, k).
+        """
+        r = self._linear(h)
+        return np.minimum(-r[..., :1], self._leads(r))
+
+    def ranks(self, kind: str, h: npt.ArrayLike) -> Floats:
+        """What several open gates are compared by: `scores`, but for the margin gate.
+
+        There it is lead + allowance, because the scores of all open gates are the harm, if that is
+        the lesser.
+        """
+        return self._leads(self._linear(h)) if kind == "margin" else self.scores(kind, h)
+
+    def _linear(self, h: npt.ArrayLike) -> Floats:
+        weight, bias = self._array("margin_weight"), self._array("margin_bias")
+        return np.asarray(self._rows(h) @ weight.T + bias)
+
+    def _leads(self, r: Floats) -> Floats:
+        """Lead plus allowance of each category."""
+        r = r[..., 1:]
+        leads = np.zeros_like(r)
+        if r.shape[-1] > 1:
+            ordered = np.sort(r, axis=-1)
+            largest, second = ordered[..., -1:], ordered[..., -2:-1]
+            leads = r - np.where(r == largest, second, largest)
+        return np.asarray(leads + self._array("allowances"))
+
+    def _array(self, name: str) -> Floats:
+        """One of the arrays as float64.
+
+        Raises:
+            SteeringError: the router does not have that kind of gate.
+        """
+        values = getattr(self, name)
+        if values is None:
+            kind = next(kind for kind, names in _ARRAYS.items() if name in names)
+            raise SteeringError(f"the router has no {kind} gate; it has {_list(list(self.gates))}")
+        return np.asarray(values, np.float64)
 
     def probabilities(self, h: npt.ArrayLike) -> Floats:
         """Softmax of W h + b.
 
         Args:
-            h: shape (n,) or (rows, n), any real dtype.
+            h: shape (w,) or (rows, w), any real dtype.
 
         Returns:
             float64 (k + 1,) or (rows, k + 1), rows that sum to 1, column 0 for benign.
 
         Raises:
-            SteeringError: another width, or values that are not finite; so do all methods below.
+            SteeringError: another width, values that are not finite, or the router does not have
+                that kind of gate; so do all methods here.
         """
-        logits = self._rows(h) @ self.weight.T.astype(np.float64) + self.bias
+        logits = self._rows(h) @ self._array("weight").T + self._array("bias")
         powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
         return np.asarray(powers / powers.sum(axis=-1, keepdims=True))
 
@@ -266,12 +411,13 @@ class Router(_Plain):
         """Log-odds w_c . h + b_c that h belongs to category c, each category for itself.
 
         Args:
-            h: shape (n,) or (rows, n).
+            h: shape (w,) or (rows, w).
 
         Returns:
             float64 (k,) or (rows, k); 0 is a probability of one half.
         """
-        return np.asarray(self._rows(h) @ self.probe_weight.T.astype(np.float64) + self.probe_bias)
+        weight, bias = self._array("probe_weight"), self._array("probe_bias")
+        return np.asarray(self._rows(h) @ weight.T + bias)
 
     def centroid_cosine(self, h: npt.ArrayLike) -> Floats:
         """Cosine of h - m and m_c - m, with m_c the category's centroid, m the mean of all k + 1.
@@ -280,12 +426,12 @@ class Router(_Plain):
         measured from zero all near 1.
 
         Args:
-            h: shape (n,) or (rows, n).
+            h: shape (w,) or (rows, w).
 
         Returns:
             float64 (k,) or (rows, k), from -1 to 1; 0 where a length is 0.
         """
-        centroids = self.centroids.astype(np.float64)
+        centroids = self._array("centroids")
         origin = centroids.mean(axis=0)
         rows = self._rows(h) - origin
         return np.stack([_cosine(rows, own - origin) for own in centroids[1:]], axis=-1)
@@ -297,14 +443,14 @@ class Router(_Plain):
         condition may hold below its threshold as well as above: `Gate.above`.
 
         Args:
-            h: shape (n,) or (rows, n).
+            h: shape (w,) or (rows, w).
 
         Returns:
             float64 (k,) or (rows, k), from -1 to 1; 0 where a length is 0.
         """
         rows = self._rows(h)
         columns = []
-        for c in self.conditions.astype(np.float64):  # one at a time: rows x k x n can be large
+        for c in self._array("conditions"):  # one at a time: rows x k x w can be large
             projected = np.multiply.outer(rows @ c / (c @ c), c)
             columns.append(_cosine(rows, np.tanh(projected)))
         return np.stack(columns, axis=-1)
@@ -312,16 +458,18 @@ class Router(_Plain):
     def scores(self, kind: str, h: npt.ArrayLike) -> Floats:
         """What the gate of that kind looks at, a column for each category.
 
-        "multinomial": the categories' columns of `probabilities`; "probe": `probe_scores`;
-        "centroid": `centroid_cosine`; "cast": `condition_similarity`.
+        "margin": `margin_scores`; "multinomial": the categories' columns of `probabilities`;
+        "probe": `probe_scores`; "centroid": `centroid_cosine`; "cast": `condition_similarity`.
 
         Args:
-            kind: one of `GATES`.
-            h: shape (n,) or (rows, n).
+            kind: one of `GATES` that the router has.
+            h: shape (w,) or (rows, w).
 
         Returns:
             float64 (k,) or (rows, k).
         """
+        if kind == "margin":
+            return self.margin_scores(h)
         if kind == "multinomial":
             return self.probabilities(h)[..., 1:]
         if kind == "probe":
@@ -341,10 +489,14 @@ class Router(_Plain):
         """The router as the plain data that a pack file holds."""
         return RouterContent(
             site=self.site,
-            layer=self.layer,
-            pooling=self.pooling,
+            layers=[read.layer for read in self.reads],
+            poolings=[read.pooling for read in self.reads],
             categories=list(self.categories),
-            tensors={tensor: getattr(self, name) for name, tensor in _TENSORS.items()},
+            tensors={
+                tensor: getattr(self, name)
+                for name, tensor in _TENSORS.items()
+                if getattr(self, name) is not None
+            },
             tables={
                 "threshold_rule": self.threshold_rule,
                 "gates": {
@@ -353,7 +505,6 @@ class Router(_Plain):
                 },
                 "confusion": self.confusion.tolist(),
                 "train_counts": self.train_counts.tolist(),
-                "layer_scores": [list(pair) for pair in self.layer_scores.items()],
             },
         )
 
@@ -365,36 +516,32 @@ class Router(_Plain):
             SteeringError: the data is not that of a router.
         """
         tables = _object(content.tables, _TABLES, "the router's tables")
-        gates = _object(tables["gates"], GATES, "the router's gates")
+        gates = tables["gates"]
+        if not isinstance(gates, dict):
+            raise SteeringError("the router's gates are not an object")
         parts = tuple(part.name for part in fields(Gate))
-        scores = tables["layer_scores"]
-        if not isinstance(scores, list) or not all(
-            isinstance(pair, list) and len(pair) == 2 and _is_layer(pair[0]) for pair in scores
-        ):
-            raise SteeringError("the router's layer scores are not pairs of layer and number")
-        if len({pair[0] for pair in scores}) != len(scores):
-            raise SteeringError("the router's layer scores name a layer twice")
         return cls(
             site=content.site,
-            layer=content.layer,
-            pooling=content.pooling,
+            reads=[
+                Read(layer, pooling)
+                for layer, pooling in zip(content.layers, content.poolings, strict=True)
+            ],
             categories=content.categories,
             gates={
-                kind: Gate(**_object(gate, parts, f"the router's {kind} gate"))
+                kind: Gate(**_object(gate, parts, f"the router's gate {quoted(kind)}"))
                 for kind, gate in gates.items()
             },
             confusion=tables["confusion"],
             threshold_rule=tables["threshold_rule"],
             train_counts=tables["train_counts"],
-            layer_scores=dict(scores),
-            **{name: content.tensors[tensor] for name, tensor in _TENSORS.items()},
+            **{name: content.tensors.get(tensor) for name, tensor in _TENSORS.items()},
         )
 
     def _rows(self, h: npt.ArrayLike) -> Floats:
         rows = np.asarray(h, np.float64)
-        if rows.ndim not in (1, 2) or rows.shape[-1] != self.n_embd:
+        if rows.ndim not in (1, 2) or rows.shape[-1] != self.width:
             raise SteeringError(
-                f"the router looks at hidden states of width {self.n_embd}, this has the shape "
+                f"the router looks at hidden states of width {self.width}, this has the shape "
                 f"{rows.shape}"
             )
         if not np.isfinite(rows).all():
@@ -402,7 +549,7 @@ class Router(_Plain):
         return rows
 
 
-_TABLES = ("threshold_rule", "gates", "confusion", "train_counts", "layer_scores")
+_TABLES = ("threshold_rule", "gates", "confusion", "train_counts")
 
 
 def _cosine(a: Floats, b: Floats) -> Floats:

@@ -16,7 +16,7 @@ from pysteer import (
     SteeringVector,
     UnknownCategoryError,
 )
-from pysteer.router import GATES, Gate, Router
+from pysteer.router import Gate, Read, Router
 
 MODEL = BaseModel("llama", "Tiny", n_layer=4, n_embd=2, n_vocab=320)
 HATE = SteeringVector({1: [1.0, 2.0], 3: [3.0, 4.0]})
@@ -28,20 +28,15 @@ def a_router(*categories, width=2, layer=3):
     half = np.full(k, 0.5)
     return Router(
         site="residual",
-        layer=layer,
-        pooling="last",
+        reads=[Read(0, "user"), Read(layer, "last")],
         categories=categories,
-        weight=np.ones((k + 1, width)),
-        bias=np.zeros(k + 1),
-        probe_weight=np.ones((k, width)),
-        probe_bias=np.zeros(k),
-        centroids=np.ones((k + 1, width)),
-        conditions=np.ones((k, width)),
-        gates=dict.fromkeys(GATES, Gate(half, half > 0, half, half, half)),
+        margin_weight=np.ones((k + 1, 2 * width)),
+        margin_bias=np.zeros(k + 1),
+        allowances=np.zeros(k),
+        gates={"margin": Gate(half, half > 0, half, half, half)},
         confusion=np.eye(k + 1, dtype=int),
         threshold_rule="youden",
         train_counts=np.ones(k + 1, int),
-        layer_scores={layer: 0.5},
     )
 
 

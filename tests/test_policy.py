@@ -258,11 +258,11 @@ def test_the_examples_of_the_documentation(tmp_path, monkeypatch, capsys):
     assert "strength=0.5" in capsys.readouterr().out
 
     names = ["malware", "self harm", "privacy_violation"]
-    Policy.load("policy.yaml").check(categories=names, gated=names)
+    Policy.load("policy.yaml").check(categories=names, gated=names, kinds=["probe"])
     Path("policy.yaml").write_text(written.replace("privacy_violation\n", "privacy\n", 1))
     [error] = re.findall(r"^policy\.yaml, line .*$", text, re.MULTILINE)
     with pytest.raises(FormatError, match=f"^{re.escape(error)}$"):
-        Policy.load("policy.yaml").check(categories=names, gated=names)
+        Policy.load("policy.yaml").check(categories=names, gated=names, kinds=["probe"])
 
     rows = re.findall(r"^\| `([^`]+)` \| `(\{[^`]+\})` \|", text, re.MULTILINE)
     assert len(rows) == 9
@@ -272,7 +272,7 @@ def test_the_examples_of_the_documentation(tmp_path, monkeypatch, capsys):
 
 def test_what_holds_if_nothing_is_said():
     policy = Policy()
-    assert (policy.gate, policy.several, policy.recheck) == ("multinomial", "strongest", None)
+    assert (policy.gate, policy.several, policy.recheck) == (None, "strongest", None)
     assert (policy.scope, dict(policy.categories)) == (Scope("all"), {})
     assert policy.content() == {}
     assert policy.of("a") == CategorySettings("auto", 1.0, None, Scope("all"), Rule("a"))
@@ -361,8 +361,8 @@ def changed(old, new):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (changed("gate: probe", "gate: svm"), "line 2, gate: must be 'multinomial', 'probe', "),
-        (changed("gate: probe", "gate:"), "line 2, gate: must be "),
+        (changed("gate: probe", "gate: svm"), "line 2, gate: must be 'margin', 'multinomial', "),
+        (changed("gate: probe", "gate: 1"), "line 2, gate: must be "),
         (changed("gate: probe", "gate: [probe]"), "line 2, gate: must be "),
         (changed("gate:", "gates:"), "line 2, gates: unknown key; there are gate, several, "),
         (
@@ -602,8 +602,8 @@ def test_any_text_is_a_policy_or_a_format_error(text):
 # --- against a pack ----------------------------------------------------------------------------
 
 
-def check(policy, categories="abc", gated="ab"):
-    policy.check(categories=list(categories), gated=list(gated))
+def check(policy, categories="abc", gated="ab", kinds=("margin", "probe")):
+    policy.check(categories=list(categories), gated=list(gated), kinds=kinds if gated else [])
 
 
 def test_what_a_pack_holds_passes():
@@ -651,6 +651,39 @@ def test_what_a_pack_does_not_hold_is_refused_where_it_was_written(
     with pytest.raises(PolicyError) as caught:
         check(Policy.from_content(policy.content()))
     assert str(caught.value).startswith(message)
+
+
+def test_the_gate_is_margin_if_the_router_has_it_else_multinomial_unless_said():
+    kinds = ["probe", "multinomial"]
+    assert Policy().gate_of(["margin", *kinds]) == "margin"
+    assert Policy().gate_of(kinds) == Policy(gate=None).gate_of(kinds) == "multinomial"
+    assert Policy(gate="probe").gate_of(["margin", *kinds]) == "probe"
+    assert Policy(gate="probe").merged(Policy()).gate_of(kinds) == "probe"
+
+
+def test_a_gate_that_the_router_lacks_is_refused_where_it_was_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("policy.yaml").write_text("several: sum\ngate: cast\n")
+    with pytest.raises(FormatError) as caught:
+        check(Policy.load("policy.yaml"))
+    expected = "gate: the pack's router has no cast gate; it has margin, probe"
+    assert str(caught.value) == f"policy.yaml, line 2, {expected}"
+    with pytest.raises(SteeringError, match="has no cast gate"):
+        Policy(gate="cast").gate_of(["margin"])
+    check(Policy(gate="cast"), gated="")  # nothing is gated
+
+
+@pytest.mark.parametrize(
+    ("kinds", "fits"), [(["margin", "multinomial"], True), (["multinomial"], False)]
+)
+def test_a_threshold_has_to_suit_the_gate_that_decides(kinds, fits):
+    """Scores of the margin gate have no bounds; probabilities have."""
+    policy = Policy(categories={"a": {"threshold": -1.5}})
+    if fits:
+        check(policy, kinds=kinds)
+        return
+    with pytest.raises(SteeringError, match=r"-1\.5 cannot be crossed: .*'multinomial'"):
+        check(policy, kinds=kinds)
 
 
 def test_without_a_router_there_is_no_gate():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from pysteer import SteeringError
-from pysteer.router import GATES, POOLINGS, Gate, Router
+from pysteer.router import CLASSIFIERS, GATES, POOLINGS, Gate, Read, Router
 
 values = st.floats(-8, 8, width=32)
 
@@ -27,13 +27,19 @@ def a_gate(k=2, **changes):
     return Gate(**{**parts, **changes})
 
 
-def a_router(k=2, n=5, seed=0, **changes):
+READS = (Read(3, "user"), Read(1, "suffix"))
+
+
+def a_router(k=2, n=6, seed=0, **changes):
+    """n is the width of what both reads see together."""
     rng = np.random.default_rng(seed)
     parts = {
         "site": "residual",
-        "layer": 3,
-        "pooling": "user",
+        "reads": READS,
         "categories": [f"category {i}" for i in range(k)],
+        "margin_weight": rng.normal(size=(k + 1, n)),
+        "margin_bias": rng.normal(size=k + 1),
+        "allowances": rng.uniform(0, 2, size=k),
         "weight": rng.normal(size=(k + 1, n)),
         "bias": rng.normal(size=k + 1),
         "probe_weight": rng.normal(size=(k, n)),
@@ -44,17 +50,18 @@ def a_router(k=2, n=5, seed=0, **changes):
         "confusion": np.arange(1, (k + 1) ** 2 + 1).reshape(k + 1, k + 1),
         "threshold_rule": "youden",
         "train_counts": np.arange(k + 1) + 4,
-        "layer_scores": {3: 0.75, 1: 0.5},
     }
     return Router(**{**parts, **changes})
 
 
 @st.composite
 def routers_and_rows(draw):
-    k, n = draw(st.integers(1, 3)), draw(st.integers(1, 6))
+    k, n = draw(st.integers(1, 3)), 2 * draw(st.integers(1, 4))
     arrays = {
         name: draw(hnp.arrays(np.float32, shape, elements=values))
         for name, shape in {
+            "margin_weight": (k + 1, n),
+            "margin_bias": (k + 1,),
             "weight": (k + 1, n),
             "bias": (k + 1,),
             "probe_weight": (k, n),
@@ -66,6 +73,7 @@ def routers_and_rows(draw):
         hnp.arrays(np.float32, (k, n), elements=st.floats(0.125, 8, width=32))
         | hnp.arrays(np.float32, (k, n), elements=st.floats(-8, -0.125, width=32))
     )
+    arrays["allowances"] = draw(hnp.arrays(np.float32, k, elements=st.floats(0, 8, width=32)))
     rows = draw(hnp.arrays(np.float32, (draw(st.integers(1, 4)), n), elements=values))
     return a_router(k, n, conditions=conditions, **arrays), rows
 
@@ -75,6 +83,15 @@ def cosine(a, b):
     return a @ b / lengths if lengths else 0.0
 
 
+def leads_by_hand(r):
+    """By how much each category is ahead of the best of the others."""
+    leads = []
+    for own in range(1, len(r)):
+        others = [r[j] for j in range(1, len(r)) if j != own]
+        leads.append(r[own] - max(others) if others else 0.0)
+    return leads
+
+
 def by_hand(router, kind, h):
     """The score of one hidden state, category by category."""
     h = h.astype(np.float64)
@@ -82,6 +99,10 @@ def by_hand(router, kind, h):
         np.asarray(getattr(router, n), np.float64) for n in ("weight", "centroids", "conditions")
     )
     categories = range(len(router.categories))
+    if kind == "margin":
+        v, b = (np.asarray(a, np.float64) for a in (router.margin_weight, router.margin_bias))
+        r = [v[j] @ h + b[j] for j in range(len(v))]
+        return [min(-r[0], leads_by_hand(r)[i] + float(router.allowances[i])) for i in categories]
     if kind == "multinomial":
         logits = [w[j] @ h + float(router.bias[j]) for j in range(len(w))]
         return [1 / sum(np.exp(other - logits[i + 1]) for other in logits) for i in categories]
@@ -108,13 +129,49 @@ def test_scores_follow_their_formula_row_by_row(kind, case):
 
 def test_the_probabilities_have_benign_first_and_sum_to_one_at_any_size():
     router = a_router()
-    h = 1000 * np.random.default_rng(2).normal(size=(4, 5))
+    h = 1000 * np.random.default_rng(2).normal(size=(4, 6))
     found = router.probabilities(h)
     assert found.shape == (4, 3)
     np.testing.assert_allclose(found.sum(axis=1), 1)
     largest = (h @ router.weight.T + router.bias).argmax(axis=1)
     assert found.argmax(axis=1).tolist() == largest.tolist()
     np.testing.assert_array_equal(router.scores("multinomial", h), found[:, 1:])
+
+
+def test_a_prompt_is_benign_where_there_is_no_harm_else_of_the_category_that_is_ahead():
+    rows = np.random.default_rng(3).normal(size=(200, 6))
+    router = a_router(k=2)
+    r = rows @ np.float64(router.margin_weight).T + router.margin_bias
+    expected = [0 if -one[0] < 0 else 1 + int(np.argmax(one[1:])) for one in r]
+    assert router.classes(rows).tolist() == expected
+    assert router.classes(rows[7]) == expected[7]
+    assert set(expected) == {0, 1, 2}
+    probable = router.probabilities(rows).argmax(axis=1).tolist()
+    assert probable != expected
+    gates = {kind: gate for kind, gate in router.gates.items() if kind != "margin"}
+    without = dict.fromkeys(("margin_weight", "margin_bias", "allowances"))
+    assert dataclasses.replace(router, gates=gates, **without).classes(rows).tolist() == probable
+
+
+def test_the_best_category_of_a_harmful_prompt_opens_its_margin_gate_and_no_benign_one_any():
+    rows = np.random.default_rng(3).normal(size=(200, 6))
+    zero = a_gate(3, thresholds=np.zeros(3))
+    router = a_router(k=3, gates=dict.fromkeys(GATES, zero))
+    opens, classes = router.opens("margin", rows), router.classes(rows)
+    assert not opens[classes == 0].any()
+    harmful = np.flatnonzero(classes)
+    assert opens[harmful, classes[harmful] - 1].all()
+    assert (opens[harmful].sum(axis=1) > 1).any()  # its allowance lets another open too
+
+
+def test_open_margin_gates_are_compared_by_lead_and_allowance_others_by_score():
+    rows = np.random.default_rng(3).normal(size=(50, 6))
+    router = a_router(k=3)
+    r = rows @ np.float64(router.margin_weight).T + router.margin_bias
+    expected = [np.array(leads_by_hand(one)) + router.allowances for one in r]
+    np.testing.assert_allclose(router.ranks("margin", rows), expected)
+    for kind in GATES[1:]:
+        np.testing.assert_array_equal(router.ranks(kind, rows), router.scores(kind, rows))
 
 
 def test_a_gate_opens_at_its_threshold_and_on_its_side_of_it():
@@ -126,7 +183,7 @@ def test_a_gate_opens_at_its_threshold_and_on_its_side_of_it():
 
 @pytest.mark.parametrize("kind", GATES)
 def test_the_router_opens_the_gates_of_the_kind_asked_for(kind):
-    rows = np.random.default_rng(5).normal(size=(20, 5))
+    rows = np.random.default_rng(5).normal(size=(20, 6))
     thresholds = np.median(a_router().scores(kind, rows), axis=0)
     never = a_gate(thresholds=[1e30, 1e30])
     gates = {**dict.fromkeys(GATES, never), kind: a_gate(thresholds=thresholds)}
@@ -136,8 +193,8 @@ def test_the_router_opens_the_gates_of_the_kind_asked_for(kind):
 
 
 def test_an_unknown_gate_is_told_which_there_are():
-    with pytest.raises(SteeringError, match=r"'svm'.*multinomial, probe, centroid, cast"):
-        a_router().opens("svm", np.zeros(5))
+    with pytest.raises(SteeringError, match=r"'svm'.*margin, multinomial, probe, centroid, cast"):
+        a_router().opens("svm", np.zeros(6))
 
 
 def test_the_shares_come_from_the_confusion_table():
@@ -146,27 +203,64 @@ def test_the_shares_come_from_the_confusion_table():
     assert router.category_accuracy == 14 / 20
 
 
-@pytest.mark.parametrize("h", [np.zeros(4), np.zeros((2, 6)), np.zeros((1, 1, 5)), 0.0])
+@pytest.mark.parametrize("h", [np.zeros(3), np.zeros((2, 5)), np.zeros((1, 1, 6)), 0.0])
 @pytest.mark.parametrize("kind", GATES)
 def test_hidden_states_of_another_width_are_refused(kind, h):
-    with pytest.raises(SteeringError, match="width 5"):
+    with pytest.raises(SteeringError, match="width 6"):
         a_router().scores(kind, h)
 
 
 @pytest.mark.parametrize("kind", GATES)
 def test_hidden_states_that_are_not_finite_are_refused(kind):
     with pytest.raises(SteeringError, match="NaN"):
-        a_router().scores(kind, [0, 0, np.nan, 0, 0])
+        a_router().scores(kind, [0, 0, np.nan, 0, 0, 0])
 
 
-ARRAYS = ["weight", "bias", "probe_weight", "probe_bias", "centroids", "conditions"]
+ARRAYS_OF = {
+    "margin": ["margin_weight", "margin_bias", "allowances"],
+    "multinomial": ["weight", "bias"],
+    "probe": ["probe_weight", "probe_bias"],
+    "centroid": ["centroids"],
+    "cast": ["conditions"],
+}
+ARRAYS = [name for names in ARRAYS_OF.values() for name in names]
+
+
+def only(*kinds, **changes):
+    """A router with these kinds of gate alone."""
+    absent = [name for kind, names in ARRAYS_OF.items() if kind not in kinds for name in names]
+    gates = {kind: a_gate() for kind in kinds}
+    return a_router(**{"gates": gates, **dict.fromkeys(absent), **changes})
+
+
+@pytest.mark.parametrize("kind", GATES)
+def test_a_router_may_have_any_of_the_gates_and_one_that_names_a_class(kind):
+    rows = np.random.default_rng(0).normal(size=(3, 6))
+    for classifier in CLASSIFIERS:
+        router = only(classifier, kind)
+        assert set(router.gates) == {classifier, kind}
+        np.testing.assert_array_equal(router.scores(kind, rows), a_router().scores(kind, rows))
+        assert (router.width, router.n_embd, router.last_layer) == (6, 3, 3)
+        assert Router.from_content(router.content()) == router
+        for other in set(GATES) - set(router.gates):
+            with pytest.raises(SteeringError, match=f"no {other} gate; it has"):
+                router.scores(other, rows)
+    if kind not in CLASSIFIERS:
+        with pytest.raises(SteeringError, match="one of margin, multinomial"):
+            only(kind)
+    for name in ARRAYS_OF[kind]:
+        with pytest.raises(SteeringError, match=f"{name.replace('_', ' ')} are missing"):
+            only("margin", "multinomial", kind, **{name: None})
+        other = "multinomial" if kind == "margin" else "margin"
+        with pytest.raises(SteeringError, match="belong to a gate that it lacks"):
+            only(other, **{name: getattr(a_router(), name)})
 
 
 def test_values_are_kept_as_float32_and_cannot_be_changed():
-    mine = np.ones((3, 5))
+    mine = np.ones((3, 6))
     router = a_router(weight=mine)
     mine[:] = 2
-    assert router.weight.tolist() == np.ones((3, 5)).tolist()
+    assert router.weight.tolist() == np.ones((3, 6)).tolist()
     for name in [*ARRAYS, "confusion", "train_counts"]:
         array = getattr(router, name)
         assert array.dtype == (np.float32 if name in ARRAYS else np.int64)
@@ -175,11 +269,12 @@ def test_values_are_kept_as_float32_and_cannot_be_changed():
     for part in dataclasses.fields(Gate):
         with pytest.raises(ValueError, match="read-only"):
             getattr(router.gates["cast"], part.name)[0] = 0
-    for name in ("gates", "layer_scores"):
-        with pytest.raises(TypeError):
-            getattr(router, name)["x"] = 1
+    with pytest.raises(TypeError):
+        router.gates["x"] = 1
     with pytest.raises(dataclasses.FrozenInstanceError):
-        router.layer = 1
+        router.reads = ()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        router.reads[0].layer = 1
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda r: pickle.loads(pickle.dumps(r))])
@@ -187,7 +282,6 @@ def test_copies_and_pickles_are_equal_and_read_only(duplicate):
     router = a_router()
     again = duplicate(router)
     assert again == router
-    assert list(again.layer_scores) == [1, 3]
     with pytest.raises(ValueError, match="read-only"):
         again.weight[0] = 0
     with pytest.raises(ValueError, match="read-only"):
@@ -196,15 +290,13 @@ def test_copies_and_pickles_are_equal_and_read_only(duplicate):
 
 DIFFERENT = {
     "site": "mlp",
-    "layer": 4,
-    "pooling": "last",
+    "reads": (Read(3, "user"), Read(2, "suffix")),
     "categories": ["category 0", "x"],
     **{name: np.ones_like(getattr(a_router(), name)) for name in ARRAYS},
     "gates": {**a_router().gates, "cast": a_gate(thresholds=[0, 1])},
     "confusion": np.eye(3, dtype=int),
     "threshold_rule": "fpr=0.01",
     "train_counts": [1, 2, 3],
-    "layer_scores": {},
 }
 
 
@@ -227,7 +319,25 @@ def test_every_part_is_compared():
 
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_every_pooling_can_be_kept(pooling):
-    assert a_router(pooling=pooling).pooling == pooling
+    router = a_router(reads=[Read(3, pooling), Read(4, "last")])
+    assert router.reads == (Read(3, pooling), Read(4, "last"))
+    assert router.last_layer == 4
+
+
+@pytest.mark.parametrize(
+    ("layer", "pooling", "words"),
+    [
+        (-1, "user", "no layer -1"),
+        (True, "user", "no layer True"),
+        (10**6, "user", "no layer"),
+        (1.0, "user", "no layer"),
+        (1, "mean", "unknown pooling.*last, prompt, user, suffix"),
+        (1, None, "unknown pooling"),
+    ],
+)
+def test_places_that_there_are_not_are_refused(layer, pooling, words):
+    with pytest.raises(SteeringError, match=words):
+        Read(layer, pooling)
 
 
 NAN, INFINITY = float("nan"), float("inf")
@@ -238,32 +348,35 @@ NAN, INFINITY = float("nan"), float("inf")
     [
         ({"site": "output"}, "unknown site"),
         ({"site": None}, "unknown site"),
-        ({"layer": -1}, "no layer -1"),
-        ({"layer": True}, "no layer True"),
-        ({"layer": 10**6}, "no layer"),
-        ({"layer": 1.0}, "no layer"),
-        ({"pooling": "mean"}, "unknown pooling"),
+        ({"reads": ()}, "at least one place"),
+        ({"reads": None}, "at least one place"),
+        ({"reads": "user"}, "at least one place"),
+        ({"reads": [(3, "user"), (1, "suffix")]}, "not a pysteer.router.Read"),
+        ({"reads": [Read(3, "user"), Read(3, "user")]}, "twice"),
+        ({"reads": [Read(i, "user") for i in range(4)]}, "width 6, which 4 places"),
+        ({"allowances": [0.5, -0.5]}, "allowance .* negative"),
         ({"categories": []}, "at least one"),
         ({"categories": "ab"}, "list"),
         ({"categories": ["a", " "]}, "not a category name"),
         ({"categories": ["a", 1]}, "not a category name"),
         ({"categories": ["a", "a"]}, "twice"),
-        ({"categories": ["a"]}, "shape"),
+        ({"categories": ["a"]}, "one threshold for each category"),
         *(({name: np.ones((4, 4))}, "shape") for name in ARRAYS),
         *(
             ({name: np.full_like(getattr(a_router(), name), NAN)}, name.replace("_", " "))
             for name in ARRAYS
         ),
-        ({"weight": np.full((3, 5), 1e39)}, "weight hold NaN or infinity"),
+        ({"weight": np.full((3, 6), 1e39)}, "weight hold NaN or infinity"),
         ({"bias": [0, INFINITY, 0]}, "bias hold NaN or infinity"),
         ({"bias": ["0", "0", "0"]}, "bias"),
         ({"bias": [None, 0, 0]}, "bias"),
         ({"bias": [[0], 0, 0]}, "bias"),
         ({"bias": [10**400, 0, 0]}, "bias"),
-        ({"conditions": [[1, 1, 1, 1, 1], [0, 0, 0, 0, 0]]}, "condition vector .* zero"),
+        ({"conditions": [[1] * 6, [0] * 6]}, "condition vector .* zero"),
         ({"conditions": 1.0}, "conditions|weight"),
-        ({"gates": {}}, "needs the gates"),
-        ({"gates": None}, "needs the gates"),
+        ({"gates": {}}, "needs a gate that is one of margin, multinomial"),
+        ({"gates": None}, "needs a gate"),
+        ({"gates": {**a_router().gates, "svm": a_gate()}}, "unknown kind of gate 'svm'"),
         ({"gates": {kind: a_gate(3) for kind in GATES}}, "one threshold for each"),
         ({"gates": dict.fromkeys(GATES)}, "one threshold for each"),
         ({"confusion": np.eye(3)}, "confusion"),
@@ -276,11 +389,6 @@ NAN, INFINITY = float("nan"), float("inf")
         ({"train_counts": [1, 2, -1]}, "train counts"),
         ({"threshold_rule": "best"}, "unknown threshold rule"),
         ({"threshold_rule": None}, "unknown threshold rule"),
-        ({"layer_scores": [1]}, "layer scores"),
-        ({"layer_scores": {-1: 0.5}}, "layer -1"),
-        ({"layer_scores": {1: NAN}}, "layer 1"),
-        ({"layer_scores": {1: 1.5}}, "layer 1"),
-        ({"layer_scores": {1: "0"}}, "layer 1"),
     ],
     ids=lambda value: str(value)[:40],
 )

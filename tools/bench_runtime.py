@@ -33,10 +33,11 @@ import typer
 
 from pysteer import Engine, HookedLlama, SteeringPack, SteeringVector, shipped
 from pysteer.engine.batch import Batch
+from pysteer.extract.router import default_reads
 from pysteer.hooked import LAST_ROW, set_native_control_vector
 from pysteer.operators import Operator
 from pysteer.policy import Policy
-from pysteer.router import GATES, Gate, Router
+from pysteer.router import Gate, Router
 from pysteer.runtime.plan import CompiledPlan, PlanCompiler
 
 SEQUENCES = 16
@@ -123,6 +124,7 @@ class Bench:
         self.sets = sets
         hooked = sets[0][1]
         self.n_layer, n_embd = hooked.n_layer, hooked.n_embd()
+        self.reads = default_reads(self.n_layer)
         rng = np.random.default_rng(0)
         layers = range(1, self.n_layer)
 
@@ -136,9 +138,7 @@ class Bench:
         )
         self.rows = categories["c0"].matrix
         pack = SteeringPack(categories, router=_closed_router(list(categories), hooked))
-        compiler = PlanCompiler(
-            pack, Policy(gate="multinomial"), n_layer=self.n_layer, n_embd=n_embd
-        )
+        compiler = PlanCompiler(pack, Policy(gate="margin"), n_layer=self.n_layer, n_embd=n_embd)
         forced = [compiler.compile({f"c{k}": 1.0}) for k in range(SEQUENCES)]
         self.plans: dict[str, list[CompiledPlan] | None] = {
             OFF: None,
@@ -197,7 +197,10 @@ class Bench:
         for slot in range(SEQUENCES):
             sequence = None
             if plans is not None and slot < n:
-                sequence = plans[slot].start(n_prompt, (0, n_prompt), 4096)
+                spans = [
+                    (0 if read.pooling == "user" else n_prompt - 1, n_prompt) for read in self.reads
+                ]
+                sequence = plans[slot].start(n_prompt, spans, 4096)
             hooked._set_sequence(slot, sequence)
 
     def _timed(
@@ -252,26 +255,21 @@ class Bench:
 
 
 def _closed_router(categories: list[str], hooked: HookedLlama) -> Router:
-    """One of the usual size, whose gates never open."""
+    """One of the usual size, which takes every prompt for harmless."""
     rng = np.random.default_rng(1)
-    k, n = len(categories), hooked.n_embd()
-    gate = Gate(np.full(k, 2.0), np.ones(k, bool), *[np.zeros(k)] * 3)
+    reads = default_reads(hooked.n_layer)
+    k, n = len(categories), len(reads) * hooked.n_embd()
     return Router(
         site="residual",
-        layer=hooked.n_layer // 2,
-        pooling="prompt",
+        reads=reads,
         categories=categories,
-        weight=rng.standard_normal((k + 1, n)),
-        bias=np.zeros(k + 1),
-        probe_weight=rng.standard_normal((k, n)),
-        probe_bias=np.zeros(k),
-        centroids=rng.standard_normal((k + 1, n)),
-        conditions=rng.standard_normal((k, n)),
-        gates=dict.fromkeys(GATES, gate),
+        margin_weight=np.vstack([np.zeros(n), rng.standard_normal((k, n))]),
+        margin_bias=np.array([1.0, *np.zeros(k)]),
+        allowances=np.zeros(k),
+        gates={"margin": Gate(np.zeros(k), np.ones(k, bool), *[np.zeros(k)] * 3)},
         confusion=np.eye(k + 1, dtype=np.int64),
-        threshold_rule="youden",
+        threshold_rule="fpr=0.005",
         train_counts=np.ones(k + 1, np.int64),
-        layer_scores={},
     )
 
 

@@ -15,7 +15,7 @@ from pysteer.compare import category_cosines, norms, separation
 from pysteer.operators import ADD
 from pysteer.pack import SteeringPack
 from pysteer.router import Gate, Router
-from pysteer.shipped import demo_pack_path
+from pysteer.shipped import default_pack_path
 from pysteer.vector import SteeringVector
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def inspect(
     debug: options.Debug = False,
 ) -> None:
     """Show what a pack or control-vector file holds."""
-    file = file or demo_pack_path()
+    file = file or default_pack_path()
     pack = SteeringPack.load(file)
     found = describe(pack)
     if plot is not None:
@@ -106,15 +106,13 @@ def _describe_router(router: Router) -> dict[str, Any]:
 
     return {
         "site": router.site,
-        "layer": router.layer,
-        "pooling": router.pooling,
+        "reads": [asdict(read) for read in router.reads],
         "categories": list(router.categories),
         "threshold_rule": router.threshold_rule,
         "category_accuracy": router.category_accuracy,
         "benign_false_positive_rate": router.benign_false_positive_rate,
         "confusion": router.confusion.tolist(),
         "train_counts": router.train_counts.tolist(),
-        "layer_scores": {str(layer): score for layer, score in router.layer_scores.items()},
         "gates": {kind: rates(gate) for kind, gate in router.gates.items()},
     }
 
@@ -199,7 +197,7 @@ def _print_by_layer(pack: SteeringPack, short: Mapping[str, str]) -> None:
 
 def _print_router(router: Router) -> None:
     console.say(
-        f"router: layer {router.layer}, site {router.site}, pooling {router.pooling}, "
+        f"router: site {router.site}, {_reads(router)}, "
         f"thresholds by {console.plain(router.threshold_rule)}\n"
         f"held out: category accuracy {router.category_accuracy:.1%}, "
         f"benign false positives {router.benign_false_positive_rate:.1%}"
@@ -221,6 +219,17 @@ def _print_router(router: Router) -> None:
     rows = zip(names, router.confusion, strict=True)
     counts = {name: [str(count) if count else "" for count in row] for name, row in rows}
     tables.say_square("confusion of held-out prompts: is (row), taken for", counts, first=0)
+
+
+def _reads(router: Router) -> str:
+    """Such as "user at layers 0, 4; suffix at layer 8"."""
+    layers: dict[str, list[str]] = {}
+    for read in router.reads:
+        layers.setdefault(read.pooling, []).append(str(read.layer))
+    return "; ".join(
+        f"{pooling} at layer{'s' if len(at) > 1 else ''} {', '.join(at)}"
+        for pooling, at in layers.items()
+    )
 
 
 def _print_policy(policy: Policy) -> None:

@@ -35,8 +35,7 @@ def load_policy(path: Path, pack: SteeringPack | None) -> Policy:
     if pack is None:
         raise SteeringError("--policy needs --pack: a pack for this model")
     policy = Policy.load(path)
-    gated = pack.router.categories if pack.router is not None else ()
-    policy.check(categories=list(pack.categories), gated=list(gated))
+    pack.check_policy(policy)
     return policy
 
 

@@ -44,6 +44,7 @@ class Answers:
         answers: for each of them, harmful first, name of the arm to answer.
         unchanged: of benign prompts, by number and arm, whether the answer is the unsteered one.
         scores: by number, what the router saw.
+        ranks: by number, what it compared the categories by.
         fired: by number, for which categories a gate opened with all of them gated.
         noise: of some prompts, whether the unsteered answer differs when batched otherwise.
         checked: of answers that a closed gate leaves as they are, whether some differ after all.
@@ -54,6 +55,7 @@ class Answers:
     answers: list[_Named]
     unchanged: dict[tuple[int, str], bool] = field(default_factory=dict)
     scores: dict[int, dict[str, float]] = field(default_factory=dict)
+    ranks: dict[int, dict[str, float]] = field(default_factory=dict)
     fired: dict[int, list[str]] = field(default_factory=dict)
     noise: list[bool] = field(default_factory=list)
     checked: dict[str, list[bool]] = field(default_factory=dict)
@@ -214,6 +216,7 @@ class _Work:
                 step(len(group.numbers))
             for number, answer in zip(group.numbers, answers, strict=True):
                 self._found.scores[number] = answer.scores
+                self._found.ranks[number] = answer.ranks
                 self._found.fired[number] = answer.fired
 
     def isolate(self, mode: Mode, progress: _Progress) -> None:

@@ -90,6 +90,7 @@ class Answer:
         scores: what the router saw, by category; empty if it was not asked.
         first_token_kl: KL(unsteered || steered) of the first token's distribution, nats; None where
             the group was asked without a reference.
+        ranks: what the router compared the categories by.
     """
 
     text: str
@@ -99,6 +100,7 @@ class Answer:
     active: dict[str, float] = field(default_factory=dict)
     scores: dict[str, float] = field(default_factory=dict)
     first_token_kl: float | None = None
+    ranks: dict[str, float] = field(default_factory=dict)
 
 
 class KeptAnswers:
@@ -272,6 +274,7 @@ def _answered(result: Mapping[str, Any]) -> Answer:
         fired=[name for name, found in categories.items() if found["fired"]],
         active={name: found["strength"] for name, found in categories.items() if found["active"]},
         scores=steering["scores"],
+        ranks=steering["ranks"],
     )
 
 

@@ -24,7 +24,7 @@ def arm_name(mode: Mode, category: str) -> str:
 def opens(steered: Steered, category: str, scores: Mapping[str, float]) -> bool:
     """Whether `{category: "auto"}` fires at the last prompt token, given what the router saw there.
 
-    The router looks before anything is steered at its layer, so its scores, and with them every
+    What is gated steers nothing before the router has decided, so its scores, and with them every
     category's rule, do not depend on what else is switched on.
 
     Args:
@@ -34,7 +34,7 @@ def opens(steered: Steered, category: str, scores: Mapping[str, float]) -> bool:
     """
     router, policy = steered.pack.router, steered.policy
     assert router is not None
-    gate = router.gates[policy.gate]
+    gate = router.gates[policy.gate_of(list(router.gates))]
     gates = {}
     for index, name in enumerate(router.categories):
         given = policy.of(name).threshold

@@ -20,11 +20,11 @@ NOTHING = "nothing"
 
 @dataclass(frozen=True)
 class Routed:
-    """One prompt: its category ("benign" for benign ones), what fired, and the scores."""
+    """One prompt: its category ("benign" for benign ones), what fired, and the ranks."""
 
     category: str
     fired: Sequence[str]
-    scores: Mapping[str, float]
+    ranks: Mapping[str, float]
 
 
 def router_figures(
@@ -92,6 +92,6 @@ def router_figures(
 
 def _found(one: Routed, thresholds: Mapping[str, float]) -> str:
     def past(name: str) -> float:
-        return abs(one.scores.get(name, 0.0) - thresholds.get(name, 0.0))
+        return abs(one.ranks.get(name, 0.0) - thresholds.get(name, 0.0))
 
     return max(one.fired, key=past) if one.fired else NOTHING

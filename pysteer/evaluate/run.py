@@ -415,14 +415,15 @@ def _router(found: Answers, steered: Steered) -> RouterFigures:
     assert steered.pack.router is not None
     router, policy = steered.pack.router, steered.policy
     thresholds = {}
-    for name, stored in zip(router.categories, router.gates[policy.gate].thresholds, strict=True):
+    gate = router.gates[policy.gate_of(list(router.gates))]
+    for name, stored in zip(router.categories, gate.thresholds, strict=True):
         given = policy.of(name).threshold
         thresholds[name] = float(stored) if given is None else given
     routed = [
         Routed(
             BENIGN if benign else prompt.category,
             found.fired.get(number, ()),
-            found.scores.get(number, {}),
+            found.ranks.get(number, {}),
         )
         for number, (prompt, benign, _) in enumerate(found.rows())
     ]

@@ -16,11 +16,12 @@ from pysteer.pack import BaseModel
 
 Tokens: TypeAlias = tuple[int, ...]
 
-Pooling: TypeAlias = Literal["last", "prompt", "user", "response"] | tuple[int, int]
+Pooling: TypeAlias = Literal["last", "prompt", "user", "suffix", "response"] | tuple[int, int]
 """Which tokens' activations are averaged: the "last" of the prompt, the whole "prompt", the
-"user"'s message in it, the "response", or a range [start, stop) of positions."""
+"user"'s message in it, the "suffix" that the chat template puts behind that (the last token where
+there is none), the "response", or a range [start, stop) of positions."""
 
-POOLINGS: tuple[str, ...] = ("last", "prompt", "user", "response")
+POOLINGS: tuple[str, ...] = ("last", "prompt", "user", "suffix", "response")
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,8 @@ class Capture(Protocol):
     ) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
         """Mean activations of each row's range.
 
+        Rows that differ in their range alone are run together, as far as the engine can.
+
         Yields:
             index into `rows` and a float32 array of shape (len(layers), n_embd), in any order.
         """
@@ -154,6 +157,8 @@ def pooled_row(
     elif pooling == "user":
         before, after = template
         row = Row(prompt, before, len(prompt) - after)
+    elif pooling == "suffix":
+        row = Row(prompt, len(prompt) - max(template[1], 1), len(prompt))
     elif pooling == "response":
         row = Row(prompt + response, len(prompt), len(prompt + response))
     else:
@@ -162,6 +167,32 @@ def pooled_row(
         what = "response" if pooling == "response" else "text"
         raise SteeringError(f"there is no {what} to average over (pooling {pooling!r})")
     return row
+
+
+def run_once(rows: Sequence[Row], *, disjoint: bool) -> list[list[int]]:
+    """Which rows are the same tokens, and can be run as one sequence.
+
+    Args:
+        rows: rows.
+        disjoint: whether the ranges of one sequence must not overlap.
+
+    Returns:
+        Indices into `rows`, in groups of the same tokens.
+    """
+    groups: list[list[int]] = []
+    of_tokens: dict[Tokens, list[list[int]]] = {}
+    for index, row in enumerate(rows):
+        known = of_tokens.setdefault(row.tokens, [])
+        for group in known:
+            if not disjoint or all(
+                row.stop <= rows[other].start or rows[other].stop <= row.start for other in group
+            ):
+                group.append(index)
+                break
+        else:
+            groups.append([index])
+            known.append(groups[-1])
+    return groups
 
 
 def token_batches(

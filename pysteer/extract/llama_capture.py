@@ -13,12 +13,13 @@ import numpy as np
 import numpy.typing as npt
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
-from pysteer.errors import HookError, SteeringError
+from pysteer.errors import SteeringError
 from pysteer.extract.capture import (
     Row,
     Tokens,
     continuation,
     file_identity,
+    run_once,
     shared_start,
     token_batches,
 )
@@ -170,16 +171,19 @@ class LlamaCapture:
         # What all rows begin with, up to where the first is averaged, is decoded once a batch.
         limit = min([self.llm.n_batch // 2, *(row.start for row in rows)])
         shared = shared_start([row.tokens[:limit] for row in rows])
-        lengths = [len(row.tokens) - shared for row in rows]
+        groups = run_once(rows, disjoint=True)
+        lengths = [len(rows[group[0]].tokens) - shared for group in groups]
         room = self.llm.n_batch - shared
         max_rows = self.llm.max_sequences if self.llm.batches_sequences else 1
         for batch in token_batches(lengths, room, max_rows, padded=False):
+            chosen = [i for group in batch for i in groups[group]]
             found = self.llm.capture_means(
-                [rows[i].tokens for i in batch],
-                [(rows[i].start, rows[i].stop) for i in batch],
+                [rows[groups[group][0]].tokens for group in batch],
+                [(rows[i].start, rows[i].stop) for i in chosen],
+                owners=[n for n, group in enumerate(batch) for _ in groups[group]],
                 sites=[site],
                 layers=layers,
                 shared=shared if len(batch) > 1 else 0,
             )[site]
             means = np.stack([found[layer] for layer in layers], axis=1)
-            yield from zip(batch, means, strict=True)
+            yield from zip(chosen, means, strict=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,6 @@ from pysteer.router import Router
 from pysteer.vector import SteeringVector
 
 _log = logging.getLogger(__name__)
-
-MAX_ROUTER_ROWS = 10_000
-"""Of more prompts a sample does, as the router needs the activations of all layers at once."""
 
 
 def extract(
@@ -82,7 +80,7 @@ def extract(
     check(run)
     fit = _router_can_be_fitted(run)
     if fit:
-        run.rows(data.benign, _router_pooling(run))
+        run.rows(data.benign, "user")
     rows = run.rows([*data.unsafe, *data.safe], "user")
     typical, residual = (
         measure(run.activations, rows, site=site, layers=run.layers, seed=settings.seed)
@@ -102,6 +100,53 @@ def extract(
         provenance=provenance(run),
         router=router,
     )
+
+
+def fit_pack_router(
+    capture: Capture,
+    unsafe: Sequence[Prompt],
+    safe: Sequence[Prompt],
+    benign: Sequence[Prompt] = (),
+    *,
+    cache: Path,
+    gates: Sequence[str] = ("margin",),
+    false_positive_rate: float | None = None,
+    max_leak: float | None = None,
+    seed: int = 0,
+    report: Reporter | None = None,
+) -> Router:
+    """Fit a router alone, without directions: what `extract` does where it fits one.
+
+    Twins, which share a `pair_id`, are learned from or tested with together. Safe prompts of a
+    category of the unsafe ones count as look-alikes; see `pysteer.extract.router.fit_router`.
+
+    Args:
+        capture: the model.
+        unsafe: prompts with a category each; without one they are of the category "unsafe".
+        safe: harmless ones: twins of the unsafe prompts, generic instructions, or both.
+        benign: more harmless prompts.
+        cache: a folder for activations, as for `extract`.
+        gates: kinds of gate to fit, of `pysteer.router.GATES`; "margin" or "multinomial" among
+            them.
+        false_positive_rate: largest share of harmless prompts that may open a gate; None is each
+            kind's default.
+        max_leak: largest share of the other categories' prompts that may open a category's margin
+            gate; None is its default.
+        seed: of every choice; the same seed gives the same router.
+        report: told about progress.
+
+    Returns:
+        The router. It looks at the layers and tokens that `pysteer.extract.router.default_reads`
+        names.
+
+    Raises:
+        SteeringError: names what is wrong with the prompts, or that there are too few of them.
+    """
+    settings = ExtractSettings(
+        gates=tuple(gates), false_positive_rate=false_positive_rate, seed=seed
+    )
+    data = Data(distinct(unsafe, "unsafe"), distinct(safe, "safe"), distinct(benign, "benign"))
+    return _router(Run(capture, data, settings, None, cache, report or Silent()), max_leak)
 
 
 def _layers(capture: Capture, settings: ExtractSettings) -> tuple[int, ...]:
@@ -126,10 +171,6 @@ def _log_imbalance(sides: Sides) -> None:
     sizes = {name: len(prompts) for name, prompts in sides.unsafe.items()}
     if max(sizes.values()) > 10 * min(sizes.values()):
         _log.warning("the categories differ widely in size: %s", sizes)
-
-
-def _router_pooling(run: Run) -> Any:
-    return run.settings.router_pooling
 
 
 def _router_can_be_fitted(run: Run) -> bool:
@@ -161,31 +202,52 @@ def _router_prompts(run: Run) -> dict[tuple[str, str], Prompt]:
     }
 
 
-def _router(run: Run) -> Router:
-    """Fitted to the residual stream of every layer, for all prompts."""
-    from pysteer.extract.router import fit_router  # scikit-learn takes a while to import
+def _router(run: Run, max_leak: float | None = None) -> Router:
+    """Fitted to the residual stream of all prompts."""
+    # scikit-learn takes a while to import.
+    from pysteer.extract.margin import MAX_LEAK
+    from pysteer.extract.router import MAX_PROMPTS, default_reads, fit_router
 
     by_text = _router_prompts(run)
     prompts = list(by_text.values())
     labels = [label for _, label in by_text]
-    if len(prompts) > MAX_ROUTER_ROWS:
-        _log.warning("the router is fitted to %d of %d prompts", MAX_ROUTER_ROWS, len(prompts))
+    if len(prompts) > MAX_PROMPTS:
+        _log.warning("the router is fitted to %d of %d prompts", MAX_PROMPTS, len(prompts))
         chosen = np.random.default_rng(run.settings.seed).permutation(len(prompts))
-        keep = sorted(chosen[:MAX_ROUTER_ROWS].tolist())
+        keep = sorted(chosen[:MAX_PROMPTS].tolist())
         prompts, labels = [prompts[i] for i in keep], [labels[i] for i in keep]
-    pooling = _router_pooling(run)
-    layers = run.capture.sites["residual"]
-    rows = run.rows(prompts, pooling)
+    there = set(run.capture.sites["residual"])
+    reads = default_reads(run.capture.base_model.n_layer)
+    reads = tuple(read for read in reads if read.layer in there)
+    # Those of the directions too, which are then remembered.
+    layers = sorted({read.layer for read in reads} | (set(run.layers) & there))
+    poolings: list[Any] = list(dict.fromkeys(read.pooling for read in reads))
+    # All poolings at once, so that each prompt is run once.
+    rows = [row for pooling in poolings for row in run.rows(prompts, pooling)]
     activations = run.activations(rows, "residual", layers)
-    if list(layers) == list(range(run.capture.base_model.n_layer)):
-        run.remember(rows, activations)
+    run.remember(rows, layers, activations)
+    n = len(prompts)
+    unsafe = set(labels)
+    h = np.stack(
+        [
+            activations[poolings.index(read.pooling) * n :][:n, layers.index(read.layer)]
+            for read in reads
+        ],
+        axis=1,
+    )
     return fit_router(
-        activations,
+        h,
         labels,
-        layers=layers,
+        reads=reads,
         site="residual",
-        pooling=pooling,
+        kinds=run.settings.gates,
+        groups=[p.pair_id if p.pair_id is not None else i for i, p in enumerate(prompts)],
+        look_alikes=[
+            not label and p.category != "" and p.category in unsafe
+            for label, p in zip(labels, prompts, strict=True)
+        ],
         false_positive_rate=run.settings.false_positive_rate,
+        max_leak=MAX_LEAK if max_leak is None else max_leak,
         seed=run.settings.seed,
     )
 

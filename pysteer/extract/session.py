@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -53,6 +53,14 @@ class Data:
     answers: Sequence[Prompt] = ()
 
 
+class _Known(NamedTuple):
+    """Activations by row and layer: where in the array each of them is."""
+
+    rows: Mapping[Row, int]
+    layers: Mapping[int, int]
+    activations: Floats
+
+
 @dataclass
 class Run:
     """One extraction under way."""
@@ -66,7 +74,7 @@ class Run:
     layers: tuple[int, ...] = ()
     sides: Sides = field(init=False)
     figures: dict[str, Any] = field(default_factory=dict)
-    _known: tuple[dict[Row, int], Floats | None] = field(default=({}, None), init=False)
+    _known: _Known | None = field(default=None, init=False)
 
     def activations(self, rows: Sequence[Row], site: str, layers: Sequence[int]) -> Floats:
         """Every row's, from the cache as far as it holds them."""
@@ -82,9 +90,13 @@ class Run:
         )
         return means.fill(self._bar(rows, means.missing), self._source)
 
-    def remember(self, rows: Sequence[Row], activations: Floats) -> None:
-        """Residual activations of all layers that need not be computed again."""
-        self._known = dict(zip(rows, range(len(rows)), strict=True)), activations
+    def remember(self, rows: Sequence[Row], layers: Sequence[int], activations: Floats) -> None:
+        """Residual activations that need not be computed again, (rows, layers, n_embd)."""
+        self._known = _Known(
+            dict(zip(rows, range(len(rows)), strict=True)),
+            {layer: at for at, layer in enumerate(layers)},
+            activations,
+        )
 
     def answers_file(self, n_tokens: int) -> Path:
         """Where the model's own answers of that length are kept."""
@@ -96,11 +108,14 @@ class Run:
         self, rows: Sequence[Row], *, site: str, layers: Sequence[int]
     ) -> Iterator[tuple[int, Floats]]:
         """Activations of rows, none of which is run twice."""
-        known, activations = self._known if site == "residual" else ({}, None)
+        known = self._known if site == "residual" else None
+        if known is not None and not set(layers) <= set(known.layers):
+            known = None
         missing: dict[Row, list[int]] = {}
         for index, row in enumerate(rows):
-            if activations is not None and row in known:
-                yield index, activations[known[row]][list(layers)]
+            if known is not None and row in known.rows:
+                at = [known.layers[layer] for layer in layers]
+                yield index, known.activations[known.rows[row]][at]
             else:
                 missing.setdefault(row, []).append(index)
         if missing:

@@ -10,6 +10,7 @@ from typing import Any
 from pysteer.errors import SteeringError, quoted
 from pysteer.extract.capture import POOLINGS, Pooling
 from pysteer.extract.directions import METHODS, PCA_VARIANTS
+from pysteer.router import CLASSIFIERS, GATES
 from pysteer.vector import SITES
 
 ALL_METHODS = (*METHODS, "learned")
@@ -112,9 +113,9 @@ class ExtractSettings:
             None is 0.4 / sqrt(number of layers); 0 keeps the directions as the method found them.
             For `learned` None leaves directions as they were learned.
         router: whether to fit a router.
-        router_pooling: which tokens the router looks at: "last", "prompt" or "user".
-        false_positive_rate: the router's thresholds keep that share of benign prompts; None is
-            Youden's J.
+        gates: the kinds of gate that it is to have, of `pysteer.router.GATES`.
+        false_positive_rate: the router's thresholds let through at most that share of benign
+            prompts; None is each kind's own rule, see `pysteer.extract.router.fit_router`.
         held_out: share of the prompts kept for the figures that are reported.
         seed: of every choice.
 
@@ -135,7 +136,7 @@ class ExtractSettings:
     unit_norm: bool = False
     scale: float | None = None
     router: bool = True
-    router_pooling: str = "user"
+    gates: tuple[str, ...] = ("margin",)
     false_positive_rate: float | None = None
     held_out: float = 0.2
     seed: int = 0
@@ -143,7 +144,10 @@ class ExtractSettings:
     def __post_init__(self) -> None:
         _one_of("method", self.method, ALL_METHODS)
         _one_of("site", self.site, SITES)
-        _one_of("router_pooling", self.router_pooling, ("last", "prompt", "user"))
+        for kind in self.gates:
+            _one_of("gate", kind, GATES)
+        if not set(self.gates) & set(CLASSIFIERS):
+            raise SteeringError(f"a router needs a gate that is one of {', '.join(CLASSIFIERS)}")
         _one_of("orthogonalise", self.orthogonalise, ("", "categories", "benign"))
         if not isinstance(self.pooling, tuple):
             _one_of("pooling", self.pooling, POOLINGS)
@@ -204,7 +208,7 @@ class ExtractSettings:
         """As plain data, for the provenance."""
         content = asdict(self)
         content["options"] = dict(self.options)
-        for name in ("layers", "pooling"):
+        for name in ("layers", "pooling", "gates"):
             if isinstance(content[name], tuple):
                 content[name] = list(content[name])
         return content

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pysteer.errors import SteeringError
-from pysteer.extract.capture import Row, Tokens, shared_start, token_batches
+from pysteer.extract.capture import Row, Tokens, run_once, shared_start, token_batches
 from pysteer.extract.passes import MIN_SHARED, TOLERANCE, Done, states_of
 from pysteer.extract.torch_model import TorchModel
 from pysteer.pack import BaseModel
@@ -118,10 +118,13 @@ class TorchCapture:
         start = self._start(rows, wanted)
         # Every row gets a copy of the keys and values of its start.
         copies = _COPIES * self.token_budget // start.length if start.length else _MAX_ROWS
-        lengths = [len(row.tokens) - start.length for row in rows]
+        groups = run_once(rows, disjoint=False)
+        lengths = [len(rows[group[0]].tokens) - start.length for group in groups]
         max_rows = max(1, min(_MAX_ROWS, copies))
         for batch in token_batches(lengths, self.token_budget, max_rows, padded=True):
-            yield from zip(batch, self._means([rows[i] for i in batch], wanted, start), strict=True)
+            chosen = [i for group in batch for i in groups[group]]
+            found = self._means([rows[i] for i in chosen], wanted, start)
+            yield from zip(chosen, found, strict=True)
 
     def _start(self, rows: Sequence[Row], wanted: _Wanted) -> _Start:
         """What all rows begin with, run once; nothing where that is short, or does not work."""
@@ -158,7 +161,9 @@ class TorchCapture:
         self, rows: Sequence[Row], wanted: _Wanted, start: _Start
     ) -> npt.NDArray[np.float32]:
         """Shape (len(rows), len(layers), n_embd)."""
-        inputs = self.model.padded([row.tokens[start.length :] for row in rows])
+        sequences: dict[Tokens, int] = {}
+        owners = [sequences.setdefault(row.tokens, len(sequences)) for row in rows]
+        inputs = self.model.padded([tokens[start.length :] for tokens in sequences])
         mask = inputs["attention_mask"]
         weights = torch.zeros(len(rows), start.length + mask.shape[1])
         for i, row in enumerate(rows):
@@ -166,6 +171,8 @@ class TorchCapture:
 
         def pool(layer: int, states: Tensor) -> Tensor:
             shares = weights.to(states.device)
+            if len(sequences) < len(rows):
+                states = states[owners]
             mean = torch.bmm(shares[:, None, start.length :], states.float())[:, 0]
             if start.length:
                 mean += shares[:, : start.length] @ start.states[layer][0].float()
@@ -173,8 +180,9 @@ class TorchCapture:
 
         if start.length:
             past = copy.deepcopy(start.past)
-            past.batch_repeat_interleave(len(rows))
-            inputs["attention_mask"] = torch.cat([mask.new_ones(len(rows), start.length), mask], 1)
+            past.batch_repeat_interleave(len(sequences))
+            before = mask.new_ones(len(sequences), start.length)
+            inputs["attention_mask"] = torch.cat([before, mask], 1)
             found, _ = self._run(wanted, {**inputs, "past_key_values": past}, pool, stop=True)
         else:
             found, _ = self._run(wanted, {**inputs, "use_cache": False}, pool, stop=True)

@@ -19,10 +19,13 @@ the file instead of adding all categories at once. Metadata:
   several rows per layer have the shape (rows, n_embd) instead of (n_embd,);
 - `pysteer.policy`: a JSON object, if the pack has a policy; `pysteer.policy.Policy` reads it.
 
-A pack with a router also has the tensors `router.weight`, `router.bias`, `router.probe.weight`,
-`router.probe.bias`, `router.centroids` and `router.conditions`, and the metadata
+A pack with a router also has the tensors of each kind of gate that the router has (margin:
+`router.margin.weight`, `router.margin.bias` and `router.allowances`; multinomial: `router.weight`
+and `router.bias`; probe: `router.probe.weight` and `router.probe.bias`; centroid:
+`router.centroids`; cast: `router.conditions`), and the metadata
 
-- `pysteer.router.site`, `pysteer.router.layer`, `pysteer.router.pooling`: what the router looks at;
+- `pysteer.router.site`, `pysteer.router.layers` (uint32), `pysteer.router.poolings`: what the
+  router looks at, one layer and pooling for each part of its tensors' rows;
 - `pysteer.router.categories`: the categories it knows, in the order of its tensors' rows;
 - `pysteer.router.tables`: a JSON object with thresholds, rates and the confusion table.
 
@@ -59,7 +62,17 @@ _POLICY = "pysteer.policy"
 _BASE_MODEL = {"architecture": str, "name": str, "n_layer": int, "n_embd": int, "n_vocab": int}
 _DIRECTION = re.compile(r"direction\.(0|[1-9][0-9]{0,5})")
 _ROUTER = "pysteer.router."
-_ROUTER_TENSORS = ("weight", "bias", "probe.weight", "probe.bias", "centroids", "conditions")
+_ROUTER_TENSORS = (
+    "margin.weight",
+    "margin.bias",
+    "allowances",
+    "weight",
+    "bias",
+    "probe.weight",
+    "probe.bias",
+    "centroids",
+    "conditions",
+)
 _PACK_DIRECTION = re.compile(r"category\.(0|[1-9][0-9]{0,5})\.direction\.(0|[1-9][0-9]{0,5})")
 
 
@@ -69,16 +82,16 @@ class RouterContent:
 
     Attributes:
         site: where in a block the router looks.
-        layer: and at which layer.
-        pooling: which tokens' activations are averaged.
+        layers: and at which layers.
+        poolings: for each of these, which tokens' activations are averaged.
         categories: the categories it knows.
-        tensors: its arrays by name, without `router.`.
+        tensors: its arrays by name, without `router.`; those that are there.
         tables: numbers and text as JSON holds them.
     """
 
     site: str
-    layer: int
-    pooling: str
+    layers: list[int]
+    poolings: list[str]
     categories: list[str]
     tensors: dict[str, npt.NDArray[np.float32]]
     tables: dict[str, Any]
@@ -306,28 +319,35 @@ def _residual_norm(container: Container) -> dict[int, float]:
 def _router(container: Container) -> RouterContent | None:
     if not any(key.startswith(_ROUTER) for key in container.metadata):
         return None  # and tensors that look like a router's belong to no category
-    values: dict[str, Any] = {}
-    for name, expected in {"site": str, "layer": int, "pooling": str}.items():
-        values[name] = container.metadata.get(_ROUTER + name)
-        if type(values[name]) is not expected:
-            raise FormatError(f"metadata value {_ROUTER + name!r} is missing or wrong")
-    tensors = {}
-    for name in _ROUTER_TENSORS:
-        if f"router.{name}" not in container.tensors:
-            raise FormatError(f"the tensor 'router.{name}' is missing")
-        tensors[name] = container.tensors[f"router.{name}"]
+    site = container.metadata.get(_ROUTER + "site")
+    if not isinstance(site, str):
+        raise FormatError(f"metadata value {_ROUTER + 'site'!r} is missing or wrong")
+    layers = container.metadata.get(_ROUTER + "layers")
+    if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
+        raise FormatError(f"metadata value {_ROUTER + 'layers'!r} is not a list of whole numbers")
+    poolings = _strings(container, _ROUTER + "poolings")
+    if len(layers) != len(poolings):
+        raise FormatError("the router's layers and poolings do not belong together")
     return RouterContent(
+        site=site,
+        layers=[int(layer) for layer in layers],
+        poolings=poolings,
         categories=_strings(container, _ROUTER + "categories"),
-        tensors=tensors,
+        tensors={
+            name: container.tensors[f"router.{name}"]
+            for name in _ROUTER_TENSORS
+            if f"router.{name}" in container.tensors
+        },
         tables=_json(container, _ROUTER + "tables"),
-        **values,
     )
 
 
 def _add_router(writer: GGUFWriter, router: RouterContent) -> None:
     _add_string(writer, _ROUTER + "site", router.site)
-    writer.add_uint32(_ROUTER + "layer", router.layer)
-    _add_string(writer, _ROUTER + "pooling", router.pooling)
+    writer.add_key_value(
+        _ROUTER + "layers", router.layers, GGUFValueType.ARRAY, sub_type=GGUFValueType.UINT32
+    )
+    writer.add_array(_ROUTER + "poolings", router.poolings)
     writer.add_array(_ROUTER + "categories", router.categories)
     _add_json(writer, _ROUTER + "tables", router.tables)
     for name, tensor in router.tensors.items():

@@ -5,10 +5,11 @@ from __future__ import annotations
 from functools import lru_cache
 
 import numpy as np
+import numpy.typing as npt
 
 from pysteer import _native
 from pysteer.operators import Operator
-from pysteer.router import Router
+from pysteer.router import WEIGHTS, Router
 from pysteer.scope import Scope
 
 SITES = dict(_native.Site.__members__)
@@ -54,25 +55,33 @@ def native_scope(scope: Scope) -> _native.Scope:
 
 def native_gate(router: Router, kind: str) -> _native.Gate:
     """What csrc/gate computes the scores of `router.scores(kind, h)` with."""
-    none: list[float] = []
-    origin = none
-    offsets = none
-    if kind == "multinomial":
-        weights, offsets = router.weight, router.bias.tolist()
+    offsets: npt.ArrayLike = ()
+    origin: npt.ArrayLike = ()
+    allowances: npt.ArrayLike = ()
+    weights = np.asarray(getattr(router, WEIGHTS[kind]), np.float64)
+    if kind == "margin":
+        offsets, allowances = _there(router.margin_bias), _there(router.allowances)
+    elif kind == "multinomial":
+        offsets = _there(router.bias)
     elif kind == "probe":
-        weights, offsets = router.probe_weight, router.probe_bias.tolist()
+        offsets = _there(router.probe_bias)
     elif kind == "centroid":
-        centroids = router.centroids.astype(np.float64)
-        mean = centroids.mean(axis=0)
-        weights, origin = centroids[1:] - mean, mean.tolist()
+        mean = weights.mean(axis=0)
+        weights, origin = weights[1:] - mean, mean
     else:
-        conditions = router.conditions.astype(np.float64)
-        weights = conditions / np.linalg.norm(conditions, axis=1, keepdims=True)
+        weights = weights / np.linalg.norm(weights, axis=1, keepdims=True)
     return _native.Gate(
         SITES[router.site],
-        router.layer,
+        [(read.layer, read.pooling != "last") for read in router.reads],
         _native.GateKind.__members__[kind],
-        np.ascontiguousarray(weights, np.float64),
-        offsets,
-        origin,
+        np.ascontiguousarray(weights),
+        np.asarray(offsets, np.float64).tolist(),
+        np.asarray(origin, np.float64).tolist(),
+        np.asarray(allowances, np.float64).tolist(),
     )
+
+
+def _there(values: npt.NDArray[np.float32] | None) -> npt.NDArray[np.float32]:
+    """An array of a kind of gate that the router has."""
+    assert values is not None
+    return values

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Literal, TypeAlias
@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias
 from pysteer import _native
 from pysteer.errors import HookError, SteeringError, quoted
 from pysteer.pack import SteeringPack
-from pysteer.policy import CategorySettings, Policy
+from pysteer.policy import CategorySettings, GateKind, Policy
 from pysteer.router import Router
 from pysteer.rules import Rule
 from pysteer.runtime.native import SITES, native_gate, native_operator, native_scope
@@ -103,17 +103,18 @@ class CompiledPlan:
 
     @property
     def pools(self) -> bool:
-        """Whether the router averages over a span of the prompt."""
-        return self.router is not None and self.router.pooling != "last"
+        """Whether the router averages over several tokens anywhere."""
+        return self.router is not None and any(read.pooling != "last" for read in self.router.reads)
 
     def start(
-        self, n_prompt: int, span: tuple[int, int], n_positions: int
+        self, n_prompt: int, spans: Sequence[tuple[int, int]], n_positions: int
     ) -> _native.Sequence | None:
         """The state of one sequence under this plan; None if nothing is to be done.
 
         Args:
             n_prompt: number of prompt tokens.
-            span: token range [start, stop) of the prompt that a pooling router averages over.
+            spans: for each of the router's reads the token range [start, stop) of the prompt that
+                it averages over.
             n_positions: the most tokens that the sequence can have.
 
         Raises:
@@ -122,7 +123,7 @@ class CompiledPlan:
         if self.native is None:
             return None
         try:
-            return _native.Sequence(self.native, n_prompt, *span, n_positions)
+            return _native.Sequence(self.native, n_prompt, spans, n_positions)
         except ValueError as error:
             raise SteeringError(str(error)) from None
 
@@ -288,7 +289,7 @@ class PlanCompiler:
             raise SteeringError("a policy needs a pack to apply to; pass pack=")
         if policy not in self._policies:
             merged = self._base.merged(policy)
-            _check(merged, self.pack)
+            self.pack.check_policy(merged)
             if len(self._policies) >= self._KEPT:
                 self._policies.pop(next(iter(self._policies)))
             self._policies[policy] = merged
@@ -316,8 +317,10 @@ class PlanCompiler:
         gates = {name: i for i, name in enumerate(router.categories)} if router is not None else {}
         thresholds: list[float] = []
         above: list[int] = []
+        kind: GateKind | None = None
         if router is not None and any(one.gated for one in wanted):
-            thresholds, above = _thresholds(merged, router)
+            kind = merged.gate_of(list(router.gates))
+            thresholds, above = _thresholds(merged, router, kind)
         for one in wanted:
             settings = merged.of(one.category)
             rule = self._rule(settings) if one.gated else None
@@ -371,24 +374,20 @@ class PlanCompiler:
             except ValueError as error:
                 names = ", ".join(quoted(term.category) for term in terms)
                 raise SteeringError(f"category {names}: {error}") from None
-        gated = any(term.gated for term in terms)
-        if gated and router is not None:
-            self._require_router(router)
-            native.set_gate(
-                self._gate(router, merged.gate),
-                thresholds,
-                above,
-                _SEVERAL[merged.several],
-                merged.recheck or 0,
-                router.pooling != "last",
-            )
+        if not any(term.gated for term in terms):
+            return CompiledPlan(native, tuple(terms), markers=tuple(markers))
+        assert router is not None
+        assert kind is not None
+        self._require_router(router)
+        native.set_gate(
+            self._gate(router, kind),
+            thresholds,
+            above,
+            _SEVERAL[merged.several],
+            merged.recheck or 0,
+        )
         return CompiledPlan(
-            native,
-            tuple(terms),
-            merged.gate if gated else None,
-            router if gated else None,
-            tuple(markers),
-            gated and merged.recheck is not None,
+            native, tuple(terms), kind, router, tuple(markers), merged.recheck is not None
         )
 
     def _add(
@@ -428,18 +427,19 @@ class PlanCompiler:
     def _require_router(self, router: Router) -> None:
         if self._sites is None:
             return
-        place = f"site {router.site} of layer {router.layer}"
-        if router.layer not in self._sites[router.site]:
-            raise HookError(
-                f"the router looks at {place}, which this model's graph does not have; "
-                "force categories instead of gating them"
-            )
-        last = router.layer == self.n_layer - 1 and router.site != "attention"
-        if last and router.pooling != "last":
-            raise HookError(
-                f"the router averages over tokens at {place}, where llama.cpp computes only the "
-                "last one; fit it at another layer, or force categories"
-            )
+        for read in router.reads:
+            place = f"site {router.site} of layer {read.layer}"
+            if read.layer not in self._sites[router.site]:
+                raise HookError(
+                    f"the router looks at {place}, which this model's graph does not have; "
+                    "force categories instead of gating them"
+                )
+            last = read.layer == self.n_layer - 1 and router.site != "attention"
+            if last and read.pooling != "last":
+                raise HookError(
+                    f"the router averages over tokens at {place}, where llama.cpp computes only "
+                    "the last one; fit it at another layer, or force categories"
+                )
 
     def _gate(self, router: Router, kind: str) -> _native.Gate:
         if kind not in self._gates:
@@ -447,23 +447,15 @@ class PlanCompiler:
         return self._gates[kind]
 
 
-def _thresholds(policy: Policy, router: Router) -> tuple[list[float], list[int]]:
+def _thresholds(policy: Policy, router: Router, kind: str) -> tuple[list[float], list[int]]:
     """Where each of the router's gates opens, and whether at scores above that."""
-    gate = router.gates[policy.gate]
+    gate = router.gates[kind]
     own = [policy.of(name).threshold for name in router.categories]
     thresholds = [
         float(stored) if given is None else given
         for given, stored in zip(own, gate.thresholds, strict=True)
     ]
     return thresholds, [int(flag) for flag in gate.above]
-
-
-def _check(policy: Policy, pack: SteeringPack) -> None:
-    router = pack.router
-    policy.check(
-        categories=list(pack.categories),
-        gated=list(router.categories) if router is not None else [],
-    )
 
 
 def _largest(scope: Scope) -> float:

@@ -45,6 +45,8 @@ class SteeringReport:
         mode: "off" (nothing asked for), "forced", "auto" (all gated) or "mixed".
         categories: those asked for; not what a closed gate left out of the plan's effect.
         scores: what the router saw, for each category it knows; empty if it was not asked.
+        ranks: what the categories were compared by, where several fired: the scores, but for margin
+            gates how far each is ahead of the others; see `pysteer.router.Router.ranks`.
         gate: the kind of gate, or None.
         prompt_reprocessed: whether the prompt was computed once more because of what fired.
         checks: how many times the router decided.
@@ -54,6 +56,7 @@ class SteeringReport:
     mode: str
     categories: dict[str, CategoryReport]
     scores: dict[str, float]
+    ranks: dict[str, float]
     gate: str | None
     prompt_reprocessed: bool
     checks: int
@@ -73,8 +76,10 @@ def report(plan: CompiledPlan, sequence: _native.Sequence | None, n_tokens: int)
     """What `plan` did to the first `n_tokens` tokens of a sequence."""
     decisions = sequence.decided_at if sequence is not None else []
     scores: dict[str, float] = {}
+    ranks: dict[str, float] = {}
     if plan.router is not None and sequence is not None and decisions:
         scores = dict(zip(plan.router.categories, sequence.scores, strict=True))
+        ranks = dict(zip(plan.router.categories, sequence.ranks, strict=True))
     categories = {}
     for index, term in enumerate(plan.terms):
         steered = sequence.tokens_steered(index, n_tokens) if sequence is not None else 0
@@ -96,6 +101,7 @@ def report(plan: CompiledPlan, sequence: _native.Sequence | None, n_tokens: int)
         mode=plan.mode,
         categories=categories,
         scores=scores,
+        ranks=ranks,
         gate=plan.gate,
         prompt_reprocessed=sequence is not None and sequence.held,
         checks=len(decisions),

@@ -10,7 +10,7 @@ from pysteer.runtime.ledger import Keys
 from pysteer.runtime.markers import MarkerTracker
 from pysteer.runtime.plan import CompiledPlan
 from pysteer.runtime.report import SteeringReport, report
-from pysteer.runtime.spans import span_of
+from pysteer.runtime.spans import pooled_span, span_of
 
 _END = 2**31  # beyond every position
 
@@ -22,7 +22,7 @@ class SequenceSteering:
         plan: what the request asks for.
         prompt: its tokens.
         user: what the user said last, if that is known; a router that pools over it looks at the
-            whole prompt otherwise.
+            whole prompt otherwise, and one that pools over what follows it at the last token.
         n_positions: the most tokens that the sequence can have.
         piece: the text of a token, as bytes; called only for plans that need it.
 
@@ -42,11 +42,15 @@ class SequenceSteering:
         self.plan = plan
         self.n_prompt = len(prompt)
         self.begun = False  # whether any of its tokens was decoded
-        span = (0, len(prompt))
-        if plan.router is not None and plan.router.pooling == "user" and user:
-            span = span_of(user, list(map(piece, prompt)))
-        self._span_start = span[0]
-        self.native = plan.start(len(prompt), span, n_positions)
+        spans: list[tuple[int, int]] = []
+        if plan.router is not None:
+            poolings = [read.pooling for read in plan.router.reads]
+            said = (0, len(prompt))
+            if user and not {"user", "suffix"}.isdisjoint(poolings):
+                said = span_of(user, list(map(piece, prompt)))
+            spans = [pooled_span(pooling, said, len(prompt)) for pooling in poolings]
+        self._first_read = min([start for start, _ in spans], default=0)
+        self.native = plan.start(len(prompt), spans, n_positions)
         self._piece = piece
         self._tokens: list[int] = []
         self._tracker = MarkerTracker(plan.markers) if plan.markers else None
@@ -96,7 +100,7 @@ class SequenceSteering:
             return _END
         decided = self.native.decided_at
         if not decided:
-            return self._span_start if self.plan.pools else self.n_prompt - 1
+            return self._first_read
         return decided[-1] + 1 if self.plan.rechecks and self.plan.pools else _END
 
     @property
@@ -110,11 +114,13 @@ class SequenceSteering:
         Returns:
             The position from which on the first `n_tokens` tokens have to be decoded again.
         """
-        before = self.keys(0, n_tokens)
+        before, last = self.keys(0, n_tokens), self.logits_key(n_tokens - 1)
         if self.native is not None:
             self.native.hold()
         changed = np.flatnonzero(before != self.keys(0, n_tokens))
-        return int(changed[0]) if len(changed) else n_tokens
+        if len(changed):
+            return int(changed[0])
+        return n_tokens if last == self.logits_key(n_tokens - 1) else n_tokens - 1
 
     def restart(self) -> None:
         """Evaluation starts again: forget what the router has seen since its last decision."""

@@ -47,3 +47,23 @@ def span_of(text: str, pieces: Sequence[bytes]) -> tuple[int, int]:
             stop = index + 1
         at += len(piece)
     return start, stop
+
+
+def pooled_span(pooling: str, said: tuple[int, int], n_prompt: int) -> tuple[int, int]:
+    """The tokens of a prompt that a router's read averages over.
+
+    Args:
+        pooling: one of `pysteer.router.POOLINGS`.
+        said: where the user's message is, or the whole prompt.
+        n_prompt: number of prompt tokens.
+
+    Returns:
+        Token range [start, stop).
+    """
+    if pooling == "user":
+        return said
+    if pooling == "prompt":
+        return 0, n_prompt
+    if pooling == "suffix":
+        return min(said[1], n_prompt - 1), n_prompt
+    return n_prompt - 1, n_prompt

@@ -319,7 +319,9 @@ class SteeredLlama(HookedLlama):
             self.n_tokens,
         )
         if reset and not self._cuts_back:  # the base class would cut it back to what matches
-            reusable = min(reusable, self.longest_token_prefix(self._input_ids, tokens[:-1]))
+            reusable = min(
+                reusable, self.longest_token_prefix(self._input_ids.tolist(), tokens[:-1])
+            )
         if reusable < self.n_tokens:
             if not reset:  # the caller goes on from the context: recompute what it no longer is
                 tokens = prompt[reusable:]

@@ -9,7 +9,7 @@ import pytest
 from pysteer import SteeringError, SteeringPack, SteeringVector
 from pysteer.cli import run
 from pysteer.plots import plot_pack
-from pysteer.router import GATES, Gate, Router
+from pysteer.router import GATES, Gate, Read, Router
 
 WIDTH = 16
 NAMES = ("hate", "mal_ware", "fraud")
@@ -36,20 +36,21 @@ def router(names=NAMES):
     )
     return Router(
         site="residual",
-        layer=5,
-        pooling="user",
+        reads=[Read(2, "user"), Read(5, "suffix"), Read(4, "user")],
         categories=names,
-        weight=rng.normal(size=(k + 1, WIDTH)),
+        margin_weight=rng.normal(size=(k + 1, 3 * WIDTH)),
+        margin_bias=np.zeros(k + 1),
+        allowances=np.zeros(k),
+        weight=rng.normal(size=(k + 1, 3 * WIDTH)),
         bias=np.zeros(k + 1),
-        probe_weight=rng.normal(size=(k, WIDTH)),
+        probe_weight=rng.normal(size=(k, 3 * WIDTH)),
         probe_bias=np.zeros(k),
-        centroids=rng.normal(size=(k + 1, WIDTH)),
-        conditions=rng.normal(size=(k, WIDTH)),
+        centroids=rng.normal(size=(k + 1, 3 * WIDTH)),
+        conditions=rng.normal(size=(k, 3 * WIDTH)),
         gates=dict.fromkeys(GATES, gate),
         confusion=confusion,
         threshold_rule="fpr=0.01",
         train_counts=np.arange(k + 1),
-        layer_scores={4: 0.5, 5: 0.75},
     )
 
 
@@ -119,15 +120,17 @@ def test_json_has_separation_provenance_and_router(cli, pack_file):
     assert found["separation"] == SEPARATION
     assert found["provenance"] == PROVENANCE
     shown = found["router"]
-    assert shown["layer"] == 5
     assert shown["site"] == "residual"
-    assert shown["pooling"] == "user"
+    assert shown["reads"] == [
+        {"layer": 2, "pooling": "user"},
+        {"layer": 5, "pooling": "suffix"},
+        {"layer": 4, "pooling": "user"},
+    ]
     assert shown["categories"] == list(NAMES)
     assert shown["threshold_rule"] == "fpr=0.01"
     assert shown["benign_false_positive_rate"] == pytest.approx(0.03)
     assert shown["category_accuracy"] == pytest.approx(30 / 40)
     assert shown["confusion"][0] == [97, 3, 0, 0]
-    assert shown["layer_scores"] == {"4": 0.5, "5": 0.75}
     assert shown["train_counts"] == [0, 1, 2, 3]
     assert set(shown["gates"]) == set(GATES)
     assert shown["gates"]["cast"]["hate"] == {
@@ -180,7 +183,10 @@ def test_separation_is_shown_by_layer(cli, pack_file):
 
 def test_the_router_is_shown(cli, pack_file):
     out = inspected(cli, pack_file)
-    assert "router: layer 5, site residual, pooling user, thresholds by fpr=0.01\n" in out
+    assert (
+        "router: site residual, user at layers 2, 4; suffix at layer 5, thresholds by fpr=0.01\n"
+        in out
+    )
     assert "category accuracy 75.0%, benign false positives 3.0%\n" in out
     for cell in ("<= 0.123", ">= 0.456", "70.0%", "1.2%", "25.0%", *GATES):
         assert cell in out
@@ -258,7 +264,7 @@ def test_the_panels_are_those_that_the_pack_has_something_for(tmp_path):
         "norm of each direction": {},
         "cosine between categories": {},
         "separation on held-out": {"provenance": {}},
-        "router at layer 5": {"router": None},
+        "router: held-out prompts": {"router": None},
     }
     for panel, without in panels.items():
         assert panel in svg

@@ -21,7 +21,7 @@ from serving import (
 
 from pysteer import Engine, SteeredLlama, SteeringError
 from pysteer.engine import EngineBusyError, EngineClosedError
-from pysteer.shipped import demo_pack
+from pysteer.shipped import default_pack
 
 ONE_BY_ONE = ["mamba", "lfm2"]
 
@@ -125,11 +125,11 @@ def test_chats_on_the_default_model(default_model):
         ([{"role": "user", "content": content}], steering) for content, steering in FIXED_PROMPTS
     ]
     arguments = {**ARGUMENTS, "n_ctx": 2048}
-    with closing(SteeredLlama(default_model, pack=demo_pack(), **arguments)) as llm:
+    with closing(SteeredLlama(default_model, pack=default_pack(), **arguments)) as llm:
         solo = [llm.create_chat_completion(m, steering=s, **request) for m, s in chats]
         streamed = llm.create_chat_completion(chats[0][0], stream=True, **request)
         chunk_keys = [chunk.keys() for chunk in streamed]
-    with Engine(default_model, pack=demo_pack(), max_sequences=8, **arguments) as engine:
+    with Engine(default_model, pack=default_pack(), max_sequences=8, **arguments) as engine:
         handles = [engine.submit(messages=m, steering=s, **request) for m, s in chats]
         for handle, alone in zip(handles, solo, strict=True):
             result = handle.result()

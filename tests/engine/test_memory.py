@@ -79,7 +79,7 @@ def test_of_which_its_steering_takes_little(tiny_llama):
     excluded = np.ones(CONTEXT, np.uint32)
 
     def new():
-        sequence = plan.start(20, (0, 20), CONTEXT)
+        sequence = plan.start(20, [(0, 20)], CONTEXT)
         sequence.set_excluded(0, excluded)
         return sequence
 

@@ -57,7 +57,7 @@ def test_summaries_are_shares_of_the_right_prompts():
 @pytest.fixture(scope="module")
 def llm(default_model):
     with closing(
-        SteeredLlama(default_model, pack=shipped.demo_pack(), n_ctx=512, verbose=False)
+        SteeredLlama(default_model, pack=shipped.default_pack(), n_ctx=512, verbose=False)
     ) as llm:
         yield llm
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pysteer import shipped
 from pysteer.errors import HookError, SteeringError
-from pysteer.extract.capture import Row, pooled_row, shared_ends, token_batches
+from pysteer.extract.capture import Row, pooled_row, run_once, shared_ends, token_batches
 from pysteer.extract.llama_capture import LlamaCapture
 
 FAMILIES = ["llama", "qwen3", "gemma2", "phi3", "gpt2"]
@@ -390,6 +390,7 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
         ("last", (), Row((1, 2, 3, 4, 5), 4, 5)),
         ("prompt", (), Row((1, 2, 3, 4, 5), 0, 5)),
         ("user", (9,), Row((1, 2, 3, 4, 5), 2, 4)),
+        ("suffix", (9,), Row((1, 2, 3, 4, 5), 4, 5)),
         ("response", (8, 9), Row((1, 2, 3, 4, 5, 8, 9), 5, 7)),
         ((1, 3), (), Row((1, 2, 3, 4, 5), 1, 3)),
         ((4, 99), (8,), Row((1, 2, 3, 4, 5, 8), 4, 6)),
@@ -397,6 +398,63 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
 )
 def test_poolings(pooling, response, expected):
     assert pooled_row((1, 2, 3, 4, 5), response, pooling, (2, 1)) == expected
+
+
+def test_the_suffix_is_what_the_template_puts_behind_the_message_or_the_last_token():
+    prompt = (1, 2, 3, 4, 5, 6)
+    assert pooled_row(prompt, (), "suffix", (1, 3)) == Row(prompt, 3, 6)
+    assert pooled_row(prompt, (), "suffix", (1, 0)) == Row(prompt, 5, 6)
+
+
+ranges = st.tuples(st.integers(0, 3), st.integers(0, 4), st.integers(1, 4)).map(
+    lambda t: Row((t[0],) * 8, t[1], t[1] + t[2])
+)
+
+
+@given(st.lists(ranges, max_size=12), st.booleans())
+def test_rows_of_the_same_tokens_are_run_once(rows, disjoint):
+    groups = run_once(rows, disjoint=disjoint)
+    assert sorted(i for group in groups for i in group) == list(range(len(rows)))
+    for group in groups:
+        assert len({rows[i].tokens for i in group}) == 1
+        at = [n for i in group for n in range(rows[i].start, rows[i].stop)]
+        assert not disjoint or len(at) == len(set(at))
+    if not disjoint:
+        assert len(groups) == len({row.tokens for row in rows})
+
+
+@pytest.mark.parametrize("engine", ["llama", pytest.param("torch", marks=pytest.mark.torch)])
+def test_several_ranges_of_a_prompt_take_one_pass_and_are_as_one_by_one(
+    engine, llama, torch_model, monkeypatch
+):
+    tokens = [tuple(range(40 + n, 60 + 2 * n)) for n in range(6)]
+    rows = [Row(t, 3, 9) for t in tokens] + [Row(t, 9, len(t)) for t in tokens]
+    if engine == "llama":
+        capture = llama("llama", n_ctx=256, token_budget=128)
+        decoded = []
+        decode = capture.llm._ctx.decode
+        monkeypatch.setattr(
+            capture.llm._ctx,
+            "decode",
+            lambda batch: decoded.append(batch.n_tokens()) or decode(batch),
+        )
+    else:
+        from pysteer.extract.torch_capture import TorchCapture
+
+        model = torch_model("llama")
+        capture = TorchCapture(model, token_budget=128)
+        decoded = []
+        handle = model.model.get_input_embeddings().register_forward_hook(
+            lambda _module, inputs, _output: decoded.append(inputs[0].numel())
+        )
+    found = collected(capture, rows, "residual")
+    # Padding, and a look at whether a start can be shared, take some more; a second pass is more.
+    assert sum(decoded) < 1.6 * sum(map(len, tokens))
+    if engine == "torch":
+        handle.remove()
+    for row, means in zip(rows, found, strict=True):
+        ((_, alone),) = capture.activations([row], site="residual", layers=LAYERS)
+        np.testing.assert_allclose(means, alone, atol=1e-4)
 
 
 @pytest.mark.parametrize(

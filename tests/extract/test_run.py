@@ -13,12 +13,12 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from pysteer import BaseModel, SteeringError, SteeringPack
-from pysteer.extract import run as run_module
+from pysteer.extract import router as router_module
 from pysteer.extract.answers import SAFE_ANSWERS
 from pysteer.extract.capture import Row
 from pysteer.extract.examples import split_sides
 from pysteer.extract.llama_capture import LlamaCapture
-from pysteer.extract.run import extract
+from pysteer.extract.run import extract, fit_pack_router
 from pysteer.extract.session import Data
 from pysteer.extract.settings import ExtractSettings
 from pysteer.extract.typical import SAMPLE, measure
@@ -630,6 +630,71 @@ def test_an_exception_in_the_progress_callback_loses_nothing(tmp_path):
     assert sum(ran.values()) <= sum(whole.ran.values()) + interrupted
 
 
+def tail_of(row):
+    """What `FakeCapture` puts behind a message."""
+    return len(row.tokens) - 2, len(row.tokens)
+
+
+def test_a_pack_s_router_is_what_is_fitted_without_directions(tmp_path):
+    settings = ExtractSettings(layers=(1, 2), gates=("margin", "probe"), seed=3)
+    benign = prompts("hello", "any", 12, listed="")
+    data = Data(UNSAFE, TWINS, benign=benign)
+    pack = extract(FakeCapture(), data, settings, cache=tmp_path / "1")
+    capture = FakeCapture()
+    alone = fit_pack_router(
+        capture, UNSAFE, TWINS, benign, cache=tmp_path / "2", gates=settings.gates, seed=3
+    )
+    assert alone == pack.router
+    assert list(alone.gates) == ["margin", "probe"]
+    # Each prompt's message and suffix are all that ran, at the layers that it looks at.
+    every = {p.prompt for p in [*UNSAFE, *TWINS, *benign]}
+    assert {layers for _, _, layers in capture.ran} == {(0, 1, 2)}
+    assert capture.ran.total() == 2 * len(every)
+    assert {(row.start, row.stop) for row, *_ in capture.ran} == {
+        span for row, *_ in capture.ran for span in ((1, len(row.tokens) - 2), tail_of(row))
+    }
+    again = FakeCapture()
+    fit_pack_router(again, UNSAFE, TWINS, benign, cache=tmp_path / "2", seed=4)
+    assert not again.ran  # activations are kept
+
+
+def test_twins_share_a_group_and_those_of_a_category_are_look_alikes(tmp_path, monkeypatch):
+    found = {}
+    original = router_module.fit_router
+
+    def watch(h, labels, **options):
+        found.update(options, labels=labels, h=h)
+        return original(h, labels, **options)
+
+    monkeypatch.setattr(router_module, "fit_router", watch)
+    unsafe = [*UNSAFE, *(replace(p, pair_id=None) for p in prompts("harm", "hate", 3, seed=9))]
+    benign = prompts("hello", "other", 12)
+    safe = [*TWINS, *GENERIC]
+    fit_pack_router(
+        FakeCapture(), unsafe, safe, benign, cache=tmp_path, false_positive_rate=0.3, max_leak=0.2
+    )
+    assert (found["false_positive_rate"], found["max_leak"]) == (0.3, 0.2)
+    order = [*{(p.prompt, p.category): p for p in unsafe}.values(), *safe, *benign]
+    assert found["labels"] == [p.category if "harm" in p.prompt else "" for p in order]
+    assert found["look_alikes"] == ["calm" in p.prompt for p in order]
+    by_group = {}
+    for group, prompt in zip(found["groups"], order, strict=True):
+        by_group.setdefault(group, set()).add(prompt.pair_id)
+    assert all(len(ids) == 1 for ids in by_group.values())
+    assert len([1 for p in order if p.pair_id is None]) == sum(
+        ids == {None} for ids in by_group.values()
+    )
+    reads = found["reads"]
+    capture = FakeCapture()
+    for index in (0, len(order) - 1):
+        tokens = capture.prompt_tokens(order[index].prompt)
+        spans = {"user": (1, len(tokens) - 2), "suffix": tail_of(Row(tokens, 0, 1))}
+        for at, read in enumerate(reads):
+            row = Row(tokens, *spans[read.pooling])
+            ((_, alone),) = capture.activations([row], site="residual", layers=[read.layer])
+            np.testing.assert_array_equal(found["h"][index, at], alone[0])
+
+
 @pytest.mark.parametrize("method", ["mean", "lda"])
 def test_the_router_changes_no_direction_and_no_row_runs_twice(method, tmp_path):
     packs, captures = [], []
@@ -642,7 +707,9 @@ def test_the_router_changes_no_direction_and_no_row_runs_twice(method, tmp_path)
     assert packs[1].router is None
     with_router = Counter(row for row, *_ in captures[0].ran.elements())
     assert set(with_router.values()) == {1}
-    assert with_router == Counter(row for row, *_ in captures[1].ran.elements())
+    suffixes = {row for row in with_router if (row.start, row.stop) == tail_of(row)}
+    assert len(suffixes) == len({p.prompt for p in [*UNSAFE, *TWINS]})
+    assert with_router.keys() - suffixes == {row for row, *_ in captures[1].ran}
 
 
 def test_what_the_router_saw_is_not_taken_for_another_site(tmp_path):
@@ -865,10 +932,10 @@ def test_the_same_prompts_on_every_side_give_no_direction(tmp_path):
 
 
 def test_a_sample_does_for_the_router_of_very_many_prompts(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(run_module, "MAX_ROUTER_ROWS", 25)
+    monkeypatch.setattr(router_module, "MAX_PROMPTS", 25)
     pack = extract(FakeCapture(), GENERIC_DATA, ExtractSettings(layers=(1, 2)), cache=tmp_path)
     assert "the router is fitted to 25 of 27 prompts" in caplog.text
-    assert pack.router.train_counts.sum() < 25
+    assert pack.router.train_counts.sum() <= 25
 
 
 def test_a_model_without_a_chat_template_is_told_of(tmp_path, tiny_llama, caplog):
@@ -948,4 +1015,4 @@ def test_the_pack_can_be_written_and_read(capture, tmp_path):
     again = SteeringPack.load(tmp_path / "p.gguf")
     assert contents(again) == contents(pack)
     assert again.provenance == pack.provenance
-    assert again.router.layer == pack.router.layer
+    assert again.router == pack.router

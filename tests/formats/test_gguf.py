@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from pysteer import BaseModel, FormatError, SteeringError, SteeringPack, SteeringVector
-from pysteer.router import GATES, POOLINGS, Gate, Router
+from pysteer.router import CLASSIFIERS, GATES, POOLINGS, Gate, Read, Router
 
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
 relaxed = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -61,22 +61,31 @@ def routers(draw, categories, width):
             *(draw(rates) for _ in range(3)),
         )
 
+    places = st.builds(Read, st.integers(0, 200), st.sampled_from(POOLINGS))
+    reads = draw(st.lists(places, min_size=1, max_size=3, unique=True))
+    classifier = draw(st.sampled_from(CLASSIFIERS))
+    kinds = sorted(draw(st.sets(st.sampled_from(GATES))) | {classifier})
+    width *= len(reads)
+    arrays = {
+        "margin": lambda: {
+            "margin_weight": floats(k + 1, width),
+            "margin_bias": floats(k + 1),
+            "allowances": np.abs(floats(k)),
+        },
+        "multinomial": lambda: {"weight": floats(k + 1, width), "bias": floats(k + 1)},
+        "probe": lambda: {"probe_weight": floats(k, width), "probe_bias": floats(k)},
+        "centroid": lambda: {"centroids": floats(k + 1, width)},
+        "cast": lambda: {"conditions": floats(k, width, elements=st.floats(0.5, 2**100, width=32))},
+    }
     return Router(
         site=draw(sites),
-        layer=draw(st.integers(0, 200)),
-        pooling=draw(st.sampled_from(POOLINGS)),
+        reads=reads,
         categories=categories,
-        weight=floats(k + 1, width),
-        bias=floats(k + 1),
-        probe_weight=floats(k, width),
-        probe_bias=floats(k),
-        centroids=floats(k + 1, width),
-        conditions=floats(k, width, elements=st.floats(0.5, 2**100, width=32)),
-        gates={kind: gate() for kind in GATES},
+        gates={kind: gate() for kind in kinds},
         confusion=np.eye(k + 1, dtype=np.int64) + draw(st.integers(0, 2**52)),
         threshold_rule=draw(st.sampled_from(["youden", "fpr=0.01", "fpr=1e-05"])),
         train_counts=draw(st.lists(count, min_size=k + 1, max_size=k + 1)),
-        layer_scores=draw(st.dictionaries(st.integers(0, 200), st.floats(0, 1), max_size=3)),
+        **{name: values for kind in kinds for name, values in arrays[kind]().items()},
     )
 
 
@@ -345,19 +354,28 @@ def test_gguf_reads_from_a_pack_what_went_in_and_llama_cpp_refuses_it(pack, tmp_
     if router is None:
         assert not [key for key in reader.fields if "router" in key]
     else:
-        for name in ("weight", "bias", "centroids", "conditions"):
-            expected[f"router.{name}"] = getattr(router, name)
-        expected["router.probe.weight"] = router.probe_weight
-        expected["router.probe.bias"] = router.probe_bias
-        for name in ("site", "layer", "pooling"):
-            assert content(f"router.{name}") == getattr(router, name)
+        tensors = {
+            "margin": {"margin.weight": "margin_weight", "margin.bias": "margin_bias"}
+            | {"allowances": "allowances"},
+            "multinomial": {"weight": "weight", "bias": "bias"},
+            "probe": {"probe.weight": "probe_weight", "probe.bias": "probe_bias"},
+            "centroid": {"centroids": "centroids"},
+            "cast": {"conditions": "conditions"},
+        }
+        for kind in router.gates:
+            for name, attribute in tensors[kind].items():
+                expected[f"router.{name}"] = getattr(router, attribute)
+        assert content("router.site") == router.site
+        assert content("router.layers") == [read.layer for read in router.reads]
+        assert content("router.poolings") == [read.pooling for read in router.reads]
+        assert reader.fields["pysteer.router.layers"].types[-1] == GGUFValueType.UINT32
         assert content("router.categories") == list(router.categories)
         tables = json.loads(content("router.tables"))
         assert tables["confusion"] == router.confusion.tolist()
         assert tables["threshold_rule"] == router.threshold_rule
         assert tables["train_counts"] == router.train_counts.tolist()
-        assert dict(tables["layer_scores"]) == dict(router.layer_scores)
-        for kind in GATES:
+        assert set(tables["gates"]) == set(router.gates)
+        for kind in router.gates:
             assert tables["gates"][kind] == {
                 name: values.tolist() for name, values in vars(router.gates[kind]).items()
             }

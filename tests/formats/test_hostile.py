@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from pysteer import FormatError, SteeringPack, SteeringVector
 from pysteer.formats.container import read_metadata
+from pysteer.router import Read
 
 U8, I8, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64 = 0, 1, 4, 5, 6, 7, 8, 9, 10, 11, 12
 EXTREMES = [0, 1, 3, 2**31, 2**32 - 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1]
@@ -151,26 +152,29 @@ ONE_GATE = {
     "leak_rates": [0.25],
 }
 TABLES = {
-    "gates": dict.fromkeys(("multinomial", "probe", "centroid", "cast"), ONE_GATE),
+    "gates": dict.fromkeys(("margin", "multinomial", "probe", "centroid", "cast"), ONE_GATE),
     "confusion": [[4, 1], [0, 3]],
     "train_counts": [20, 12],
-    "layer_scores": [[1, 0.5], [2, 0.75]],
     "threshold_rule": "youden",
 }
 ROUTER_VALUES = {
     "pysteer.router.site": (STRING, "residual"),
-    "pysteer.router.layer": (U32, 2),
-    "pysteer.router.pooling": (STRING, "last"),
+    "pysteer.router.layers": (ARRAY, (U32, [2, 0])),
+    "pysteer.router.poolings": (ARRAY, (STRING, ["last", "user"])),
     "pysteer.router.categories": (ARRAY, (STRING, ["malware"])),
     "pysteer.router.tables": (STRING, json.dumps(TABLES, separators=(",", ":"))),
 }
+WIDE = np.concatenate([ROWS, ROWS[::-1]], axis=1)  # two reads
 ROUTER_TENSORS = {
-    "router.weight": ROWS,
+    "router.margin.weight": WIDE,
+    "router.margin.bias": ROWS[0, :2],
+    "router.allowances": np.abs(ROWS[0, :1]),
+    "router.weight": WIDE,
     "router.bias": ROWS[0, :2],
-    "router.probe.weight": ROWS[:1],
+    "router.probe.weight": WIDE[:1],
     "router.probe.bias": ROWS[0, :1],
-    "router.centroids": ROWS,
-    "router.conditions": ROWS[1:],  # last: 32 bytes, so that the file ends without padding
+    "router.centroids": WIDE,
+    "router.conditions": WIDE[1:],  # last: 64 bytes, so that the file ends without padding
 }
 
 
@@ -253,13 +257,27 @@ def check_sound_router(pack):
     router = pack.router
     if router is None:
         return
-    k, n = len(router.categories), pack.n_embd
+    k, n = len(router.categories), pack.n_embd * len(router.reads)
+    assert router.n_embd == pack.n_embd
     assert set(router.categories) <= set(pack.categories)
-    assert router.weight.shape == router.centroids.shape == (k + 1, n)
-    assert router.probe_weight.shape == router.conditions.shape == (k, n)
-    assert (router.bias.shape, router.probe_bias.shape) == ((k + 1,), (k,))
+    kinds = router.gates
+    assert "margin" in kinds or "multinomial" in kinds
+    shapes = {
+        "margin_weight": ("margin", (k + 1, n)),
+        "margin_bias": ("margin", (k + 1,)),
+        "allowances": ("margin", (k,)),
+        "weight": ("multinomial", (k + 1, n)),
+        "bias": ("multinomial", (k + 1,)),
+        "probe_weight": ("probe", (k, n)),
+        "probe_bias": ("probe", (k,)),
+        "centroids": ("centroid", (k + 1, n)),
+        "conditions": ("cast", (k, n)),
+    }
+    for name, (kind, shape) in shapes.items():
+        values = getattr(router, name)
+        assert (values is None) if kind not in kinds else values.shape == shape
     assert router.confusion.shape == (k + 1, k + 1)
-    for kind in TABLES["gates"]:
+    for kind in kinds:
         with np.errstate(all="ignore"):  # flipped bits make numbers near the largest
             assert router.opens(kind, np.ones(n)).shape == (k,)
         for values in vars(router.gates[kind]).values():
@@ -290,14 +308,13 @@ def test_the_files_made_here_are_valid(tmp_path):
 
     path.write_bytes(a_routed_pack().build())
     router = SteeringPack.load(path).router
-    assert (router.site, router.layer, router.pooling) == ("residual", 2, "last")
+    assert (router.site, router.reads) == ("residual", (Read(2, "last"), Read(0, "user")))
     assert router.categories == ("malware",)
     for name, values in ROUTER_TENSORS.items():
         attribute = name.removeprefix("router.").replace(".", "_")
         np.testing.assert_array_equal(getattr(router, attribute), values)
     assert router.confusion.tolist() == [[4, 1], [0, 3]]
     assert router.train_counts.tolist() == [20, 12]
-    assert dict(router.layer_scores) == {1: 0.5, 2: 0.75}
     assert router.threshold_rule == "youden"
     for gate in router.gates.values():
         assert {name: values.tolist() for name, values in vars(gate).items()} == ONE_GATE
@@ -674,12 +691,41 @@ NAN, INFINITY = float("nan"), float("inf")
         dict.fromkeys(ROUTER_VALUES),
         {"pysteer.router.site": (STRING, "output")},
         {"pysteer.router.site": (U32, 1)},
-        {"pysteer.router.layer": (U32, 4)},
-        {"pysteer.router.layer": (I64, -1)},
-        {"pysteer.router.layer": (F32, 2.0)},
-        {"pysteer.router.layer": (BOOL, 1)},
-        {"pysteer.router.pooling": (STRING, "mean")},
-        {"pysteer.router.pooling": (ARRAY, (STRING, ["last"]))},
+        {"pysteer.router.layers": (U32, 2)},
+        {"pysteer.router.layers": (ARRAY, (U32, [4, 0]))},
+        {"pysteer.router.layers": (ARRAY, (U32, [2]))},
+        {"pysteer.router.layers": (ARRAY, (U32, [2, 1, 0]))},
+        {"pysteer.router.layers": (ARRAY, (I64, [-1, 0]))},
+        {"pysteer.router.layers": (ARRAY, (F32, [2.0, 0.0]))},
+        {"pysteer.router.layers": (ARRAY, (BOOL, [1, 0]))},
+        {"pysteer.router.layers": (ARRAY, (STRING, ["2", "0"]))},
+        {"pysteer.router.poolings": (STRING, "last")},
+        {"pysteer.router.poolings": (ARRAY, (STRING, ["last", "mean"]))},
+        {"pysteer.router.poolings": (ARRAY, (STRING, ["last"]))},
+        {"pysteer.router.poolings": (ARRAY, (U32, [0, 1]))},
+        {
+            "pysteer.router.layers": (ARRAY, (U32, [2, 2])),
+            "pysteer.router.poolings": (ARRAY, (STRING, ["last", "last"])),
+        },
+        {
+            "pysteer.router.layers": (ARRAY, (U32, [])),
+            "pysteer.router.poolings": (ARRAY, (STRING, [])),
+        },
+        {  # three places do not share a width of 16
+            "pysteer.router.layers": (ARRAY, (U32, [2, 1, 0])),
+            "pysteer.router.poolings": (ARRAY, (STRING, ["last"] * 3)),
+        },
+        {  # one place of width 16, of directions of width 8
+            "pysteer.router.layers": (ARRAY, (U32, [2])),
+            "pysteer.router.poolings": (ARRAY, (STRING, ["last"])),
+        },
+        # What routers were described by before.
+        {
+            "pysteer.router.layers": None,
+            "pysteer.router.poolings": None,
+            "pysteer.router.layer": (U32, 2),
+            "pysteer.router.pooling": (STRING, "last"),
+        },
         {"pysteer.router.categories": (STRING, "malware")},
         {"pysteer.router.categories": (ARRAY, (STRING, []))},
         {"pysteer.router.categories": (ARRAY, (STRING, ["fraud"]))},
@@ -723,15 +769,7 @@ NAN, INFINITY = float("nan"), float("inf")
         changed_tables(train_counts=[1]),
         changed_tables(train_counts=[1, -1]),
         changed_tables(train_counts={"a": 1}),
-        changed_tables(layer_scores={"1": 0.5}),
-        changed_tables(layer_scores=[1, 0.5]),
-        changed_tables(layer_scores=[[1, 0.5, 2]]),
-        changed_tables(layer_scores=[[1.5, 0.5]]),
-        changed_tables(layer_scores=[[[], 0.5]]),
-        changed_tables(layer_scores=[[1, 0.5], [1, 0.6]]),
-        changed_tables(layer_scores=[[1, NAN]]),
-        changed_tables(layer_scores=[[1, 2]]),
-        changed_tables(layer_scores=[[-1, 0.5]]),
+        changed_tables(layer_scores=[]),
         changed_tables(threshold_rule="best"),
         changed_tables(threshold_rule=["youden"]),
         changed_tables(threshold_rule="fpr=" + "9" * 100_000),
@@ -762,11 +800,40 @@ def test_other_tensors_of_a_router_are_refused(change, name, tmp_path):
 
 
 def test_condition_vectors_of_zero_and_stray_tensors_are_refused(tmp_path):
-    zero = {"router.conditions": np.zeros((1, 8))}
+    zero = {"router.conditions": np.zeros((1, 16))}
     check_refused(tmp_path / "x.gguf", a_routed_pack(tensors=zero).build())
+    negative = {"router.allowances": np.full(1, -0.5)}
+    check_refused(tmp_path / "x.gguf", a_routed_pack(tensors=negative).build())
     for name in ("router.other", "router.", "router.router.weight", "weight"):
         stray = a_routed_pack(tensors={name: ROWS})
         check_refused(tmp_path / "x.gguf", stray.build())
+
+
+@pytest.mark.parametrize("kind", TABLES["gates"])
+def test_the_tensors_are_those_of_the_gates_that_there_are(kind, tmp_path):
+    gates = {name: gate for name, gate in TABLES["gates"].items() if name != kind}
+    values = changed_tables(gates=gates)
+    check_refused(tmp_path / "x.gguf", a_routed_pack(values).build())
+    own = {
+        "margin": ("margin.weight", "margin.bias", "allowances"),
+        "multinomial": ("weight", "bias"),
+        "probe": ("probe.weight", "probe.bias"),
+        "centroid": ("centroids",),
+        "cast": ("conditions",),
+    }[kind]
+    tensors = {f"router.{name}": None for name in own}
+    path = tmp_path / "x.gguf"
+    path.write_bytes(a_routed_pack(values, tensors).build())
+    assert list(SteeringPack.load(path).router.gates) == list(gates)
+
+
+def test_a_router_without_a_gate_that_names_a_class_is_refused(tmp_path):
+    values = changed_tables(gates={"probe": ONE_GATE})
+    tensors = {
+        name: values if name.startswith("router.probe") else None
+        for name, values in ROUTER_TENSORS.items()
+    }
+    check_refused(tmp_path / "x.gguf", a_routed_pack(values, tensors).build())
 
 
 def test_a_router_of_another_width_than_the_directions_is_refused(tmp_path):

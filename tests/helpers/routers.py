@@ -5,9 +5,10 @@ from contextlib import closing
 import numpy as np
 
 from pysteer import HookedLlama
-from pysteer.router import GATES, Gate, Router
+from pysteer.router import GATES, Gate, Read, Router
 
 HALVES_ARE_NOT_ENOUGH = {"type_k": 0, "type_v": 0}  # a KV cache of float32
+SEVERAL = (Read(0, "prompt"), Read(2, "suffix"), Read(1, "prompt"), Read(2, "prompt"))
 
 
 def mean_state(path, tokens, layer, span=None, site="residual"):
@@ -19,16 +20,46 @@ def mean_state(path, tokens, layer, span=None, site="residual"):
         ]
 
 
-def router_for(path, prompts, *, layer=1, pooling="prompt", site="residual"):
+def state_of(path, tokens, router, *, user=None, spans=None):
+    """What a router looks at, from a capture for each of its reads.
+
+    Args:
+        user: token range of the user's message; None: there is none, so the whole prompt.
+        spans: for each read the token range instead; a list.
+    """
+    n = len(tokens)
+    start, stop = user or (0, n)
+    ranges = {
+        "last": (n - 1, n),
+        "prompt": (0, n),
+        "user": (start, stop),
+        "suffix": (min(stop, n - 1), n),
+    }
+    if spans is None:
+        spans = [ranges[read.pooling] for read in router.reads]
+    states = [
+        mean_state(path, tokens, read.layer, span, router.site)
+        for read, span in zip(router.reads, spans, strict=True)
+    ]
+    return np.concatenate(states).astype(np.float64)
+
+
+class _Place:
+    def __init__(self, reads, site):
+        self.reads, self.site = reads, site
+
+
+def router_for(path, prompts, *, layer=1, pooling="prompt", site="residual", reads=None):
     """Opens category k's probe for `prompts[k]`, and for none of the others.
+
+    So does its margin gate, if there are prompts for no gate; else that finds harm everywhere.
 
     Args:
         prompts: category to tokens; the name "" is for prompts that no gate opens for.
+        reads: where it looks; by default `pooling` at `layer` alone.
     """
-    spans = {
-        name: (len(t) - 1, len(t)) if pooling == "last" else None for name, t in prompts.items()
-    }
-    states = {n: mean_state(path, t, layer, spans[n], site) for n, t in prompts.items()}
+    reads = tuple(reads or [Read(layer, pooling)])
+    states = {n: state_of(path, t, _Place(reads, site)) for n, t in prompts.items()}
     names = [name for name in prompts if name]
     k, n = len(names), len(next(iter(states.values())))
     others = {
@@ -37,12 +68,19 @@ def router_for(path, prompts, *, layer=1, pooling="prompt", site="residual"):
     }
     probe = np.stack([states[name] - others[name] for name in names])
     middle = [probe[i] @ (states[name] + others[name]) / 2 for i, name in enumerate(names)]
+    harmless, threshold = np.zeros(n), 1.0
+    if "" in states:
+        harmful = np.mean([states[name] for name in names], axis=0)
+        harmless = states[""] - harmful
+        threshold = harmless @ (states[""] + harmful) / 2
     zeros = np.zeros(k)
     return Router(
         site=site,
-        layer=layer,
-        pooling=pooling,
+        reads=reads,
         categories=names,
+        margin_weight=np.vstack([harmless, probe]),
+        margin_bias=np.concatenate([[-threshold], -np.array(middle)]),
+        allowances=zeros,
         weight=np.vstack([np.zeros(n), probe]),
         bias=np.concatenate([[0.0], -np.array(middle)]),
         probe_weight=probe,
@@ -56,5 +94,4 @@ def router_for(path, prompts, *, layer=1, pooling="prompt", site="residual"):
         confusion=np.eye(k + 1, dtype=np.int64),
         threshold_rule="youden",
         train_counts=np.ones(k + 1, np.int64),
-        layer_scores={},
     )

@@ -104,6 +104,7 @@ def told(result):
     """What is said of the steering, without numbers that differ between batch sizes."""
     steering = dict(result["steering"])
     steering.pop("scores")
+    steering.pop("ranks")
     categories = {}
     for name, category in steering.pop("categories").items():
         categories[name] = {key: value for key, value in category.items() if key != "score"}

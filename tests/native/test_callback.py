@@ -165,7 +165,7 @@ def plan(*layers, strength=1.0, way="automatic"):
 
 
 def sequence(made, n_prompt=N_ROWS):
-    return _native.Sequence(made, n_prompt, 0, n_prompt, 64)
+    return _native.Sequence(made, n_prompt, [], 64)
 
 
 def steer(graph, *layers, way="hooked"):

@@ -102,6 +102,7 @@ def answer(llm, prompt, steering, policy):
     rows = llm.scores[len(prompt) - 1 : len(prompt) - 1 + N_WRITTEN].copy()
     told = result["steering"]
     told.pop("scores")
+    told.pop("ranks")
     for category in told["categories"].values():
         category.pop("score")
     return result["choices"][0]["text"], rows, told

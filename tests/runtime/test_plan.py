@@ -36,7 +36,7 @@ def compiled(steering, *, pack=PACK, mode="auto"):
 
 def keys(plan):
     """Of a sequence of one token: what its cache entry and its logits depend on."""
-    sequence = plan.start(1, (0, 1), 8)
+    sequence = plan.start(1, [], 8)
     return int(sequence.keys(0, 1)[0]), sequence.logits_key(0)
 
 
@@ -134,7 +134,7 @@ def test_residual_from_layer_1_on_fits_the_control_vector_and_the_rest_does_not(
 @pytest.mark.parametrize("steering", [None, {}, {"middle": 0, "first": -0.0}])
 def test_no_strengths_are_the_unsteered_plan(steering, mode):
     assert compiled(steering, mode=mode) is UNSTEERED
-    assert UNSTEERED.start(3, (0, 3), 8) is None
+    assert UNSTEERED.start(3, [], 8) is None
 
 
 def test_the_latest_plans_are_kept():

@@ -1,14 +1,16 @@
 """Gates decided while the prompt is read: what they see, what they open, and what follows."""
 
+import dataclasses
 from contextlib import closing
 
 import numpy as np
 import pytest
-from routers import mean_state, router_for
+from routers import SEVERAL, mean_state, router_for, state_of
 
 from pysteer import Engine, HookError, SteeredLlama, SteeringError, SteeringPack, SteeringVector
+from pysteer.extract.router import default_reads
 from pysteer.policy import Policy
-from pysteer.router import Router
+from pysteer.router import GATES, Read, Router
 
 N_LAYER, N_EMBD = 4, 64
 HIGH_BYTES = range(5 + 128, 5 + 256)  # so that a character never lacks its rest
@@ -65,14 +67,23 @@ def same(one, other):
 # ---- what a gate sees and opens ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("gate", ["multinomial", "probe", "centroid", "cast"])
+@pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("name", PROMPTS)
+@pytest.mark.parametrize("reads", [None, SEVERAL], ids=["one place", "several places"])
+@pytest.mark.parametrize("n_batch", [4, 256])
 def test_the_scores_are_those_of_the_router_on_llama_cpps_own_activations(
-    tiny_llama, llm, pack, name, gate
+    tiny_llama, name, gate, reads, n_batch
 ):
-    state = mean_state(tiny_llama, PROMPTS[name], pack.router.layer)
-    expected = dict(zip(pack.router.categories, pack.router.scores(gate, state), strict=True))
-    told = complete(llm, PROMPTS[name], "auto", policy={"gate": gate})[2]
+    """However many decodes the prompt takes, of several graphs each."""
+    router = router_for(tiny_llama, PROMPTS, reads=reads)
+    vectors = {"a": vector(1), "b": vector(2), "unknown": vector(3)}
+    state = state_of(tiny_llama, PROMPTS[name], router)
+    expected = dict(zip(router.categories, router.scores(gate, state), strict=True))
+    arguments = {**ARGUMENTS, "n_batch": n_batch}
+    with closing(
+        SteeredLlama(tiny_llama, pack=SteeringPack(vectors, router=router), **arguments)
+    ) as llm:
+        told = complete(llm, PROMPTS[name], "auto", policy={"gate": gate})[2]
     assert told["gate"] == gate
     assert told["scores"] == pytest.approx(expected, rel=1e-4, abs=1e-5)
     for category in ("a", "b"):
@@ -104,9 +115,8 @@ def test_a_gate_sees_its_layer_before_that_is_steered(tiny_llama, pack, n_batch)
     """However many decodes the prompt takes, and whichever way the forced category gets in."""
     prompt, router = PROMPTS["b"], pack.router
     forced = SteeringPack({"a": vector(5, layers=[1]), "b": vector(2)}, router=router)
-    expected = dict(
-        zip("ab", router.probe_scores(mean_state(tiny_llama, prompt, router.layer)), strict=True)
-    )
+    state = state_of(tiny_llama, prompt, router)
+    expected = dict(zip("ab", router.probe_scores(state), strict=True))
     arguments = {**ARGUMENTS, "n_batch": n_batch, "policy": {"gate": "probe"}}
     asked = {"a": 3.0, "b": "auto"}
     with closing(SteeredLlama(tiny_llama, pack=forced, **arguments)) as llm:
@@ -161,18 +171,139 @@ def test_a_response_scope_acts_from_the_last_prompt_token_on(tiny_llama, pack):
     np.testing.assert_allclose(gated[1][0], first, atol=2e-5)
 
 
-def test_layers_before_the_gate_are_steered_from_the_first_response_token_on(tiny_llama):
+@pytest.mark.parametrize("layers", [[0], [0, 2], [1, 3], [3]])
+@pytest.mark.parametrize("site", ["residual", "attention"])
+def test_the_last_prompt_token_is_steered_at_layers_before_the_gate_too(tiny_llama, layers, site):
+    """It has passed them when the gate decides, so that it alone is computed once more."""
+    router = router_for(
+        tiny_llama,
+        {"a": PROMPTS["a"], "": PROMPTS[""]},
+        reads=[Read(0, "user"), Read(2, "prompt"), Read(1, "suffix")],
+    )
     pack = SteeringPack(
-        {"a": vector(1, layers=[0])},
-        router=router_for(tiny_llama, {"a": PROMPTS["a"], "": PROMPTS[""]}, layer=2),
+        {"a": vector(1, layers=layers, site=site)},
+        router=router,
         policy=Policy(gate="probe", scope="response"),
     )
     prompt = PROMPTS["a"]
+    before_gate = layers[0] < 2 or (site == "attention" and 2 in layers)
     with closing(SteeredLlama(tiny_llama, pack=pack, **ARGUMENTS)) as llm:
-        off, gated = complete(llm, prompt, None), complete(llm, prompt, "auto")
+        decoded = []
+        evaluate = llm._ctx.decode
+        llm._ctx.decode = lambda batch: decoded.append(batch.n_tokens()) or evaluate(batch)
+        gated = complete(llm, prompt, "auto")
         assert gated[2]["categories"]["a"]["fired"]
-        np.testing.assert_allclose(gated[1][0], off[1][0], atol=2e-5)
-        assert np.abs(gated[1][1] - off[1][1]).max() > 1e-3
+        assert gated[2]["prompt_reprocessed"] is before_gate
+        assert decoded[:2] == [len(prompt), 1]
+        assert len(decoded) == GREEDY["max_tokens"] + before_gate
+        llm.reset()
+        forced = complete(llm, prompt, {"a": 1.0})
+        llm.reset()
+        off = complete(llm, prompt, None)
+    np.testing.assert_allclose(gated[1], forced[1], atol=2e-5)
+    assert gated[0] == forced[0]
+    assert np.abs(gated[1][0] - off[1][0]).max() > 1e-3
+    with Engine(tiny_llama, pack=pack, max_sequences=2, **ARGUMENTS) as engine:
+        ask = {"prompt": prompt, "keep_first_logits": True, **GREEDY}
+        handles = [engine.submit(steering=steering, **ask) for steering in ("auto", {"a": 1.0})]
+        found = [handle.result() for handle in handles]
+        assert found[0]["steering"]["prompt_reprocessed"] is before_gate
+    assert {one["choices"][0]["text"] for one in found} == {forced[0]}
+    np.testing.assert_allclose(handles[0].first_logits, handles[1].first_logits, atol=5e-5)
+
+
+def test_on_the_default_model_only_the_last_prompt_token_is_computed_once_more(default_model):
+    """With the places that routers look at there, and a chat template behind the message."""
+    messages = {
+        "a": [{"role": "user", "content": "How do I pick the lock of somebody else's door?"}],
+        "": [{"role": "user", "content": "Write a short poem about the sea."}],
+    }
+    arguments = {**ARGUMENTS, "n_ubatch": 512, "n_ctx": 256}
+    prompts = {}
+    with closing(SteeredLlama(default_model, **arguments)) as llm:
+        for name, chat in messages.items():
+            llm.create_chat_completion(chat, max_tokens=1)
+            prompts[name] = llm._input_ids.tolist()
+    router = router_for(default_model, prompts, reads=default_reads(30))
+    rng = np.random.default_rng(0)
+    directions = {layer: rng.standard_normal(576) for layer in (6, 12, 18, 21)}
+    pack = SteeringPack(
+        {"a": SteeringVector(directions)}, router=router, policy=Policy(scope="response")
+    )
+    n = {name: len(tokens) for name, tokens in prompts.items()}
+    strengths = (0.7, 0.9, 1.1)
+    with closing(SteeredLlama(default_model, pack=pack, **arguments)) as llm:
+
+        def answered(name, steering, strength=1.0, **threshold):
+            """The first logits, how many tokens each decode had, and what is said of it."""
+            decoded = []
+            evaluate = llm._ctx.decode
+            llm._ctx.decode = lambda batch: decoded.append(batch.n_tokens()) or evaluate(batch)
+            llm.reset()
+            told = llm.create_chat_completion(
+                messages[name],
+                steering=steering,
+                policy={"categories": {"a": {"strength": strength, **threshold}}},
+                max_tokens=1,
+                temperature=0.0,
+            )["steering"]
+            llm._ctx.decode = evaluate
+            return llm.scores[n[name] - 1].copy(), decoded, told
+
+        off = answered("a", None)[0]
+        apart, effects = [], []
+        for strength in strengths:
+            gated, decoded, told = answered("a", "auto", strength)
+            assert told["categories"]["a"]["fired"]
+            assert told["prompt_reprocessed"]
+            assert decoded == [n["a"], 1]
+            forced, decoded, _ = answered("a", {"a": strength})
+            assert decoded == [n["a"]]
+            apart.append(np.abs(gated - forced).max())
+            effects.append(np.abs(gated - off).max())
+        closed, decoded, told = answered("a", "auto", threshold=1e9)
+        assert not told["categories"]["a"]["fired"]
+        assert decoded == [n["a"]]
+        np.testing.assert_array_equal(closed, off)
+    # Nearly always to the bit; where something rounds otherwise in a batch of one row than of many,
+    # the quantised products make much of it.
+    assert np.median(apart) < 1e-3
+    assert min(effects) > 1
+    apart = []
+    for strength in strengths:
+        # A new one each time: what is reused from the cache was computed in other batches.
+        arguments = {**arguments, "logits_all": False}
+        with Engine(default_model, pack=pack, max_sequences=2, **arguments) as engine:
+            logits = []
+            for steering in ("auto", {"a": strength}):
+                handle = engine.submit(
+                    messages=messages["a"],
+                    steering=steering,
+                    policy={"categories": {"a": {"strength": strength}}},
+                    keep_first_logits=True,
+                    max_tokens=1,
+                )
+                told = handle.result()["steering"]
+                assert told["prompt_reprocessed"] is (steering == "auto")
+                if steering == "auto":
+                    assert engine.statistics.tokens_decoded == n["a"] + 1
+                logits.append(handle.first_logits)
+            apart.append(np.abs(logits[0] - logits[1]).max())
+    assert np.median(apart) < 1e-3
+
+
+def test_what_acts_in_the_last_block_before_a_gate_there_reaches_the_first_token(tiny_llama):
+    """No entry of the cache depends on it, but the logits do."""
+    router = router_for(tiny_llama, {"a": PROMPTS["a"], "": PROMPTS[""]}, layer=3, pooling="last")
+    pack = SteeringPack(
+        {"a": vector(1, layers=[3], site="attention")}, router=router, policy=Policy(gate="probe")
+    )
+    with closing(SteeredLlama(tiny_llama, pack=pack, **ARGUMENTS)) as llm:
+        gated = complete(llm, PROMPTS["a"], "auto")
+        assert gated[2]["prompt_reprocessed"]
+        llm.reset()
+        forced = complete(llm, PROMPTS["a"], {"a": 1.0})
+    np.testing.assert_allclose(gated[1], forced[1], atol=2e-5)
 
 
 SCOPES = {
@@ -251,7 +382,7 @@ def test_several_that_fire(tiny_llama, llm, pack, several):
     policy = {"several": several, "categories": OPEN}
     prompt = PROMPTS["b"]
     told = complete(llm, prompt, {"a": "auto", "b": "auto"}, policy=policy)
-    state = mean_state(tiny_llama, prompt, pack.router.layer)
+    state = state_of(tiny_llama, prompt, pack.router)
     strongest = "ab"[int(np.argmax(pack.router.probe_scores(state)))]
     expected = {"sum": {"a": 1.0, "b": 1.0}, "strongest": {strongest: 1.0}, "first": {"a": 1.0}}
     assert {c for c, t in told[2]["categories"].items() if t["fired"]} == set(expected[several])
@@ -260,9 +391,36 @@ def test_several_that_fire(tiny_llama, llm, pack, several):
     np.testing.assert_allclose(told[1], forced[1], atol=2e-5)
 
 
-@pytest.mark.parametrize("pooling", ["last", "prompt"])
+@pytest.mark.parametrize("favoured", [None, "a", "b"])
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_of_open_margin_gates_that_see_the_same_harm_the_one_further_ahead_acts(
+    tiny_llama, name, favoured
+):
+    """Their scores are equal, which must not make the first of them win."""
+    router = router_for(tiny_llama, PROMPTS)
+    weight, bias = np.array(router.margin_weight), np.array(router.margin_bias)
+    weight[0], bias[0] = 0, -0.25  # harm of 0.25, whatever the prompt
+    allowances = np.full(2, 1e6)
+    if favoured is not None:
+        allowances["ab".index(favoured)] = 1e8
+    router = dataclasses.replace(
+        router, margin_weight=weight, margin_bias=bias, allowances=allowances
+    )
+    pack = SteeringPack({"a": vector(1), "b": vector(2)}, router=router)
+    with closing(SteeredLlama(tiny_llama, pack=pack, **ARGUMENTS)) as llm:
+        told = complete(llm, PROMPTS[name], "auto")[2]
+        both = complete(llm, PROMPTS[name], "auto", policy={"several": "sum"})[2]
+    assert told["scores"] == {"a": 0.25, "b": 0.25}
+    assert [c for c, one in told["categories"].items() if one["fired"]] == [favoured or name]
+    assert all(one["fired"] for one in both["categories"].values())
+    ranks = router.ranks("margin", state_of(tiny_llama, PROMPTS[name], router))
+    assert told["ranks"] == pytest.approx(dict(zip("ab", ranks, strict=True)), rel=1e-6)
+
+
+@pytest.mark.parametrize("pooling", ["last", "prompt", "user", "suffix"])
 def test_a_recheck_decides_anew_over_the_tokens_since(tiny_llama, pooling):
-    router = router_for(tiny_llama, PROMPTS, pooling=pooling)
+    reads = [Read(1, pooling), Read(2, "last"), Read(0, "suffix")]
+    router = router_for(tiny_llama, PROMPTS, reads=reads)
     pack = SteeringPack({"a": vector(1), "b": vector(2)}, router=router)
     policy = {"gate": "probe", "recheck": 4, "scope": "response", "categories": SHUT}
     prompt = PROMPTS["b"]
@@ -272,8 +430,9 @@ def test_a_recheck_decides_anew_over_the_tokens_since(tiny_llama, pooling):
         assert told["checks"] == 1 + (len(tokens) - len(prompt)) // 4
         n = len(prompt) - 1
         last = n + 4 * (told["checks"] - 1)
-    span = (last, last + 1) if pooling == "last" else (last - 3, last + 1)
-    state = mean_state(tiny_llama, tokens[: last + 1], router.layer, span)
+    alone, since = (last, last + 1), (last - 3, last + 1)
+    spans = [alone if pooling == "last" else since, alone, since]
+    state = state_of(tiny_llama, tokens[: last + 1], router, spans=spans)
     expected = dict(zip("ab", router.probe_scores(state), strict=True))
     assert told["scores"] == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
@@ -288,7 +447,7 @@ def test_a_recheck_switches_steering_on_and_off(tiny_llama, pack):
         scores = first[2]["scores"]["a"], shut[2]["scores"]["a"]
         tokens = llm._input_ids.tolist()
         span = (len(prompt), len(prompt) + 3)
-        second = mean_state(tiny_llama, tokens[: span[1]], pack.router.layer, span)
+        second = mean_state(tiny_llama, tokens[: span[1]], 1, span)
         scores = first[2]["scores"]["a"], float(pack.router.probe_scores(second)[0])
         between = sum(scores) / 2
         policy = {**base, "categories": {"a": {"threshold": between}}}
@@ -304,8 +463,9 @@ def test_a_recheck_switches_steering_on_and_off(tiny_llama, pack):
 # ---- spans ---------------------------------------------------------------------------------------
 
 
-def test_in_a_chat_the_router_looks_at_what_the_user_said_last(tiny_llama):
-    router = router_for(tiny_llama, PROMPTS, pooling="user")
+def test_in_a_chat_the_router_looks_at_what_the_user_said_last_and_what_follows_it(tiny_llama):
+    reads = [Read(1, "user"), Read(2, "suffix"), Read(1, "suffix"), Read(0, "prompt")]
+    router = router_for(tiny_llama, PROMPTS, reads=reads)
     pack = SteeringPack({"a": vector(1), "b": vector(2)}, router=router)
     messages = [
         {"role": "user", "content": "another question"},
@@ -313,10 +473,9 @@ def test_in_a_chat_the_router_looks_at_what_the_user_said_last(tiny_llama):
         {"role": "user", "content": "the stone in the water"},
     ]
     with closing(SteeredLlama(tiny_llama, pack=pack, **ARGUMENTS)) as llm:
-        told = llm.create_chat_completion(
-            messages, steering="auto", policy={"gate": "probe"}, **GREEDY
-        )
+        told = llm.create_chat_completion(messages, steering="auto", **GREEDY)
         tokens = llm._input_ids.tolist()
+        n_prompt = told["usage"]["prompt_tokens"]
         pieces = [llm.detokenize([t], special=True) for t in tokens]
     text = b""
     start = stop = None
@@ -326,9 +485,23 @@ def test_in_a_chat_the_router_looks_at_what_the_user_said_last(tiny_llama):
         text += piece
         if stop is None and text.endswith(b"the stone in the water"):
             stop = index + 1
-    state = mean_state(tiny_llama, tokens[:stop], router.layer, (start, stop))
-    expected = dict(zip("ab", router.probe_scores(state), strict=True))
+    assert stop < n_prompt - 1
+    state = state_of(tiny_llama, tokens[:n_prompt], router, user=(start, stop))
+    expected = dict(zip("ab", router.margin_scores(state), strict=True))
+    assert told["steering"]["gate"] == "margin"
     assert told["steering"]["scores"] == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_without_a_chat_the_suffix_is_the_last_token(tiny_llama):
+    router = router_for(tiny_llama, PROMPTS, reads=[Read(2, "suffix"), Read(1, "user")])
+    pack = SteeringPack({"a": vector(1), "b": vector(2)}, router=router)
+    prompt = PROMPTS["b"]
+    with closing(SteeredLlama(tiny_llama, pack=pack, **ARGUMENTS)) as llm:
+        told = complete(llm, prompt, "auto")[2]
+    n = len(prompt)
+    state = state_of(tiny_llama, prompt, router, spans=[(n - 1, n), (0, n)])
+    expected = dict(zip("ab", router.margin_scores(state), strict=True))
+    assert told["scores"] == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -452,6 +625,41 @@ def test_a_gate_that_comes_into_force_later_sees_the_prompt_that_is_there(llm):
             llm.eval(response)
         assert llm.last_steering.fired == [name] * bool(name)
         np.testing.assert_allclose(llm.scores[llm.n_tokens - 1], expected, atol=5e-5)
+
+
+def test_what_is_evaluated_behind_the_prompt_is_steered_at_layers_before_the_gate(tiny_llama):
+    """Also where prompt and response are given at once, and there are checks in the response."""
+    response = [266, 267, 270, 271, 272]
+    router = router_for(
+        tiny_llama, {"a": PROMPTS["a"], "": PROMPTS[""]}, reads=[Read(0, "prompt"), Read(2, "last")]
+    )
+    opens = {"a": {"threshold": -1e9}}
+    for recheck in (None, 2):
+        policy = {"gate": "probe", "scope": "response", "recheck": recheck, "categories": opens}
+        pack = SteeringPack({"a": vector(1, layers=[0])}, router=router, policy=Policy(**policy))
+        with closing(SteeredLlama(tiny_llama, pack=pack, **ARGUMENTS)) as llm:
+            expected = evaluated(llm, {"a": 1.0}, PROMPTS["a"], response)
+            llm.reset()
+            llm.eval(PROMPTS["a"])
+            with llm.steering("auto"):
+                llm.eval(response)
+                assert llm.last_steering.checks == (1 if recheck is None else 3)
+                found = llm.scores[llm.n_tokens - 1].copy()
+                scores = llm.last_steering.scores
+        np.testing.assert_allclose(found, expected, atol=5e-5)
+    # The last check saw what came since the one before, as steered as it was computed last.
+    n = len(PROMPTS["a"])
+    found = []
+    with closing(SteeredLlama(tiny_llama, pack=pack, **ARGUMENTS)) as llm:
+        for layer, span in ((0, (n + 2, n + 4)), (2, (n + 3, n + 4))):
+            with llm.steering({"a": 1.0}, policy={"scope": f"range {n - 1} 100"}):
+                tokens = [*PROMPTS["a"], *response]
+                rows = llm.capture(tokens, layers=[layer], pool="mean", span=span)
+                found.append(rows["residual"][layer].astype(np.float64))
+    vector_itself = pack["a"].direction(0)  # the gate looks at its layer before that is steered
+    found[0] = found[0] - vector_itself
+    expected = router.probe_scores(np.concatenate(found))
+    assert scores["a"] == pytest.approx(float(expected[0]), rel=1e-4)
 
 
 @pytest.mark.parametrize("other", ["a", ""])

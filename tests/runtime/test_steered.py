@@ -417,7 +417,7 @@ def test_pickling_keeps_the_pack(llm):
 
 @pytest.mark.parametrize("steering", [None, {"a": 1.0}])
 def test_a_window_that_dropped_its_first_tokens_is_not_gone_on_from(tiny_model, steering):
-    """With swa_full=False llama.cpp cannot cut a sequence back to where a prompt begins to differ."""
+    """With swa_full=False llama.cpp cannot cut a sequence back to where prompts begin to differ."""
     path = tiny_model("gemma3", n_layer=6)  # the sixth sees all tokens
     arguments = {**ARGUMENTS, "n_ctx": 1024, "swa_full": False, "n_ubatch": 8}
     long = [*range(270, 320)] * 8
