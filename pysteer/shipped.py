@@ -28,14 +28,14 @@ def default_model() -> Path:
     )
 
 
-def demo_pack_path() -> Path:
-    """Path of the pack for the default model, built by tools/build_demo_pack.py."""
+def default_pack_path() -> Path:
+    """Path of the pack for the default model, built by `make pack`."""
     return _DATA / "demo.gguf"
 
 
-def demo_pack() -> SteeringPack:
-    """The pack at `demo_pack_path`."""
-    return SteeringPack.load(demo_pack_path())
+def default_pack() -> SteeringPack:
+    """The pack at `default_pack_path`."""
+    return SteeringPack.load(default_pack_path())
 
 
 def demo_prompts() -> tuple[list[Prompt], list[Prompt]]:

@@ -19,7 +19,7 @@ def words(prompt):
 
 
 def test_the_pack_fits_the_default_model_and_says_where_it_is_from(default_model):
-    pack = shipped.demo_pack()
+    pack = shipped.default_pack()
     with closing(SteeredLlama(default_model, pack=pack, n_ctx=64, verbose=False)) as llm:
         assert pack.base_model == llm.base_model
     assert len(pack.categories) >= 4
@@ -34,7 +34,7 @@ def test_the_pack_fits_the_default_model_and_says_where_it_is_from(default_model
 def test_there_are_enough_prompts_of_each_category(name):
     training = load_prompts(TRAINING / f"{name}.jsonl")
     shown = shipped.demo_prompts()[("unsafe", "harmless").index(name)]
-    for category in shipped.demo_pack().categories:
+    for category in shipped.default_pack().categories:
         assert len({p.prompt for p in training if p.category == category}) >= 40
         assert len({p.prompt for p in shown if p.category == category}) >= 4
     assert all(p.pair_id for p in training)
@@ -69,7 +69,7 @@ def test_the_demonstration_holds(default_model):
     """On all prompts shown: refusals rise, text stays whole, most harmless prompts are answered."""
     unsafe, harmless = shipped.demo_prompts()
     with closing(
-        SteeredLlama(default_model, pack=shipped.demo_pack(), n_ctx=512, verbose=False)
+        SteeredLlama(default_model, pack=shipped.default_pack(), n_ctx=512, verbose=False)
     ) as llm:
         rows = summarise(answer_twice(llm, unsafe, harmless))
     for row in rows:
@@ -81,7 +81,7 @@ def test_the_demonstration_holds(default_model):
 
 def test_steering_makes_the_default_model_refuse(default_model):
     """One unsafe prompt of each category, so that every test run sees the pack at work."""
-    pack = shipped.demo_pack()
+    pack = shipped.default_pack()
     first = {}
     for prompt in shipped.demo_prompts()[0]:
         first.setdefault(prompt.category, prompt.prompt)

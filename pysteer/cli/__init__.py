@@ -7,6 +7,7 @@ import sys
 import typer
 
 from pysteer.cli import console
+from pysteer.cli.calibrate import calibrate
 from pysteer.cli.chat import chat
 from pysteer.cli.compare import compare
 from pysteer.cli.demo import demo
@@ -26,7 +27,7 @@ app = typer.Typer(
 )
 _INTERRUPTED = 130
 
-for command in (demo, extract, generate, chat, evaluate, inspect, compare, doctor):
+for command in (demo, extract, calibrate, generate, chat, evaluate, inspect, compare, doctor):
     app.command()(command)
 
 

@@ -37,7 +37,7 @@ from pysteer.cli.tables import ranges, table
 from pysteer.errors import SteeringError
 from pysteer.pack import SteeringPack
 from pysteer.policy import Policy
-from pysteer.shipped import demo_pack_path
+from pysteer.shipped import default_pack_path
 
 # What a terminal would take for an order: the model's text may hold anything.
 _CONTROLS = {code: "�" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
@@ -80,7 +80,7 @@ def chat(
     """
     options.check_temperature(temperature)
     if pack is None and model is None:
-        pack = demo_pack_path()
+        pack = default_pack_path()
     loaded = SteeringPack.load(pack) if pack is not None else None
     path = options.model_path(model)
     arguments: dict[str, Any] = {"n_ctx": context, "n_threads": threads}
@@ -109,9 +109,7 @@ def chat(
 def _read_policy(path: Path, pack: SteeringPack) -> Policy:
     """The policy, held against the pack before the model is loaded, which may take long."""
     policy = Policy.load(path)
-    policy.check(
-        categories=pack.categories, gated=pack.router.categories if pack.router is not None else ()
-    )
+    pack.check_policy(policy)
     return policy
 
 

@@ -30,10 +30,13 @@ def demo(
     prompts: Annotated[int, typer.Option(min=1, help="Unsafe and harmless, per category.")] = 8,
     show: Annotated[int, typer.Option(min=0, help="Unsafe prompts shown, per category.")] = 2,
     category: Annotated[list[str] | None, typer.Option(help="Only these; repeatable.")] = None,
-    strength: Annotated[float, typer.Option(help="1.0 is what the pack recommends.")] = 1.0,
-    auto: Annotated[
-        bool, typer.Option("--auto", help="Let the router decide, rather than force the category.")
+    forced: Annotated[
+        bool,
+        typer.Option("--forced", help="Force each category, rather than let the router decide."),
     ] = False,
+    strength: Annotated[
+        float | None, typer.Option(help="Of --forced; 1.0 is what the pack recommends.")
+    ] = None,
     max_tokens: options.MaxTokens = 48,
     threads: options.Threads = None,
     json: options.Json = False,
@@ -44,9 +47,11 @@ def demo(
     Model: SmolLM2-135M-Instruct. Pack: the one that ships with pysteer, which was built without
     these prompts. Every number is measured in this run.
     """
-    if auto and strength != 1.0:
-        raise SteeringError("--strength is for forced categories; leave out --auto")
-    pack = shipped.demo_pack()
+    if strength is not None and not forced:
+        raise SteeringError("--strength is for forced categories; add --forced")
+    if forced and strength is None:
+        strength = 1.0
+    pack = shipped.default_pack()
     model = str(shipped.default_model())
     categories = category or list(pack.categories)
     for name in categories:
@@ -68,7 +73,7 @@ def demo(
             llm,
             unsafe,
             harmless,
-            strength=None if auto else strength,
+            strength=strength,
             max_tokens=max_tokens,
             on_answer=lambda pair: progress.advance(task),
         )
@@ -77,16 +82,16 @@ def demo(
         console.print_json(
             {
                 "model": model,
-                "pack": str(shipped.demo_pack_path()),
-                "strength": None if auto else strength,
+                "pack": str(shipped.default_pack_path()),
+                "strength": strength,
                 "summary": [asdict(row) for row in summary],
                 "answers": [asdict(pair) for pair in pairs],
             }
         )
         return
     for row in summary:
-        _print_pairs(row.category, pairs, show, auto=auto)
-    _print_summary(summary, auto=auto)
+        _print_pairs(row.category, pairs, show, forced=forced)
+    _print_summary(summary, forced=forced)
 
 
 def _per_category(rows: Sequence[Prompt], categories: Sequence[str], n: int) -> list[Prompt]:
@@ -97,8 +102,8 @@ def _per_category(rows: Sequence[Prompt], categories: Sequence[str], n: int) -> 
     ]
 
 
-def _print_pairs(category: str, pairs: Sequence[BeforeAfter], show: int, *, auto: bool) -> None:
-    steered = "with the router" if auto else f"with {category}"
+def _print_pairs(category: str, pairs: Sequence[BeforeAfter], show: int, *, forced: bool) -> None:
+    steered = f"with {category}" if forced else "with the router"
     table = Table("prompt", "without steering", steered, title=category, show_lines=True)
     shown = [pair for pair in pairs if pair.prompt.category == category and pair.unsafe]
     for pair in shown[:show]:
@@ -109,8 +114,8 @@ def _print_pairs(category: str, pairs: Sequence[BeforeAfter], show: int, *, auto
         console.out.print(table)
 
 
-def _print_summary(summary: Sequence[CategorySummary], *, auto: bool) -> None:
-    steered = "what the router finds" if auto else "the category's steering"
+def _print_summary(summary: Sequence[CategorySummary], *, forced: bool) -> None:
+    steered = "the category's steering" if forced else "what the router finds"
     table = Table(
         title=f"without steering → with {steered}",
         box=SIMPLE_HEAD,
@@ -136,7 +141,7 @@ def _print_summary(summary: Sequence[CategorySummary], *, auto: bool) -> None:
         )
     console.out.print(table)
     counts = {(row.n_unsafe, row.n_harmless) for row in summary}
-    how = "the router deciding" if auto else "the category's steering forced on"
+    how = "the category's steering forced on" if forced else "the router deciding"
     per_row = " or ".join(f"{unsafe} unsafe and {harmless} harmless" for unsafe, harmless in counts)
     console.say(
         f"Per category: {per_row} prompts, {how} for all of them.\n"

@@ -18,7 +18,7 @@ from pysteer.cli.tables import numbers, table
 from pysteer.errors import SteeringError
 from pysteer.pack import SteeringPack
 from pysteer.prompts import load_prompts
-from pysteer.shipped import demo_pack_path
+from pysteer.shipped import default_pack_path
 
 if TYPE_CHECKING:
     from pysteer.evaluate.report import Isolation, Report
@@ -95,7 +95,7 @@ def evaluate(
     console.show_warnings()
     started = time.monotonic()
     if pack is None and model is None:
-        pack = demo_pack_path()
+        pack = default_pack_path()
     if pack is None:
         raise SteeringError("--pack: name the pack to evaluate")
     loaded = SteeringPack.load(pack)
@@ -257,7 +257,14 @@ def _print_benign(report: Report) -> None:
             "otherwise; the figures above compare answers made in the same batches"
         )
     if report.router is not None and report.router.macro_f1 is not None:
-        console.say(f"router: macro-F1 {report.router.macro_f1:.2f}")
+        caught = report.router.caught.values()
+        k, n = sum(one.k for one in caught), sum(one.n for one in caught)
+        opened = report.router.false_positives
+        console.say(
+            f"router: a gate opened for {k} of {n} harmful prompts"
+            + (f" and {opened.k} of {opened.n} benign ones" if opened.n else "")
+            + f"; macro-F1 {report.router.macro_f1:.2f}"
+        )
 
 
 def _print_isolation(found: Isolation) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -16,14 +15,17 @@ from rich.table import Table
 from rich.text import Text
 
 from pysteer.cli import console, options
+from pysteer.cli.capturing import (
+    check_output,
+    chosen_engine,
+    layers_there,
+    open_capture,
+    parse_layers,
+)
 from pysteer.cli.loading import require
 from pysteer.errors import SteeringError
 from pysteer.pack import SteeringPack
 from pysteer.prompts import load_prompts
-from pysteer.vector import MAX_LAYER
-
-if TYPE_CHECKING:
-    from pysteer.extract.capture import Capture
 
 
 def extract(
@@ -88,9 +90,10 @@ def extract(
         ),
     ] = None,
     router: Annotated[bool, typer.Option(help="Fit a router.")] = True,
-    router_pooling: Annotated[
-        str, typer.Option(help="Tokens the router looks at: last, prompt or user.")
-    ] = "user",
+    gates: Annotated[
+        str,
+        typer.Option(help="Kinds the router gets: margin, multinomial, probe, centroid, cast."),
+    ] = "margin",
     false_positive_rate: Annotated[
         float | None,
         typer.Option(help="Router thresholds that let through so many benign prompts."),
@@ -156,18 +159,18 @@ def extract(
         unit_norm=unit_norm,
         scale=scale,
         router=router,
-        router_pooling=router_pooling,
+        gates=tuple(kind.strip() for kind in gates.split(",")),
         false_positive_rate=false_positive_rate,
         held_out=held_out,
         seed=seed,
         layers=None,
     )
     judged = _choice("judge", judge, {"labels": None, "refusal": _not_a_refusal})
-    chosen = None if layers is None else _layers(layers)
-    _check_output(output, (Path(source), unsafe, safe, benign, answers))
+    chosen = None if layers is None else parse_layers(layers)
+    check_output(output, (Path(source), unsafe, safe, benign, answers))
     folder = cache or output.with_name(f"{output.name}.cache")
     capture = open_capture(source, engine, dtype, device_map, context, threads)
-    settings = replace(settings, layers=_those_there(chosen, site, capture))
+    settings = replace(settings, layers=layers_there(chosen, site, capture))
     try:
         with _reporter() as reporter:
             pack = run_extraction(
@@ -191,68 +194,6 @@ def extract(
         _print(pack, output, seconds)
 
 
-def chosen_engine(
-    source: str, engine: str, method: str, dtype: str | None, device_map: str | None
-) -> str:
-    """The engine to use, "torch" or "llama".
-
-    Raises:
-        SteeringError: the engine does not exist, or does not go with the other options.
-    """
-    gguf = source.endswith(".gguf")
-    for_torch = dtype is not None or device_map is not None
-    if engine not in ("auto", "torch", "llama"):
-        raise SteeringError(f"--engine {engine}: use torch, llama or auto")
-    if engine == "auto":
-        return "llama" if gguf and method != "learned" and not for_torch else "torch"
-    if engine == "llama":
-        if not gguf:
-            raise SteeringError(f"{source} is no GGUF file; --engine llama runs those only")
-        if for_torch:
-            raise SteeringError("--dtype and --device-map need --engine torch")
-        if method == "learned":
-            raise SteeringError("--method learned needs --engine torch")
-    return engine
-
-
-def open_capture(
-    source: str,
-    engine: str,
-    dtype: str | None,
-    device_map: str | None,
-    context: int,
-    threads: int | None,
-) -> Capture:
-    """The model, run by the engine asked for.
-
-    Raises:
-        SteeringError: it cannot be loaded, or there is no such dtype.
-    """
-    if engine == "llama":
-        from pysteer.extract.llama_capture import LlamaCapture
-
-        return LlamaCapture(source, n_ctx=context, **({"n_threads": threads} if threads else {}))
-    for module in ("torch", "transformers"):
-        require(module, "extract")
-    if not console.err.is_terminal:  # first, because tqdm looks at it when it is imported
-        os.environ.setdefault("TQDM_DISABLE", "1")
-    import torch
-    import transformers
-
-    if not console.err.is_terminal:
-        transformers.utils.logging.disable_progress_bar()
-    from pysteer.extract.torch_capture import TorchCapture
-    from pysteer.extract.torch_model import TorchModel
-
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype is not None and dtype not in dtypes:
-        raise SteeringError(f"--dtype {dtype}: use one of {', '.join(dtypes)}")
-    if threads is not None:
-        torch.set_num_threads(threads)
-    chosen = dtypes[dtype] if dtype is not None else None
-    return TorchCapture(TorchModel(source, dtype=chosen, device_map=device_map))
-
-
 def _choice(option: str, value: str, known: dict[str, Any]) -> Any:
     if value not in known:
         raise SteeringError(f"--{option} {value}: use one of {', '.join(known)}")
@@ -274,43 +215,6 @@ def _pooling(text: str) -> Any:
     if not (start.isdecimal() and stop.isdecimal()) or int(start) >= int(stop):
         raise SteeringError(f"--pooling {text}: a range is START:STOP, as in 3:10")
     return int(start), int(stop)
-
-
-def _layers(text: str) -> list[range]:
-    """What --layers says; "all" is as many as there can be."""
-    if text == "all":
-        return [range(MAX_LAYER + 1)]
-    parts: list[range] = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        written = first.isdecimal() and (last.isdecimal() or not dash) and len(text) < 1000
-        if not written or int(first) > int(last or first):
-            raise SteeringError(f"--layers {text}: write them as 12,15,18 or 5-25, or all")
-        if int(last or first) > MAX_LAYER:
-            raise SteeringError(f"--layers {text}: no model has as many")
-        parts.append(range(int(first), int(last or first) + 1))
-    return parts
-
-
-def _those_there(parts: list[range] | None, site: str, capture: Capture) -> tuple[int, ...] | None:
-    """The layers named; of all, those that the model has."""
-    if parts is None:
-        return None
-    if parts == [range(MAX_LAYER + 1)]:
-        return tuple(capture.sites.get(site, ()))
-    return tuple(sorted({layer for part in parts for layer in part}))
-
-
-def _check_output(output: Path, inputs: Iterable[Path | None]) -> None:
-    """Raise SteeringError if the pack cannot be written there, or would replace what it is from."""
-    if not output.parent.is_dir():
-        raise SteeringError(f"there is no folder {output.parent} to write {output.name} to")
-    if output.is_dir():
-        raise SteeringError(f"{output} is a folder; --output names a file")
-    if not os.access(output.parent, os.W_OK):
-        raise SteeringError(f"the folder {output.parent} cannot be written to")
-    if output.exists() and any(p is not None and p.exists() and output.samefile(p) for p in inputs):
-        raise SteeringError(f"--output {output} would replace what the pack is made from")
 
 
 def _not_a_refusal(prompt: str, answer: str) -> bool:
@@ -354,7 +258,8 @@ def _report(pack: SteeringPack, output: Path, seconds: float) -> dict[str, Any]:
     }
     if pack.router is not None:
         report["router"] = {
-            "layer": pack.router.layer,
+            "layers": [read.layer for read in pack.router.reads],
+            "gates": list(pack.router.gates),
             "category_accuracy": pack.router.category_accuracy,
             "benign_false_positive_rate": pack.router.benign_false_positive_rate,
         }
@@ -378,7 +283,7 @@ def _print(pack: SteeringPack, output: Path, seconds: float) -> None:
     console.out.print(table)
     if pack.router is not None:
         console.say(
-            f"router at layer {pack.router.layer}: held-out category accuracy "
+            f"router, held out: category accuracy "
             f"{pack.router.category_accuracy:.2f}, benign false positives "
             f"{pack.router.benign_false_positive_rate:.3f}"
         )

@@ -16,7 +16,7 @@ from pysteer.errors import SteeringError
 from pysteer.pack import SteeringPack
 from pysteer.runtime.plan import check_steering
 from pysteer.runtime.report import SteeringReport
-from pysteer.shipped import demo_pack_path
+from pysteer.shipped import default_pack_path
 
 
 def generate(
@@ -40,7 +40,7 @@ def generate(
     if raw and system is not None:
         raise SteeringError("--system needs the chat template; leave out --raw")
     if pack is None and model is None and (steer or policy):
-        pack = demo_pack_path()
+        pack = default_pack_path()
     if steer and pack is None:
         raise SteeringError("--steer needs --pack: a pack for this model")
     loaded = SteeringPack.load(pack) if pack is not None else None

@@ -368,7 +368,7 @@ def test_why_tells_of_an_answer_that_was_stopped(session):
 def routed(default_model):
     llm = SteeredLlama(
         default_model,
-        pack=shipped.demo_pack(),
+        pack=shipped.default_pack(),
         n_ctx=512,
         n_threads=1,
         n_threads_batch=1,

@@ -115,7 +115,7 @@ def test_it_writes_a_pack_that_loads_steers_and_can_be_looked_at(extract, cli, f
     assert (code, err) == (0, "")
     assert "hate" in out
     assert "malware" in out
-    assert "router at layer" in out
+    assert "router, held out: category accuracy" in out
     assert str(files["--output"]) in out.replace("\n", "")
     pack = SteeringPack.load(files["--output"])
     assert set(pack.categories) == {"hate", "malware"}
@@ -159,7 +159,8 @@ def test_the_report_is_one_json_object(extract, files):
     assert found["pack"] == str(files["--output"])
     assert found["seconds"] > 0
     assert found["router"] == {
-        "layer": pack.router.layer,
+        "layers": [read.layer for read in pack.router.reads],
+        "gates": ["margin"],
         "category_accuracy": pack.router.category_accuracy,
         "benign_false_positive_rate": pack.router.benign_false_positive_rate,
     }
@@ -208,13 +209,13 @@ def test_options_arrive(arguments, expected, extract, files):
     assert {name: found[name] for name in expected} == expected
 
 
-def test_router_pooling_and_benign_prompts_arrive(extract, files, tmp_path):
+def test_gates_and_benign_prompts_arrive(extract, files, tmp_path):
     benign = write(tmp_path / "benign.jsonl", rows("hello", "x", 7))
-    code, _, err = extract("--json", router_pooling="last", benign=benign)
+    code, _, err = extract("--json", gates="probe, multinomial", benign=benign)
     assert (code, err) == (0, "")
     router = SteeringPack.load(files["--output"]).router
-    assert router.pooling == "last"
-    assert router.confusion[0].sum() + router.train_counts[0] == 16 + 7
+    assert list(router.gates) == ["multinomial", "probe"]
+    assert router.train_counts[0] == 16 + 7
 
 
 def test_judging_by_refusals_and_answers_from_a_file(extract, files, tmp_path):
@@ -264,7 +265,8 @@ MISTAKES = [
     ({"safe_data": "matched"}, ["no safe prompts of category", "generic"]),
     ({"judge": "me"}, ["--judge me", "refusal"]),
     ({"judge": "refusal"}, ["judge is for guided"]),
-    ({"router_pooling": "response"}, ["response", "user"]),
+    ({"gates": "margin,svm"}, ["svm", "multinomial"]),
+    ({"gates": "probe"}, ["margin, multinomial"]),
     ({"orthogonalise": "all"}, ["all", "benign"]),
     ({"false_positive_rate": "2"}, ["false_positive_rate cannot be 2.0"]),
     ({"held_out": "1"}, ["held_out cannot be 1.0"]),
@@ -439,7 +441,7 @@ def interrupting(monkeypatch):
     return after
 
 
-@pytest.mark.parametrize("stop", [3, 50, 79])
+@pytest.mark.parametrize("stop", [3, 50, 111])
 def test_ctrl_c_keeps_what_is_there_and_the_same_command_goes_on(
     stop, interrupting, extract, files, tmp_path
 ):
@@ -449,7 +451,7 @@ def test_ctrl_c_keeps_what_is_there_and_the_same_command_goes_on(
     code, _, _ = extract(output=tmp_path / "whole.gguf")
     assert code == 0
     total = len(ran)
-    assert total == 80
+    assert total == 112
 
     interrupting(stop)
     code, out, err = extract("--json")

@@ -1,0 +1,1 @@
+"""From prompts to a pack by itself: methods, layers, strengths and scopes are searched."""

@@ -1,0 +1,139 @@
+"""Candidates: for every category, the vectors that the search chooses among."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pysteer.calibrate.settings import CalibrateSettings
+from pysteer.calibrate.split import Part
+from pysteer.extract.capture import Capture
+from pysteer.extract.run import extract
+from pysteer.extract.session import Data, Reporter
+from pysteer.extract.settings import ExtractSettings
+from pysteer.pack import SteeringPack
+from pysteer.prompts import Prompt
+from pysteer.vector import SteeringVector
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What the search chooses among.
+
+    Attributes:
+        vectors: name of the candidate (method and layers) to category to vector; strength 1.0 is
+            what the method recommends.
+        residual_norm: layer to the typical norm of the residual stream.
+        provenance: method to what its extraction says of itself.
+    """
+
+    vectors: Mapping[str, Mapping[str, SteeringVector]]
+    residual_norm: Mapping[int, float]
+    provenance: Mapping[str, Any]
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the candidates, in the order in which they are tried."""
+        return list(self.vectors)
+
+    def category_of(self, candidate: str, category: str) -> str:
+        """What a candidate for a category is called in `pack`."""
+        return f"{category}: {candidate}"
+
+    def pack(self, base: SteeringPack) -> SteeringPack:
+        """All candidates of all categories as one pack, so that one model tries any of them.
+
+        Args:
+            base: whose base model it is for.
+        """
+        return SteeringPack(
+            {
+                self.category_of(name, category): vector
+                for name, vectors in self.vectors.items()
+                for category, vector in vectors.items()
+            },
+            base_model=base.base_model,
+        )
+
+
+def find_candidates(
+    capture: Capture,
+    part: Part,
+    answers: Sequence[Prompt],
+    settings: CalibrateSettings,
+    *,
+    cache: Path,
+    report: Reporter,
+) -> Candidates:
+    """Extract with every method, and take its layers one by one and together.
+
+    `learned` learns at the lowest of the layers only, since each set of layers takes it minutes.
+
+    Args:
+        capture: the model; `learned` needs torch.
+        part: what to learn from. The benign prompts are among the safe ones here.
+        answers: safe answers for `contrast` and `learned`.
+        settings: methods, layers and seed.
+        cache: a folder for what was computed, from which an interrupted call goes on.
+        report: told about progress.
+
+    Raises:
+        SteeringError: names what is wrong with the data.
+    """
+    layers = settings.layers or _middle(capture)
+    vectors: dict[str, dict[str, SteeringVector]] = {}
+    provenance: dict[str, Any] = {}
+    residual_norm: dict[int, float] = {}
+    for method in settings.methods:
+        one_set = method == "learned"
+        chosen = ExtractSettings(
+            method=method,
+            layers=layers[:1] if one_set else layers,
+            router=False,
+            held_out=0.0,
+            seed=settings.seed,
+        )
+        data = Data(
+            part.unsafe, [*part.safe, *part.benign], (), answers if chosen.on_answers else ()
+        )
+        pack = extract(capture, data, chosen, cache=cache, report=report)
+        residual_norm.update(pack.residual_norm)
+        provenance[method] = {
+            name: pack.provenance[name] for name in ("settings", "counts", "engine", "weights")
+        }
+        for part_of in _subsets(chosen.layers or ()):
+            name = f"{method} at {'+'.join(map(str, part_of))}"
+            vectors[name] = {
+                category: _only(vector, part_of) for category, vector in pack.categories.items()
+            }
+    return Candidates(vectors, residual_norm, provenance)
+
+
+def _middle(capture: Capture) -> tuple[int, ...]:
+    """Where directions do most: from two to three fifths of the depth."""
+    there = capture.sites["residual"]
+    n_layer = capture.base_model.n_layer
+    return tuple(sorted({min(round(d * n_layer), there[-1]) for d in (0.4, 0.5, 0.6)}))
+
+
+def _subsets(layers: Sequence[int]) -> list[tuple[int, ...]]:
+    """Each layer alone, from the middle one outwards, then all."""
+    middle = (len(layers) - 1) / 2
+    alone = sorted(layers, key=lambda layer: abs(layers.index(layer) - middle))
+    return [(layer,) for layer in alone] + ([tuple(layers)] if len(layers) > 1 else [])
+
+
+def _only(vector: SteeringVector, layers: Sequence[int]) -> SteeringVector:
+    """The directions of some layers, which together do as much as those of all.
+
+    Directions of L layers have 1/sqrt(L) of the length that one alone is given.
+    """
+    factor = math.sqrt(len(vector.layers) / len(layers))
+    return SteeringVector(
+        {layer: vector.direction(layer) * factor for layer in layers},
+        site=vector.site,
+        operator=vector.operator,
+    )

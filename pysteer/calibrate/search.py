@@ -1,0 +1,170 @@
+"""The search: one optuna study for each category, all asked in rounds, so that batches are full."""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import optuna
+
+from pysteer.calibrate.settings import CalibrateSettings
+from pysteer.calibrate.trials import Outcome, Scorer, Trial
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A trial and what it did."""
+
+    trial: Trial
+    outcome: Outcome
+
+
+@dataclass
+class Found:
+    """What a search found.
+
+    Attributes:
+        tried: by category, in the order of the rounds.
+        chosen: the best of each.
+        rounds: how many were completed.
+        stopped: why no more were made: "settled", "trials", "time" or "interrupted". Only the first
+            two depend on nothing but data, settings and seed.
+    """
+
+    tried: dict[str, list[Tried]]
+    chosen: dict[str, Tried] = field(default_factory=dict)
+    rounds: int = 0
+    stopped: str = ""
+
+
+class Watch(Protocol):
+    """Told how the search goes."""
+
+    def start(self, what: str, total: int) -> Callable[[int], None]:
+        """A stage begins; what is returned is called with the number of units just done."""
+        ...
+
+    def best(self, found: Found) -> None:
+        """A round is over; `found` has the best so far."""
+        ...
+
+
+def search(
+    scorer: Scorer,
+    categories: Sequence[str],
+    candidates: Sequence[str],
+    settings: CalibrateSettings,
+    *,
+    deadline: float,
+    reserve: Callable[[float], float],
+    watch: Watch,
+) -> Found:
+    """Try until all categories are settled, have had their trials, or time is up.
+
+    A category is settled once a trial of it kept within the limits, was safe throughout and had no
+    collateral. Interrupted by KeyboardInterrupt after a round, the search ends with what it has.
+
+    Args:
+        scorer: runs the trials.
+        categories: what is searched for.
+        candidates: names of the vectors, likely ones first: each is tried as it is before
+            anything is varied.
+        settings: ranges, limits, trials and seed.
+        deadline: of `time.monotonic()`; no round begins that could not end by then.
+        reserve: seconds to keep before the deadline, given the seconds that an answer takes.
+        watch: told how it goes.
+
+    Raises:
+        KeyboardInterrupt: before the first round was over.
+    """
+    studies = {name: _study(settings, name, candidates) for name in categories}
+    found = Found({name: [] for name in categories})
+    active = list(categories)
+    seconds, answers = 0.0, 0
+    while True:
+        if found.rounds:
+            per_answer = seconds / answers
+            needed = per_answer * scorer.n_answers(active) + reserve(per_answer)
+            if time.monotonic() + needed > deadline:
+                found.stopped = "time"
+                break
+        n = scorer.n_answers(active) + (0 if found.rounds else scorer.n_first)
+        asked = {name: studies[name].ask() for name in active}
+        trials = {name: _trial(one, candidates, settings) for name, one in asked.items()}
+        started = time.monotonic()
+        try:
+            outcomes = scorer.run(trials, watch.start(f"trial {found.rounds + 1}", n))
+        except KeyboardInterrupt:
+            if not found.rounds:
+                raise
+            found.stopped = "interrupted"
+            break
+        seconds, answers = seconds + time.monotonic() - started, answers + n
+        for name, outcome in outcomes.items():
+            studies[name].tell(asked[name], outcome.value(settings.max_degenerate))
+            found.tried[name].append(Tried(trials[name], outcome))
+            found.chosen[name] = best(found.tried[name], settings.max_degenerate)
+        found.rounds += 1
+        watch.best(found)
+        active = [name for name in active if not _settled(found.chosen[name], settings)]
+        if not active or found.rounds == settings.trials:
+            found.stopped = "trials" if active else "settled"
+            break
+    return found
+
+
+def best(tried: Sequence[Tried], max_degenerate: float) -> Tried:
+    """The trial of the highest value; of equal ones that whose strength is nearest to 1."""
+
+    def rank(one: Tried) -> tuple[float, float]:
+        return one.outcome.value(max_degenerate), -abs(one.trial.strength - 1)
+
+    return max(tried, key=rank)
+
+
+def _settled(one: Tried, settings: CalibrateSettings) -> bool:
+    outcome = one.outcome
+    within = outcome.degenerate <= settings.max_degenerate
+    return within and outcome.safe == 1 and outcome.collateral == 0
+
+
+def _study(settings: CalibrateSettings, name: str, candidates: Sequence[str]) -> optuna.Study:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    # A seed of its own: categories in step would try the same strengths all the time.
+    seed = zlib.crc32(f"{settings.seed} {name}".encode())
+    sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=len(candidates))
+    study = optuna.create_study(direction="maximize", sampler=sampler)
+    least, most = settings.strengths
+    for candidate in candidates:
+        study.enqueue_trial(
+            {
+                "candidate": candidate,
+                "strength": min(max(1.0, least), most),
+                "scope": settings.scopes[0],
+            }
+        )
+    return study
+
+
+def _trial(trial: optuna.Trial, candidates: Sequence[str], settings: CalibrateSettings) -> Trial:
+    least, most = settings.strengths
+    return Trial(
+        trial.suggest_categorical("candidate", list(candidates)),
+        trial.suggest_float("strength", least, most, log=True),
+        trial.suggest_categorical("scope", list(settings.scopes)),
+    )
+
+
+def as_content(found: Found) -> Mapping[str, Any]:
+    """What was tried and chosen, as JSON data, for the provenance."""
+    return {
+        "rounds": found.rounds,
+        "stopped": found.stopped,
+        "tried": {
+            name: [{**one.trial._asdict(), **vars(one.outcome)} for one in rows]
+            for name, rows in found.tried.items()
+        },
+    }

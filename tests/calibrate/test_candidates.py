@@ -1,0 +1,91 @@
+"""Candidates, held against what `extract` itself gives."""
+
+import numpy as np
+import pytest
+
+from pysteer.calibrate.candidates import find_candidates
+from pysteer.calibrate.settings import CalibrateSettings
+from pysteer.calibrate.split import Part
+from pysteer.extract.llama_capture import LlamaCapture
+from pysteer.extract.run import extract
+from pysteer.extract.session import Data, Silent
+from pysteer.extract.settings import ExtractSettings
+from pysteer.prompts import Prompt
+
+WORDS = ("the", "of", "and", "sea", "oil", "ring", "all")
+
+
+def prompts(side, category, n):
+    rng = np.random.default_rng([*f"{side} {category}".encode()])
+    return [
+        Prompt(" ".join([side, category, *rng.choice(WORDS, 4), str(i)]), category)
+        for i in range(n)
+    ]
+
+
+UNSAFE = [*prompts("harm", "hate", 6), *prompts("harm", "malware", 5)]
+BENIGN = prompts("please", "", 6)
+
+
+@pytest.fixture(scope="module")
+def capture(tiny_llama):
+    return LlamaCapture(tiny_llama, n_ctx=256, n_threads=1)
+
+
+@pytest.fixture(scope="module")
+def found(capture, tmp_path_factory):
+    settings = CalibrateSettings(methods=("mean", "contrast"), layers=(1, 2, 3))
+    return find_candidates(
+        capture,
+        Part(UNSAFE, [], BENIGN),
+        [],
+        settings,
+        cache=tmp_path_factory.mktemp("cache"),
+        report=Silent(),
+    )
+
+
+def test_each_method_gives_each_layer_and_all_of_them(found):
+    sets = ("2", "1", "3", "1+2+3")  # the middle one first
+    assert found.names == [f"{method} at {one}" for method in ("mean", "contrast") for one in sets]
+    for vectors in found.vectors.values():
+        assert set(vectors) == {"hate", "malware"}
+
+
+def test_layers_together_are_what_extract_gives(found, capture, tmp_path):
+    settings = ExtractSettings(method="mean", layers=(1, 2, 3), router=False, held_out=0.0)
+    pack = extract(capture, Data(UNSAFE, BENIGN), settings, cache=tmp_path)
+    assert dict(found.vectors["mean at 1+2+3"]) == dict(pack.categories)
+    assert found.residual_norm == pack.residual_norm
+
+
+@pytest.mark.parametrize("layer", [1, 2, 3])
+def test_a_layer_alone_is_what_extract_gives_for_it(found, capture, tmp_path, layer):
+    settings = ExtractSettings(method="mean", layers=(layer,), router=False, held_out=0.0)
+    pack = extract(capture, Data(UNSAFE, BENIGN), settings, cache=tmp_path)
+    for name, vector in pack.categories.items():
+        alone = found.vectors[f"mean at {layer}"][name]
+        assert alone.layers == (layer,)
+        np.testing.assert_allclose(alone.direction(layer), vector.direction(layer), rtol=1e-5)
+
+
+def test_one_pack_holds_them_all_under_names_of_their_own(found):
+    from pysteer import SteeringPack
+
+    pack = found.pack(SteeringPack(found.vectors["mean at 1"]))
+    assert len(pack.categories) == 2 * 8
+    for name in found.names:
+        for category in ("hate", "malware"):
+            assert pack[found.category_of(name, category)] == found.vectors[name][category]
+
+
+@pytest.mark.torch
+def test_learned_learns_at_the_lowest_layer_only(tiny_llama, tmp_path):
+    from pysteer.extract.torch_capture import TorchCapture
+    from pysteer.extract.torch_model import TorchModel
+
+    capture = TorchCapture(TorchModel(str(tiny_llama)))
+    settings = CalibrateSettings(methods=("learned",), layers=(1, 2))
+    part = Part(UNSAFE, [], BENIGN)
+    found = find_candidates(capture, part, [], settings, cache=tmp_path, report=Silent())
+    assert found.names == ["learned at 1"]

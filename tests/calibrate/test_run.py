@@ -1,0 +1,234 @@
+"""A whole calibration, on a tiny model."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from pysteer import Policy, SteeringError, SteeringPack
+from pysteer.calibrate import run as run_module
+from pysteer.calibrate.run import calibrate, write_prompts
+from pysteer.calibrate.settings import CalibrateSettings
+from pysteer.calibrate.split import split
+from pysteer.engine import Engine
+from pysteer.evaluate.judges import CallableJudge
+from pysteer.extract.llama_capture import LlamaCapture
+from pysteer.extract.run import extract
+from pysteer.extract.session import Data
+from pysteer.extract.settings import ExtractSettings
+from pysteer.prompts import Prompt, load_prompts
+from pysteer.scope import Scope
+
+WORDS = ("the", "of", "and", "sea", "oil", "ring", "all")
+SETTINGS = CalibrateSettings(
+    methods=("mean",),
+    layers=(1, 2),
+    strengths=(0.5, 8.0),
+    scopes=("all", "response"),
+    trials=4,
+    max_degenerate=1.0,
+    max_tokens=6,
+    parallel=4,
+    context=512,
+    minutes=60,
+    others=2,
+)
+OPTIONS = {"n_threads": 1, "type_k": 0, "type_v": 0}
+JUDGE = CallableJudge(lambda prompt, answer: (sum(map(ord, answer)) % 2 == 0, "parity"))
+
+
+class Watch:
+    def __init__(self):
+        self.rounds = 0
+
+    def start(self, what, total, unit):
+        return lambda units, rows: None
+
+    def best(self, found):
+        self.rounds += 1
+
+
+def prompts(side, category, n):
+    rng = np.random.default_rng([*f"{side} {category}".encode()])
+    return [
+        Prompt(
+            " ".join([side, category, *rng.choice(WORDS, 4), str(i)]),
+            category if side == "harm" else "",
+            pair_id=f"{category} {i}" if side != "please" else None,
+        )
+        for i in range(n)
+    ]
+
+
+UNSAFE = [*prompts("harm", "hate", 16), *prompts("harm", "malware", 15)]
+SAFE = [*prompts("calm", "hate", 16), *prompts("calm", "malware", 15)]
+BENIGN = prompts("please", "", 20)
+
+
+@pytest.fixture(scope="module")
+def capture(tiny_llama):
+    return LlamaCapture(tiny_llama, n_ctx=256, n_threads=1)
+
+
+@pytest.fixture(scope="module")
+def run(tiny_llama, capture):
+    def call(folder, **arguments):
+        given = {"settings": SETTINGS, "judge": JUDGE, "watch": Watch(), **arguments}
+        rows = given.pop("unsafe", UNSAFE), given.pop("safe", SAFE), given.pop("benign", BENIGN)
+        return calibrate(capture, tiny_llama, *rows, folder, **given, **OPTIONS)
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def done(run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("calibrated")
+    return run(folder), folder
+
+
+def test_strength_one_is_what_was_chosen(done, capture, tmp_path):
+    """By an extraction of its own from the training part."""
+    pack = done[0].pack
+    train = split(UNSAFE, SAFE, BENIGN, SETTINGS).train
+    for name, one in done[0].found.chosen.items():
+        layers = tuple(map(int, one.trial.candidate.removeprefix("mean at ").split("+")))
+        settings = ExtractSettings(method="mean", layers=layers, router=False, held_out=0.0)
+        data = Data(train.unsafe, [*train.safe, *train.benign])
+        own = extract(capture, data, settings, cache=tmp_path).categories[name]
+        assert pack[name].layers == layers
+        for layer in layers:
+            np.testing.assert_allclose(
+                pack[name].direction(layer), one.trial.strength * own.direction(layer), rtol=1e-5
+            )
+        assert pack.policy.of(name).scope == Scope.parse(one.trial.scope)
+    assert pack.policy.several == "strongest"
+
+
+def test_the_best_trial_was_chosen(done):
+    found = done[0].found
+    assert (found.rounds, found.stopped) == (4, "trials")
+    for name, tried in found.tried.items():
+        assert len(tried) == 4
+        values = [one.outcome.value(SETTINGS.max_degenerate) for one in tried]
+        assert found.chosen[name].outcome.value(SETTINGS.max_degenerate) == max(values)
+
+
+def test_the_outcome_of_a_trial_is_what_the_pack_does(done, tiny_llama):
+    """Forced at strength 1.0, in the same groups, the validation prompts get the same answers."""
+    pack, found = done[0].pack, done[0].found
+    own = split(UNSAFE, SAFE, BENIGN, SETTINGS).validation.unsafe
+    lines = (done[1] / "trials.jsonl").read_text().splitlines()
+    answers = [answer for line in lines for answer in json.loads(line)["answers"]]
+    request = {"max_tokens": 6, "temperature": 0.0}
+    options = {"max_sequences": 4, "n_ctx": 1024, "n_threads_batch": 1, "verbose": False, **OPTIONS}
+    with Engine(tiny_llama, pack=pack, **options) as engine:
+        for name, one in found.chosen.items():
+            key = f"{name}: {one.trial.candidate}"
+            tried = [
+                answer["text"]
+                for answer in answers
+                if answer["active"].get(key) == pytest.approx(one.trial.strength)
+            ]
+            handles = [
+                engine.submit(
+                    messages=[{"role": "user", "content": p.prompt}],
+                    steering={name: 1.0},
+                    **request,
+                )
+                for p in own
+                if p.category == name
+            ]
+            texts = [h.result()["choices"][0]["message"]["content"] for h in handles]
+            assert sum(text in tried for text in texts) >= len(texts) - 1  # rounding may turn one
+
+
+def test_what_the_pack_keeps_says_what_was_done(done):
+    figures = done[0].pack.provenance["calibration"]
+    assert figures["judge"] == "python"
+    assert figures["prompts"]["test"] == {"unsafe": 6, "safe": 6, "benign": 4}
+    assert set(figures["chosen"]) == {"hate", "malware"}
+    validation = figures["validation"]
+    assert {row["n"] for row in validation["categories"].values()} == {3}
+    assert validation["benign"]["n"] == 4
+    assert set(validation["isolation"]) == {"gated"}
+    report = done[0].validation
+    assert validation["safe"] == report.overall["steered"].safe.value
+    assert SteeringPack.load(done[1] / "pack.gguf").categories == done[0].pack.categories
+
+
+def test_nothing_saw_the_test_part(done):
+    report = done[0].validation
+    seen = {one.prompt for one in report.prompts}
+    parts = split(UNSAFE, SAFE, BENIGN, SETTINGS)
+    assert done[0].test == parts.test
+    assert seen == {p.prompt for p in (*parts.validation.unsafe, *parts.validation.benign)}
+
+
+def test_the_same_again_is_the_same_pack_and_other_seeds_are_not(done, run, tmp_path):
+    again = run(tmp_path / "again").pack
+    again.save(tmp_path / "again.gguf")
+    done[0].pack.save(tmp_path / "first.gguf")
+    assert (tmp_path / "again.gguf").read_bytes() == (tmp_path / "first.gguf").read_bytes()
+    other = run(tmp_path / "other", settings=replace(SETTINGS, seed=1)).pack
+    assert other.categories != again.categories
+
+
+def test_repeated_it_goes_on_from_what_is_kept(done, run, monkeypatch):
+    def submit(*args, **kwargs):
+        raise AssertionError("nothing is left to be answered")
+
+    monkeypatch.setattr(Engine, "submit", submit)
+    assert run(done[1]).pack == done[0].pack
+
+
+def test_interrupted_in_the_search_it_keeps_the_best(run, tmp_path):
+    class Interrupting(Watch):
+        def best(self, found):
+            super().best(found)
+            if found.rounds == 2:
+                self.start = self.stop
+
+        def stop(self, what, total, unit):
+            self.start = Watch.start.__get__(self)
+            raise KeyboardInterrupt
+
+    # Raised where the third round would begin to answer.
+    result = run(tmp_path, watch=Interrupting())
+    assert (result.found.rounds, result.found.stopped) == (2, "interrupted")
+    assert result.validation is not None
+
+
+def test_interrupted_in_the_validation_the_pack_is_there(run, tmp_path, monkeypatch, caplog):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_module, "evaluate", interrupted)
+    result = run(tmp_path)
+    assert result.validation is None
+    assert result.pack.provenance["calibration"]["validation"] is None
+    assert "before the pack was validated" in caplog.text
+
+
+def test_limits_that_nothing_keeps_are_said(run, tmp_path, caplog):
+    settings = replace(SETTINGS, max_degenerate=0.0, strengths=(6.0, 8.0), trials=3)
+    never = CallableJudge(lambda prompt, answer: False, name="never")
+    run(tmp_path, settings=settings, judge=never)
+    assert "answered safely in 'hate', 'malware'" in caplog.text
+
+
+@pytest.mark.parametrize("lacking", ["unsafe", "benign"])
+def test_no_prompts_are_no_calibration(run, tmp_path, lacking):
+    with pytest.raises(SteeringError, match=f"no {lacking} prompts"):
+        run(tmp_path, **{lacking: []})
+
+
+def test_a_prompt_file_comes_back_as_it_was(tmp_path):
+    rows = [*UNSAFE, Prompt("é\u2028\n", "c", "answer", "id", "safe", subcategory="s"), *BENIGN]
+    write_prompts(rows, tmp_path / "p.jsonl")
+    assert load_prompts(tmp_path / "p.jsonl") == rows
+
+
+def test_the_policy_is_one_that_a_file_can_hold(done):
+    policy = done[0].pack.policy
+    assert Policy.from_content(policy.content()) == policy

@@ -1,0 +1,141 @@
+"""The search, over functions whose best point is known."""
+
+import time
+
+import pytest
+
+from pysteer.calibrate.search import Tried, best, search
+from pysteer.calibrate.settings import CalibrateSettings
+from pysteer.calibrate.trials import Outcome, Trial
+
+NEVER = float("inf")
+
+
+class Watch:
+    def __init__(self):
+        self.rounds = []
+
+    def start(self, what, total):
+        return lambda n: None
+
+    def best(self, found):
+        self.rounds.append({name: one.trial for name, one in found.chosen.items()})
+
+
+class Formula:
+    """Outcomes by a formula in the place of a model; it notes what was asked."""
+
+    n_first = 3
+
+    def __init__(self, outcome, *, interrupt=None):
+        self.outcome = outcome
+        self.interrupt = interrupt
+        self.asked = []
+
+    def n_answers(self, categories):
+        return len(categories)
+
+    def run(self, trials, step):
+        if len(self.asked) == self.interrupt:
+            raise KeyboardInterrupt
+        self.asked.append(dict(trials))
+        return {name: self.outcome(name, trial) for name, trial in trials.items()}
+
+
+def run(scorer, categories=("a", "b"), candidates=("one", "two"), watch=None, **options):
+    given = {"deadline": NEVER, "reserve": lambda seconds: 0.0, **options}
+    settings = CalibrateSettings(**given.pop("settings", {}))
+    return search(
+        scorer, list(categories), list(candidates), settings, watch=watch or Watch(), **given
+    )
+
+
+def narrow(name, trial):
+    """Safe around a strength of the category's own, broken above 1.3, and only by 'two'."""
+    centre = {"a": 0.8, "b": 1.2}[name]
+    if trial.strength > 1.3:
+        return Outcome(1.0, 0.5, 0.0, 10)
+    good = trial.candidate == "two" and trial.scope == "all"
+    return Outcome(max(0.0, 1 - abs(trial.strength - centre)) * good, 0.0, 0.5, 10)
+
+
+def test_it_finds_each_category_its_own_best_within_the_limits():
+    scorer = Formula(narrow)
+    found = run(scorer, settings={"trials": 60})
+    assert (found.rounds, found.stopped) == (60, "trials")
+    for name, centre in (("a", 0.8), ("b", 1.2)):
+        trial = found.chosen[name].trial
+        assert (trial.candidate, trial.scope) == ("two", "all")
+        assert abs(trial.strength - centre) < 0.1
+        assert found.chosen[name].outcome.degenerate == 0
+        # By luck alone it would not have been that near: what was learned narrows what is tried.
+        late = [one.trial for one in found.tried[name][30:]]
+        assert sum(t.candidate == "two" and t.scope == "all" for t in late) > 15
+
+
+def test_every_candidate_is_tried_as_recommended_first():
+    scorer = Formula(narrow)
+    run(scorer, settings={"trials": 2})
+    assert [asked["a"] for asked in scorer.asked] == [
+        Trial("one", 1.0, "all"),
+        Trial("two", 1.0, "all"),
+    ]
+
+
+def test_a_category_with_nothing_left_to_better_is_left_alone():
+    def outcome(name, trial):
+        return Outcome(1.0 if name == "a" else 0.5, 0.0, 0.0, 10)
+
+    scorer = Formula(outcome)
+    found = run(scorer, settings={"trials": 4})
+    assert [sorted(asked) for asked in scorer.asked] == [["a", "b"], ["b"], ["b"], ["b"]]
+    assert found.stopped == "trials"
+    assert run(Formula(lambda name, trial: Outcome(1.0, 0.0, 0.0, 9))).stopped == "settled"
+
+
+@pytest.mark.parametrize("outcome", [Outcome(1.0, 0.02, 0.0, 9), Outcome(1.0, 0.0, 0.1, 9)])
+def test_beyond_a_limit_or_with_collateral_nothing_is_settled(outcome):
+    assert run(Formula(lambda name, trial: outcome), settings={"trials": 3}).rounds == 3
+
+
+def test_the_same_seed_tries_the_same():
+    scorers = [Formula(narrow) for _ in range(3)]
+    for scorer, seed in zip(scorers, (5, 5, 6), strict=True):
+        run(scorer, settings={"trials": 8, "seed": seed})
+    assert scorers[0].asked == scorers[1].asked
+    assert scorers[0].asked != scorers[2].asked
+
+
+def test_interrupted_after_a_round_it_keeps_the_best():
+    watch = Watch()
+    found = run(Formula(narrow, interrupt=3), watch=watch, settings={"trials": 9})
+    assert (found.rounds, found.stopped) == (3, "interrupted")
+    assert {name: one.trial for name, one in found.chosen.items()} == watch.rounds[-1]
+    with pytest.raises(KeyboardInterrupt):
+        run(Formula(narrow, interrupt=0))
+
+
+def test_no_round_begins_that_cannot_end_in_time():
+    def slow(name, trial):
+        time.sleep(0.02)
+        return Outcome(0.5, 0.0, 0.0, 9)
+
+    found = run(Formula(slow), deadline=time.monotonic())
+    assert (found.rounds, found.stopped) == (1, "time")  # one is always made, or there is no pack
+    reserved = run(Formula(slow), deadline=time.monotonic() + 60, reserve=lambda seconds: 61.0)
+    assert reserved.rounds == 1
+    assert run(Formula(slow), deadline=time.monotonic() + 60, settings={"trials": 3}).rounds == 3
+
+
+def test_limits_go_before_safety_and_strength_decides_between_equals():
+    def tried(strength, *outcome):
+        return Tried(Trial("one", strength, "all"), Outcome(*outcome, 10))
+
+    broken, fair = tried(1.0, 1.0, 0.1, 0.0), tried(1.0, 0.2, 0.01, 1.0)
+    assert best([broken, fair], 0.01) is fair
+    quiet, loud = tried(1.5, 0.9, 0.0, 0.0), tried(1.0, 0.9, 0.0, 1.0)
+    assert best([loud, quiet], 0.01) is quiet
+    far, near = tried(0.7, 0.9, 0.0, 0.5), tried(1.1, 0.9, 0.0, 0.5)
+    assert best([far, near], 0.01) is near
+    least = [tried(1.0, 1.0, 0.5, 0.0), tried(1.0, 1.0, 0.2, 0.0)]
+    assert best(least, 0.01) is least[1]

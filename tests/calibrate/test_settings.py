@@ -1,0 +1,39 @@
+import pytest
+
+from pysteer import SteeringError
+from pysteer.calibrate.settings import CalibrateSettings
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"methods": ("magic",)}, "unknown method 'magic'.*learned"),
+        ({"methods": ()}, "no methods"),
+        ({"scopes": ("sometimes",)}, "sometimes"),
+        ({"scopes": ()}, "no scopes"),
+        ({"strengths": (2.0, 1.0)}, "strengths 2.0 to 1.0"),
+        ({"strengths": (0.0, 1.0)}, "strengths 0.0 to 1.0"),
+        ({"strengths": (1.0, float("inf"))}, "strengths"),
+        ({"held_out": "luck"}, "unknown held_out 'luck'.*prompts, subcategories"),
+        ({"minutes": -1.0}, "minutes cannot be -1"),
+        ({"minutes": float("nan")}, "minutes"),
+        ({"trials": 0}, "trials cannot be 0"),
+        ({"max_degenerate": 1.5}, "max_degenerate"),
+        ({"max_leak": 1.0}, "max_leak"),
+        ({"max_benign_change": -0.1}, "max_benign_change"),
+        ({"validation": 0.5, "test": 0.5}, "leave too little"),
+        ({"others": -1}, "others"),
+        ({"parallel": 0}, "parallel"),
+        ({"seed": 2**32}, "seed"),
+    ],
+)
+def test_what_cannot_be_is_refused(wrong, said):
+    with pytest.raises(SteeringError, match=said):
+        CalibrateSettings(**wrong)
+
+
+def test_the_content_is_json_data():
+    content = CalibrateSettings(layers=(1, 2)).content()
+    assert content["layers"] == [1, 2]
+    assert content["methods"] == ["learned", "contrast"]
+    assert content["strengths"] == [0.6, 1.6]

@@ -1,0 +1,98 @@
+"""The parts of the data: nothing lost, nothing twice, twins together, even over subcategories."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pysteer import SteeringError
+from pysteer.calibrate.settings import CalibrateSettings
+from pysteer.calibrate.split import split
+from pysteer.prompts import Prompt
+
+PARTS = ("train", "validation", "test")
+
+
+def prompts(sizes, twins=False):
+    """Category to subcategory to how many prompts."""
+    return [
+        Prompt(
+            f"{'harmless ' if twins else ''}{category} {sub} {i}",
+            category,
+            pair_id=f"{category}/{sub}/{i}",
+            subcategory=sub,
+        )
+        for category, subs in sizes.items()
+        for sub, n in subs.items()
+        for i in range(n)
+    ]
+
+
+sizes = st.dictionaries(
+    st.sampled_from("abcd"),
+    st.dictionaries(st.sampled_from(["x", "y", "z"]), st.integers(5, 9), min_size=2, max_size=3),
+    min_size=1,
+    max_size=3,
+)
+
+
+@given(
+    sizes,
+    st.integers(0, 40),
+    st.sampled_from(["prompts", "subcategories"]),
+    st.integers(0, 5),
+)
+def test_every_prompt_is_in_one_part_and_twins_are_together(sizes, n_benign, held_out, seed):
+    unsafe, safe = prompts(sizes), prompts(sizes, twins=True)
+    benign = [Prompt(f"benign {i}") for i in range(n_benign)]
+    settings = CalibrateSettings(held_out=held_out, seed=seed)
+    parts = split(unsafe, safe, benign, settings)
+    for kind, rows in (("unsafe", unsafe), ("safe", safe), ("benign", benign)):
+        found = [p for part in PARTS for p in getattr(getattr(parts, part), kind)]
+        assert sorted(found, key=rows.index) == rows
+    for part in PARTS:
+        there = getattr(parts, part)
+        assert {p.pair_id for p in there.unsafe} == {p.pair_id for p in there.safe}
+        assert {p.category for p in there.unsafe} == set(sizes)
+    assert split(unsafe, safe, benign, settings) == parts
+
+
+@given(sizes, st.integers(0, 5))
+def test_each_part_has_its_share_of_every_subcategory(sizes, seed):
+    parts = split(prompts(sizes), [], [], CalibrateSettings(seed=seed))
+    for category, subs in sizes.items():
+        n = sum(subs.values())
+        for part, share in (("validation", 0.2), ("test", 0.2)):
+            rows = [p for p in getattr(parts, part).unsafe if p.category == category]
+            assert len(rows) == max(2 if part == "validation" else 0, round(share * n))
+            of_each = [sum(p.subcategory == sub for p in rows) for sub in subs]
+            assert max(of_each) - min(of_each) <= 1
+
+
+@given(sizes, st.integers(0, 5))
+def test_whole_subcategories_are_held_out(sizes, seed):
+    settings = CalibrateSettings(held_out="subcategories", seed=seed)
+    parts = split(prompts(sizes), [], [], settings)
+    for category, subs in sizes.items():
+        held = {p.subcategory for p in parts.test.unsafe if p.category == category}
+        seen = {
+            p.subcategory
+            for p in (*parts.train.unsafe, *parts.validation.unsafe)
+            if p.category == category
+        }
+        assert held
+        assert held | seen == set(subs)
+        assert not held & seen
+
+
+def test_another_seed_is_another_split():
+    rows = prompts({"a": {"x": 9, "y": 9}})
+    found = [split(rows, [], [], CalibrateSettings(seed=seed)).test.unsafe for seed in range(4)]
+    assert len({tuple(p.prompt for p in one) for one in found}) > 1
+
+
+def test_what_cannot_be_split_is_refused_by_name():
+    with pytest.raises(SteeringError, match=r"category 'a' has 4 prompts, too few"):
+        split(prompts({"a": {"x": 4}}), [], [], CalibrateSettings())
+    unnamed = [Prompt(f"p {i}", "a") for i in range(20)]
+    with pytest.raises(SteeringError, match="subcategor"):
+        split(unnamed, [], [], CalibrateSettings(held_out="subcategories"))

@@ -1,0 +1,78 @@
+"""Scores of trials, from answers of a model that says what it is steered to."""
+
+import numpy as np
+import pytest
+from chats import towards
+
+from pysteer import SteeringPack, SteeringVector
+from pysteer.calibrate.candidates import Candidates
+from pysteer.calibrate.settings import CalibrateSettings
+from pysteer.calibrate.trials import Outcome, Scorer, Trial
+from pysteer.engine import Engine
+from pysteer.evaluate.answers import Answerer, KeptAnswers, Sampling
+from pysteer.evaluate.judges import CallableJudge
+from pysteer.prompts import Prompt
+
+OPTIONS = {"n_threads": 1, "n_threads_batch": 1, "verbose": False, "type_k": 0, "type_v": 0}
+PROMPTS = {
+    "a": [Prompt(f"the sea {i}", "a") for i in range(5)],
+    "b": [Prompt(f"oil and ring {i}", "b") for i in range(3)],
+    "c": [Prompt(f"of it all {i}", "c") for i in range(3)],
+}
+JUDGE = CallableJudge(lambda prompt, answer: ("QQQ" in answer, "letters"))
+
+
+@pytest.fixture(scope="module")
+def candidates(tiny_llama):
+    q, z = (SteeringVector({3: towards(letter, tiny_llama)}) for letter in "QZ")
+    return Candidates(
+        {"q": dict.fromkeys("abc", q), "z": dict.fromkeys("abc", z)},
+        residual_norm={},
+        provenance={},
+    )
+
+
+@pytest.fixture
+def scorer(tiny_llama, candidates, tmp_path, monkeypatch):
+    monkeypatch.setattr("pysteer.calibrate.trials.is_degenerate", lambda text: "ZZZ" in text)
+    base = SteeringPack(candidates.vectors["q"])
+    settings = CalibrateSettings(others=4, parallel=4)
+    engine = Engine(tiny_llama, pack=candidates.pack(base), max_sequences=4, n_ctx=512, **OPTIONS)
+    with engine:
+        answerer = Answerer(engine, Sampling(8), KeptAnswers(tmp_path / "answers.jsonl"), {})
+        yield Scorer(answerer, JUDGE, PROMPTS, candidates, settings)
+
+
+def test_outcomes_are_shares_of_what_the_model_said(scorer):
+    counted = []
+    trials = {
+        "a": Trial("q", 20.0, "all"),  # says Q whatever it is asked
+        "b": Trial("z", 20.0, "all"),  # says Z
+        "c": Trial("q", 1e-6, "all"),  # does nothing
+    }
+    found = scorer.run(trials, counted.append)
+    assert found["a"] == Outcome(safe=1.0, degenerate=0.0, collateral=1.0, n=5)
+    assert found["b"] == Outcome(safe=0.0, degenerate=1.0, collateral=0.0, n=3)
+    assert found["c"] == Outcome(safe=0.0, degenerate=0.0, collateral=0.0, n=3)
+    assert sum(counted) == scorer.n_first + scorer.n_answers(["a", "b", "c"])
+    counted.clear()
+    scorer.run({"b": trials["b"]}, counted.append)
+    assert sum(counted) == scorer.n_answers(["b"]) == 3 + 4
+
+
+def test_the_scope_of_the_trial_holds(scorer):
+    outcome = scorer.run({"a": Trial("q", 20.0, "prompt")}, lambda n: None)["a"]
+    assert outcome.safe == 0.0  # no token of the response is steered, so none is Q
+
+
+def test_prompts_of_other_categories_are_spread_over_them(scorer):
+    for name, rows in scorer._others.items():
+        counts = {other: sum(p.category == other for p in rows) for other in PROMPTS}
+        assert counts.pop(name) == 0
+        assert sorted(counts.values()) == [2, 2]
+
+
+def test_what_a_trial_is_worth():
+    assert Outcome(1.0, 0.02, 0.0, 9).value(0.01) == -0.02
+    assert Outcome(0.0, 0.0, 1.0, 9).value(0.01) > Outcome(1.0, 0.02, 0.0, 9).value(0.01) - 0.1
+    np.testing.assert_allclose(Outcome(0.9, 0.01, 0.5, 9).value(0.01), 0.85)

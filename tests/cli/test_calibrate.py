@@ -1,0 +1,151 @@
+"""`pysteer calibrate`: what it writes and prints, users' mistakes, and Ctrl-C."""
+
+import importlib
+import json
+import logging
+
+import numpy as np
+import pytest
+
+from pysteer import SteeringPack
+from pysteer.cli import run
+from pysteer.prompts import load_prompts
+
+OPTIONS = {
+    "--methods": "mean",
+    "--layers": "1,2",
+    "--trials": 2,
+    "--max-tokens": 4,
+    "--parallel": 4,
+    "--minutes": 60,
+    "--max-degenerate": 1.0,
+    "--threads": 1,
+    "--context": 512,
+}
+WORDS = ("the", "of", "and", "sea", "oil", "ring", "all")
+
+
+def rows(side, category, count):
+    random = np.random.default_rng([*f"{side} {category}".encode()])
+    return [
+        {
+            "prompt": " ".join([side, category, *random.choice(WORDS, 4), str(i)]),
+            "category": category if side == "harm" else "",
+            "subcategory": "xy"[i % 2] if side == "harm" else "",
+        }
+        for i in range(count)
+    ]
+
+
+def write(path, content):
+    path.write_text("".join(json.dumps(row) + "\n" for row in content))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _logging():
+    """The command adds a handler; leave none for other tests."""
+    logger = logging.getLogger("pysteer")
+    before = list(logger.handlers)
+    yield
+    logger.handlers[:] = before
+
+
+@pytest.fixture
+def calibrate(capsys, tmp_path, tiny_llama):
+    """A function that runs the command and returns its exit code, standard output and error."""
+    files = {
+        "--model": tiny_llama,
+        "--unsafe": write(
+            tmp_path / "unsafe.jsonl", [*rows("harm", "hate", 12), *rows("harm", "malware", 12)]
+        ),
+        "--benign": write(tmp_path / "benign.jsonl", rows("please", "", 15)),
+        "--output": tmp_path / "pack.gguf",
+    }
+
+    def call(*flags, **options):
+        named = {f"--{name.replace('_', '-')}": value for name, value in options.items()}
+        pairs = {**files, **OPTIONS, **named}
+        arguments = [str(part) for pair in pairs.items() for part in pair]
+        capsys.readouterr()
+        code = run(["calibrate", *arguments, *flags])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def test_it_writes_a_pack_a_picture_and_what_was_held_out(calibrate, tmp_path):
+    code, out, err = calibrate(plot=tmp_path / "search.svg")
+    assert code == 0
+    pack = SteeringPack.load(tmp_path / "pack.gguf")
+    assert set(pack.categories) == {"hate", "malware"}
+    assert pack.router is not None
+    for words in ("validation, the router deciding", "router, held out", "2 trials", "evaluate"):
+        assert words in out
+    assert "best after 2 trials of each category" in err
+    assert "<svg" in (tmp_path / "search.svg").read_text()
+    held = load_prompts(tmp_path / "pack.gguf.calibration" / "test_unsafe.jsonl")
+    assert len(held) == 4
+    assert {p.subcategory for p in held} == {"x", "y"}
+    assert len(load_prompts(tmp_path / "pack.gguf.calibration" / "test_benign.jsonl")) == 3
+
+
+def test_json_is_one_object(calibrate, tmp_path):
+    code, out, _ = calibrate("--json", hold_out="subcategories")
+    assert code == 0
+    found = json.loads(out, parse_constant=pytest.fail)
+    assert set(found) == {"pack", "seconds", "test", "router", "calibration"}
+    assert found["calibration"]["settings"]["held_out"] == "subcategories"
+    held = load_prompts(found["test"]["unsafe"])
+    for name in ("hate", "malware"):
+        assert len({p.subcategory for p in held if p.category == name}) == 1
+    pack = SteeringPack.load(found["pack"])
+    assert json.loads(json.dumps(found["calibration"])) == _plain(pack.provenance["calibration"])
+
+
+def _plain(value):
+    if hasattr(value, "items"):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"methods": "magic"}, ["magic", "learned"]),
+        ({"scopes": "sometimes"}, ["sometimes"]),
+        ({"strengths": "2"}, ["--strengths 2", "LEAST:MOST"]),
+        ({"strengths": "2:1"}, ["2.0 to 1.0"]),
+        ({"hold_out": "luck"}, ["luck", "prompts, subcategories"]),
+        ({"layers": "x"}, ["--layers x"]),
+        ({"layers": "77"}, ["77"]),
+        ({"engine": "llama", "methods": "learned"}, ["learned", "torch"]),
+        ({"judge": "nobody"}, ["nobody"]),
+        ({"unsafe": "nowhere.jsonl"}, ["nowhere.jsonl"]),
+        ({"output": "nowhere/pack.gguf"}, ["nowhere"]),
+        ({"plot": "picture.xyz"}, ["picture.xyz", ".png"]),
+        ({"max_leak": "2"}, ["max_leak"]),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(calibrate, options, words):
+    code, out, err = calibrate(**options)
+    assert (code, out) == (2, "")
+    assert len(err.splitlines()) == 1
+    for word in words:
+        assert word in err
+
+
+def test_interrupted_before_there_is_a_pack_it_says_how_to_go_on(calibrate, tmp_path, monkeypatch):
+    module = importlib.import_module("pysteer.calibrate.run")
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "search", interrupted)
+    code, out, err = calibrate()
+    assert (code, out) == (130, "")
+    assert "the same command goes on from there" in err.replace("\n", " ")
+    assert not (tmp_path / "pack.gguf").exists()
+    monkeypatch.undo()
+    assert calibrate()[0] == 0
