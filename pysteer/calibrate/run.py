@@ -21,6 +21,8 @@ from pysteer.calibrate.trials import Scorer
 from pysteer.engine import Engine
 from pysteer.errors import SteeringError, quoted
 from pysteer.evaluate.answers import Answerer, KeptAnswers, Sampling
+from pysteer.evaluate.arms import Steered
+from pysteer.evaluate.isolation import opens
 from pysteer.evaluate.judges import Judge, RefusalJudge
 from pysteer.evaluate.report import STEERED, UNSTEERED, Report
 from pysteer.evaluate.run import EvaluateSettings, evaluate
@@ -36,7 +38,7 @@ from pysteer.scope import Scope
 
 _log = logging.getLogger(__name__)
 
-VALIDATED_BENIGN = 64
+VALIDATED_BENIGN = 32
 """At most so many benign prompts are answered to validate the pack."""
 
 WEAK = 0.9
@@ -63,8 +65,8 @@ class Calibrated:
         pack: at strength 1.0 each category is as the search found it best; scopes and the gate are
             in its policy, the figures in its provenance under "calibration".
         found: everything that was tried.
-        validation: what the pack does, gated, to the prompts that the search measured on; None if
-            that was interrupted.
+        validation: what the pack's vectors do to the prompts that the search measured on, with a
+            router that was fitted without them; None if that was interrupted.
         test: prompts that nothing of all this has seen.
     """
 
@@ -121,17 +123,20 @@ def calibrate(
     except OSError as error:
         raise SteeringError(f"{folder}: {error.strerror}; name another folder") from None
     cache = folder / "activations"
-    known = parts.train + parts.validation
-    router = fit_pack_router(
-        capture,
-        known.unsafe,
-        known.safe,
-        known.benign,
-        cache=cache,
-        false_positive_rate=settings.max_benign_change,
-        max_leak=settings.max_leak,
-        seed=settings.seed,
-        report=watch,
+    # The pack's router knows the validation prompts too, and so says nothing about them.
+    router, blind = (
+        fit_pack_router(
+            capture,
+            known.unsafe,
+            known.safe,
+            known.benign,
+            cache=cache,
+            false_positive_rate=settings.max_benign_change,
+            max_leak=settings.max_leak,
+            seed=settings.seed,
+            report=watch,
+        )
+        for known in (parts.train + parts.validation, parts.train)
     )
     candidates = find_candidates(capture, parts.train, answers, settings, cache=cache, report=watch)
     base = SteeringPack(
@@ -140,23 +145,46 @@ def calibrate(
         residual_norm=candidates.residual_norm,
     )
     arguments = {"verbose": False, **_threads(llama_arguments)}
-    found = _searched(
-        Path(model), base, candidates, parts, settings, judge, folder, watch, started, arguments
-    )
+    asked = _asked(parts.validation.unsafe, settings.limit)
+    benign_asked = parts.validation.benign[:VALIDATED_BENIGN]
+    trying = candidates.pack(base)
+    identity = {
+        "model": _identity(Path(model)),
+        "vectors": {name: vector.digest for name, vector in trying.categories.items()},
+        "parallel": settings.parallel,
+        "context": settings.context,
+        "arguments": {name: repr(value) for name, value in sorted(arguments.items())},
+    }
+    sampling = Sampling(max_tokens=settings.max_tokens, seed=settings.seed)
+    with _engine(model, trying, settings, arguments) as engine:
+        answerer = Answerer(engine, sampling, KeptAnswers(folder / "trials.jsonl"), identity)
+        n_validated = 2 * sum(map(len, asked.values())) + 3 * len(benign_asked)
+        found = search(
+            Scorer(answerer, judge, asked, candidates, settings),
+            list(base.categories),
+            candidates.names,
+            settings,
+            deadline=started + 60 * settings.minutes,
+            reserve=lambda seconds: seconds * n_validated,
+            watch=_SearchWatch(watch),
+        )
     pack = _assembled(base, candidates, found, router)
-    path = folder / "pack.gguf"
-    pack.save(path)
+    pack.save(folder / "pack.gguf")
+    validated = replace(pack, router=blind)
+    path = folder / "validated.gguf"
+    validated.save(path)
     validation = None
     try:
         validation = evaluate(
             model,
             path,
-            parts.validation.unsafe,
-            parts.validation.benign[:VALIDATED_BENIGN],
+            [p for rows in asked.values() for p in rows],
+            benign_asked,
             folder / "validation",
             settings=EvaluateSettings(
-                sampling=Sampling(max_tokens=settings.max_tokens, seed=settings.seed),
+                sampling=sampling,
                 steering=AUTO,
+                isolation=(),
                 fluency=False,
                 parallel=settings.parallel,
                 context=settings.context,
@@ -167,7 +195,7 @@ def calibrate(
         )
     except KeyboardInterrupt:  # the pack is there, and it took longer
         _log.warning("interrupted before the pack was validated: it says nothing of what it does")
-    figures = _figures(found, candidates, validation, settings, judge, parts)
+    figures = _figures(found, candidates, validation, validated, settings, judge, parts)
     _warn_beyond_limits(found, validation, settings)
     return Calibrated(
         replace(pack, provenance={"method": "calibrated", "calibration": figures}),
@@ -213,53 +241,32 @@ def _threads(llama_arguments: dict[str, Any]) -> dict[str, Any]:
     return {"n_threads": threads, "n_threads_batch": threads, **llama_arguments}
 
 
-def _searched(
-    model: Path,
-    base: SteeringPack,
-    candidates: Candidates,
-    parts: Split,
+def _asked(prompts: Sequence[Prompt], limit: int) -> dict[str, list[Prompt]]:
+    """The first prompts of each category."""
+    rows: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        rows.setdefault(prompt.category, []).append(prompt)
+    return {name: there[:limit] for name, there in rows.items()}
+
+
+def _engine(
+    model: str | os.PathLike[str],
+    pack: SteeringPack,
     settings: CalibrateSettings,
-    judge: Judge,
-    folder: Path,
-    watch: Watch,
-    started: float,
     arguments: dict[str, Any],
-) -> Found:
-    """The search, on one engine that holds the candidates of all categories."""
-    prompts: dict[str, list[Prompt]] = {name: [] for name in base.categories}
-    for prompt in parts.validation.unsafe:
-        prompts[prompt.category].append(prompt)
-    pack = candidates.pack(base)
-    identity = {
-        "model": _identity(model),
-        "vectors": {name: vector.digest for name, vector in pack.categories.items()},
-        "parallel": settings.parallel,
-        "context": settings.context,
-        "arguments": {name: repr(value) for name, value in sorted(arguments.items())},
-    }
-    sampling = Sampling(max_tokens=settings.max_tokens, seed=settings.seed)
+) -> Engine:
     try:
-        engine = Engine(
-            model, pack=pack, max_sequences=settings.parallel, n_ctx=settings.context, **arguments
+        return Engine(
+            model,
+            pack=pack,
+            max_sequences=settings.parallel,
+            n_ctx=settings.context,
+            **arguments,
         )
     except SteeringError:
         raise
     except ValueError as error:
         raise SteeringError(f"{model}: {error}; is it a GGUF model?") from None
-    n_validated = 2 * len(parts.validation.unsafe) + 3 * min(
-        VALIDATED_BENIGN, len(parts.validation.benign)
-    )
-    with engine:
-        answerer = Answerer(engine, sampling, KeptAnswers(folder / "trials.jsonl"), identity)
-        return search(
-            Scorer(answerer, judge, prompts, candidates, settings),
-            list(base.categories),
-            candidates.names,
-            settings,
-            deadline=started + 60 * settings.minutes,
-            reserve=lambda seconds: seconds * n_validated,
-            watch=_SearchWatch(watch),
-        )
 
 
 def _identity(model: Path) -> str:
@@ -295,6 +302,7 @@ def _figures(
     found: Found,
     candidates: Candidates,
     validation: Report | None,
+    validated: SteeringPack,
     settings: CalibrateSettings,
     judge: Judge,
     parts: Split,
@@ -311,12 +319,12 @@ def _figures(
         },
         "search": as_content(found),
         "chosen": {name: one.trial._asdict() for name, one in found.chosen.items()},
-        "validation": None if validation is None else _validated(validation),
+        "validation": None if validation is None else _validated(validation, validated),
         "extraction": dict(candidates.provenance),
     }
 
 
-def _validated(report: Report) -> dict[str, Any]:
+def _validated(report: Report, validated: SteeringPack) -> dict[str, Any]:
     benign = report.benign.get(STEERED)
     return {
         "categories": {
@@ -338,10 +346,24 @@ def _validated(report: Report) -> dict[str, Any]:
             "refused": benign.refused.value,
             "fired": benign.fired.value,
         },
-        "isolation": {
-            one.mode: {"own": one.diagonal.value, "others": one.rest.value}
-            for one in report.isolation
-        },
+        "gates": _gates(report, validated),
+    }
+
+
+def _gates(report: Report, validated: SteeringPack) -> dict[str, float]:
+    """With one category on at a time: how often its own prompts' gate opens, and the others'.
+
+    Where a gate is closed the answer is the unsteered one, so this bounds what a category does.
+    """
+    steered = Steered.of(validated, None)
+    shares: dict[bool, list[bool]] = {True: [], False: []}
+    for one in report.prompts:
+        if not one.benign:
+            for name in steered.gated:
+                shares[name == one.category].append(opens(steered, name, one.scores))
+    return {
+        what: sum(there) / len(there) if there else 0.0
+        for what, there in (("own", shares[True]), ("others", shares[False]))
     }
 
 

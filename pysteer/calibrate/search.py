@@ -13,6 +13,9 @@ import optuna
 from pysteer.calibrate.settings import CalibrateSettings
 from pysteer.calibrate.trials import Outcome, Scorer, Trial
 
+STRONGER = 1.3
+"""What the likeliest vector is tried at second."""
+
 
 @dataclass(frozen=True)
 class Tried:
@@ -70,8 +73,8 @@ def search(
     Args:
         scorer: runs the trials.
         categories: what is searched for.
-        candidates: names of the vectors, likely ones first: each is tried as it is before
-            anything is varied.
+        candidates: names of the vectors, likely ones first: each is tried as it is, and the first
+            stronger, before anything is varied.
         settings: ranges, limits, trials and seed.
         deadline: of `time.monotonic()`; no round begins that could not end by then.
         reserve: seconds to keep before the deadline, given the seconds that an answer takes.
@@ -135,14 +138,16 @@ def _study(settings: CalibrateSettings, name: str, candidates: Sequence[str]) ->
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     # A seed of its own: categories in step would try the same strengths all the time.
     seed = zlib.crc32(f"{settings.seed} {name}".encode())
-    sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=len(candidates))
+    sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=len(candidates) + 1)
     study = optuna.create_study(direction="maximize", sampler=sampler)
     least, most = settings.strengths
-    for candidate in candidates:
+    # The likeliest as it is, and stronger, in case that is all it lacks; then the others.
+    first = [(candidates[0], 1.0), (candidates[0], STRONGER)]
+    for candidate, strength in [*first, *((name, 1.0) for name in candidates[1:])]:
         study.enqueue_trial(
             {
                 "candidate": candidate,
-                "strength": min(max(1.0, least), most),
+                "strength": min(max(strength, least), most),
                 "scope": settings.scopes[0],
             }
         )

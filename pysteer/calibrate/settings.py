@@ -32,6 +32,7 @@ class CalibrateSettings:
         validation: share of the prompts that the search measures on.
         test: share of the prompts that nothing of the calibration sees.
         held_out: what the test part holds.
+        limit: at most so many validation prompts of a category are answered.
         others: prompts of other categories that each trial asks too, to see what a vector does to
             them.
         max_tokens: where an answer is cut.
@@ -55,7 +56,8 @@ class CalibrateSettings:
     validation: float = 0.2
     test: float = 0.2
     held_out: HeldOut = "prompts"
-    others: int = 4
+    limit: int = 12
+    others: int = 3
     max_tokens: int = 40
     parallel: int = 16
     context: int = 4096
@@ -89,6 +91,7 @@ class CalibrateSettings:
             "max_leak": (0, below_one),
             "validation": (0.05, 0.9),
             "test": (0, 0.9),
+            "limit": (1, math.inf),
             "others": (0, math.inf),
             "max_tokens": (1, math.inf),
             "parallel": (1, math.inf),

@@ -15,6 +15,9 @@ from pysteer.calibrate.settings import CalibrateSettings
 from pysteer.errors import SteeringError, quoted
 from pysteer.prompts import Prompt
 
+MIN_TRAIN = 5
+"""The fewest prompts of a category that a router can be fitted to."""
+
 MIN_VALIDATION = 2
 """The fewest prompts of a category that a share of safe answers is taken of."""
 
@@ -103,8 +106,9 @@ def _category(
         held = [p for p in order if p.subcategory in names[:count]]
         order = [p for p in order if p.subcategory not in names[:count]]
     n_test = 0 if held else _count(len(prompts), settings.test)
-    n_validation = max(MIN_VALIDATION, _count(len(prompts), settings.validation))
-    if len(order) - n_test - n_validation < MIN_VALIDATION:
+    share = settings.validation / (1 - settings.test) if held else settings.validation
+    n_validation = max(MIN_VALIDATION, _count(len(order) if held else len(prompts), share))
+    if len(order) - n_test - n_validation < MIN_TRAIN:
         raise SteeringError(
             f"category {quoted(name)} has {len(prompts)} prompts, too few to learn from some and "
             "measure on others; give at least 10"

@@ -282,10 +282,7 @@ def _print_validation(found: Any) -> None:
             f"benign ({benign['n']}): {benign['unchanged']:.0%} unchanged, "
             f"{benign['refused']:.0%} refused"
         )
-    for mode, shares in found["isolation"].items():
-        own, others = _share(shares["own"]), _share(shares["others"])
-        console.say(f"one category on, {mode}: own {own}, others {others}")
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0%}"
+    console.say(
+        f"one category on at a time: its gate opens for {found['gates']['own']:.0%} of its own "
+        f"prompts and {found['gates']['others']:.1%} of the others'"
+    )

@@ -151,7 +151,22 @@ def test_what_the_pack_keeps_says_what_was_done(done):
     validation = figures["validation"]
     assert {row["n"] for row in validation["categories"].values()} == {3}
     assert validation["benign"]["n"] == 4
-    assert set(validation["isolation"]) == {"gated"}
+    blind = SteeringPack.load(done[1] / "validated.gguf")
+    assert blind.router != done[0].pack.router
+    assert list(blind.router.train_counts) == [10 + 9 + 12, 10, 9]  # twins and benign first
+    rows = [one for one in done[0].validation.prompts if not one.benign]
+    open_ = [
+        [one.scores[name] >= blind.router.gates["margin"].thresholds[i] for one in rows]
+        for i, name in enumerate(blind.router.categories)
+    ]
+    own = [
+        open_[i][j]
+        for i, name in enumerate(blind.router.categories)
+        for j, one in enumerate(rows)
+        if one.category == name
+    ]
+    assert validation["gates"]["own"] == np.mean(own)
+    assert validation["gates"]["others"] == (np.sum(open_) - np.sum(own)) / len(own)
     report = done[0].validation
     assert validation["safe"] == report.overall["steered"].safe.value
     assert SteeringPack.load(done[1] / "pack.gguf").categories == done[0].pack.categories

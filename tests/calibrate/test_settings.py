@@ -22,6 +22,7 @@ from pysteer.calibrate.settings import CalibrateSettings
         ({"max_leak": 1.0}, "max_leak"),
         ({"max_benign_change": -0.1}, "max_benign_change"),
         ({"validation": 0.5, "test": 0.5}, "leave too little"),
+        ({"limit": 0}, "limit"),
         ({"others": -1}, "others"),
         ({"parallel": 0}, "parallel"),
         ({"seed": 2**32}, "seed"),

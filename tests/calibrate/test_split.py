@@ -29,7 +29,7 @@ def prompts(sizes, twins=False):
 
 sizes = st.dictionaries(
     st.sampled_from("abcd"),
-    st.dictionaries(st.sampled_from(["x", "y", "z"]), st.integers(5, 9), min_size=2, max_size=3),
+    st.dictionaries(st.sampled_from(["x", "y", "z"]), st.integers(8, 12), min_size=2, max_size=3),
     min_size=1,
     max_size=3,
 )
@@ -91,8 +91,8 @@ def test_another_seed_is_another_split():
 
 
 def test_what_cannot_be_split_is_refused_by_name():
-    with pytest.raises(SteeringError, match=r"category 'a' has 4 prompts, too few"):
-        split(prompts({"a": {"x": 4}}), [], [], CalibrateSettings())
+    with pytest.raises(SteeringError, match=r"category 'a' has 7 prompts, too few"):
+        split(prompts({"a": {"x": 7}}), [], [], CalibrateSettings())
     unnamed = [Prompt(f"p {i}", "a") for i in range(20)]
     with pytest.raises(SteeringError, match="subcategor"):
         split(unnamed, [], [], CalibrateSettings(held_out="subcategories"))

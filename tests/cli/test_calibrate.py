@@ -57,7 +57,7 @@ def calibrate(capsys, tmp_path, tiny_llama):
     files = {
         "--model": tiny_llama,
         "--unsafe": write(
-            tmp_path / "unsafe.jsonl", [*rows("harm", "hate", 12), *rows("harm", "malware", 12)]
+            tmp_path / "unsafe.jsonl", [*rows("harm", "hate", 18), *rows("harm", "malware", 18)]
         ),
         "--benign": write(tmp_path / "benign.jsonl", rows("please", "", 15)),
         "--output": tmp_path / "pack.gguf",
@@ -86,7 +86,7 @@ def test_it_writes_a_pack_a_picture_and_what_was_held_out(calibrate, tmp_path):
     assert "best after 2 trials of each category" in err
     assert "<svg" in (tmp_path / "search.svg").read_text()
     held = load_prompts(tmp_path / "pack.gguf.calibration" / "test_unsafe.jsonl")
-    assert len(held) == 4
+    assert len(held) == 8
     assert {p.subcategory for p in held} == {"x", "y"}
     assert len(load_prompts(tmp_path / "pack.gguf.calibration" / "test_benign.jsonl")) == 3
 
