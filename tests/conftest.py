@@ -4,12 +4,17 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from quantized import quantize
 from tiny_models import write_tiny
 
 from pysteer import shipped
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# How long an example takes says how busy a machine is, not whether the code is right.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ prompts = st.builds(
     category=texts,
     response=optional_texts,
     pair_id=optional_texts,
+    subcategory=texts,
     label=st.sampled_from(["safe", "unsafe", None]),
 )
 
@@ -162,7 +163,7 @@ def test_what_csv_writes_is_read_back(rows, dialect, tmp_path_factory):
     filled = [r for r in rows if r.prompt and r.response != "" and r.pair_id != ""]
     assume(not any("\0" in str(value) for r in rows for value in vars(r).values()))  # Python 3.10
     with path.open("w", encoding="utf-8", newline="") as file:
-        names = ["category", "prompt", "label", "pair_id", "response", "source"]
+        names = ["category", "prompt", "label", "pair_id", "response", "source", "subcategory"]
         writer = csv.DictWriter(file, names, dialect=dialect)
         writer.writeheader()
         writer.writerows(map(vars, filled))
