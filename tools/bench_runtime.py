@@ -149,12 +149,14 @@ class Bench:
         self.tokens = rng.integers(3, hooked.n_vocab(), (SEQUENCES, 4096)).astype(np.intc)
         self.prompt = rng.integers(3, hooked.n_vocab(), prompt).astype(np.intc)
         self.batch = Batch(max(prompt, SEQUENCES))
+        self._started: dict[str, list[Any]] = {}
 
     def measure(self, rounds: int, decode: int) -> list[dict[str, list[float]]]:
         """Seconds of each decode by variant: sixteen sequences, one token, a prompt."""
         names = [PLAIN, *self.plans]
         times: list[dict[str, list[float]]] = [{n: [] for n in names} for _ in range(3)]
         times[0][SWAPPED] = []
+        self._ask_gates(self.sets[0][1])
         shuffle = random.Random(0).shuffle
         position = 0
         for number in range(-len(self.sets), rounds):  # the first round of each set warms up
@@ -192,16 +194,24 @@ class Bench:
         for slot in range(SEQUENCES):
             llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(llm.ctx), slot, position, -1)
 
-    def _install(self, name: str, hooked: HookedLlama, n: int, n_prompt: int) -> None:
+    def _start(self, name: str, n_prompt: int) -> list[Any]:
+        """New sequences of a variant, as many as there can be."""
         plans = self.plans[name]
-        for slot in range(SEQUENCES):
-            sequence = None
-            if plans is not None and slot < n:
-                spans = [
-                    (0 if read.pooling == "user" else n_prompt - 1, n_prompt) for read in self.reads
-                ]
-                sequence = plans[slot].start(n_prompt, spans, 4096)
-            hooked._set_sequence(slot, sequence)
+        if plans is None:
+            return [None] * SEQUENCES
+        spans = [(0 if read.pooling == "user" else n_prompt - 1, n_prompt) for read in self.reads]
+        return [plan.start(n_prompt, spans, 4096) for plan in plans]
+
+    def _ask_gates(self, hooked: HookedLlama) -> None:
+        """Start sequences of each variant and read their prompts of one token."""
+        for name in self.plans:
+            self._started[name] = self._start(name, 1)
+            for slot, sequence in enumerate(self._started[name]):
+                hooked._set_sequence(slot, sequence)
+            self._fill(0)
+            with hooked._decoding([(slot, 0, 1, LAST_ROW) for slot in range(SEQUENCES)]):
+                self.batch.decode(hooked.ctx)
+            hooked._ctx.kv_cache_clear()
 
     def _timed(
         self, name: str, plain: PlainLlama, hooked: HookedLlama, position: int, n: int
@@ -212,7 +222,8 @@ class Bench:
         if name == PLAIN:
             return _seconds(lambda: self.batch.decode(plain.ctx))
         # Tokens of a response, whose gate has been asked before, and stayed shut.
-        self._install(name, hooked, n, n_prompt=1)
+        for slot, sequence in enumerate(self._started[name]):
+            hooked._set_sequence(slot, sequence if slot < n else None)
         runs = [(slot, position + 8, 1, LAST_ROW) for slot in range(n)]
 
         def steered() -> None:
@@ -245,7 +256,8 @@ class Bench:
         if name == PLAIN:
             return _seconds(lambda: self.batch.decode(plain.ctx))
         n = len(self.prompt)
-        self._install(name, hooked, 1, n)
+        for slot, sequence in enumerate(self._start(name, n)):
+            hooked._set_sequence(slot, sequence if slot == 0 else None)
 
         def steered() -> None:
             with hooked._decoding([(0, 0, n, LAST_ROW)]):
