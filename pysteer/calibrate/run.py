@@ -18,15 +18,21 @@ from pysteer.calibrate.search import Found, as_content, search
 from pysteer.calibrate.settings import CalibrateSettings
 from pysteer.calibrate.split import Part, Split, split
 from pysteer.calibrate.trials import Scorer
-from pysteer.engine import Engine
 from pysteer.errors import SteeringError, quoted
 from pysteer.evaluate.answers import Answerer, KeptAnswers, Sampling
 from pysteer.evaluate.arms import Steered
 from pysteer.evaluate.isolation import opens
 from pysteer.evaluate.judges import Judge, RefusalJudge
 from pysteer.evaluate.report import STEERED, UNSTEERED, Report
-from pysteer.evaluate.run import EvaluateSettings, evaluate
-from pysteer.extract.capture import Capture, file_identity
+from pysteer.evaluate.run import (
+    EvaluateSettings,
+    evaluate,
+    make_folder,
+    model_identity,
+    open_engine,
+    quiet_arguments,
+)
+from pysteer.extract.capture import Capture
 from pysteer.extract.examples import distinct
 from pysteer.extract.run import fit_pack_router
 from pysteer.pack import SteeringPack
@@ -46,7 +52,7 @@ WEAK = 0.9
 
 
 class Watch(Protocol):
-    """Told how a calibration goes; `pysteer.extract.session.Reporter` with two methods more."""
+    """Told how a calibration goes; `pysteer.extract.session.Reporter` with one method more."""
 
     def start(self, what: str, total: int, unit: str) -> Callable[[int, int], None]:
         """Begin a stage of `total` units; returns what to call with (units, rows) done."""
@@ -118,10 +124,7 @@ def calibrate(
     judge = judge or RefusalJudge()
     folder = Path(folder)
     parts = _parts(unsafe, safe, benign, settings)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SteeringError(f"{folder}: {error.strerror}; name another folder") from None
+    make_folder(folder)
     cache = folder / "activations"
     # The pack's router knows the validation prompts too, and so says nothing about them.
     router, blind = (
@@ -144,19 +147,21 @@ def calibrate(
         base_model=capture.base_model,
         residual_norm=candidates.residual_norm,
     )
-    arguments = {"verbose": False, **_threads(llama_arguments)}
+    arguments = quiet_arguments(llama_arguments)
     asked = _asked(parts.validation.unsafe, settings.limit)
     benign_asked = parts.validation.benign[:VALIDATED_BENIGN]
     trying = candidates.pack(base)
     identity = {
-        "model": _identity(Path(model)),
+        "model": model_identity(Path(model)),
         "vectors": {name: vector.digest for name, vector in trying.categories.items()},
         "parallel": settings.parallel,
         "context": settings.context,
         "arguments": {name: repr(value) for name, value in sorted(arguments.items())},
     }
     sampling = Sampling(max_tokens=settings.max_tokens, seed=settings.seed)
-    with _engine(model, trying, settings, arguments) as engine:
+    with open_engine(
+        model, pack=trying, max_sequences=settings.parallel, n_ctx=settings.context, **arguments
+    ) as engine:
         answerer = Answerer(engine, sampling, KeptAnswers(folder / "trials.jsonl"), identity)
         n_validated = 2 * sum(map(len, asked.values())) + 3 * len(benign_asked)
         found = search(
@@ -236,44 +241,12 @@ def _parts(
     )
 
 
-def _threads(llama_arguments: dict[str, Any]) -> dict[str, Any]:
-    threads = llama_arguments.get("n_threads") or os.cpu_count() or 1
-    return {"n_threads": threads, "n_threads_batch": threads, **llama_arguments}
-
-
 def _asked(prompts: Sequence[Prompt], limit: int) -> dict[str, list[Prompt]]:
     """The first prompts of each category."""
     rows: dict[str, list[Prompt]] = {}
     for prompt in prompts:
         rows.setdefault(prompt.category, []).append(prompt)
     return {name: there[:limit] for name, there in rows.items()}
-
-
-def _engine(
-    model: str | os.PathLike[str],
-    pack: SteeringPack,
-    settings: CalibrateSettings,
-    arguments: dict[str, Any],
-) -> Engine:
-    try:
-        return Engine(
-            model,
-            pack=pack,
-            max_sequences=settings.parallel,
-            n_ctx=settings.context,
-            **arguments,
-        )
-    except SteeringError:
-        raise
-    except ValueError as error:
-        raise SteeringError(f"{model}: {error}; is it a GGUF model?") from None
-
-
-def _identity(model: Path) -> str:
-    try:
-        return file_identity(model)
-    except OSError as error:
-        raise SteeringError(f"{model}: {error.strerror}") from None
 
 
 def _assembled(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -139,29 +139,19 @@ def evaluate(
     steered = Steered.of(SteeringPack.load(pack), policy)
     settings = _settled(settings, steered)
     harmful, harmless = _rows(prompts, benign, settings.limit)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SteeringError(f"{folder}: {error.strerror}; name another folder") from None
-    threads = llama_arguments.get("n_threads") or os.cpu_count() or 1
-    arguments = {"verbose": False, "n_threads": threads, "n_threads_batch": threads}
-    arguments.update(llama_arguments)
+    make_folder(folder)
+    arguments = quiet_arguments(llama_arguments)
     arms = main_arms(settings.steering, settings.strengths)
     identity = _identity(Path(model), Path(pack), steered, settings, arguments)
-    try:
-        engine = Engine(
-            model,
-            pack=steered.pack,
-            policy=policy,
-            max_sequences=settings.parallel,
-            max_queue=max(256, settings.parallel),
-            n_ctx=settings.context,
-            **arguments,
-        )
-    except SteeringError:
-        raise
-    except ValueError as error:
-        raise SteeringError(f"{model}: {error}; is it a GGUF model?") from None
+    engine = open_engine(
+        model,
+        pack=steered.pack,
+        policy=policy,
+        max_sequences=settings.parallel,
+        max_queue=max(256, settings.parallel),
+        n_ctx=settings.context,
+        **arguments,
+    )
     with engine:
         about = {"file": Path(model).name, **vars(engine.base_model)}
         answerer = Answerer(engine, settings.sampling, KeptAnswers(folder / ANSWERS), identity)
@@ -181,6 +171,55 @@ def evaluate(
         with Likelihood(model, **arguments) as likelihood:
             records = _with_fluency(records, arms, likelihood, progress)
     return _report(found, records, steered, arms, settings, judge, reward, about, Path(pack))
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder that answers are kept in.
+
+    Raises:
+        SteeringError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SteeringError(f"{folder}: {error.strerror}; name another folder") from None
+
+
+def quiet_arguments(llama_arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `llama_cpp.Llama`: silent, and as many threads for prompts as for answers."""
+    threads = llama_arguments.get("n_threads") or os.cpu_count() or 1
+    return {
+        "verbose": False,
+        "n_threads": threads,
+        "n_threads_batch": threads,
+        **llama_arguments,
+    }
+
+
+def open_engine(model: str | os.PathLike[str], **arguments: Any) -> Engine:
+    """An `Engine`; takes its arguments.
+
+    Raises:
+        SteeringError: as `Engine`, or the file is no model.
+    """
+    try:
+        return Engine(model, **arguments)
+    except SteeringError:
+        raise
+    except ValueError as error:
+        raise SteeringError(f"{model}: {error}; is it a GGUF model?") from None
+
+
+def model_identity(model: Path) -> str:
+    """What tells a model file from others and from later versions of itself.
+
+    Raises:
+        SteeringError: it cannot be read.
+    """
+    try:
+        return file_identity(model)
+    except OSError as error:
+        raise SteeringError(f"{model}: {error.strerror}") from None
 
 
 def _default_judge() -> Judge:
@@ -225,12 +264,8 @@ def _identity(
     model: Path, pack: Path, steered: Steered, settings: EvaluateSettings, arguments: Any
 ) -> dict[str, Any]:
     """What answers depend on besides prompts and steering."""
-    try:
-        file = file_identity(model)
-    except OSError as error:
-        raise SteeringError(f"{model}: {error.strerror}") from None
     return {
-        "model": file,
+        "model": model_identity(model),
         "pack": hashlib.sha256(pack.read_bytes()).hexdigest(),
         "policy": steered.policy.content(),
         "parallel": settings.parallel,
