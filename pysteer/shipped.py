@@ -1,4 +1,4 @@
-"""What comes with the package: the demonstration pack, its prompts, and the default model."""
+"""What comes with the package: the default pack, prompts to show it on, and the default model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def default_model() -> Path:
 
 def default_pack_path() -> Path:
     """Path of the pack for the default model, built by `make pack`."""
-    return _DATA / "demo.gguf"
+    return _DATA / "default.gguf"
 
 
 def default_pack() -> SteeringPack:
@@ -39,5 +39,5 @@ def default_pack() -> SteeringPack:
 
 
 def demo_prompts() -> tuple[list[Prompt], list[Prompt]]:
-    """Unsafe and harmless prompts, by category; the pack was built without them."""
+    """Unsafe prompts and their harmless twins, by category; the pack was built without them."""
     return load_prompts(_DATA / "demo_unsafe.jsonl"), load_prompts(_DATA / "demo_harmless.jsonl")

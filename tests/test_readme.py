@@ -3,7 +3,6 @@
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from pysteer import SteeringPack, shipped
+from pysteer.calibrate.run import write_prompts
+from pysteer.prompts import load_prompts
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -45,11 +46,19 @@ def test_python_examples(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where the commands run, one after the other: with the two prompt files that one asks for."""
+    """Where the commands run, one after the other: with the two prompt files that some ask for.
+
+    Eight prompts of each category, which are enough for all of them, and take less time.
+    """
     folder = tmp_path_factory.mktemp("readme")
     data = Path(shipped.__file__).parent / "data"
     for side, name in (("unsafe", "demo_unsafe.jsonl"), ("safe", "demo_harmless.jsonl")):
-        shutil.copy(data / name, folder / f"{side}.jsonl")
+        by_category = {}
+        for prompt in load_prompts(data / name):
+            by_category.setdefault(prompt.category, []).append(prompt)
+        write_prompts(
+            [p for rows in by_category.values() for p in rows[:8]], folder / f"{side}.jsonl"
+        )
     return folder
 
 

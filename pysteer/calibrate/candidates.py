@@ -70,11 +70,12 @@ def find_candidates(
 ) -> Candidates:
     """Extract with every method, and take its layers one by one and together.
 
-    `learned` learns at the lowest of the layers only, since each set of layers takes it minutes.
+    `learned` learns at the lowest of the layers only, since each set of layers takes it minutes,
+    and holds the model still on the benign prompts, not on the safe ones.
 
     Args:
         capture: the model; `learned` needs torch.
-        part: what to learn from. The benign prompts are among the safe ones here.
+        part: what to learn from; the benign prompts count as safe ones, too.
         answers: safe answers for `contrast` and `learned`.
         settings: methods, layers and seed.
         cache: a folder for what was computed, from which an interrupted call goes on.
@@ -96,9 +97,10 @@ def find_candidates(
             held_out=0.0,
             seed=settings.seed,
         )
-        data = Data(
-            part.unsafe, [*part.safe, *part.benign], (), answers if chosen.on_answers else ()
-        )
+        # Twins share topic and wording with the unsafe prompts: a vector that has to leave them as
+        # they are learns to do little at all. What keeps them apart is the gate.
+        safe = part.benign if method == "learned" else [*part.safe, *part.benign]
+        data = Data(part.unsafe, safe, (), answers if chosen.on_answers else ())
         pack = extract(capture, data, chosen, cache=cache, report=report)
         residual_norm.update(pack.residual_norm)
         provenance[method] = {

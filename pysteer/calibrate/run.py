@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import logging
 import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
 from pysteer.calibrate.candidates import Candidates, find_candidates
-from pysteer.calibrate.search import Found, as_content, search
+from pysteer.calibrate.figures import figures, warn_beyond_limits
+from pysteer.calibrate.search import Found, search
 from pysteer.calibrate.settings import CalibrateSettings
 from pysteer.calibrate.split import Part, Split, split
 from pysteer.calibrate.trials import Scorer
-from pysteer.errors import SteeringError, quoted
+from pysteer.errors import SteeringError
 from pysteer.evaluate.answers import Answerer, KeptAnswers, Sampling
-from pysteer.evaluate.arms import Steered
-from pysteer.evaluate.isolation import opens
 from pysteer.evaluate.judges import Judge, RefusalJudge
-from pysteer.evaluate.report import STEERED, UNSTEERED, Report
+from pysteer.evaluate.report import Report
 from pysteer.evaluate.run import (
     EvaluateSettings,
     evaluate,
@@ -34,7 +31,8 @@ from pysteer.evaluate.run import (
 )
 from pysteer.extract.capture import Capture
 from pysteer.extract.examples import distinct
-from pysteer.extract.run import fit_pack_router
+from pysteer.extract.run import fit_pack_routers
+from pysteer.extract.session import Data
 from pysteer.pack import SteeringPack
 from pysteer.policy import CategoryPolicy, Policy
 from pysteer.prompts import Prompt
@@ -46,9 +44,6 @@ _log = logging.getLogger(__name__)
 
 VALIDATED_BENIGN = 32
 """At most so many benign prompts are answered to validate the pack."""
-
-WEAK = 0.9
-"""A category of which fewer prompts are answered safely is warned of."""
 
 
 class Watch(Protocol):
@@ -127,19 +122,16 @@ def calibrate(
     make_folder(folder)
     cache = folder / "activations"
     # The pack's router knows the validation prompts too, and so says nothing about them.
-    router, blind = (
-        fit_pack_router(
-            capture,
-            known.unsafe,
-            known.safe,
-            known.benign,
-            cache=cache,
-            false_positive_rate=settings.max_benign_change,
-            max_leak=settings.max_leak,
-            seed=settings.seed,
-            report=watch,
-        )
-        for known in (parts.train + parts.validation, parts.train)
+    known = (parts.train + parts.validation, parts.train)
+    router, blind = fit_pack_routers(
+        capture,
+        [Data(part.unsafe, part.safe, part.benign) for part in known],
+        cache=cache,
+        false_positive_rate=settings.max_benign_change,
+        max_leak=settings.max_leak,
+        look_alike_rate=settings.max_look_alike,
+        seed=settings.seed,
+        report=watch,
     )
     candidates = find_candidates(capture, parts.train, answers, settings, cache=cache, report=watch)
     base = SteeringPack(
@@ -147,67 +139,112 @@ def calibrate(
         base_model=capture.base_model,
         residual_norm=candidates.residual_norm,
     )
-    arguments = quiet_arguments(llama_arguments)
-    asked = _asked(parts.validation.unsafe, settings.limit)
-    benign_asked = parts.validation.benign[:VALIDATED_BENIGN]
-    trying = candidates.pack(base)
-    identity = {
-        "model": model_identity(Path(model)),
-        "vectors": {name: vector.digest for name, vector in trying.categories.items()},
-        "parallel": settings.parallel,
-        "context": settings.context,
-        "arguments": {name: repr(value) for name, value in sorted(arguments.items())},
-    }
-    sampling = Sampling(max_tokens=settings.max_tokens, seed=settings.seed)
-    with open_engine(
-        model, pack=trying, max_sequences=settings.parallel, n_ctx=settings.context, **arguments
-    ) as engine:
-        answerer = Answerer(engine, sampling, KeptAnswers(folder / "trials.jsonl"), identity)
-        n_validated = 2 * sum(map(len, asked.values())) + 3 * len(benign_asked)
-        found = search(
-            Scorer(answerer, judge, asked, candidates, settings),
-            list(base.categories),
-            candidates.names,
-            settings,
-            deadline=started + 60 * settings.minutes,
-            reserve=lambda seconds: seconds * n_validated,
-            watch=_SearchWatch(watch),
-        )
+    asked = _Asked(
+        _first_of_each(parts.validation.unsafe, settings.limit),
+        parts.validation.benign[:VALIDATED_BENIGN],
+    )
+    trying = _Trying(
+        Path(model), folder, settings, judge, watch, quiet_arguments(llama_arguments), asked
+    )
+    found = trying.search(base, candidates, started + 60 * settings.minutes)
     pack = _assembled(base, candidates, found, router)
     pack.save(folder / "pack.gguf")
     validated = replace(pack, router=blind)
-    path = folder / "validated.gguf"
-    validated.save(path)
-    validation = None
-    try:
-        validation = evaluate(
-            model,
-            path,
-            [p for rows in asked.values() for p in rows],
-            benign_asked,
-            folder / "validation",
-            settings=EvaluateSettings(
-                sampling=sampling,
-                steering=AUTO,
-                isolation=(),
-                fluency=False,
-                parallel=settings.parallel,
-                context=settings.context,
-            ),
-            judge=judge,
-            progress=_Stages(watch),
-            **arguments,
-        )
-    except KeyboardInterrupt:  # the pack is there, and it took longer
-        _log.warning("interrupted before the pack was validated: it says nothing of what it does")
-    figures = _figures(found, candidates, validation, validated, settings, judge, parts)
-    _warn_beyond_limits(found, validation, settings)
+    validation = trying.validate(validated)
+    calibration = figures(found, candidates, validation, validated, settings, judge, parts)
+    warn_beyond_limits(found, validation, settings)
     return Calibrated(
-        replace(pack, provenance={"method": "calibrated", "calibration": figures}),
+        replace(pack, provenance={"method": "calibrated", "calibration": calibration}),
         found,
         validation,
         parts.test,
     )
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The validation prompts that are answered: by category, and benign ones."""
+
+    unsafe: dict[str, list[Prompt]]
+    benign: list[Prompt]
+
+
+@dataclass(frozen=True)
+class _Trying:
+    """What trials and the validation of their outcome share: a model, and prompts to ask it."""
+
+    model: Path
+    folder: Path
+    settings: CalibrateSettings
+    judge: Judge
+    watch: Watch
+    arguments: dict[str, Any]
+    asked: _Asked
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(max_tokens=self.settings.max_tokens, seed=self.settings.seed)
+
+    def search(self, base: SteeringPack, candidates: Candidates, deadline: float) -> Found:
+        """The best vector, strength and scope of each category, by what they do when forced."""
+        settings = self.settings
+        pack = candidates.pack(base)
+        identity = {
+            "model": model_identity(self.model),
+            "vectors": {name: vector.digest for name, vector in pack.categories.items()},
+            "parallel": settings.parallel,
+            "context": settings.context,
+            "arguments": {name: repr(value) for name, value in sorted(self.arguments.items())},
+        }
+        # Each harmful prompt is answered twice then; benign ones are compared in a third way, too.
+        n_validated = 2 * sum(map(len, self.asked.unsafe.values())) + 3 * len(self.asked.benign)
+        with open_engine(
+            self.model,
+            pack=pack,
+            max_sequences=settings.parallel,
+            n_ctx=settings.context,
+            **self.arguments,
+        ) as engine:
+            kept = KeptAnswers(self.folder / "trials.jsonl")
+            answerer = Answerer(engine, self.sampling, kept, identity)
+            return search(
+                Scorer(answerer, self.judge, self.asked.unsafe, candidates, settings),
+                list(base.categories),
+                candidates.names,
+                settings,
+                deadline=deadline,
+                reserve=lambda seconds: seconds * n_validated,
+                watch=_SearchWatch(self.watch),
+            )
+
+    def validate(self, pack: SteeringPack) -> Report | None:
+        """What a pack does with its router deciding; None if that was interrupted."""
+        path = self.folder / "validated.gguf"
+        pack.save(path)
+        try:
+            return evaluate(
+                self.model,
+                path,
+                [prompt for rows in self.asked.unsafe.values() for prompt in rows],
+                self.asked.benign,
+                self.folder / "validation",
+                settings=EvaluateSettings(
+                    sampling=self.sampling,
+                    steering=AUTO,
+                    isolation=(),
+                    fluency=False,
+                    parallel=self.settings.parallel,
+                    context=self.settings.context,
+                ),
+                judge=self.judge,
+                progress=_Stages(self.watch),
+                **self.arguments,
+            )
+        except KeyboardInterrupt:  # the pack is there, and it took longer
+            _log.warning(
+                "interrupted before the pack was validated: it says nothing of what it does"
+            )
+            return None
 
 
 def write_prompts(prompts: Sequence[Prompt], path: Path) -> None:
@@ -241,7 +278,7 @@ def _parts(
     )
 
 
-def _asked(prompts: Sequence[Prompt], limit: int) -> dict[str, list[Prompt]]:
+def _first_of_each(prompts: Sequence[Prompt], limit: int) -> dict[str, list[Prompt]]:
     """The first prompts of each category."""
     rows: dict[str, list[Prompt]] = {}
     for prompt in prompts:
@@ -269,105 +306,6 @@ def _assembled(
             },
         ),
     )
-
-
-def _figures(
-    found: Found,
-    candidates: Candidates,
-    validation: Report | None,
-    validated: SteeringPack,
-    settings: CalibrateSettings,
-    judge: Judge,
-    parts: Split,
-) -> dict[str, Any]:
-    """What the pack keeps of its calibration, as JSON data."""
-    return {
-        "pysteer": version("pysteer"),
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "settings": settings.content(),
-        "judge": judge.name,
-        "prompts": {
-            part: {kind: len(rows) for kind, rows in vars(getattr(parts, part)).items()}
-            for part in ("train", "validation", "test")
-        },
-        "search": as_content(found),
-        "chosen": {name: one.trial._asdict() for name, one in found.chosen.items()},
-        "validation": None if validation is None else _validated(validation, validated),
-        "extraction": dict(candidates.provenance),
-    }
-
-
-def _validated(report: Report, validated: SteeringPack) -> dict[str, Any]:
-    benign = report.benign.get(STEERED)
-    return {
-        "categories": {
-            row.category: {
-                "n": row.n,
-                "safe_unsteered": row.arms[UNSTEERED].safe.value,
-                "safe": row.arms[STEERED].safe.value,
-                "degenerate": row.arms[STEERED].degenerate.value,
-            }
-            for row in report.categories
-        },
-        "safe": report.overall[STEERED].safe.value,
-        "degenerate": report.overall[STEERED].degenerate.value,
-        "benign": None
-        if benign is None
-        else {
-            "n": benign.unchanged.n,
-            "unchanged": benign.unchanged.value,
-            "refused": benign.refused.value,
-            "fired": benign.fired.value,
-        },
-        "gates": _gates(report, validated),
-    }
-
-
-def _gates(report: Report, validated: SteeringPack) -> dict[str, float]:
-    """With one category on at a time: how often its own prompts' gate opens, and the others'.
-
-    Where a gate is closed the answer is the unsteered one, so this bounds what a category does.
-    """
-    steered = Steered.of(validated, None)
-    shares: dict[bool, list[bool]] = {True: [], False: []}
-    for one in report.prompts:
-        if not one.benign:
-            for name in steered.gated:
-                shares[name == one.category].append(opens(steered, name, one.scores))
-    return {
-        what: sum(there) / len(there) if there else 0.0
-        for what, there in (("own", shares[True]), ("others", shares[False]))
-    }
-
-
-def _warn_beyond_limits(
-    found: Found, validation: Report | None, settings: CalibrateSettings
-) -> None:
-    limit = settings.max_degenerate
-    beyond = [name for name, one in found.chosen.items() if one.outcome.degenerate > limit]
-    if beyond:
-        _log.warning(
-            "no trial kept within %g of degenerate answers for %s; widen --strengths or allow "
-            "other methods and scopes",
-            limit,
-            ", ".join(map(quoted, beyond)),
-        )
-    weak = [name for name, one in found.chosen.items() if one.outcome.safe < WEAK]
-    if weak:
-        _log.warning(
-            "less than %.0f%% of the validation prompts are answered safely in %s",
-            100 * WEAK,
-            ", ".join(map(quoted, weak)),
-        )
-    benign = None if validation is None else validation.benign.get(STEERED)
-    fired = None if benign is None else benign.fired
-    if fired is not None and fired.low is not None and fired.low > settings.max_benign_change:
-        _log.warning(
-            "the router opens a gate for %d of %d benign prompts, more than a share of %g",
-            fired.k,
-            fired.n,
-            settings.max_benign_change,
-        )
 
 
 class _SearchWatch:

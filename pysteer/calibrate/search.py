@@ -14,7 +14,7 @@ from pysteer.calibrate.settings import CalibrateSettings
 from pysteer.calibrate.trials import Outcome, Scorer, Trial
 
 STRONGER = 1.3
-"""What the likeliest vector is tried at second."""
+"""What the likeliest vector's strength is multiplied by where that is all it seems to lack."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,9 @@ def search(
     Args:
         scorer: runs the trials.
         categories: what is searched for.
-        candidates: names of the vectors, likely ones first: each is tried as it is, and the first
-            stronger, before anything is varied.
+        candidates: names of the vectors, likely ones first. The first is tried as it is, then
+            stronger for as long as it keeps within the limits and is not safe throughout; then the
+            others as they are; then optuna proposes.
         settings: ranges, limits, trials and seed.
         deadline: of `time.monotonic()`; no round begins that could not end by then.
         reserve: seconds to keep before the deadline, given the seconds that an answer takes.
@@ -84,6 +85,9 @@ def search(
         KeyboardInterrupt: before the first round was over.
     """
     studies = {name: _study(settings, name, candidates) for name in categories}
+    waiting = {
+        name: [Trial(one, 1.0, settings.scopes[0]) for one in candidates] for name in categories
+    }
     found = Found({name: [] for name in categories})
     active = list(categories)
     seconds, answers = 0.0, 0
@@ -95,6 +99,9 @@ def search(
                 found.stopped = "time"
                 break
         n = scorer.n_answers(active) + (0 if found.rounds else scorer.n_first)
+        for name in active:
+            if waiting[name]:
+                studies[name].enqueue_trial(_within(waiting[name].pop(0), settings)._asdict())
         asked = {name: studies[name].ask() for name in active}
         trials = {name: _trial(one, candidates, settings) for name, one in asked.items()}
         started = time.monotonic()
@@ -110,6 +117,9 @@ def search(
             studies[name].tell(asked[name], outcome.value(settings.max_degenerate))
             found.tried[name].append(Tried(trials[name], outcome))
             found.chosen[name] = best(found.tried[name], settings.max_degenerate)
+            if _lacks_strength(found.tried[name], candidates[0], settings):
+                strength = trials[name].strength * STRONGER
+                waiting[name].insert(0, trials[name]._replace(strength=strength))
         found.rounds += 1
         watch.best(found)
         active = [name for name in active if not _settled(found.chosen[name], settings)]
@@ -134,24 +144,31 @@ def _settled(one: Tried, settings: CalibrateSettings) -> bool:
     return within and outcome.safe == 1 and outcome.collateral == 0
 
 
+def _lacks_strength(tried: Sequence[Tried], likeliest: str, settings: CalibrateSettings) -> bool:
+    """Whether the last trial leaves it open that more of the likeliest vector does more."""
+    trial, outcome = tried[-1].trial, tried[-1].outcome
+    strengths = [
+        one.trial.strength
+        for one in tried
+        if (one.trial.candidate, one.trial.scope) == (likeliest, settings.scopes[0])
+    ]
+    if (trial.candidate, trial.scope) != (likeliest, settings.scopes[0]):
+        return False
+    weak = outcome.degenerate <= settings.max_degenerate and outcome.safe < 1
+    return weak and max(strengths) == trial.strength < settings.strengths[1]
+
+
 def _study(settings: CalibrateSettings, name: str, candidates: Sequence[str]) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     # A seed of its own: categories in step would try the same strengths all the time.
     seed = zlib.crc32(f"{settings.seed} {name}".encode())
     sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=len(candidates) + 1)
-    study = optuna.create_study(direction="maximize", sampler=sampler)
+    return optuna.create_study(direction="maximize", sampler=sampler)
+
+
+def _within(trial: Trial, settings: CalibrateSettings) -> Trial:
     least, most = settings.strengths
-    # The likeliest as it is, and stronger, in case that is all it lacks; then the others.
-    first = [(candidates[0], 1.0), (candidates[0], STRONGER)]
-    for candidate, strength in [*first, *((name, 1.0) for name in candidates[1:])]:
-        study.enqueue_trial(
-            {
-                "candidate": candidate,
-                "strength": min(max(strength, least), most),
-                "scope": settings.scopes[0],
-            }
-        )
-    return study
+    return trial._replace(strength=min(max(trial.strength, least), most))
 
 
 def _trial(trial: optuna.Trial, candidates: Sequence[str], settings: CalibrateSettings) -> Trial:

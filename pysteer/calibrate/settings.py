@@ -28,6 +28,8 @@ class CalibrateSettings:
         trials: at most so many for each category.
         max_degenerate: largest share of degenerate answers.
         max_benign_change: largest share of benign prompts that may open a gate.
+        max_look_alike: largest share of the harmless twins, and of others that sound harmful, that
+            may open a gate.
         max_leak: largest share of the other categories' prompts that may open a category's gate.
         validation: share of the prompts that the search measures on.
         test: share of the prompts that nothing of the calibration sees.
@@ -52,6 +54,7 @@ class CalibrateSettings:
     trials: int = 8
     max_degenerate: float = 0.01
     max_benign_change: float = 0.005
+    max_look_alike: float = 0.1
     max_leak: float = 0.05
     validation: float = 0.2
     test: float = 0.2
@@ -88,6 +91,7 @@ class CalibrateSettings:
             "trials": (1, math.inf),
             "max_degenerate": (0, 1),
             "max_benign_change": (0, below_one),
+            "max_look_alike": (0, below_one),
             "max_leak": (0, below_one),
             "validation": (0.05, 0.9),
             "test": (0, 0.9),

@@ -67,6 +67,9 @@ def calibrate(
     max_benign_change: Annotated[
         float, typer.Option(help="Limit: share of benign prompts that open a gate.")
     ] = 0.005,
+    max_look_alike: Annotated[
+        float, typer.Option(help="Limit: share of prompts that only sound harmful, the same.")
+    ] = 0.1,
     max_leak: Annotated[
         float, typer.Option(help="Limit: share of other categories' prompts that open a gate.")
     ] = 0.05,
@@ -116,6 +119,7 @@ def calibrate(
         trials=trials,
         max_degenerate=max_degenerate,
         max_benign_change=max_benign_change,
+        max_look_alike=max_look_alike,
         max_leak=max_leak,
         held_out=hold_out,  # type: ignore[arg-type]  # refused there, in our words
         max_tokens=max_tokens,

@@ -22,13 +22,14 @@ from pysteer.evaluate.before_after import (
     CategorySummary,
     answer_twice,
     summarise,
+    summary_of,
 )
 from pysteer.prompts import Prompt
 
 
 def demo(
-    prompts: Annotated[int, typer.Option(min=1, help="Unsafe and harmless, per category.")] = 8,
-    show: Annotated[int, typer.Option(min=0, help="Unsafe prompts shown, per category.")] = 2,
+    prompts: Annotated[int, typer.Option(min=1, help="Unsafe and harmless, per category.")] = 4,
+    show: Annotated[int, typer.Option(min=0, help="Unsafe prompts shown, per category.")] = 1,
     category: Annotated[list[str] | None, typer.Option(help="Only these; repeatable.")] = None,
     forced: Annotated[
         bool,
@@ -77,7 +78,7 @@ def demo(
             max_tokens=max_tokens,
             on_answer=lambda pair: progress.advance(task),
         )
-    summary = summarise(pairs)
+    summary, overall = summarise(pairs), summary_of("all", pairs)
     if json:
         console.print_json(
             {
@@ -85,13 +86,14 @@ def demo(
                 "pack": str(shipped.default_pack_path()),
                 "strength": strength,
                 "summary": [asdict(row) for row in summary],
+                "overall": asdict(overall),
                 "answers": [asdict(pair) for pair in pairs],
             }
         )
         return
     for row in summary:
         _print_pairs(row.category, pairs, show, forced=forced)
-    _print_summary(summary, forced=forced)
+    _print_summary(summary, overall, forced=forced)
 
 
 def _per_category(rows: Sequence[Prompt], categories: Sequence[str], n: int) -> list[Prompt]:
@@ -114,7 +116,9 @@ def _print_pairs(category: str, pairs: Sequence[BeforeAfter], show: int, *, forc
         console.out.print(table)
 
 
-def _print_summary(summary: Sequence[CategorySummary], *, forced: bool) -> None:
+def _print_summary(
+    summary: Sequence[CategorySummary], overall: CategorySummary, *, forced: bool
+) -> None:
     steered = "the category's steering" if forced else "what the router finds"
     table = Table(
         title=f"without steering → with {steered}",
@@ -130,7 +134,9 @@ def _print_summary(summary: Sequence[CategorySummary], *, forced: bool) -> None:
         "tokens/s",
     ):
         table.add_column(heading, justify="right", no_wrap=True)
-    for row in summary:
+    for row in [*summary, overall]:
+        if row is overall:
+            table.add_section()
         table.add_row(
             console.plain(row.category),
             f"{row.refused_before:.0%} → {row.refused_after:.0%}",

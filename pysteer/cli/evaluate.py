@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from pysteer.cli import console, options
 from pysteer.cli.loading import load_policy, require
-from pysteer.cli.tables import numbers, table
+from pysteer.cli.tables import numbers, say_cells, table
 from pysteer.errors import SteeringError
 from pysteer.pack import SteeringPack
 from pysteer.prompts import load_prompts
@@ -269,17 +269,15 @@ def _print_benign(report: Report) -> None:
 
 def _print_isolation(found: Isolation) -> None:
     short = numbers(found.columns)
-    cells = table(f"{found.mode}: on ↓", *short.values())
-    for column in cells.columns:
-        column.no_wrap = True
+    cells = {}
     for row, line in zip(found.rows, found.cells, strict=True):
         texts = [f"{cell.changed}/{cell.n}" for cell in line]
-        marked = [
+        cells[console.plain(row)] = [
             f"[bold]{text}[/bold]" if column == row else text
             for column, text in zip(found.columns, texts, strict=True)
         ]
-        cells.add_row(console.plain(row), *marked)
-    console.out.print(cells)
+    title = f"one category on at a time, {found.mode}"
+    say_cells(title, "on ↓", list(short.values()), cells)
     names = ", ".join(f"{number} {console.plain(name)}" for name, number in short.items())
     console.say(f"made safe, of those unsafe; prompts of {names}")
     console.say(f"own category {_share(found.diagonal)}, all others {_share(found.rest)}")

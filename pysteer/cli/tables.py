@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from pysteer.cli import console
 
@@ -39,7 +40,7 @@ def say_by_layer(
         ]
         for layer in layers
     }
-    _say(title, "layer", [console.plain(heading) for heading in headings.values()], cells)
+    say_cells(title, "layer", [console.plain(heading) for heading in headings.values()], cells)
 
 
 def say_square(title: str, rows: Mapping[str, Sequence[str]], *, first: int = 1) -> None:
@@ -52,15 +53,26 @@ def say_square(title: str, rows: Mapping[str, Sequence[str]], *, first: int = 1)
     """
     short = [str(first + i) for i in range(len(rows))]
     names = [f"{i} {console.plain(name)}" for i, name in zip(short, rows, strict=True)]
-    _say(title, "", short, dict(zip(names, rows.values(), strict=True)))
+    say_cells(title, "", short, dict(zip(names, rows.values(), strict=True)))
 
 
-def _say(
+def say_cells(
     title: str, corner: str, headings: Sequence[str], cells: Mapping[str, Sequence[str]]
 ) -> None:
-    """Print a title and one table, or as many as the width of the terminal asks for."""
-    wide = max((len(text) for row in [headings, *cells.values()] for text in row), default=1)
-    left = max(len(text) for text in [corner, *cells])
+    """Print a title and one table, or as many as the width of the terminal asks for.
+
+    Args:
+        title: what the cells are.
+        corner: heading of the rows' names.
+        headings: of the columns.
+        cells: name of a row to its cells. These, names and headings may have rich's markup.
+    """
+
+    def width(text: str) -> int:
+        return Text.from_markup(text).cell_len
+
+    wide = max((width(text) for row in [headings, *cells.values()] for text in row), default=1)
+    left = max(width(text) for text in [corner, *cells])
     fit = max(1, (console.out.width - left - 3) // (wide + 1))
     console.say(title)
     for start in range(0, len(headings), fit):

@@ -45,7 +45,7 @@ class BeforeAfter:
 
 @dataclass(frozen=True)
 class CategorySummary:
-    """Rates of one category, each a share of 0 to 1 of the prompts named.
+    """Rates of one category, or of all, each a share of 0 to 1 of the prompts named.
 
     Attributes:
         category: that of the prompts, whose steering was on where it was forced.
@@ -138,12 +138,13 @@ def summarise(pairs: Sequence[BeforeAfter]) -> list[CategorySummary]:
     """One summary per category, in the order of first appearance."""
     categories = dict.fromkeys(pair.prompt.category for pair in pairs)
     return [
-        _summarise_category(name, [pair for pair in pairs if pair.prompt.category == name])
+        summary_of(name, [pair for pair in pairs if pair.prompt.category == name])
         for name in categories
     ]
 
 
-def _summarise_category(category: str, pairs: Sequence[BeforeAfter]) -> CategorySummary:
+def summary_of(category: str, pairs: Sequence[BeforeAfter]) -> CategorySummary:
+    """What became of some prompts, under a name."""
     unsafe = [pair for pair in pairs if pair.unsafe]
     harmless = [pair for pair in pairs if not pair.unsafe]
     return CategorySummary(

@@ -24,8 +24,8 @@ FALSE_POSITIVE_RATE = 0.005
 """Largest share of benign prompts that may open a gate, where nobody says."""
 
 LOOK_ALIKE_RATE = 0.1
-"""The same for benign prompts that sound harmful: a stricter bound would cost most of the harmful
-prompts that do not sound so."""
+"""The same for benign prompts that sound harmful, where nobody says: a stricter bound would cost
+most of the harmful prompts that do not sound so."""
 
 MAX_LEAK = 0.05
 """Largest share of the other categories' prompts that may open a category's gate."""
@@ -62,6 +62,7 @@ def fit_margin(
     false_positive_rate: float | None = None,
     max_leak: float = MAX_LEAK,
     look_alikes: npt.NDArray[np.bool_] | None = None,
+    look_alike_rate: float = LOOK_ALIKE_RATE,
 ) -> MarginFit:
     """Fit the map, its harm threshold and the categories' allowances.
 
@@ -74,7 +75,7 @@ def fit_margin(
     Thresholds come from scores of the same folds, so none knows the prompt it is chosen on:
 
     - *harm*: the lowest that at most `false_positive_rate` of the benign prompts reach, look-alikes
-      aside, and at most `LOOK_ALIKE_RATE` of those.
+      aside, and at most `look_alike_rate` of those.
     - *allowance* of a category: the lead over all others that at most `max_leak` of the other
       categories' prompts reach is usually negative, and this is by how much; 0 if it is not.
 
@@ -85,6 +86,7 @@ def fit_margin(
         false_positive_rate: from 0 to below 1; None is `FALSE_POSITIVE_RATE`.
         max_leak: from 0 to 1.
         look_alikes: bool (n,), benign prompts that sound harmful; None for none.
+        look_alike_rate: from 0 to 1.
     """
     k = int(classes.max())
     scores = {penalty: np.empty((len(h), k + 1)) for penalty in PENALTIES}
@@ -105,7 +107,7 @@ def fit_margin(
     rate = FALSE_POSITIVE_RATE if false_positive_rate is None else false_positive_rate
     bounds = [
         _quantile(harm[group], share)
-        for group, share in ((~harmful & ~sounds, rate), (sounds, LOOK_ALIKE_RATE))
+        for group, share in ((~harmful & ~sounds, rate), (sounds, look_alike_rate))
         if group.any()
     ]
     bias[0] += max(bounds)

@@ -1,30 +1,31 @@
-"""Fitting a router: where it looks, its gates' weights and thresholds, and how well they do."""
+"""Fitting a router: where it looks, its gates, and how well they do on prompts kept aside."""
 
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.exceptions import ConvergenceWarning  # type: ignore[import-untyped]
-from sklearn.linear_model import LogisticRegression  # type: ignore[import-untyped]
-from sklearn.metrics import (  # type: ignore[import-untyped]
-    confusion_matrix,
-    roc_curve,
-)
+from sklearn.metrics import confusion_matrix  # type: ignore[import-untyped]
 from sklearn.model_selection import (  # type: ignore[import-untyped]
     StratifiedGroupKFold,
     StratifiedKFold,
     train_test_split,
 )
-from sklearn.preprocessing import StandardScaler  # type: ignore[import-untyped]
 
 from pysteer.errors import SteeringError, quoted
-from pysteer.extract.margin import FALSE_POSITIVE_RATE, MAX_LEAK, Fold, Indices, fit_margin
+from pysteer.extract.margin import (
+    FALSE_POSITIVE_RATE,
+    LOOK_ALIKE_RATE,
+    MAX_LEAK,
+    Fold,
+    Indices,
+    fit_margin,
+)
+from pysteer.extract.probes import choose_thresholds, fit_probes
 from pysteer.router import CLASSIFIERS, GATES, Floats, Gate, Read, Router
 
 logger = logging.getLogger(__name__)
@@ -40,10 +41,6 @@ HELD_OUT = 0.2
 
 _USER_DEPTHS = (0.0, 2 / 15, 1 / 3, 7 / 15, 3 / 5)
 _SUFFIX_DEPTHS = (4 / 15, 2 / 5, 8 / 15)
-_C = 0.1  # inverse strength of the L2 penalty on standardised activations
-_MAX_ITERATIONS = 1000
-_MAX_ROTATED = 1000  # rows; with more, finding the rotation takes longer than it saves
-_SMALLEST_SCALE = 1e-3
 
 
 def default_reads(n_layer: int) -> tuple[Read, ...]:
@@ -75,6 +72,7 @@ def fit_router(
     look_alikes: npt.ArrayLike | None = None,
     false_positive_rate: float | None = None,
     max_leak: float = MAX_LEAK,
+    look_alike_rate: float = LOOK_ALIKE_RATE,
     folds: int = 5,
     seed: int = 0,
 ) -> Router:
@@ -119,12 +117,13 @@ def fit_router(
         kinds: the kinds of gate, of `pysteer.router.GATES`, one of `CLASSIFIERS` among them.
         groups: prompts of the same group (twins, paraphrases) are learned from or tested with
             together; None: each for itself.
-        look_alikes: bool (n,), benign prompts that sound harmful: the margin gate bounds how many
-            of them may open it apart from the others. None for none.
+        look_alikes: bool (n,), benign prompts that sound harmful: how many of them may open the
+            margin gate is bounded apart from the others. None for none.
         false_positive_rate: largest share of benign prompts that may open a gate, from 0 to below
             1; None is 0.005 for the margin gate, and no limit for the others.
         max_leak: largest share of the other categories' prompts that may open a category's margin
             gate, from 0 to 1; but the gate of the best category opens for every harmful prompt.
+        look_alike_rate: largest share of the look-alikes that may open a margin gate, from 0 to 1.
         folds: of the cross-validation; fewer if a class is smaller.
         seed: of the splits; the same seed gives the same router.
 
@@ -143,8 +142,9 @@ def fit_router(
         raise SteeringError(
             f"a false-positive rate of {quoted(false_positive_rate)} is not from 0 to below 1"
         )
-    if not 0 <= max_leak <= 1:
-        raise SteeringError(f"a leak rate of {quoted(max_leak)} is not from 0 to 1")
+    for what, rate in (("leak", max_leak), ("look-alike", look_alike_rate)):
+        if not 0 <= rate <= 1:
+            raise SteeringError(f"a {what} rate of {quoted(rate)} is not from 0 to 1")
     if folds < 2:
         raise SteeringError(f"cross-validation needs 2 folds or more, not {quoted(folds)}")
     categories, rows, classes = _classes(labels)
@@ -161,6 +161,7 @@ def fit_router(
         categories=categories,
         false_positive_rate=false_positive_rate,
         max_leak=max_leak,
+        look_alike_rate=look_alike_rate,
         folds=folds,
         seed=seed,
         h=_all_reads(activations, reads, rows),
@@ -193,6 +194,7 @@ class _Fitter:
     categories: list[str]
     false_positive_rate: float | None
     max_leak: float
+    look_alike_rate: float
     folds: int
     seed: int
     h: Floats
@@ -222,6 +224,7 @@ class _Fitter:
                 false_positive_rate=self.false_positive_rate,
                 max_leak=self.max_leak,
                 look_alikes=self.look_alikes[rows],
+                look_alike_rate=self.look_alike_rate,
             )
             arrays |= {
                 "margin_weight": margin.weight,
@@ -232,9 +235,9 @@ class _Fitter:
         others = tuple(kind for kind in self.kinds if kind != "margin")
         if others:
             scores = self._out_of_fold(others, h, classes, folds)
-            arrays |= _fit(others, h, classes)
+            arrays |= fit_probes(others, h, classes)
             for kind in others:
-                thresholds, above = _thresholds(
+                thresholds, above = choose_thresholds(
                     kind, scores[kind], classes, self.categories, self.false_positive_rate
                 )
                 gates[kind] = Gate(thresholds, above, none, none, none)
@@ -287,7 +290,7 @@ class _Fitter:
                 threshold_rule="youden",
                 train_counts=np.bincount(classes),
                 **nothing,
-                **_fit(kinds, h[fit], classes[fit]),
+                **fit_probes(kinds, h[fit], classes[fit]),
             )
             for kind, found in scores.items():
                 found[test] = router.scores(kind, h[test])
@@ -324,157 +327,6 @@ def split(
         np.arange(len(classes)), test_size=HELD_OUT, stratify=classes, random_state=seed
     )
     return np.sort(train), np.sort(held_out)
-
-
-def choose_threshold(
-    scores: npt.ArrayLike,
-    own: npt.ArrayLike,
-    benign: npt.ArrayLike,
-    *,
-    false_positive_rate: float | None = None,
-) -> tuple[float, float]:
-    """The threshold with the largest Youden J; of several such the highest.
-
-    J = share of the own prompts with score >= threshold, minus share of all others with it.
-    Source: W. J. Youden, Index for rating diagnostic tests, Cancer 3 (1950).
-
-    Args:
-        scores: (n,).
-        own: bool (n,), True for prompts of the category; both kinds must be there.
-        benign: bool (n,), True for benign prompts.
-        false_positive_rate: only thresholds count that at most this share of the benign prompts
-            reaches.
-
-    Returns:
-        The threshold, halfway between the lowest score that reaches it and the next below, and its
-        J. If no threshold counts, one above all scores, and 0.
-    """
-    scores = np.asarray(scores, np.float64)
-    own, benign = np.asarray(own, np.bool_), np.asarray(benign, np.bool_)
-    others, opened, candidates = roc_curve(own, scores, drop_intermediate=False)
-    # The first candidate is infinity, which no score reaches.
-    youden, candidates = (opened - others)[1:], candidates[1:]
-    if false_positive_rate is not None and benign.any():
-        ordered = np.sort(scores[benign])
-        reaching = len(ordered) - np.searchsorted(ordered, candidates, side="left")
-        youden = np.where(reaching <= false_positive_rate * len(ordered), youden, -np.inf)
-    best = int(np.argmax(youden))
-    if youden[best] == -np.inf:
-        return float(np.nextafter(scores.max(), np.inf)), 0.0
-    threshold = candidates[best]
-    if best + 1 < len(candidates):
-        middle = candidates[best + 1] + (threshold - candidates[best + 1]) / 2
-        threshold = middle if middle > candidates[best + 1] else threshold
-    return float(threshold), float(youden[best])
-
-
-@dataclass
-class _Standardised:
-    """Standardised activations in as few coordinates as they have.
-
-    A fit with an L2 penalty stays the same when the rows are rotated, and n rows need no more than
-    n coordinates: with wide models and few prompts that is most of the time.
-    """
-
-    mean: Floats
-    scale: Floats
-    basis: Floats | None
-    rows: Floats
-
-    @classmethod
-    def of(cls, h: Floats) -> _Standardised:
-        scaler = StandardScaler().fit(h)
-        deviation = np.sqrt(scaler.var_)
-        if not deviation.any():
-            raise SteeringError(
-                "the activations of all prompts are the same; there is nothing to tell apart"
-            )
-        scale = np.maximum(deviation, _SMALLEST_SCALE * np.median(deviation[deviation > 0]))
-        z = (h - scaler.mean_) / scale
-        if len(z) >= z.shape[1] or len(z) > _MAX_ROTATED:
-            return cls(scaler.mean_, scale, None, z)
-        left, singular, basis = np.linalg.svd(z, full_matrices=False)
-        return cls(scaler.mean_, scale, basis, left * singular)
-
-    def apply(self, h: Floats) -> Floats:
-        z = (h - self.mean) / self.scale
-        return z if self.basis is None else np.asarray(z @ self.basis.T)
-
-    def fold(self, weight: Floats, bias: Floats) -> tuple[npt.NDArray[np.float32], Floats]:
-        """Weight and bias for activations as they are: W' h + b' = W z + b."""
-        weight = (weight if self.basis is None else weight @ self.basis) / self.scale
-        stored = weight.astype(np.float32)
-        return stored, bias - stored.astype(np.float64) @ self.mean
-
-
-def _fit(kinds: tuple[str, ...], h: Floats, classes: Indices) -> dict[str, Any]:
-    """The arrays of kinds other than margin from activations (n, w) and classes 0 to k."""
-    k = int(classes.max())
-    found: dict[str, Any] = {}
-    standard = _Standardised.of(h)
-    if "multinomial" in kinds:
-        multinomial = _logistic(standard.rows, classes)
-        weight, bias = multinomial.coef_, multinomial.intercept_
-        if k == 1:  # scikit-learn gives two classes one row, the logit of their difference
-            weight, bias = np.vstack([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
-        found["weight"], found["bias"] = standard.fold(weight, bias)
-    if "probe" in kinds:
-        probes = [_logistic(standard.rows, classes == c) for c in range(1, k + 1)]
-        found["probe_weight"], found["probe_bias"] = standard.fold(
-            np.vstack([probe.coef_ for probe in probes]),
-            np.concatenate([probe.intercept_ for probe in probes]),
-        )
-    centroids = np.stack([h[classes == c].mean(axis=0) for c in range(k + 1)])
-    if "centroid" in kinds:
-        found["centroids"] = centroids
-    if "cast" in kinds:
-        others = [h.mean(axis=0, where=(classes != c)[:, None]) for c in range(1, k + 1)]
-        apart = centroids[1:] - np.stack(others)
-        lengths = np.linalg.norm(apart, axis=1, keepdims=True)
-        if not lengths.all():
-            raise SteeringError(
-                "the prompts of a category and all others have the same mean activations; "
-                "are they the same prompts?"
-            )
-        found["conditions"] = apart / lengths
-    return found
-
-
-def _logistic(z: Floats, classes: npt.NDArray[Any]) -> LogisticRegression:
-    probe = LogisticRegression(C=_C, class_weight="balanced", max_iter=_MAX_ITERATIONS)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # told below, in our words
-        probe.fit(z, classes)
-    if (probe.n_iter_ >= _MAX_ITERATIONS).any():
-        logger.warning("a probe of the router did not converge in %d iterations", _MAX_ITERATIONS)
-    return probe
-
-
-def _thresholds(
-    kind: str,
-    scores: Floats,
-    classes: Indices,
-    categories: list[str],
-    false_positive_rate: float | None,
-) -> tuple[Floats, npt.NDArray[np.bool_]]:
-    thresholds, above = [], []
-    for i, category in enumerate(categories):
-        own, benign = classes == i + 1, classes == 0
-        options = []
-        # A condition similarity has no sign, so that CAST's condition may hold on either side.
-        for sign in (1, -1) if kind == "cast" else (1,):
-            threshold, youden = choose_threshold(
-                sign * scores[:, i], own, benign, false_positive_rate=false_positive_rate
-            )
-            options.append((youden, sign * threshold, sign == 1))
-        youden, threshold, side = max(options, key=lambda option: option[0])
-        if youden <= 0:
-            logger.warning(
-                "the %s gate of category %s does not tell it apart in training", kind, category
-            )
-        thresholds.append(threshold)
-        above.append(side)
-    return np.array(thresholds), np.array(above)
 
 
 def _rates(opens: npt.NDArray[np.bool_], classes: Indices) -> dict[str, Floats]:

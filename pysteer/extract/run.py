@@ -102,29 +102,27 @@ def extract(
     )
 
 
-def fit_pack_router(
+def fit_pack_routers(
     capture: Capture,
-    unsafe: Sequence[Prompt],
-    safe: Sequence[Prompt],
-    benign: Sequence[Prompt] = (),
+    data: Sequence[Data],
     *,
     cache: Path,
     gates: Sequence[str] = ("margin",),
     false_positive_rate: float | None = None,
     max_leak: float | None = None,
+    look_alike_rate: float | None = None,
     seed: int = 0,
     report: Reporter | None = None,
-) -> Router:
-    """Fit a router alone, without directions: what `extract` does where it fits one.
+) -> list[Router]:
+    """Fit routers alone, without directions: what `extract` does where it fits one.
 
     Twins, which share a `pair_id`, are learned from or tested with together. Safe prompts of a
     category of the unsafe ones count as look-alikes; see `pysteer.extract.router.fit_router`.
 
     Args:
         capture: the model.
-        unsafe: prompts with a category each; without one they are of the category "unsafe".
-        safe: harmless ones: twins of the unsafe prompts, generic instructions, or both.
-        benign: more harmless prompts.
+        data: what each router is fitted to; without a category unsafe prompts are of the category
+            "unsafe". A prompt that the one before it was fitted to, too, is not run again.
         cache: a folder for activations, as for `extract`.
         gates: kinds of gate to fit, of `pysteer.router.GATES`; "margin" or "multinomial" among
             them.
@@ -132,11 +130,13 @@ def fit_pack_router(
             kind's default.
         max_leak: largest share of the other categories' prompts that may open a category's margin
             gate; None is its default.
-        seed: of every choice; the same seed gives the same router.
+        look_alike_rate: largest share of the look-alikes that may open a margin gate; None is its
+            default.
+        seed: of every choice; the same seed gives the same routers.
         report: told about progress.
 
     Returns:
-        The router. It looks at the layers and tokens that `pysteer.extract.router.default_reads`
+        The routers. They look at the layers and tokens that `pysteer.extract.router.default_reads`
         names.
 
     Raises:
@@ -145,8 +145,16 @@ def fit_pack_router(
     settings = ExtractSettings(
         gates=tuple(gates), false_positive_rate=false_positive_rate, seed=seed
     )
-    data = Data(distinct(unsafe, "unsafe"), distinct(safe, "safe"), distinct(benign, "benign"))
-    return _router(Run(capture, data, settings, None, cache, report or Silent()), max_leak)
+    routers = []
+    run = Run(capture, Data((), ()), settings, None, cache, report or Silent())
+    for one in data:
+        run.data = Data(
+            distinct(one.unsafe, "unsafe"),
+            distinct(one.safe, "safe"),
+            distinct(one.benign, "benign"),
+        )
+        routers.append(_router(run, max_leak, look_alike_rate))
+    return routers
 
 
 def _layers(capture: Capture, settings: ExtractSettings) -> tuple[int, ...]:
@@ -202,10 +210,12 @@ def _router_prompts(run: Run) -> dict[tuple[str, str], Prompt]:
     }
 
 
-def _router(run: Run, max_leak: float | None = None) -> Router:
+def _router(
+    run: Run, max_leak: float | None = None, look_alike_rate: float | None = None
+) -> Router:
     """Fitted to the residual stream of all prompts."""
     # scikit-learn takes a while to import.
-    from pysteer.extract.margin import MAX_LEAK
+    from pysteer.extract.margin import LOOK_ALIKE_RATE, MAX_LEAK
     from pysteer.extract.router import MAX_PROMPTS, default_reads, fit_router
 
     by_text = _router_prompts(run)
@@ -248,6 +258,7 @@ def _router(run: Run, max_leak: float | None = None) -> Router:
         ],
         false_positive_rate=run.settings.false_positive_rate,
         max_leak=MAX_LEAK if max_leak is None else max_leak,
+        look_alike_rate=LOOK_ALIKE_RATE if look_alike_rate is None else look_alike_rate,
         seed=run.settings.seed,
     )
 

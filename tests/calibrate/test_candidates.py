@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from prompting import prompts
 
 from pysteer.calibrate.candidates import find_candidates
 from pysteer.calibrate.settings import CalibrateSettings
@@ -10,18 +11,6 @@ from pysteer.extract.llama_capture import LlamaCapture
 from pysteer.extract.run import extract
 from pysteer.extract.session import Data, Silent
 from pysteer.extract.settings import ExtractSettings
-from pysteer.prompts import Prompt
-
-WORDS = ("the", "of", "and", "sea", "oil", "ring", "all")
-
-
-def prompts(side, category, n):
-    rng = np.random.default_rng([*f"{side} {category}".encode()])
-    return [
-        Prompt(" ".join([side, category, *rng.choice(WORDS, 4), str(i)]), category)
-        for i in range(n)
-    ]
-
 
 UNSAFE = [*prompts("harm", "hate", 6), *prompts("harm", "malware", 5)]
 BENIGN = prompts("please", "", 6)
@@ -80,12 +69,18 @@ def test_one_pack_holds_them_all_under_names_of_their_own(found):
 
 
 @pytest.mark.torch
-def test_learned_learns_at_the_lowest_layer_only(tiny_llama, tmp_path):
+def test_learned_learns_at_the_lowest_layer_only_and_leaves_the_benign_prompts(
+    tiny_llama, tmp_path
+):
+    """Not the twins, which have the words of the unsafe prompts."""
     from pysteer.extract.torch_capture import TorchCapture
     from pysteer.extract.torch_model import TorchModel
 
     capture = TorchCapture(TorchModel(str(tiny_llama)))
     settings = CalibrateSettings(methods=("learned",), layers=(1, 2))
-    part = Part(UNSAFE, [], BENIGN)
+    part = Part(UNSAFE, prompts("calm", "hate", 6), BENIGN)
     found = find_candidates(capture, part, [], settings, cache=tmp_path, report=Silent())
     assert found.names == ["learned at 1"]
+    alone = ExtractSettings(method="learned", layers=(1,), router=False, held_out=0.0)
+    pack = extract(capture, Data(UNSAFE, BENIGN), alone, cache=tmp_path / "another")
+    assert dict(found.vectors["learned at 1"]) == dict(pack.categories)

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from prompting import prompts
 
 from pysteer import Policy, SteeringError, SteeringPack
 from pysteer.calibrate import run as run_module
@@ -20,7 +21,6 @@ from pysteer.extract.settings import ExtractSettings
 from pysteer.prompts import Prompt, load_prompts
 from pysteer.scope import Scope
 
-WORDS = ("the", "of", "and", "sea", "oil", "ring", "all")
 SETTINGS = CalibrateSettings(
     methods=("mean",),
     layers=(1, 2),
@@ -47,18 +47,6 @@ class Watch:
 
     def best(self, found):
         self.rounds += 1
-
-
-def prompts(side, category, n):
-    rng = np.random.default_rng([*f"{side} {category}".encode()])
-    return [
-        Prompt(
-            " ".join([side, category, *rng.choice(WORDS, 4), str(i)]),
-            category if side == "harm" else "",
-            pair_id=f"{category} {i}" if side != "please" else None,
-        )
-        for i in range(n)
-    ]
 
 
 UNSAFE = [*prompts("harm", "hate", 16), *prompts("harm", "malware", 15)]
@@ -230,6 +218,26 @@ def test_limits_that_nothing_keeps_are_said(run, tmp_path, caplog):
     never = CallableJudge(lambda prompt, answer: False, name="never")
     run(tmp_path, settings=settings, judge=never)
     assert "answered safely in 'hate', 'malware'" in caplog.text
+
+
+def test_the_limits_are_those_of_both_routers(run, tmp_path, monkeypatch):
+    def stop(capture, data, **options):
+        limits = ("false_positive_rate", "max_leak", "look_alike_rate", "seed")
+        raise KeyError(len(data), *(options[name] for name in limits))
+
+    monkeypatch.setattr(run_module, "fit_pack_routers", stop)
+    chosen = {"max_benign_change": 0.1, "max_leak": 0.2, "max_look_alike": 0.3, "seed": 4}
+    with pytest.raises(KeyError) as caught:
+        run(tmp_path, settings=replace(SETTINGS, **chosen))
+    assert caught.value.args == (2, 0.1, 0.2, 0.3, 4)
+
+
+def test_benign_prompts_that_keep_the_gate_shut_are_said(run, tmp_path, caplog):
+    run(tmp_path / "apart")
+    assert "opens a gate for only" not in caplog.text
+    sounding = [Prompt(p.prompt) for p in prompts("harm", "hate", 36)[16:]]
+    run(tmp_path / "alike", benign=[*BENIGN, *sounding])
+    assert "opens a gate for only" in caplog.text
 
 
 @pytest.mark.parametrize("lacking", ["unsafe", "benign"])

@@ -73,14 +73,21 @@ def test_it_finds_each_category_its_own_best_within_the_limits():
         assert sum(t.candidate == "two" and t.scope == "all" for t in late) > 10  # 5
 
 
-def test_every_candidate_is_tried_as_recommended_first():
-    scorer = Formula(narrow)
-    run(scorer, settings={"trials": 3})
-    assert [asked["a"] for asked in scorer.asked] == [
-        Trial("one", 1.0, "all"),
-        Trial("one", STRONGER, "all"),
-        Trial("two", 1.0, "all"),
-    ]
+def test_the_likeliest_is_tried_stronger_while_that_may_help_and_then_the_others():
+    """In "a" it breaks at once, in "b" it is safe at the second strength, in "c" never."""
+
+    def outcome(name, trial):
+        safe = {"a": 0.5, "b": float(trial.strength > 1.1), "c": 0.5}[name]
+        return Outcome(safe, 0.5 if name == "a" else 0.0, 0.5, 10)
+
+    scorer = Formula(outcome)
+    run(scorer, "abc", settings={"trials": 4, "strengths": (0.6, 1.5)})
+    tried = {name: [asked[name] for asked in scorer.asked] for name in "abc"}
+    first, second = Trial("one", 1.0, "all"), Trial("one", STRONGER, "all")
+    other = Trial("two", 1.0, "all")
+    assert tried["a"][:2] == [first, other]
+    assert tried["b"][:3] == [first, second, other]
+    assert tried["c"] == [first, second, Trial("one", 1.5, "all"), other]
 
 
 def test_a_category_with_nothing_left_to_better_is_left_alone():

@@ -20,6 +20,7 @@ from pysteer.calibrate.settings import CalibrateSettings
         ({"trials": 0}, "trials cannot be 0"),
         ({"max_degenerate": 1.5}, "max_degenerate"),
         ({"max_leak": 1.0}, "max_leak"),
+        ({"max_look_alike": -0.1}, "max_look_alike"),
         ({"max_benign_change": -0.1}, "max_benign_change"),
         ({"validation": 0.5, "test": 0.5}, "leave too little"),
         ({"limit": 0}, "limit"),

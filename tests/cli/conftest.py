@@ -1,4 +1,6 @@
-"""Models and sessions for the tests of the chat."""
+"""What keeps the tests of commands apart, and models and sessions for those of the chat."""
+
+import logging
 
 import llama_cpp
 import pytest
@@ -6,6 +8,15 @@ from chats import CONTEXT, LENGTH, towards
 
 from pysteer import SteeredLlama, SteeringPack, SteeringVector
 from pysteer.cli.chat_session import Session
+
+
+@pytest.fixture(autouse=True)
+def _logging():
+    """Commands add a handler; leave none for other tests."""
+    logger = logging.getLogger("pysteer")
+    before = list(logger.handlers)
+    yield
+    logger.handlers[:] = before
 
 
 @pytest.fixture(scope="module")

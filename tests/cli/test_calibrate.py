@@ -2,10 +2,9 @@
 
 import importlib
 import json
-import logging
 
-import numpy as np
 import pytest
+from prompting import rows, write
 
 from pysteer import SteeringPack
 from pysteer.cli import run
@@ -22,33 +21,6 @@ OPTIONS = {
     "--threads": 1,
     "--context": 512,
 }
-WORDS = ("the", "of", "and", "sea", "oil", "ring", "all")
-
-
-def rows(side, category, count):
-    random = np.random.default_rng([*f"{side} {category}".encode()])
-    return [
-        {
-            "prompt": " ".join([side, category, *random.choice(WORDS, 4), str(i)]),
-            "category": category if side == "harm" else "",
-            "subcategory": "xy"[i % 2] if side == "harm" else "",
-        }
-        for i in range(count)
-    ]
-
-
-def write(path, content):
-    path.write_text("".join(json.dumps(row) + "\n" for row in content))
-    return path
-
-
-@pytest.fixture(autouse=True)
-def _logging():
-    """The command adds a handler; leave none for other tests."""
-    logger = logging.getLogger("pysteer")
-    before = list(logger.handlers)
-    yield
-    logger.handlers[:] = before
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """`pysteer evaluate`, on a tiny model."""
 
 import json
+import re
 
 import pytest
 
@@ -64,6 +65,23 @@ def test_a_run_prints_a_table_and_writes_three_files(evaluate, files):
     assert [row.n for row in report.categories] == [2, 2]
     assert [point.strength for point in report.curve] == [0.0, 0.5, 1.0]
     assert report.benign["steered"].unchanged.n == 2
+
+
+def test_no_cell_of_a_wide_matrix_is_cut(evaluate, files):
+    names = [f"category_{i}" for i in range(24)]
+    rows = [{"prompt": f"the {name}", "category": name} for name in names]
+    (files / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    pack = SteeringPack.load(files / "pack.gguf")
+    SteeringPack(dict.fromkeys(names, pack["a"])).save(files / "pack.gguf")
+    code, out, _ = evaluate("--isolation", "forced", "--no-fluency", "-n", 1, benign=False)
+    assert code == 0
+    cells = [
+        cell
+        for line in out.splitlines()
+        if line.startswith(" category_")
+        for cell in re.findall(r"\d+/\d+(?= |$)", line)
+    ]
+    assert len(cells) == 24 * 24
 
 
 def test_json_is_the_report_without_its_answers(evaluate, files):

@@ -3,12 +3,12 @@
 import importlib
 import io
 import json
-import logging
 import signal
 from contextlib import closing
 
 import numpy as np
 import pytest
+from prompting import rows, write
 
 from pysteer import SteeredLlama, SteeringPack
 from pysteer.cli import console, run
@@ -16,34 +16,6 @@ from pysteer.extract.llama_capture import LlamaCapture
 
 # As for the other commands: one thread, and a context that the tiny model was trained for.
 OPTIONS = ("--context", "256", "--threads", "1")
-WORDS = ("the", "of", "and", "sea", "oil", "ring", "all")
-
-
-def rows(side, category, count):
-    random = np.random.default_rng([*f"{side} {category}".encode()])
-    return [
-        {
-            "prompt": " ".join([side, category, *random.choice(WORDS, 4), str(i)]),
-            "category": category if side == "harm" else "",
-            "pair_id": f"{category} {i}",
-            "label": "unsafe" if side == "harm" else "safe",
-        }
-        for i in range(count)
-    ]
-
-
-def write(path, content):
-    path.write_text("".join(json.dumps(row) + "\n" for row in content))
-    return path
-
-
-@pytest.fixture(autouse=True)
-def _logging():
-    """The command adds a handler; leave none for other tests."""
-    logger = logging.getLogger("pysteer")
-    before = list(logger.handlers)
-    yield
-    logger.handlers[:] = before
 
 
 @pytest.fixture

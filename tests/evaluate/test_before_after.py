@@ -12,6 +12,7 @@ from pysteer.evaluate.before_after import (
     CategorySummary,
     answer_twice,
     summarise,
+    summary_of,
 )
 from pysteer.prompts import Prompt
 
@@ -52,6 +53,10 @@ def test_summaries_are_shares_of_the_right_prompts():
     assert (b.category, b.n_unsafe, b.n_harmless) == ("b", 1, 0)
     assert (b.refused_after, b.degenerate_after, b.harmless_unchanged) == (0.0, 1.0, 0.0)
     assert summarise([]) == []
+    both = summary_of("all", pairs)
+    assert (both.category, both.n_unsafe, both.n_harmless) == ("all", 5, 2)
+    assert (both.refused_before, both.refused_after) == (1 / 5, 2 / 5)
+    assert both.degenerate_after == 2 / 7
 
 
 @pytest.fixture(scope="module")

@@ -86,7 +86,10 @@ def test_of_benign_prompts_out_of_fold_no_more_than_stated_are_harmful(rate):
     assert (benign >= threshold - 1e-6).mean() >= allowed - 1.5 / len(benign)
 
 
-def test_look_alikes_have_a_bound_of_their_own_and_the_stricter_one_counts():
+@pytest.mark.parametrize(
+    ("given", "rate"), [({}, LOOK_ALIKE_RATE), ({"look_alike_rate": 0.3}, 0.3)]
+)
+def test_look_alikes_have_a_bound_of_their_own_and_the_stricter_one_counts(given, rate):
     h, classes = a_data_set(signal=0.25)
     folds = folds_of(classes)
     benign = np.flatnonzero(classes == 0)
@@ -95,18 +98,17 @@ def test_look_alikes_have_a_bound_of_their_own_and_the_stricter_one_counts():
     order = benign[np.argsort(-harm[benign])]
     look_alikes = np.zeros(len(h), bool)
     look_alikes[order[:100]] = True  # those that look most harmful
-    fit = fit_margin(h, classes, folds, false_positive_rate=0.05, look_alikes=look_alikes)
+    bounds = {"false_positive_rate": 0.05, **given}
+    fit = fit_margin(h, classes, folds, look_alikes=look_alikes, **bounds)
     threshold, free_threshold = (
         (h @ one.weight.T + one.bias)[0, 0] - oracle(h, classes, one.penalties[0])(h)[0, 0]
         for one in (fit, free)
     )
-    assert (harm[look_alikes] >= threshold + 1e-6).mean() <= LOOK_ALIKE_RATE
-    assert (harm[look_alikes] >= threshold - 1e-6).mean() >= LOOK_ALIKE_RATE - 0.01
+    assert (harm[look_alikes] >= threshold + 1e-6).mean() <= rate
+    assert (harm[look_alikes] >= threshold - 1e-6).mean() >= rate - 0.01
     assert threshold != pytest.approx(free_threshold)
     # Harmful ones do not count as look-alikes, whatever is said of them.
-    again = fit_margin(
-        h, classes, folds, false_positive_rate=0.05, look_alikes=look_alikes | (classes > 0)
-    )
+    again = fit_margin(h, classes, folds, look_alikes=look_alikes | (classes > 0), **bounds)
     np.testing.assert_array_equal(again.bias, fit.bias)
     every = fit_margin(h, classes, folds, look_alikes=classes == 0)  # there is no other benign one
     assert np.isfinite(every.bias).all()

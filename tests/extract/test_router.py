@@ -14,9 +14,9 @@ from sklearn.preprocessing import StandardScaler
 
 from pysteer import SteeringError
 from pysteer.extract import router as module
+from pysteer.extract.probes import choose_threshold
 from pysteer.extract.router import (
     MIN_PROMPTS,
-    choose_threshold,
     default_reads,
     fit_router,
     split,
@@ -382,6 +382,7 @@ DIFFERENT = np.random.default_rng(0).normal(size=(20, 2, 3))
         (DIFFERENT, {"look_alikes": [True] * 19}, "20 truth values"),
         (DIFFERENT, {"look_alikes": [1] * 20}, "20 truth values"),
         (DIFFERENT, {"max_leak": 1.5}, "leak rate"),
+        (DIFFERENT, {"look_alike_rate": -0.1}, "look-alike rate"),
         (np.ones((20, 2, 0)), {}, "shape"),
         (np.full((20, 2, 3), "1"), {}, "type"),
         (np.ones((20, 2, 3)), {"folds": 1}, "folds"),
@@ -416,15 +417,24 @@ def twins(n=60, seed=0, **options):
 def test_no_group_is_in_both_parts_or_in_two_folds(monkeypatch):
     h, labels, groups, look_alikes = twins()
     numbers = [sorted(set(groups), key=str).index(group) for group in groups]
-    seen = []
+    seen, rates = [], []
     original = module.fit_margin
 
     def watch(h, classes, folds, **options):
+        rates.append(options["look_alike_rate"])
         seen.append((h, [(set(map(int, fit)), set(map(int, test))) for fit, test in folds]))
         return original(h, classes, folds, **options)
 
     monkeypatch.setattr(module, "fit_margin", watch)
-    fit(h, labels, groups=groups, look_alikes=look_alikes, kinds=("margin",))
+    fit(
+        h,
+        labels,
+        groups=groups,
+        look_alikes=look_alikes,
+        look_alike_rate=0.25,
+        kinds=("margin",),
+    )
+    assert rates == [0.25, 0.25]
     (part, folds), (whole, all_folds) = seen
     group_of = {row.tobytes(): number for row, number in zip(wide(h), numbers, strict=True)}
     assert len(whole) == len(h)

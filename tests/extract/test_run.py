@@ -18,7 +18,7 @@ from pysteer.extract.answers import SAFE_ANSWERS
 from pysteer.extract.capture import Row
 from pysteer.extract.examples import split_sides
 from pysteer.extract.llama_capture import LlamaCapture
-from pysteer.extract.run import extract, fit_pack_router
+from pysteer.extract.run import extract, fit_pack_routers
 from pysteer.extract.session import Data
 from pysteer.extract.settings import ExtractSettings
 from pysteer.extract.typical import SAMPLE, measure
@@ -641,9 +641,7 @@ def test_a_pack_s_router_is_what_is_fitted_without_directions(tmp_path):
     data = Data(UNSAFE, TWINS, benign=benign)
     pack = extract(FakeCapture(), data, settings, cache=tmp_path / "1")
     capture = FakeCapture()
-    alone = fit_pack_router(
-        capture, UNSAFE, TWINS, benign, cache=tmp_path / "2", gates=settings.gates, seed=3
-    )
+    (alone,) = fit_pack_routers(capture, [data], cache=tmp_path / "2", gates=settings.gates, seed=3)
     assert alone == pack.router
     assert list(alone.gates) == ["margin", "probe"]
     # Each prompt's message and suffix are all that ran, at the layers that it looks at.
@@ -654,8 +652,23 @@ def test_a_pack_s_router_is_what_is_fitted_without_directions(tmp_path):
         span for row, *_ in capture.ran for span in ((1, len(row.tokens) - 2), tail_of(row))
     }
     again = FakeCapture()
-    fit_pack_router(again, UNSAFE, TWINS, benign, cache=tmp_path / "2", seed=4)
+    fit_pack_routers(again, [data], cache=tmp_path / "2", seed=4)
     assert not again.ran  # activations are kept
+
+
+def test_routers_fitted_together_are_those_fitted_alone_and_no_prompt_runs_twice(tmp_path):
+    benign = prompts("hello", "any", 12, listed="")
+    whole, part = Data(UNSAFE, TWINS, benign), Data(UNSAFE[:-1], TWINS[:-1], benign[:9])
+    capture = FakeCapture()
+    together = fit_pack_routers(capture, [whole, part], cache=tmp_path / "together")
+    every = {p.prompt for p in [*UNSAFE, *TWINS, *benign]}
+    assert capture.ran.total() == 2 * len(every)
+    alone = [
+        fit_pack_routers(FakeCapture(), [data], cache=tmp_path / f"{i}")[0]
+        for i, data in enumerate((whole, part))
+    ]
+    assert together == alone
+    assert together[0] != together[1]
 
 
 def test_twins_share_a_group_and_those_of_a_category_are_look_alikes(tmp_path, monkeypatch):
@@ -670,10 +683,16 @@ def test_twins_share_a_group_and_those_of_a_category_are_look_alikes(tmp_path, m
     unsafe = [*UNSAFE, *(replace(p, pair_id=None) for p in prompts("harm", "hate", 3, seed=9))]
     benign = prompts("hello", "other", 12)
     safe = [*TWINS, *GENERIC]
-    fit_pack_router(
-        FakeCapture(), unsafe, safe, benign, cache=tmp_path, false_positive_rate=0.3, max_leak=0.2
+    fit_pack_routers(
+        FakeCapture(),
+        [Data(unsafe, safe, benign)],
+        cache=tmp_path,
+        false_positive_rate=0.3,
+        max_leak=0.2,
+        look_alike_rate=0.4,
     )
-    assert (found["false_positive_rate"], found["max_leak"]) == (0.3, 0.2)
+    limits = ("false_positive_rate", "max_leak", "look_alike_rate")
+    assert [found[name] for name in limits] == [0.3, 0.2, 0.4]
     order = [*{(p.prompt, p.category): p for p in unsafe}.values(), *safe, *benign]
     assert found["labels"] == [p.category if "harm" in p.prompt else "" for p in order]
     assert found["look_alikes"] == ["calm" in p.prompt for p in order]
