@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pexpect
 import pytest
@@ -14,6 +15,7 @@ from chats import CONTEXT, LENGTH, Echo, only
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pysteer import shipped
 from pysteer.cli import run
 from pysteer.cli.chat_events import Left, Piece
 from pysteer.cli.chat_session import Session, unfinished
@@ -197,7 +199,9 @@ def started(monkeypatch, capsys):
 
 
 def test_steering_starts_as_the_pack_and_the_policy_say(started, tmp_path, letters_file):
-    assert started()[0] == ["auto", None, None]  # the shipped pack has a router
+    assert started()[0] == ["left out", None, "left out"]  # the shipped pack has a policy
+    replace(shipped.default_pack(), policy=None).save(tmp_path / "routed.gguf")
+    assert started("-s", tmp_path / "routed.gguf")[0] == ["auto", None, None]
     assert started("-s", letters_file)[0] == [None, None, None]
     (tmp_path / "p.yaml").write_text("scope: response\n")
     asked, given = started("-s", letters_file, "--policy", tmp_path / "p.yaml")

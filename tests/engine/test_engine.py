@@ -119,8 +119,8 @@ FIXED_PROMPTS = [
 
 
 def test_chats_on_the_default_model(default_model):
-    """Prompts at which no token is so close to another that the size of a batch decides."""
-    request = {"max_tokens": 16, "temperature": 0.0}
+    """Prompts at which no token so far is so close to another that the size of a batch decides."""
+    request = {"max_tokens": 7, "temperature": 0.0}
     chats = [
         ([{"role": "user", "content": content}], steering) for content, steering in FIXED_PROMPTS
     ]
