@@ -404,13 +404,16 @@ def interrupting(monkeypatch):
             yield index, found
 
     monkeypatch.setattr(LlamaCapture, "activations", activations)
+    # Whoever starts the tests in the background has Ctrl-C ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def after(count):
         ran.clear()
         stop[0] = count
         return ran
 
-    return after
+    yield after
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("stop", [3, 50, 111])
