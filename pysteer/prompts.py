@@ -9,12 +9,12 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pysteer.errors import FormatError, naming
+from pysteer.errors import FormatError, SteeringError, naming
 
 if TYPE_CHECKING:
     import os
@@ -75,6 +75,30 @@ def load_prompts(path: str | os.PathLike[str], *, answers: bool = False) -> list
     if not prompts:
         raise FormatError(f"{path}: no prompts in it")
     return prompts
+
+
+def write_prompts(prompts: Sequence[Prompt], path: Path) -> None:
+    """Write a JSONL file of prompts, which `load_prompts` reads.
+
+    Raises:
+        SteeringError: it cannot be written.
+    """
+    keys = ("prompt", *_OPTIONAL)
+    rows = [{key: getattr(p, key) for key in keys if getattr(p, key)} for p in prompts]
+    try:
+        path.write_text(
+            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+        )
+    except OSError as error:
+        raise SteeringError(f"{path}: {error.strerror}") from None
+
+
+def grouped(prompts: Iterable[Prompt]) -> dict[str, list[Prompt]]:
+    """Prompts grouped by category, in the order in which these appear."""
+    groups: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        groups.setdefault(prompt.category, []).append(prompt)
+    return groups
 
 
 def _json_rows(text: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -39,5 +39,5 @@ def default_pack() -> SteeringPack:
 
 
 def demo_prompts() -> tuple[list[Prompt], list[Prompt]]:
-    """Unsafe prompts and their harmless twins, by category; the pack was built without them."""
+    """Unsafe prompts, and harmless ones that sound like them; the pack was built without them."""
     return load_prompts(_DATA / "demo_unsafe.jsonl"), load_prompts(_DATA / "demo_harmless.jsonl")

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from pysteer import SteeringPack, shipped
-from pysteer.calibrate.run import write_prompts
-from pysteer.prompts import load_prompts
+from pysteer.prompts import grouped, load_prompts, write_prompts
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -53,10 +52,8 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme")
     data = Path(shipped.__file__).parent / "data"
     for side, name in (("unsafe", "demo_unsafe.jsonl"), ("safe", "demo_harmless.jsonl")):
-        by_category = {}
-        for prompt in load_prompts(data / name):
-            by_category.setdefault(prompt.category, []).append(prompt)
-        few = [prompt for rows in list(by_category.values())[:4] for prompt in rows[:8]]
+        groups = list(grouped(load_prompts(data / name)).values())
+        few = [prompt for rows in groups[:4] for prompt in rows[:8]]
         write_prompts(few, folder / f"{side}.jsonl")
     return folder
 

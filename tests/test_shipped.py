@@ -11,7 +11,7 @@ from pysteer.calibrate.settings import CalibrateSettings
 from pysteer.calibrate.split import split
 from pysteer.evaluate.before_after import answer_twice, summarise, summary_of
 from pysteer.evaluate.refusal import is_refusal
-from pysteer.prompts import load_prompts
+from pysteer.prompts import grouped, load_prompts
 
 PROMPTS = Path(__file__).parents[1] / "tools" / "default_pack"
 
@@ -22,13 +22,6 @@ def words(prompt):
 
 def load(name):
     return load_prompts(PROMPTS / f"{name}.jsonl")
-
-
-def by_category(prompts):
-    rows = {}
-    for prompt in prompts:
-        rows.setdefault(prompt.category, []).append(prompt)
-    return rows
 
 
 def test_the_pack_fits_the_default_model_and_says_where_it_is_from(default_model):
@@ -89,8 +82,7 @@ def test_prompts_only_ask():
 def test_the_demonstration_holds(default_model):
     """The router deciding: refusals rise, text stays whole, and most twins stay as they were."""
     unsafe, harmless = (
-        [p for rows in by_category(side).values() for p in rows[:6]]
-        for side in shipped.demo_prompts()
+        [p for rows in grouped(side).values() for p in rows[:6]] for side in shipped.demo_prompts()
     )
     with closing(
         SteeredLlama(default_model, pack=shipped.default_pack(), n_ctx=512, verbose=False)
@@ -109,7 +101,7 @@ def test_the_demonstration_holds(default_model):
 def test_steering_makes_the_default_model_refuse(default_model):
     """One unsafe prompt of each category, so that every test run sees the pack at work."""
     pack = shipped.default_pack()
-    first = [rows[0] for rows in by_category(shipped.demo_prompts()[0]).values()]
+    first = [rows[0] for rows in grouped(shipped.demo_prompts()[0]).values()]
     refused = {None: 0, 1.0: 0}
     with closing(SteeredLlama(default_model, pack=pack, n_ctx=512, verbose=False)) as llm:
         for prompt in first:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
@@ -35,7 +34,7 @@ from pysteer.extract.run import fit_pack_routers
 from pysteer.extract.session import Data
 from pysteer.pack import SteeringPack
 from pysteer.policy import CategoryPolicy, Policy
-from pysteer.prompts import Prompt
+from pysteer.prompts import Prompt, grouped
 from pysteer.router import Router
 from pysteer.runtime.plan import AUTO
 from pysteer.scope import Scope
@@ -139,12 +138,17 @@ def calibrate(
         base_model=capture.base_model,
         residual_norm=candidates.residual_norm,
     )
-    asked = _Asked(
-        _first_of_each(parts.validation.unsafe, settings.limit),
-        parts.validation.benign[:VALIDATED_BENIGN],
-    )
     trying = _Trying(
-        Path(model), folder, settings, judge, watch, quiet_arguments(llama_arguments), asked
+        Path(model),
+        folder,
+        settings,
+        judge,
+        watch,
+        quiet_arguments(llama_arguments),
+        unsafe={
+            name: rows[: settings.limit] for name, rows in grouped(parts.validation.unsafe).items()
+        },
+        benign=parts.validation.benign[:VALIDATED_BENIGN],
     )
     found = trying.search(base, candidates, started + 60 * settings.minutes)
     pack = _assembled(base, candidates, found, router)
@@ -162,14 +166,6 @@ def calibrate(
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """The validation prompts that are answered: by category, and benign ones."""
-
-    unsafe: dict[str, list[Prompt]]
-    benign: list[Prompt]
-
-
-@dataclass(frozen=True)
 class _Trying:
     """What trials and the validation of their outcome share: a model, and prompts to ask it."""
 
@@ -179,7 +175,8 @@ class _Trying:
     judge: Judge
     watch: Watch
     arguments: dict[str, Any]
-    asked: _Asked
+    unsafe: dict[str, list[Prompt]]
+    benign: list[Prompt]
 
     @property
     def sampling(self) -> Sampling:
@@ -197,7 +194,7 @@ class _Trying:
             "arguments": {name: repr(value) for name, value in sorted(self.arguments.items())},
         }
         # Each harmful prompt is answered twice then; benign ones are compared in a third way, too.
-        n_validated = 2 * sum(map(len, self.asked.unsafe.values())) + 3 * len(self.asked.benign)
+        n_validated = 2 * sum(map(len, self.unsafe.values())) + 3 * len(self.benign)
         with open_engine(
             self.model,
             pack=pack,
@@ -208,7 +205,7 @@ class _Trying:
             kept = KeptAnswers(self.folder / "trials.jsonl")
             answerer = Answerer(engine, self.sampling, kept, identity)
             return search(
-                Scorer(answerer, self.judge, self.asked.unsafe, candidates, settings),
+                Scorer(answerer, self.judge, self.unsafe, candidates, settings),
                 list(base.categories),
                 candidates.names,
                 settings,
@@ -225,8 +222,8 @@ class _Trying:
             return evaluate(
                 self.model,
                 path,
-                [prompt for rows in self.asked.unsafe.values() for prompt in rows],
-                self.asked.benign,
+                [prompt for rows in self.unsafe.values() for prompt in rows],
+                self.benign,
                 self.folder / "validation",
                 settings=EvaluateSettings(
                     sampling=self.sampling,
@@ -247,22 +244,6 @@ class _Trying:
             return None
 
 
-def write_prompts(prompts: Sequence[Prompt], path: Path) -> None:
-    """Write a prompt file, so that what was held out can be evaluated on.
-
-    Raises:
-        SteeringError: it cannot be written.
-    """
-    keys = ("prompt", "category", "subcategory", "response", "pair_id", "label")
-    rows = [{key: getattr(p, key) for key in keys if getattr(p, key)} for p in prompts]
-    try:
-        path.write_text(
-            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
-        )
-    except OSError as error:
-        raise SteeringError(f"{path}: {error.strerror}") from None
-
-
 def _parts(
     unsafe: Sequence[Prompt],
     safe: Sequence[Prompt],
@@ -276,14 +257,6 @@ def _parts(
     return split(
         distinct(named, "unsafe"), distinct(safe, "safe"), distinct(benign, "benign"), settings
     )
-
-
-def _first_of_each(prompts: Sequence[Prompt], limit: int) -> dict[str, list[Prompt]]:
-    """The first prompts of each category."""
-    rows: dict[str, list[Prompt]] = {}
-    for prompt in prompts:
-        rows.setdefault(prompt.category, []).append(prompt)
-    return {name: there[:limit] for name, there in rows.items()}
 
 
 def _assembled(

@@ -147,15 +147,14 @@ def _settled(one: Tried, settings: CalibrateSettings) -> bool:
 def _lacks_strength(tried: Sequence[Tried], likeliest: str, settings: CalibrateSettings) -> bool:
     """Whether the last trial leaves it open that more of the likeliest vector does more."""
     trial, outcome = tried[-1].trial, tried[-1].outcome
-    strengths = [
-        one.trial.strength
-        for one in tried
-        if (one.trial.candidate, one.trial.scope) == (likeliest, settings.scopes[0])
-    ]
-    if (trial.candidate, trial.scope) != (likeliest, settings.scopes[0]):
+    vector = (likeliest, settings.scopes[0])
+    if (trial.candidate, trial.scope) != vector:
         return False
+    strongest = max(
+        one.trial.strength for one in tried if (one.trial.candidate, one.trial.scope) == vector
+    )
     weak = outcome.degenerate <= settings.max_degenerate and outcome.safe < 1
-    return weak and max(strengths) == trial.strength < settings.strengths[1]
+    return weak and strongest == trial.strength < settings.strengths[1]
 
 
 def _study(settings: CalibrateSettings, name: str, candidates: Sequence[str]) -> optuna.Study:

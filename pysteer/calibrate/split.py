@@ -13,7 +13,7 @@ import numpy as np
 
 from pysteer.calibrate.settings import CalibrateSettings
 from pysteer.errors import SteeringError, quoted
-from pysteer.prompts import Prompt
+from pysteer.prompts import Prompt, grouped
 
 MIN_TRAIN = 5
 """The fewest prompts of a category that a router can be fitted to."""
@@ -68,11 +68,8 @@ def split(
             be held out.
     """
     parts: list[Part] = [Part([], [], []) for _ in range(3)]
-    by_category: dict[str, list[Prompt]] = {}
-    for prompt in unsafe:
-        by_category.setdefault(prompt.category, []).append(prompt)
     where: dict[str, int] = {}
-    for name, prompts in by_category.items():
+    for name, prompts in grouped(unsafe).items():
         for prompt, part in _category(name, prompts, settings):
             parts[part].unsafe.append(prompt)
             if prompt.pair_id:

@@ -24,7 +24,7 @@ from pysteer.cli.capturing import (
 from pysteer.cli.loading import require
 from pysteer.cli.tables import table
 from pysteer.errors import SteeringError
-from pysteer.prompts import load_prompts
+from pysteer.prompts import load_prompts, write_prompts
 
 if TYPE_CHECKING:
     from pysteer.calibrate.run import Calibrated
@@ -101,7 +101,6 @@ def calibrate(
         require(module, "calibrate")
     from pysteer.calibrate.picture import plot_search
     from pysteer.calibrate.run import calibrate as run_calibration
-    from pysteer.calibrate.run import write_prompts
     from pysteer.calibrate.settings import CalibrateSettings
     from pysteer.evaluate.judges import open_judge
     from pysteer.plots import open_figure

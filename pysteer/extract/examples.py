@@ -10,7 +10,7 @@ import numpy as np
 
 from pysteer.errors import SteeringError, quoted
 from pysteer.extract.capture import Capture, Pooling, Row, pooled_row, shared_ends
-from pysteer.prompts import Prompt
+from pysteer.prompts import Prompt, grouped
 
 _log = logging.getLogger(__name__)
 
@@ -87,8 +87,8 @@ def split_sides(
     if any(not p.category for p in unsafe):
         _log.warning("unsafe prompts without a category are taken as the category 'unsafe'")
         unsafe = [p if p.category else replace(p, category="unsafe") for p in unsafe]
-    by_category = _grouped(unsafe)
-    safe_by_category = _grouped(safe)
+    by_category = grouped(unsafe)
+    safe_by_category = grouped(safe)
     lacking = [name for name in by_category if name not in safe_by_category]
     if matched is None:
         matched = paired or not lacking
@@ -225,13 +225,6 @@ def warn_of_both(unsafe: Sequence[Prompt], safe: Sequence[Prompt]) -> None:
 
 def _where(prompt: Prompt) -> str:
     return f"{prompt.source}: " if prompt.source else ""
-
-
-def _grouped(prompts: Sequence[Prompt]) -> dict[str, list[Prompt]]:
-    groups: dict[str, list[Prompt]] = {}
-    for prompt in prompts:
-        groups.setdefault(prompt.category, []).append(prompt)
-    return groups
 
 
 def _pairs(

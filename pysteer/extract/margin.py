@@ -34,7 +34,9 @@ PENALTIES = (0.1, 0.3, 1.0, 3.0)
 """Ridge penalties that are tried, in units of the mean squared length of a row."""
 
 _BENIGN_MASS = 0.5  # weight of all benign prompts together; the categories share the rest equally
-_SMALLEST_SCALE = 1e-3
+
+SMALLEST_SCALE = 1e-3
+"""Of the median: dimensions that vary less are not blown up when activations are standardised."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def fit_margin(
     """Fit the map, its harm threshold and the categories' allowances.
 
     Weighted least squares to one-hot classes, on activations standardised as
-    `pysteer.extract.router` does. Benign prompts weigh as much as all others together, the
+    `pysteer.extract.probes` does. Benign prompts weigh as much as all others together, the
     categories the same among each other. Row 0 and the other rows are independent, and each have
     the penalty of `PENALTIES` that does best on the folds: by the area under the ROC curve of harm,
     and by the balanced accuracy of the category among harmful prompts.
@@ -135,7 +137,7 @@ def _ridge(
     """Weight and bias for each penalty: weighted least squares to one-hot classes."""
     mean, deviation = h.mean(axis=0), h.std(axis=0)
     if deviation.any():  # dimensions that hardly vary are not blown up
-        smallest = _SMALLEST_SCALE * np.median(deviation[deviation > 0])
+        smallest = SMALLEST_SCALE * np.median(deviation[deviation > 0])
         deviation = np.maximum(deviation, smallest)
     else:
         deviation = np.ones_like(deviation)

@@ -15,7 +15,7 @@ from sklearn.metrics import roc_curve  # type: ignore[import-untyped]
 from sklearn.preprocessing import StandardScaler  # type: ignore[import-untyped]
 
 from pysteer.errors import SteeringError
-from pysteer.extract.margin import Indices
+from pysteer.extract.margin import SMALLEST_SCALE, Indices
 from pysteer.router import Floats
 
 logger = logging.getLogger(__name__)
@@ -23,7 +23,6 @@ logger = logging.getLogger(__name__)
 _C = 0.1  # inverse strength of the L2 penalty on standardised activations
 _MAX_ITERATIONS = 1000
 _MAX_ROTATED = 1000  # rows; with more, finding the rotation takes longer than it saves
-_SMALLEST_SCALE = 1e-3
 
 
 def fit_probes(kinds: tuple[str, ...], h: Floats, classes: Indices) -> dict[str, Any]:
@@ -170,16 +169,12 @@ class _Standardised:
             raise SteeringError(
                 "the activations of all prompts are the same; there is nothing to tell apart"
             )
-        scale = np.maximum(deviation, _SMALLEST_SCALE * np.median(deviation[deviation > 0]))
+        scale = np.maximum(deviation, SMALLEST_SCALE * np.median(deviation[deviation > 0]))
         z = (h - scaler.mean_) / scale
         if len(z) >= z.shape[1] or len(z) > _MAX_ROTATED:
             return cls(scaler.mean_, scale, None, z)
         left, singular, basis = np.linalg.svd(z, full_matrices=False)
         return cls(scaler.mean_, scale, basis, left * singular)
-
-    def apply(self, h: Floats) -> Floats:
-        z = (h - self.mean) / self.scale
-        return z if self.basis is None else np.asarray(z @ self.basis.T)
 
     def fold(self, weight: Floats, bias: Floats) -> tuple[npt.NDArray[np.float32], Floats]:
         """Weight and bias for activations as they are: W' h + b' = W z + b."""

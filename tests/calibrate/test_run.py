@@ -9,7 +9,7 @@ from prompting import prompts
 
 from pysteer import Policy, SteeringError, SteeringPack
 from pysteer.calibrate import run as run_module
-from pysteer.calibrate.run import calibrate, write_prompts
+from pysteer.calibrate.run import calibrate
 from pysteer.calibrate.settings import CalibrateSettings
 from pysteer.calibrate.split import split
 from pysteer.engine import Engine
@@ -18,7 +18,7 @@ from pysteer.extract.llama_capture import LlamaCapture
 from pysteer.extract.run import extract
 from pysteer.extract.session import Data
 from pysteer.extract.settings import ExtractSettings
-from pysteer.prompts import Prompt, load_prompts
+from pysteer.prompts import Prompt, load_prompts, write_prompts
 from pysteer.scope import Scope
 
 SETTINGS = CalibrateSettings(
