@@ -92,6 +92,7 @@ def find_candidates(
         one_set = method == "learned"
         chosen = ExtractSettings(
             method=method,
+            options={"category_steps": settings.category_steps} if one_set else {},
             layers=layers[:1] if one_set else layers,
             router=False,
             held_out=0.0,

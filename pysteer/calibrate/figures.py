@@ -137,7 +137,8 @@ def _warn_of_router(validation: Report, settings: CalibrateSettings) -> None:
         _log.warning(
             "the router opens a gate for only %d of %d harmful prompts: a few benign prompts that "
             "sound harmful are enough to close it to most. Give such prompts as safe ones, with "
-            "the category that they sound like, or allow more with --max-benign-change",
+            "the category that they sound like, or allow more with --max-benign-change and "
+            "--max-look-alike",
             k,
             n,
         )

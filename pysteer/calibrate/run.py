@@ -41,8 +41,11 @@ from pysteer.scope import Scope
 
 _log = logging.getLogger(__name__)
 
-VALIDATED_BENIGN = 32
+VALIDATED_BENIGN = 24
 """At most so many benign prompts are answered to validate the pack."""
+
+VALIDATION_MARGIN = 1.2
+"""How much longer an answer takes there than in trials: a router decides over some of them."""
 
 
 class Watch(Protocol):
@@ -210,7 +213,7 @@ class _Trying:
                 candidates.names,
                 settings,
                 deadline=deadline,
-                reserve=lambda seconds: seconds * n_validated,
+                reserve=lambda seconds: seconds * n_validated * VALIDATION_MARGIN,
                 watch=_SearchWatch(self.watch),
             )
 

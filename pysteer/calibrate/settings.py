@@ -21,6 +21,8 @@ class CalibrateSettings:
     Attributes:
         methods: of extraction; see `pysteer.extract.settings.ALL_METHODS`.
         layers: block indices that directions are sought at; None is three around the middle.
+        category_steps: at most so many steps of `learned` for each category by itself; with 0 all
+            categories share one vector, and differ in strength and gate.
         scopes: which tokens may be steered, as a policy writes them.
         strengths: the smallest and largest, as factors on what the method recommends.
         minutes: no trial begins later than that after the start. What is under way is finished, and
@@ -48,6 +50,7 @@ class CalibrateSettings:
 
     methods: tuple[str, ...] = ("learned", "contrast")
     layers: tuple[int, ...] | None = None
+    category_steps: int = 0
     scopes: tuple[str, ...] = ("all", "response", "cosine 48")
     strengths: tuple[float, float] = (0.6, 1.6)
     minutes: float = 15.0
@@ -87,6 +90,7 @@ class CalibrateSettings:
             raise SteeringError(f"the strengths {least} to {most} are no range above 0")
         below_one = math.nextafter(1, 0)
         ranges: dict[str, tuple[float, float]] = {
+            "category_steps": (0, math.inf),
             "minutes": (0, math.inf),
             "trials": (1, math.inf),
             "max_degenerate": (0, 1),

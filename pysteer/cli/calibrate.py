@@ -48,6 +48,12 @@ def calibrate(
     layers: Annotated[
         str | None, typer.Option(help="Such as 12,15,18; else three in the middle.")
     ] = None,
+    category_steps: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Of learned, for each category by itself, from a vector that all share."
+        ),
+    ] = 0,
     scopes: Annotated[
         str, typer.Option(help="Scopes to choose among, separated by semicolons.")
     ] = "all; response; cosine 48",
@@ -112,6 +118,7 @@ def calibrate(
     chosen = chosen_engine(path, engine, "learned" if "learned" in names else "", None, None)
     settings = CalibrateSettings(
         methods=names,
+        category_steps=category_steps,
         scopes=tuple(part.strip() for part in scopes.split(";") if part.strip()),
         strengths=_range(strengths),
         minutes=minutes,

@@ -69,18 +69,24 @@ def test_one_pack_holds_them_all_under_names_of_their_own(found):
 
 
 @pytest.mark.torch
+@pytest.mark.parametrize("steps", [0, 3])
 def test_learned_learns_at_the_lowest_layer_only_and_leaves_the_benign_prompts(
-    tiny_llama, tmp_path
+    steps, tiny_llama, tmp_path
 ):
     """Not the twins, which have the words of the unsafe prompts."""
     from pysteer.extract.torch_capture import TorchCapture
     from pysteer.extract.torch_model import TorchModel
 
     capture = TorchCapture(TorchModel(str(tiny_llama)))
-    settings = CalibrateSettings(methods=("learned",), layers=(1, 2))
+    settings = CalibrateSettings(methods=("learned",), layers=(1, 2), category_steps=steps)
     part = Part(UNSAFE, prompts("calm", "hate", 6), BENIGN)
     found = find_candidates(capture, part, [], settings, cache=tmp_path, report=Silent())
     assert found.names == ["learned at 1"]
-    alone = ExtractSettings(method="learned", layers=(1,), router=False, held_out=0.0)
+    options = {"category_steps": steps}
+    alone = ExtractSettings(
+        method="learned", options=options, layers=(1,), router=False, held_out=0.0
+    )
     pack = extract(capture, Data(UNSAFE, BENIGN), alone, cache=tmp_path / "another")
-    assert dict(found.vectors["learned at 1"]) == dict(pack.categories)
+    vectors = found.vectors["learned at 1"]
+    assert dict(vectors) == dict(pack.categories)
+    assert steps or vectors["hate"] == vectors["malware"]

@@ -17,6 +17,7 @@ from pysteer.calibrate.settings import CalibrateSettings
         ({"held_out": "luck"}, "unknown held_out 'luck'.*prompts, subcategories"),
         ({"minutes": -1.0}, "minutes cannot be -1"),
         ({"minutes": float("nan")}, "minutes"),
+        ({"category_steps": -1}, "category_steps"),
         ({"trials": 0}, "trials cannot be 0"),
         ({"max_degenerate": 1.5}, "max_degenerate"),
         ({"max_leak": 1.0}, "max_leak"),

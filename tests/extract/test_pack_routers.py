@@ -1,0 +1,150 @@
+"""The router of a pack: which prompts and rows it is fitted to, alone and in an extraction."""
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from extraction import (
+    GENERIC,
+    GENERIC_DATA,
+    TWINS,
+    UNSAFE,
+    FakeCapture,
+    contents,
+    extract_fake,
+    prompts,
+    tail_of,
+)
+
+from pysteer.extract import router as router_module
+from pysteer.extract.capture import Row
+from pysteer.extract.run import extract, fit_pack_routers
+from pysteer.extract.session import Data
+from pysteer.extract.settings import ExtractSettings
+
+
+def test_a_pack_s_router_is_what_is_fitted_without_directions(tmp_path):
+    settings = ExtractSettings(layers=(1, 2), gates=("margin", "probe"), seed=3)
+    benign = prompts("hello", "any", 12, listed="")
+    data = Data(UNSAFE, TWINS, benign=benign)
+    pack = extract(FakeCapture(), data, settings, cache=tmp_path / "1")
+    capture = FakeCapture()
+    (alone,) = fit_pack_routers(capture, [data], cache=tmp_path / "2", gates=settings.gates, seed=3)
+    assert alone == pack.router
+    assert list(alone.gates) == ["margin", "probe"]
+    # Each prompt's message and suffix are all that ran, at the layers that it looks at.
+    every = {p.prompt for p in [*UNSAFE, *TWINS, *benign]}
+    assert {layers for _, _, layers in capture.ran} == {(0, 1, 2)}
+    assert capture.ran.total() == 2 * len(every)
+    assert {(row.start, row.stop) for row, *_ in capture.ran} == {
+        span for row, *_ in capture.ran for span in ((1, len(row.tokens) - 2), tail_of(row))
+    }
+    again = FakeCapture()
+    fit_pack_routers(again, [data], cache=tmp_path / "2", seed=4)
+    assert not again.ran  # activations are kept
+
+
+def test_routers_fitted_together_are_those_fitted_alone_and_no_prompt_runs_twice(tmp_path):
+    benign = prompts("hello", "any", 12, listed="")
+    whole, part = Data(UNSAFE, TWINS, benign), Data(UNSAFE[:-1], TWINS[:-1], benign[:9])
+    capture = FakeCapture()
+    together = fit_pack_routers(capture, [whole, part], cache=tmp_path / "together")
+    every = {p.prompt for p in [*UNSAFE, *TWINS, *benign]}
+    assert capture.ran.total() == 2 * len(every)
+    alone = [
+        fit_pack_routers(FakeCapture(), [data], cache=tmp_path / f"{i}")[0]
+        for i, data in enumerate((whole, part))
+    ]
+    assert together == alone
+    assert together[0] != together[1]
+
+
+def test_twins_share_a_group_and_those_of_a_category_are_look_alikes(tmp_path, monkeypatch):
+    found = {}
+    original = router_module.fit_router
+
+    def watch(h, labels, **options):
+        found.update(options, labels=labels, h=h)
+        return original(h, labels, **options)
+
+    monkeypatch.setattr(router_module, "fit_router", watch)
+    unsafe = [*UNSAFE, *(replace(p, pair_id=None) for p in prompts("harm", "hate", 3, seed=9))]
+    benign = prompts("hello", "other", 12)
+    safe = [*TWINS, *GENERIC]
+    fit_pack_routers(
+        FakeCapture(),
+        [Data(unsafe, safe, benign)],
+        cache=tmp_path,
+        false_positive_rate=0.3,
+        max_leak=0.2,
+        look_alike_rate=0.4,
+    )
+    limits = ("false_positive_rate", "max_leak", "look_alike_rate")
+    assert [found[name] for name in limits] == [0.3, 0.2, 0.4]
+    order = [*{(p.prompt, p.category): p for p in unsafe}.values(), *safe, *benign]
+    assert found["labels"] == [p.category if "harm" in p.prompt else "" for p in order]
+    assert found["look_alikes"] == ["calm" in p.prompt for p in order]
+    by_group = {}
+    for group, prompt in zip(found["groups"], order, strict=True):
+        by_group.setdefault(group, set()).add(prompt.pair_id)
+    assert all(len(ids) == 1 for ids in by_group.values())
+    assert len([1 for p in order if p.pair_id is None]) == sum(
+        ids == {None} for ids in by_group.values()
+    )
+    reads = found["reads"]
+    capture = FakeCapture()
+    for index in (0, len(order) - 1):
+        tokens = capture.prompt_tokens(order[index].prompt)
+        spans = {"user": (1, len(tokens) - 2), "suffix": tail_of(Row(tokens, 0, 1))}
+        for at, read in enumerate(reads):
+            row = Row(tokens, *spans[read.pooling])
+            ((_, alone),) = capture.activations([row], site="residual", layers=[read.layer])
+            np.testing.assert_array_equal(found["h"][index, at], alone[0])
+
+
+@pytest.mark.parametrize("method", ["mean", "lda"])
+def test_the_router_changes_no_direction_and_no_row_runs_twice(method, tmp_path):
+    packs, captures = [], []
+    for router in (True, False):
+        captures.append(FakeCapture())
+        chosen = ExtractSettings(method=method, router=router, layers=(1, 2))
+        packs.append(extract_fake(captures[-1], tmp_path / str(router), chosen))
+    assert contents(packs[0]) == contents(packs[1])
+    assert packs[0].router is not None
+    assert packs[1].router is None
+    with_router = Counter(row for row, *_ in captures[0].ran.elements())
+    assert set(with_router.values()) == {1}
+    suffixes = {row for row in with_router if (row.start, row.stop) == tail_of(row)}
+    assert len(suffixes) == len({p.prompt for p in [*UNSAFE, *TWINS]})
+    assert with_router.keys() - suffixes == {row for row, *_ in captures[1].ran}
+
+
+@pytest.mark.parametrize(
+    "data", [Data(UNSAFE[:4], GENERIC), Data(UNSAFE, GENERIC[:4])], ids=["unsafe", "safe"]
+)
+def test_too_few_prompts_for_a_router_is_logged(data, tmp_path, caplog):
+    pack = extract(FakeCapture(), data, ExtractSettings(layers=(1, 2)), cache=tmp_path)
+    assert pack.router is None
+    assert "no router is fitted: that takes 5 prompts" in caplog.text
+
+
+def test_benign_prompts_are_for_the_router_alone(tmp_path, caplog):
+    benign = prompts("hello", "any", 6, listed="")
+    data = [Data(UNSAFE, GENERIC), Data(UNSAFE, GENERIC, benign=benign)]
+    packs = [
+        extract(FakeCapture(), each, ExtractSettings(layers=(1, 2)), cache=tmp_path)
+        for each in data
+    ]
+    assert contents(packs[0]) == contents(packs[1])
+    assert packs[1].router.train_counts[0] > packs[0].router.train_counts[0]
+    assert caplog.text == ""
+    extract(FakeCapture(), data[1], ExtractSettings(layers=(1, 2), router=False), cache=tmp_path)
+    assert "benign prompts are for the router alone" in caplog.text
+
+
+def test_a_sample_does_for_the_router_of_very_many_prompts(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(router_module, "MAX_PROMPTS", 25)
+    pack = extract(FakeCapture(), GENERIC_DATA, ExtractSettings(layers=(1, 2)), cache=tmp_path)
+    assert "the router is fitted to 25 of 27 prompts" in caplog.text
+    assert pack.router.train_counts.sum() <= 25
