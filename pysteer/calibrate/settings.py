@@ -50,7 +50,7 @@ class CalibrateSettings:
 
     methods: tuple[str, ...] = ("learned", "contrast")
     layers: tuple[int, ...] | None = None
-    category_steps: int = 0
+    category_steps: int = 10
     scopes: tuple[str, ...] = ("all", "response", "cosine 48")
     strengths: tuple[float, float] = (0.6, 1.6)
     minutes: float = 15.0

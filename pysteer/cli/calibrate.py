@@ -51,9 +51,9 @@ def calibrate(
     category_steps: Annotated[
         int,
         typer.Option(
-            min=0, help="Of learned, for each category by itself, from a vector that all share."
+            min=0, help="Of learned, for each category by itself; 0: one vector for all, sooner."
         ),
-    ] = 0,
+    ] = 10,
     scopes: Annotated[
         str, typer.Option(help="Scopes to choose among, separated by semicolons.")
     ] = "all; response; cosine 48",
