@@ -89,18 +89,18 @@ def find_candidates(
     provenance: dict[str, Any] = {}
     residual_norm: dict[int, float] = {}
     for method in settings.methods:
-        one_set = method == "learned"
+        learned = method == "learned"
         chosen = ExtractSettings(
             method=method,
-            options={"category_steps": settings.category_steps} if one_set else {},
-            layers=layers[:1] if one_set else layers,
+            options={"category_steps": settings.category_steps} if learned else {},
+            layers=layers[:1] if learned else layers,
             router=False,
             held_out=0.0,
             seed=settings.seed,
         )
         # Twins share topic and wording with the unsafe prompts: a vector that has to leave them as
         # they are learns to do little at all. What keeps them apart is the gate.
-        safe = part.benign if method == "learned" else [*part.safe, *part.benign]
+        safe = part.benign if learned else [*part.safe, *part.benign]
         data = Data(part.unsafe, safe, (), answers if chosen.on_answers else ())
         pack = extract(capture, data, chosen, cache=cache, report=report)
         residual_norm.update(pack.residual_norm)

@@ -45,7 +45,7 @@ VALIDATED_BENIGN = 24
 """At most so many benign prompts are answered to validate the pack."""
 
 VALIDATION_MARGIN = 1.2
-"""How much longer an answer takes there than in trials: a router decides over some of them."""
+"""How much longer an answer takes there than in trials, as measured on the default model."""
 
 
 class Watch(Protocol):

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypeAlias, get_args
 
 from pysteer.errors import SteeringError, quoted
-from pysteer.extract.settings import ALL_METHODS
+from pysteer.extract.settings import ALL_METHODS, LearnedSettings
 from pysteer.scope import Scope
 
 HeldOut: TypeAlias = Literal["prompts", "subcategories"]
@@ -50,7 +50,7 @@ class CalibrateSettings:
 
     methods: tuple[str, ...] = ("learned", "contrast")
     layers: tuple[int, ...] | None = None
-    category_steps: int = 10
+    category_steps: int = LearnedSettings.category_steps
     scopes: tuple[str, ...] = ("all", "response", "cosine 48")
     strengths: tuple[float, float] = (0.6, 1.6)
     minutes: float = 15.0

@@ -64,11 +64,12 @@ def test_it_writes_a_pack_a_picture_and_what_was_held_out(calibrate, tmp_path):
 
 
 def test_json_is_one_object(calibrate, tmp_path):
-    code, out, _ = calibrate("--json", hold_out="subcategories")
+    code, out, _ = calibrate("--json", hold_out="subcategories", category_steps=3)
     assert code == 0
     found = json.loads(out, parse_constant=pytest.fail)
     assert set(found) == {"pack", "seconds", "test", "router", "calibration"}
     assert found["calibration"]["settings"]["held_out"] == "subcategories"
+    assert found["calibration"]["settings"]["category_steps"] == 3
     held = load_prompts(found["test"]["unsafe"])
     for name in ("hate", "malware"):
         assert len({p.subcategory for p in held if p.category == name}) == 1

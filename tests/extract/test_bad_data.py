@@ -21,9 +21,9 @@ from pysteer.extract.settings import ExtractSettings
 from pysteer.prompts import Prompt
 
 
-def refused(words, data=GENERIC_DATA, folder=None, judge=None, capture=None, **given):
+def refused(words, data=GENERIC_DATA, folder=None, judge=None, **given):
     """The message is right, and the model was asked for nothing."""
-    capture = capture or FakeCapture()
+    capture = FakeCapture()
     with pytest.raises(SteeringError, match=words):
         extract(capture, data, ExtractSettings(**given), cache=folder, judge=judge)
     assert not capture.ran
