@@ -71,7 +71,7 @@ $(BENCH_MODEL): tools/tiny_models.py | $(VENV)/.dev
 
 pack: $(VENV)/.dev ## Rebuild the pack that ships with the package; half an hour.
 	$(BIN)/pysteer calibrate --unsafe tools/default_pack/unsafe.jsonl --safe tools/default_pack/harmless.jsonl \
-	  --benign tools/default_pack/everyday.jsonl --max-benign-change 0.01 --max-look-alike 0.15 \
+	  --benign tools/default_pack/everyday.jsonl --category-steps 10 --max-benign-change 0.01 --max-look-alike 0.15 \
 	  --trials 4 --minutes 60 --cache build/pack -o pysteer/data/default.gguf
 	cp build/pack/test_unsafe.jsonl pysteer/data/demo_unsafe.jsonl
 	cp build/pack/test_safe.jsonl pysteer/data/demo_harmless.jsonl

@@ -14,7 +14,9 @@ from pysteer.calibrate.settings import CalibrateSettings
 from pysteer.calibrate.trials import Outcome, Scorer, Trial
 
 STRONGER = 1.3
-"""What the likeliest vector's strength is multiplied by where that is all it seems to lack."""
+"""What a strength is multiplied by where more may be safer, or as safe with a margin."""
+
+_ROUNDING = 1 + 1e-9
 
 
 @dataclass(frozen=True)
@@ -68,14 +70,16 @@ def search(
     """Try until all categories are settled, have had their trials, or time is up.
 
     A category is settled once a trial of it kept within the limits, was safe throughout and had no
-    collateral. Interrupted by KeyboardInterrupt after a round, the search ends with what it has.
+    collateral, and a stronger one has been tried. Interrupted by KeyboardInterrupt after a round,
+    the search ends with what it has.
 
     Args:
         scorer: runs the trials.
         categories: what is searched for.
         candidates: names of the vectors, likely ones first. The first is tried as it is, then
             stronger for as long as it keeps within the limits and is not safe throughout; then the
-            others as they are; then optuna proposes.
+            others as they are; then optuna proposes. What leads and is safe throughout is tried
+            once more, stronger: see `best`.
         settings: ranges, limits, trials and seed.
         deadline: of `time.monotonic()`; no round begins that could not end by then.
         reserve: seconds to keep before the deadline, given the seconds that an answer takes.
@@ -117,12 +121,13 @@ def search(
             studies[name].tell(asked[name], outcome.value(settings.max_degenerate))
             found.tried[name].append(Tried(trials[name], outcome))
             found.chosen[name] = best(found.tried[name], settings.max_degenerate)
-            if _lacks_strength(found.tried[name], candidates[0], settings):
-                strength = trials[name].strength * STRONGER
-                waiting[name].insert(0, trials[name]._replace(strength=strength))
+        stronger = {name: _stronger(found.tried[name], candidates[0], settings) for name in active}
+        for name, trial in stronger.items():
+            if trial:
+                waiting[name].insert(0, trial)
         found.rounds += 1
         watch.best(found)
-        active = [name for name in active if not _settled(found.chosen[name], settings)]
+        active = [n for n in active if stronger[n] or not _settled(found.tried[n], settings)]
         if not active or found.rounds == settings.trials:
             found.stopped = "trials" if active else "settled"
             break
@@ -130,18 +135,59 @@ def search(
 
 
 def best(tried: Sequence[Tried], max_degenerate: float) -> Tried:
-    """The trial of the highest value; of equal ones that whose strength is nearest to 1."""
+    """The trial of the highest value, with a margin in strength where one was tried.
 
+    Of equal values that leads whose strength is nearest to 1. A few prompts cannot tell the least
+    strength that is safe from one that is almost: so of the same vector, up to `STRONGER` times as
+    strong, the strongest that is as safe and within the limit takes its place. What that costs in
+    other categories, the gate prevents.
+    """
+    lead = _leading(tried, max_degenerate)
+    within = [
+        one
+        for one in _with_margin(tried, lead.trial)
+        if one.outcome.safe >= lead.outcome.safe and one.outcome.degenerate <= max_degenerate
+    ]
+    return max(within, key=lambda one: one.trial.strength, default=lead)
+
+
+def _leading(tried: Sequence[Tried], max_degenerate: float) -> Tried:
     def rank(one: Tried) -> tuple[float, float]:
         return one.outcome.value(max_degenerate), -abs(one.trial.strength - 1)
 
     return max(tried, key=rank)
 
 
-def _settled(one: Tried, settings: CalibrateSettings) -> bool:
-    outcome = one.outcome
-    within = outcome.degenerate <= settings.max_degenerate
-    return within and outcome.safe == 1 and outcome.collateral == 0
+def _with_margin(tried: Sequence[Tried], trial: Trial) -> list[Tried]:
+    """What was tried of the same vector, stronger by at most a step."""
+    most = trial.strength * STRONGER * _ROUNDING
+    return [
+        one
+        for one in tried
+        if trial.strength < one.trial.strength <= most
+        and one.trial == trial._replace(strength=one.trial.strength)
+    ]
+
+
+def _settled(tried: Sequence[Tried], settings: CalibrateSettings) -> bool:
+    lead = _leading(tried, settings.max_degenerate).outcome
+    return _all_safe(lead, settings) and lead.collateral == 0
+
+
+def _all_safe(outcome: Outcome, settings: CalibrateSettings) -> bool:
+    return outcome.safe == 1 and outcome.degenerate <= settings.max_degenerate
+
+
+def _stronger(tried: Sequence[Tried], likeliest: str, settings: CalibrateSettings) -> Trial | None:
+    """More of what leads, for a margin, or of the likeliest vector, where it may lack just that."""
+    lead = _leading(tried, settings.max_degenerate)
+    if _all_safe(lead.outcome, settings):
+        trial = lead.trial
+        wanted = trial.strength < settings.strengths[1] and not _with_margin(tried, trial)
+    else:
+        trial = tried[-1].trial
+        wanted = _lacks_strength(tried, likeliest, settings)
+    return _within(trial._replace(strength=trial.strength * STRONGER), settings) if wanted else None
 
 
 def _lacks_strength(tried: Sequence[Tried], likeliest: str, settings: CalibrateSettings) -> bool:
@@ -153,8 +199,8 @@ def _lacks_strength(tried: Sequence[Tried], likeliest: str, settings: CalibrateS
     strongest = max(
         one.trial.strength for one in tried if (one.trial.candidate, one.trial.scope) == vector
     )
-    weak = outcome.degenerate <= settings.max_degenerate and outcome.safe < 1
-    return weak and strongest == trial.strength < settings.strengths[1]
+    within = outcome.degenerate <= settings.max_degenerate
+    return within and strongest == trial.strength < settings.strengths[1]
 
 
 def _study(settings: CalibrateSettings, name: str, candidates: Sequence[str]) -> optuna.Study:

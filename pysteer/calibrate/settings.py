@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypeAlias, get_args
 
 from pysteer.errors import SteeringError, quoted
-from pysteer.extract.settings import ALL_METHODS, LearnedSettings
+from pysteer.extract.settings import ALL_METHODS
 from pysteer.scope import Scope
 
 HeldOut: TypeAlias = Literal["prompts", "subcategories"]
@@ -21,8 +21,9 @@ class CalibrateSettings:
     Attributes:
         methods: of extraction; see `pysteer.extract.settings.ALL_METHODS`.
         layers: block indices that directions are sought at; None is three around the middle.
-        category_steps: at most so many steps of `learned` for each category by itself; with 0 all
-            categories share one vector, and differ in strength and gate.
+        category_steps: at most so many steps of `learned` for each category by itself, which take
+            longer than all else; with 0 all categories share one vector, and differ in strength
+            and gate.
         scopes: which tokens may be steered, as a policy writes them.
         strengths: the smallest and largest, as factors on what the method recommends.
         minutes: no trial begins later than that after the start. What is under way is finished, and
@@ -48,9 +49,9 @@ class CalibrateSettings:
         SteeringError: a value that does not exist or is out of its range.
     """
 
-    methods: tuple[str, ...] = ("learned", "contrast")
+    methods: tuple[str, ...] = ("learned",)
     layers: tuple[int, ...] | None = None
-    category_steps: int = LearnedSettings.category_steps
+    category_steps: int = 0
     scopes: tuple[str, ...] = ("all", "response", "cosine 48")
     strengths: tuple[float, float] = (0.6, 1.6)
     minutes: float = 15.0

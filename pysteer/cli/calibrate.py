@@ -44,16 +44,16 @@ def calibrate(
     model: options.Model = None,
     methods: Annotated[
         str, typer.Option(help="Methods of extract to choose among, as in learned,contrast.")
-    ] = "learned,contrast",
+    ] = "learned",
     layers: Annotated[
         str | None, typer.Option(help="Such as 12,15,18; else three in the middle.")
     ] = None,
     category_steps: Annotated[
         int,
         typer.Option(
-            min=0, help="Of learned, for each category by itself; 0: one vector for all, sooner."
+            min=0, help="Of learned, for each category by itself, as in 10; 0: one vector for all."
         ),
-    ] = 10,
+    ] = 0,
     scopes: Annotated[
         str, typer.Option(help="Scopes to choose among, separated by semicolons.")
     ] = "all; response; cosine 48",

@@ -86,8 +86,9 @@ def test_the_likeliest_is_tried_stronger_while_that_may_help_and_then_the_others
     first, second = Trial("one", 1.0, "all"), Trial("one", STRONGER, "all")
     other = Trial("two", 1.0, "all")
     assert tried["a"][:2] == [first, other]
-    assert tried["b"][:3] == [first, second, other]
-    assert tried["c"] == [first, second, Trial("one", 1.5, "all"), other]
+    strongest = Trial("one", 1.5, "all")
+    assert tried["b"] == [first, second, strongest, other]  # 1.5 for a margin
+    assert tried["c"] == [first, second, strongest, other]
 
 
 def test_a_category_with_nothing_left_to_better_is_left_alone():
@@ -96,9 +97,38 @@ def test_a_category_with_nothing_left_to_better_is_left_alone():
 
     scorer = Formula(outcome)
     found = run(scorer, settings={"trials": 4})
-    assert [sorted(asked) for asked in scorer.asked] == [["a", "b"], ["b"], ["b"], ["b"]]
+    assert [sorted(asked) for asked in scorer.asked] == [["a", "b"], ["a", "b"], ["b"], ["b"]]
     assert found.stopped == "trials"
-    assert run(Formula(lambda name, trial: Outcome(1.0, 0.0, 0.0, 9))).stopped == "settled"
+    settled = run(Formula(lambda name, trial: Outcome(1.0, 0.0, 0.0, 9)))
+    assert (settled.rounds, settled.stopped) == (2, "settled")
+
+
+def test_what_is_safe_at_one_strength_is_chosen_a_step_stronger_if_it_is_as_safe_there():
+    """Six prompts do not tell apart what is safe from 0.95 on, and what is from 0.6 on."""
+
+    def outcome(name, trial):
+        safe = 1.0 if name != "falls" or trial.strength < 1.2 else 0.9
+        broken = 0.1 if name == "breaks" and trial.strength > 1.2 else 0.0
+        return Outcome(safe, broken, 0.5 * trial.strength, 6)
+
+    names = ("safe", "falls", "breaks")
+    found = run(Formula(outcome), names, ["one"], settings={"trials": 2})
+    chosen = {name: one.trial.strength for name, one in found.chosen.items()}
+    assert chosen == {"safe": STRONGER, "falls": 1.0, "breaks": 1.0}
+    narrow = run(Formula(outcome), names, ["one"], settings={"trials": 2, "strengths": (0.5, 1.1)})
+    assert narrow.chosen["safe"].trial.strength == 1.1
+    one = run(Formula(outcome), names, ["one"], settings={"trials": 1})
+    assert one.chosen["safe"].trial.strength == 1.0  # what was not tried is not chosen
+
+
+def test_a_margin_is_of_the_same_vector_and_no_more_than_a_step():
+    def tried(strength, collateral, candidate="one", scope="all"):
+        return Tried(Trial(candidate, strength, scope), Outcome(1.0, 0.0, collateral, 6))
+
+    lead, near, far = tried(0.7, 0.1), tried(0.7 * STRONGER, 0.4), tried(1.0, 0.4)
+    other, scoped = tried(0.8, 0.4, "two"), tried(0.8, 0.4, scope="response")
+    assert best([far, lead, other, scoped], 0.01) is lead
+    assert best([far, near, lead, other, scoped], 0.01) is near
 
 
 @pytest.mark.parametrize("outcome", [Outcome(1.0, 0.02, 0.0, 9), Outcome(1.0, 0.0, 0.1, 9)])

@@ -38,5 +38,5 @@ def test_what_cannot_be_is_refused(wrong, said):
 def test_the_content_is_json_data():
     content = CalibrateSettings(layers=(1, 2)).content()
     assert content["layers"] == [1, 2]
-    assert content["methods"] == ["learned", "contrast"]
+    assert content["methods"] == ["learned"]
     assert content["strengths"] == [0.6, 1.6]
