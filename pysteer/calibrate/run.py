@@ -44,8 +44,8 @@ _log = logging.getLogger(__name__)
 VALIDATED_BENIGN = 24
 """At most so many benign prompts are answered to validate the pack."""
 
-VALIDATION_MARGIN = 1.2
-"""How much longer an answer takes there than in trials, as measured on the default model."""
+VALIDATION_MARGIN = 1.3
+"""How much longer an answer takes there than in trials: 1.2 on the default model, and to spare."""
 
 
 class Watch(Protocol):
