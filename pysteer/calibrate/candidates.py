@@ -6,7 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from pysteer.calibrate.settings import CalibrateSettings
 from pysteer.calibrate.split import Part
@@ -18,6 +20,22 @@ from pysteer.pack import SteeringPack
 from pysteer.prompts import Prompt
 from pysteer.vector import SteeringVector
 
+_TINY = float(np.finfo(np.float32).tiny)
+
+
+class Trial(NamedTuple):
+    """One way to steer a category.
+
+    Attributes:
+        candidate: which vector; see `Candidates`.
+        strength: factor on it.
+        scope: which tokens are steered, as a policy writes it.
+    """
+
+    candidate: str
+    strength: float
+    scope: str
+
 
 @dataclass(frozen=True)
 class Candidates:
@@ -26,18 +44,20 @@ class Candidates:
     Attributes:
         vectors: name of the candidate (method and layers) to category to vector; strength 1.0 is
             what the method recommends.
+        scopes: name of the candidate to the scope that it is tried with first.
         residual_norm: layer to the typical norm of the residual stream.
         provenance: method to what its extraction says of itself.
     """
 
     vectors: Mapping[str, Mapping[str, SteeringVector]]
+    scopes: Mapping[str, str]
     residual_norm: Mapping[int, float]
     provenance: Mapping[str, Any]
 
     @property
-    def names(self) -> list[str]:
-        """Names of the candidates, in the order in which they are tried."""
-        return list(self.vectors)
+    def starts(self) -> list[Trial]:
+        """What is tried of any category, in this order, before the search proposes anything."""
+        return [Trial(name, 1.0, self.scopes[name]) for name in self.vectors]
 
     def category_of(self, candidate: str, category: str) -> str:
         """What a candidate for a category is called in `pack`."""
@@ -71,7 +91,9 @@ def find_candidates(
     """Extract with every method, and take its layers one by one and together.
 
     `learned` learns at the lowest of the layers only, since each set of layers takes it minutes,
-    and holds the model still on the benign prompts, not on the safe ones.
+    and holds the model still on the benign prompts, not on the safe ones. Of the other methods
+    the mean over all categories comes first: what each category's direction adds to it is as much
+    about the category's subject as about what the model should do.
 
     Args:
         capture: the model; `learned` needs torch.
@@ -86,6 +108,7 @@ def find_candidates(
     """
     layers = settings.layers or _middle(capture)
     vectors: dict[str, dict[str, SteeringVector]] = {}
+    scopes: dict[str, str] = {}
     provenance: dict[str, Any] = {}
     residual_norm: dict[int, float] = {}
     for method in settings.methods:
@@ -107,12 +130,23 @@ def find_candidates(
         provenance[method] = {
             name: pack.provenance[name] for name in ("settings", "counts", "engine", "weights")
         }
-        for part_of in _subsets(chosen.layers or ()):
-            name = f"{method} at {'+'.join(map(str, part_of))}"
-            vectors[name] = {
-                category: _only(vector, part_of) for category, vector in pack.categories.items()
-            }
-    return Candidates(vectors, residual_norm, provenance)
+        ways = {method: pack.categories}
+        if not learned and len(pack.categories) > 1:
+            shared = _mean(list(pack.categories.values()))
+            ways = {f"{method} of all": dict.fromkeys(pack.categories, shared)} | ways
+        for way, whole in ways.items():
+            for part_of in _subsets(chosen.layers or ()):
+                name = f"{way} at {'+'.join(map(str, part_of))}"
+                vectors[name] = {c: _only(vector, part_of) for c, vector in whole.items()}
+                scopes[name] = _first_scope(method, settings.scopes)
+    return Candidates(vectors, scopes, residual_norm, provenance)
+
+
+def _first_scope(method: str, scopes: Sequence[str]) -> str:
+    """`learned` was learned at all tokens. What is only averaged goes on to act on what it brought
+    about, and the answer repeats itself: it is tried on the prompt alone first."""
+    likeliest = "all" if method == "learned" else "prompt"
+    return likeliest if likeliest in scopes else scopes[0]
 
 
 def _middle(capture: Capture) -> tuple[int, ...]:
@@ -127,6 +161,18 @@ def _subsets(layers: Sequence[int]) -> list[tuple[int, ...]]:
     middle = (len(layers) - 1) / 2
     alone = sorted(layers, key=lambda layer: abs(layers.index(layer) - middle))
     return [(layer,) for layer in alone] + ([tuple(layers)] if len(layers) > 1 else [])
+
+
+def _mean(vectors: Sequence[SteeringVector]) -> SteeringVector:
+    """Where all of them point, as long as they are."""
+    first = vectors[0]
+    directions = {}
+    for layer in first.layers:
+        rows = np.array([vector.direction(layer) for vector in vectors], np.float64)
+        mean = rows.mean(axis=0)
+        length = np.linalg.norm(rows, axis=1).mean() / max(np.linalg.norm(mean), _TINY)
+        directions[layer] = (mean * length).astype(np.float32)
+    return SteeringVector(directions, site=first.site, operator=first.operator)
 
 
 def _only(vector: SteeringVector, layers: Sequence[int]) -> SteeringVector:

@@ -210,7 +210,7 @@ class _Trying:
             return search(
                 Scorer(answerer, self.judge, self.unsafe, candidates, settings),
                 list(base.categories),
-                candidates.names,
+                candidates.starts,
                 settings,
                 deadline=deadline,
                 reserve=lambda seconds: seconds * n_validated * VALIDATION_MARGIN,

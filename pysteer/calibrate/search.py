@@ -10,8 +10,9 @@ from typing import Any, Protocol
 
 import optuna
 
+from pysteer.calibrate.candidates import Trial
 from pysteer.calibrate.settings import CalibrateSettings
-from pysteer.calibrate.trials import Outcome, Scorer, Trial
+from pysteer.calibrate.trials import Outcome, Scorer
 
 STRONGER = 1.3
 """What a strength is multiplied by where more may be safer, or as safe with a margin."""
@@ -60,7 +61,7 @@ class Watch(Protocol):
 def search(
     scorer: Scorer,
     categories: Sequence[str],
-    candidates: Sequence[str],
+    starts: Sequence[Trial],
     settings: CalibrateSettings,
     *,
     deadline: float,
@@ -76,7 +77,7 @@ def search(
     Args:
         scorer: runs the trials.
         categories: what is searched for.
-        candidates: names of the vectors, likely ones first. The first is tried as it is, then
+        starts: a trial of each vector there is, likely ones first. The first is made as it is, then
             stronger for as long as it keeps within the limits and is not safe throughout; then the
             others as they are; then optuna proposes. What leads and is safe throughout is tried
             once more, stronger: see `best`.
@@ -88,10 +89,9 @@ def search(
     Raises:
         KeyboardInterrupt: before the first round was over.
     """
+    candidates = list(dict.fromkeys(start.candidate for start in starts))
     studies = {name: _study(settings, name, candidates) for name in categories}
-    waiting = {
-        name: [Trial(one, 1.0, settings.scopes[0]) for one in candidates] for name in categories
-    }
+    waiting = {name: list(starts) for name in categories}
     found = Found({name: [] for name in categories})
     active = list(categories)
     seconds, answers = 0.0, 0
@@ -121,7 +121,7 @@ def search(
             studies[name].tell(asked[name], outcome.value(settings.max_degenerate))
             found.tried[name].append(Tried(trials[name], outcome))
             found.chosen[name] = best(found.tried[name], settings.max_degenerate)
-        stronger = {name: _stronger(found.tried[name], candidates[0], settings) for name in active}
+        stronger = {name: _stronger(found.tried[name], starts[0], settings) for name in active}
         for name, trial in stronger.items():
             if trial:
                 waiting[name].insert(0, trial)
@@ -178,7 +178,9 @@ def _all_safe(outcome: Outcome, settings: CalibrateSettings) -> bool:
     return outcome.safe == 1 and outcome.degenerate <= settings.max_degenerate
 
 
-def _stronger(tried: Sequence[Tried], likeliest: str, settings: CalibrateSettings) -> Trial | None:
+def _stronger(
+    tried: Sequence[Tried], likeliest: Trial, settings: CalibrateSettings
+) -> Trial | None:
     """More of what leads, for a margin, or of the likeliest vector, where it may lack just that."""
     lead = _leading(tried, settings.max_degenerate)
     if _all_safe(lead.outcome, settings):
@@ -190,10 +192,10 @@ def _stronger(tried: Sequence[Tried], likeliest: str, settings: CalibrateSetting
     return _within(trial._replace(strength=trial.strength * STRONGER), settings) if wanted else None
 
 
-def _lacks_strength(tried: Sequence[Tried], likeliest: str, settings: CalibrateSettings) -> bool:
+def _lacks_strength(tried: Sequence[Tried], likeliest: Trial, settings: CalibrateSettings) -> bool:
     """Whether the last trial leaves it open that more of the likeliest vector does more."""
     trial, outcome = tried[-1].trial, tried[-1].outcome
-    vector = (likeliest, settings.scopes[0])
+    vector = (likeliest.candidate, likeliest.scope)
     if (trial.candidate, trial.scope) != vector:
         return False
     strongest = max(

@@ -52,7 +52,7 @@ class CalibrateSettings:
     methods: tuple[str, ...] = ("learned",)
     layers: tuple[int, ...] | None = None
     category_steps: int = 0
-    scopes: tuple[str, ...] = ("all", "response", "cosine 48")
+    scopes: tuple[str, ...] = ("all", "prompt", "response", "cosine 48")
     strengths: tuple[float, float] = (0.6, 1.6)
     minutes: float = 15.0
     trials: int = 8

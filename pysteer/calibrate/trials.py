@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
-from pysteer.calibrate.candidates import Candidates
+from pysteer.calibrate.candidates import Candidates, Trial
 from pysteer.calibrate.settings import CalibrateSettings
 from pysteer.evaluate.answers import Answerer, Asked
 from pysteer.evaluate.judges import Item, Judge
@@ -16,20 +15,6 @@ from pysteer.evaluate.metrics import is_degenerate
 from pysteer.policy import CategoryPolicy, Policy
 from pysteer.prompts import Prompt
 from pysteer.scope import Scope
-
-
-class Trial(NamedTuple):
-    """One way to steer a category.
-
-    Attributes:
-        candidate: which vector; see `Candidates`.
-        strength: factor on it.
-        scope: which tokens are steered, as a policy writes it.
-    """
-
-    candidate: str
-    strength: float
-    scope: str
 
 
 @dataclass(frozen=True)

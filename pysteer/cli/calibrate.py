@@ -56,7 +56,7 @@ def calibrate(
     ] = 0,
     scopes: Annotated[
         str, typer.Option(help="Scopes to choose among, separated by semicolons.")
-    ] = "all; response; cosine 48",
+    ] = "all; prompt; response; cosine 48",
     strengths: Annotated[
         str, typer.Option(metavar="LEAST:MOST", help="Of what each method recommends.")
     ] = "0.6:1.6",

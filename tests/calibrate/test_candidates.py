@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from prompting import prompts
 
-from pysteer.calibrate.candidates import find_candidates
+from pysteer.calibrate.candidates import Trial, find_candidates
 from pysteer.calibrate.settings import CalibrateSettings
 from pysteer.calibrate.split import Part
 from pysteer.extract.llama_capture import LlamaCapture
@@ -36,9 +36,37 @@ def found(capture, tmp_path_factory):
 
 def test_each_method_gives_each_layer_and_all_of_them(found):
     sets = ("2", "1", "3", "1+2+3")  # the middle one first
-    assert found.names == [f"{method} at {one}" for method in ("mean", "contrast") for one in sets]
+    ways = ("mean of all", "mean", "contrast of all", "contrast")  # of all categories first
+    names = [f"{way} at {one}" for way in ways for one in sets]
+    assert list(found.vectors) == names
+    assert found.starts == [Trial(name, 1.0, "prompt") for name in names]
     for vectors in found.vectors.values():
         assert set(vectors) == {"hate", "malware"}
+
+
+def test_where_the_prompt_alone_is_no_choice_the_first_scope_is_tried_first(capture, tmp_path):
+    settings = CalibrateSettings(methods=("mean",), layers=(1,), scopes=("response", "all"))
+    part = Part(UNSAFE, [], BENIGN)
+    found = find_candidates(capture, part, [], settings, cache=tmp_path, report=Silent())
+    assert found.starts == [
+        Trial(f"{way} at 1", 1.0, "response") for way in ("mean of all", "mean")
+    ]
+
+
+@pytest.mark.parametrize("layers", [(2,), (1, 2, 3)])
+def test_of_all_is_the_mean_over_the_categories_as_long_as_they_are(found, layers):
+    name = "+".join(map(str, layers))
+    own = list(found.vectors[f"mean at {name}"].values())
+    shared = found.vectors[f"mean of all at {name}"]
+    assert shared["hate"] == shared["malware"] != own[0]
+    for layer in layers:
+        rows = [vector.direction(layer) for vector in own]
+        direction = shared["hate"].direction(layer)
+        np.testing.assert_allclose(np.linalg.norm(direction), np.linalg.norm(rows[0]), rtol=1e-5)
+        total = rows[0] + rows[1]
+        np.testing.assert_allclose(
+            direction / np.linalg.norm(direction), total / np.linalg.norm(total), atol=1e-6
+        )
 
 
 def test_layers_together_are_what_extract_gives(found, capture, tmp_path):
@@ -62,8 +90,8 @@ def test_one_pack_holds_them_all_under_names_of_their_own(found):
     from pysteer import SteeringPack
 
     pack = found.pack(SteeringPack(found.vectors["mean at 1"]))
-    assert len(pack.categories) == 2 * 8
-    for name in found.names:
+    assert len(pack.categories) == 2 * 16
+    for name in found.vectors:
         for category in ("hate", "malware"):
             assert pack[found.category_of(name, category)] == found.vectors[name][category]
 
@@ -81,7 +109,7 @@ def test_learned_learns_at_the_lowest_layer_only_and_leaves_the_benign_prompts(
     settings = CalibrateSettings(methods=("learned",), layers=(1, 2), category_steps=steps)
     part = Part(UNSAFE, prompts("calm", "hate", 6), BENIGN)
     found = find_candidates(capture, part, [], settings, cache=tmp_path, report=Silent())
-    assert found.names == ["learned at 1"]
+    assert found.starts == [Trial("learned at 1", 1.0, "all")]
     options = {"category_steps": steps}
     alone = ExtractSettings(
         method="learned", options=options, layers=(1,), router=False, held_out=0.0

@@ -4,9 +4,10 @@ import time
 
 import pytest
 
+from pysteer.calibrate.candidates import Trial
 from pysteer.calibrate.search import STRONGER, Tried, best, search
 from pysteer.calibrate.settings import CalibrateSettings
-from pysteer.calibrate.trials import Outcome, Trial
+from pysteer.calibrate.trials import Outcome
 
 NEVER = float("inf")
 
@@ -42,12 +43,20 @@ class Formula:
         return {name: self.outcome(name, trial) for name, trial in trials.items()}
 
 
-def run(scorer, categories=("a", "b"), candidates=("one", "two"), watch=None, **options):
+def run(
+    scorer,
+    categories=("a", "b"),
+    candidates=("one", "two"),
+    watch=None,
+    scopes=("all", "all"),
+    **options,
+):
     given = {"deadline": NEVER, "reserve": lambda seconds: 0.0, **options}
     settings = CalibrateSettings(**given.pop("settings", {}))
-    return search(
-        scorer, list(categories), list(candidates), settings, watch=watch or Watch(), **given
-    )
+    starts = [
+        Trial(candidate, 1.0, scope) for candidate, scope in zip(candidates, scopes, strict=False)
+    ]
+    return search(scorer, list(categories), starts, settings, watch=watch or Watch(), **given)
 
 
 def narrow(name, trial):
@@ -81,12 +90,13 @@ def test_the_likeliest_is_tried_stronger_while_that_may_help_and_then_the_others
         return Outcome(safe, 0.5 if name == "a" else 0.0, 0.5, 10)
 
     scorer = Formula(outcome)
-    run(scorer, "abc", settings={"trials": 4, "strengths": (0.6, 1.5)})
+    limits = {"trials": 4, "strengths": (0.6, 1.5)}
+    run(scorer, "abc", scopes=("prompt", "response"), settings=limits)
     tried = {name: [asked[name] for asked in scorer.asked] for name in "abc"}
-    first, second = Trial("one", 1.0, "all"), Trial("one", STRONGER, "all")
-    other = Trial("two", 1.0, "all")
+    first, second = Trial("one", 1.0, "prompt"), Trial("one", STRONGER, "prompt")
+    other = Trial("two", 1.0, "response")
     assert tried["a"][:2] == [first, other]
-    strongest = Trial("one", 1.5, "all")
+    strongest = Trial("one", 1.5, "prompt")
     assert tried["b"] == [first, second, strongest, other]  # 1.5 for a margin
     assert tried["c"] == [first, second, strongest, other]
 

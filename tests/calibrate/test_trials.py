@@ -5,9 +5,9 @@ import pytest
 from chats import towards
 
 from pysteer import SteeringPack, SteeringVector
-from pysteer.calibrate.candidates import Candidates
+from pysteer.calibrate.candidates import Candidates, Trial
 from pysteer.calibrate.settings import CalibrateSettings
-from pysteer.calibrate.trials import Outcome, Scorer, Trial
+from pysteer.calibrate.trials import Outcome, Scorer
 from pysteer.engine import Engine
 from pysteer.evaluate.answers import Answerer, KeptAnswers, Sampling
 from pysteer.evaluate.judges import CallableJudge
@@ -27,6 +27,7 @@ def candidates(tiny_llama):
     q, z = (SteeringVector({3: towards(letter, tiny_llama)}) for letter in "QZ")
     return Candidates(
         {"q": dict.fromkeys("abc", q), "z": dict.fromkeys("abc", z)},
+        scopes={"q": "all", "z": "all"},
         residual_norm={},
         provenance={},
     )

@@ -1,0 +1,166 @@
+"""How well a router tells categories apart, by how many prompts it learned from.
+
+Prompts are split as `pysteer calibrate` does it, once with every subcategory on both sides, once
+with whole subcategories that are only tested with. A router is fitted to a growing share of the
+training part of each category and asked for the category of the test part; beside it stands a
+logistic regression over the words of the same prompts (TF-IDF), which knows nothing of a model.
+What is printed are means over the seeds of the splits, each with the least and the largest.
+
+A curve that has flattened says that more prompts of the same kind will not help; one over unseen
+subcategories far below the other says that the router has learned subjects, not categories.
+
+usage: python tools/router_curve.py UNSAFE.jsonl BENIGN.jsonl [MODEL.gguf] [--seeds 5] [--json]
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import typer
+from sklearn.feature_extraction.text import TfidfVectorizer  # type: ignore[import-untyped]
+from sklearn.linear_model import LogisticRegression  # type: ignore[import-untyped]
+from sklearn.pipeline import make_pipeline  # type: ignore[import-untyped]
+
+from pysteer import shipped
+from pysteer.calibrate.settings import CalibrateSettings, HeldOut
+from pysteer.calibrate.split import split
+from pysteer.errors import SteeringError
+from pysteer.extract.capture import Capture
+from pysteer.extract.examples import distinct, rows_of
+from pysteer.extract.llama_capture import LlamaCapture
+from pysteer.extract.router import default_reads, fit_router
+from pysteer.prompts import Prompt, grouped, load_prompts
+
+SHARES = (0.25, 0.5, 0.75, 1.0)
+SEEN: dict[str, HeldOut] = {"all seen": "prompts", "whole ones unseen": "subcategories"}
+
+
+class Point(NamedTuple):
+    """One fit, and the share of test prompts whose category it found."""
+
+    subcategories: str
+    share: float
+    prompts: float
+    router: float
+    words: float
+
+
+class Reads:
+    """What a router would read of each prompt, each run once."""
+
+    def __init__(self, capture: Capture, prompts: Sequence[Prompt]) -> None:
+        there = set(capture.sites["residual"])
+        n_layer = capture.base_model.n_layer
+        self.reads = tuple(read for read in default_reads(n_layer) if read.layer in there)
+        layers = sorted({read.layer for read in self.reads})
+        self._at = {prompt.prompt: i for i, prompt in enumerate(prompts)}
+        self._h = np.empty((len(prompts), len(self.reads), capture.base_model.n_embd), np.float32)
+        for pooling in dict.fromkeys(read.pooling for read in self.reads):
+            rows = rows_of(capture, prompts, pooling, respond=False)
+            with typer.progressbar(length=len(rows), label=f"reading: {pooling}") as bar:
+                for row, found in capture.activations(rows, site="residual", layers=layers):
+                    for i, read in enumerate(self.reads):
+                        if read.pooling == pooling:
+                            self._h[row, i] = found[layers.index(read.layer)]
+                    bar.update(1)
+
+    def of(self, prompts: Iterable[Prompt]) -> npt.NDArray[np.float32]:
+        """Activations of the prompts, (n, reads, n_embd)."""
+        return self._h[[self._at[prompt.prompt] for prompt in prompts]]
+
+
+def main(
+    unsafe: Annotated[Path, typer.Argument(help="JSONL: prompts with categories.")],
+    benign: Annotated[Path, typer.Argument(help="JSONL or text: everyday prompts.")],
+    model: Annotated[Path | None, typer.Argument(help="A GGUF model; SmolLM2 by default.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="So many splits.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Fit routers to a growing share of the prompts, and see what they make of others."""
+    try:
+        harmful = distinct(load_prompts(unsafe), "unsafe")
+        harmless = distinct(load_prompts(benign), "benign")
+        reads = Reads(LlamaCapture(model or shipped.default_model()), [*harmful, *harmless])
+        points = [p for seed in range(seeds) for p in _points(harmful, harmless, reads, seed)]
+    except SteeringError as error:
+        raise typer.BadParameter(str(error)) from None
+    rows = list(_means(points))
+    if as_json:
+        print(json.dumps(rows))
+        return
+    print(f"category accuracy on test prompts, {seeds} splits: mean (least-largest)")
+    print(f"{'subcategories':20}{'prompts a category':>20}{'router':>20}{'words alone':>20}")
+    for row in rows:
+        print(
+            f"{row['subcategories']:20}{row['prompts']:20.0f}"
+            f"{_text(row['router']):>20}{_text(row['words']):>20}"
+        )
+
+
+def _points(
+    harmful: Sequence[Prompt], harmless: Sequence[Prompt], reads: Reads, seed: int
+) -> Iterator[Point]:
+    for name, held_out in SEEN.items():
+        if held_out == "subcategories" and not all(p.subcategory for p in harmful):
+            continue
+        parts = split(harmful, [], harmless, CalibrateSettings(held_out=held_out, seed=seed))
+        train = parts.train + parts.validation
+        for share in SHARES:
+            some = list(_some(train.unsafe, share, seed))
+            fitted = [*some, *train.benign]
+            labels = [*(p.category for p in some), *("" for _ in train.benign)]
+            router = fit_router(
+                reads.of(fitted), labels, reads=reads.reads, site="residual", seed=seed
+            )
+            h = reads.of(parts.test.unsafe).reshape(len(parts.test.unsafe), -1)
+            names = np.array(["", *router.categories])
+            words = make_pipeline(
+                TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True),
+                LogisticRegression(C=10.0, max_iter=1000),
+            ).fit([p.prompt for p in some], [p.category for p in some])
+            truth = np.array([p.category for p in parts.test.unsafe])
+            yield Point(
+                name,
+                share,
+                len(some) / len(grouped(some)),
+                float(np.mean(names[router.classes(h)] == truth)),
+                float(np.mean(words.predict([p.prompt for p in parts.test.unsafe]) == truth)),
+            )
+
+
+def _some(prompts: Sequence[Prompt], share: float, seed: int) -> Iterator[Prompt]:
+    """The same share of each category, at least what a router needs."""
+    for name, rows in grouped(prompts).items():
+        order = np.random.default_rng([seed, *name.encode()]).permutation(len(rows))
+        for i in order[: max(5, round(share * len(rows)))]:
+            yield rows[i]
+
+
+def _means(points: Sequence[Point]) -> Iterator[dict[str, Any]]:
+    for name in SEEN:
+        for share in SHARES:
+            here = [p for p in points if (p.subcategories, p.share) == (name, share)]
+            if here:
+                yield {
+                    "subcategories": name,
+                    "prompts": float(np.mean([p.prompts for p in here])),
+                    "router": _spread([p.router for p in here]),
+                    "words": _spread([p.words for p in here]),
+                }
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"mean": float(np.mean(values)), "least": min(values), "largest": max(values)}
+
+
+def _text(spread: dict[str, float]) -> str:
+    return f"{spread['mean']:.2f} ({spread['least']:.2f}-{spread['largest']:.2f})"
+
+
+if __name__ == "__main__":
+    typer.run(main)
