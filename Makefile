@@ -15,8 +15,9 @@ help: ## List the targets.
 demo: $(VENV)/.demo ## Answer prompts without and with steering, on the default model.
 	$(BIN)/pysteer demo
 
+# Two at a time: threads that wait for each other in one must not keep the other from its processor.
 test: $(VENV)/.dev ## Run the tests.
-	$(BIN)/pytest -m "not slow"
+	OMP_WAIT_POLICY=passive $(BIN)/pytest -n 2 --dist loadfile -m "not slow"
 
 test-slow: $(VENV)/.dev ## Run the tests that take minutes.
 	$(BIN)/pytest -m slow

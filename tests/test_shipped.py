@@ -109,7 +109,7 @@ def test_steering_makes_the_default_model_refuse(default_model):
                 result = llm.create_chat_completion(
                     [{"role": "user", "content": prompt.prompt}],
                     steering=None if strength is None else {prompt.category: strength},
-                    max_tokens=32,
+                    max_tokens=20,
                     temperature=0.0,
                 )
                 refused[strength] += is_refusal(result["choices"][0]["message"]["content"])
