@@ -1,0 +1,48 @@
+"""The tool that draws a router's learning curve, where it is known what words can tell."""
+
+import json
+
+import pytest
+from router_curve import main
+from typer import BadParameter
+
+from pysteer.prompts import Prompt, write_prompts
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Each subcategory has a word of its own, and a category nothing but its subcategories."""
+    unsafe = [
+        Prompt(f"harm {category}{kind} {i}", category, subcategory=f"{category}{kind}")
+        for category in ("hate", "malware")
+        for kind in "abcd"
+        for i in range(5)
+    ]
+    benign = [Prompt(f"please and thank you {i}") for i in range(20)]
+    paths = tmp_path / "unsafe.jsonl", tmp_path / "benign.jsonl"
+    for prompts, path in zip((unsafe, benign), paths, strict=True):
+        write_prompts(prompts, path)
+    return paths
+
+
+def test_words_tell_subcategories_that_were_seen_and_no_others(files, tiny_llama, capsys):
+    main(*files, tiny_llama, seeds=2, as_json=True)
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])
+    seen, unseen = ([row for row in rows if row["subcategories"] == name] for name in NAMES)
+    assert [row["prompts"] for row in seen] == [5, 8, 12, 16]  # of 20, four are tested with
+    assert [row["prompts"] for row in unseen] == [5, 8, 11, 15]  # of 20, one kind of five is
+    assert seen[-1]["words"]["mean"] == 1
+    assert unseen[-1]["words"]["mean"] < 0.8
+    for row in rows:
+        spread = row["router"]
+        assert 0 <= spread["least"] <= spread["mean"] <= spread["largest"] <= 1
+
+
+NAMES = ("all seen", "whole ones unseen")
+
+
+def test_files_that_cannot_be_split_are_refused(files, tiny_llama, tmp_path):
+    few = tmp_path / "few.jsonl"
+    write_prompts([Prompt(f"harm {i}", "hate") for i in range(4)], few)
+    with pytest.raises(BadParameter, match="too few"):
+        main(few, files[1], tiny_llama, seeds=1)
