@@ -15,6 +15,7 @@ usage: python tools/router_curve.py UNSAFE.jsonl BENIGN.jsonl [MODEL.gguf] [--se
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -31,13 +32,16 @@ from pysteer.calibrate.settings import CalibrateSettings, HeldOut
 from pysteer.calibrate.split import split
 from pysteer.errors import SteeringError
 from pysteer.extract.capture import Capture
-from pysteer.extract.examples import distinct, rows_of
+from pysteer.extract.examples import distinct
 from pysteer.extract.llama_capture import LlamaCapture
-from pysteer.extract.router import default_reads, fit_router
+from pysteer.extract.router import MIN_PROMPTS, fit_router
+from pysteer.extract.run import read_prompts
+from pysteer.extract.session import Data, Run, Silent
+from pysteer.extract.settings import ExtractSettings
 from pysteer.prompts import Prompt, grouped, load_prompts
 
 SHARES = (0.25, 0.5, 0.75, 1.0)
-SEEN: dict[str, HeldOut] = {"all seen": "prompts", "whole ones unseen": "subcategories"}
+SPLITS: dict[str, HeldOut] = {"all seen": "prompts", "whole ones unseen": "subcategories"}
 
 
 class Point(NamedTuple):
@@ -50,24 +54,14 @@ class Point(NamedTuple):
     words: float
 
 
-class Reads:
-    """What a router would read of each prompt, each run once."""
+class Seen:
+    """What a router sees of each prompt, each run once."""
 
     def __init__(self, capture: Capture, prompts: Sequence[Prompt]) -> None:
-        there = set(capture.sites["residual"])
-        n_layer = capture.base_model.n_layer
-        self.reads = tuple(read for read in default_reads(n_layer) if read.layer in there)
-        layers = sorted({read.layer for read in self.reads})
+        with tempfile.TemporaryDirectory() as cache:
+            run = Run(capture, Data((), ()), ExtractSettings(), None, Path(cache), Silent())
+            self.reads, self._h = read_prompts(run, prompts)
         self._at = {prompt.prompt: i for i, prompt in enumerate(prompts)}
-        self._h = np.empty((len(prompts), len(self.reads), capture.base_model.n_embd), np.float32)
-        for pooling in dict.fromkeys(read.pooling for read in self.reads):
-            rows = rows_of(capture, prompts, pooling, respond=False)
-            with typer.progressbar(length=len(rows), label=f"reading: {pooling}") as bar:
-                for row, found in capture.activations(rows, site="residual", layers=layers):
-                    for i, read in enumerate(self.reads):
-                        if read.pooling == pooling:
-                            self._h[row, i] = found[layers.index(read.layer)]
-                    bar.update(1)
 
     def of(self, prompts: Iterable[Prompt]) -> npt.NDArray[np.float32]:
         """Activations of the prompts, (n, reads, n_embd)."""
@@ -85,8 +79,8 @@ def main(
     try:
         harmful = distinct(load_prompts(unsafe), "unsafe")
         harmless = distinct(load_prompts(benign), "benign")
-        reads = Reads(LlamaCapture(model or shipped.default_model()), [*harmful, *harmless])
-        points = [p for seed in range(seeds) for p in _points(harmful, harmless, reads, seed)]
+        seen = Seen(LlamaCapture(model or shipped.default_model()), [*harmful, *harmless])
+        points = [p for seed in range(seeds) for p in _points(harmful, harmless, seen, seed)]
     except SteeringError as error:
         raise typer.BadParameter(str(error)) from None
     rows = list(_means(points))
@@ -103,9 +97,9 @@ def main(
 
 
 def _points(
-    harmful: Sequence[Prompt], harmless: Sequence[Prompt], reads: Reads, seed: int
+    harmful: Sequence[Prompt], harmless: Sequence[Prompt], seen: Seen, seed: int
 ) -> Iterator[Point]:
-    for name, held_out in SEEN.items():
+    for name, held_out in SPLITS.items():
         if held_out == "subcategories" and not all(p.subcategory for p in harmful):
             continue
         parts = split(harmful, [], harmless, CalibrateSettings(held_out=held_out, seed=seed))
@@ -115,9 +109,9 @@ def _points(
             fitted = [*some, *train.benign]
             labels = [*(p.category for p in some), *("" for _ in train.benign)]
             router = fit_router(
-                reads.of(fitted), labels, reads=reads.reads, site="residual", seed=seed
+                seen.of(fitted), labels, reads=seen.reads, site="residual", seed=seed
             )
-            h = reads.of(parts.test.unsafe).reshape(len(parts.test.unsafe), -1)
+            h = seen.of(parts.test.unsafe).reshape(len(parts.test.unsafe), -1)
             names = np.array(["", *router.categories])
             words = make_pipeline(
                 TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True),
@@ -137,12 +131,12 @@ def _some(prompts: Sequence[Prompt], share: float, seed: int) -> Iterator[Prompt
     """The same share of each category, at least what a router needs."""
     for name, rows in grouped(prompts).items():
         order = np.random.default_rng([seed, *name.encode()]).permutation(len(rows))
-        for i in order[: max(5, round(share * len(rows)))]:
+        for i in order[: max(MIN_PROMPTS, round(share * len(rows)))]:
             yield rows[i]
 
 
 def _means(points: Sequence[Point]) -> Iterator[dict[str, Any]]:
-    for name in SEEN:
+    for name in SPLITS:
         for share in SHARES:
             here = [p for p in points if (p.subcategories, p.share) == (name, share)]
             if here:

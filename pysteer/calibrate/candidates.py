@@ -8,19 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from pysteer.calibrate.settings import CalibrateSettings
 from pysteer.calibrate.split import Part
 from pysteer.extract.capture import Capture
+from pysteer.extract.postprocess import norms, scale_to
 from pysteer.extract.run import extract
 from pysteer.extract.session import Data, Reporter
 from pysteer.extract.settings import ExtractSettings
 from pysteer.pack import SteeringPack
 from pysteer.prompts import Prompt
 from pysteer.vector import SteeringVector
-
-_TINY = float(np.finfo(np.float32).tiny)
 
 
 class Trial(NamedTuple):
@@ -164,15 +161,9 @@ def _subsets(layers: Sequence[int]) -> list[tuple[int, ...]]:
 
 
 def _mean(vectors: Sequence[SteeringVector]) -> SteeringVector:
-    """Where all of them point, as long as they are."""
-    first = vectors[0]
-    directions = {}
-    for layer in first.layers:
-        rows = np.array([vector.direction(layer) for vector in vectors], np.float64)
-        mean = rows.mean(axis=0)
-        length = np.linalg.norm(rows, axis=1).mean() / max(np.linalg.norm(mean), _TINY)
-        directions[layer] = (mean * length).astype(np.float32)
-    return SteeringVector(directions, site=first.site, operator=first.operator)
+    """Where all of them point, as long as each is: an extraction makes them equally long."""
+    first, *others = vectors
+    return scale_to(sum(others, start=first), norms(first), fraction=1.0)
 
 
 def _only(vector: SteeringVector, layers: Sequence[int]) -> SteeringVector:

@@ -164,9 +164,13 @@ def _with_margin(tried: Sequence[Tried], trial: Trial) -> list[Tried]:
     return [
         one
         for one in tried
-        if trial.strength < one.trial.strength <= most
-        and one.trial == trial._replace(strength=one.trial.strength)
+        if _same_vector(one.trial, trial) and trial.strength < one.trial.strength <= most
     ]
+
+
+def _same_vector(one: Trial, other: Trial) -> bool:
+    """Whether they differ in strength at most."""
+    return one._replace(strength=other.strength) == other
 
 
 def _settled(tried: Sequence[Tried], settings: CalibrateSettings) -> bool:
@@ -195,12 +199,9 @@ def _stronger(
 def _lacks_strength(tried: Sequence[Tried], likeliest: Trial, settings: CalibrateSettings) -> bool:
     """Whether the last trial leaves it open that more of the likeliest vector does more."""
     trial, outcome = tried[-1].trial, tried[-1].outcome
-    vector = (likeliest.candidate, likeliest.scope)
-    if (trial.candidate, trial.scope) != vector:
+    if not _same_vector(trial, likeliest):
         return False
-    strongest = max(
-        one.trial.strength for one in tried if (one.trial.candidate, one.trial.scope) == vector
-    )
+    strongest = max(one.trial.strength for one in tried if _same_vector(one.trial, likeliest))
     within = outcome.degenerate <= settings.max_degenerate
     return within and strongest == trial.strength < settings.strengths[1]
 

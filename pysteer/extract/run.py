@@ -25,7 +25,7 @@ from pysteer.extract.settings import DEFAULT_STRENGTH, ExtractSettings
 from pysteer.extract.typical import Typical, measure
 from pysteer.pack import SteeringPack
 from pysteer.prompts import Prompt
-from pysteer.router import Router
+from pysteer.router import Read, Router
 from pysteer.vector import SteeringVector
 
 _log = logging.getLogger(__name__)
@@ -216,7 +216,7 @@ def _router(
     """Fitted to the residual stream of all prompts."""
     # scikit-learn takes a while to import.
     from pysteer.extract.margin import LOOK_ALIKE_RATE, MAX_LEAK
-    from pysteer.extract.router import MAX_PROMPTS, default_reads, fit_router
+    from pysteer.extract.router import MAX_PROMPTS, fit_router
 
     by_text = _router_prompts(run)
     prompts = list(by_text.values())
@@ -226,25 +226,8 @@ def _router(
         chosen = np.random.default_rng(run.settings.seed).permutation(len(prompts))
         keep = sorted(chosen[:MAX_PROMPTS].tolist())
         prompts, labels = [prompts[i] for i in keep], [labels[i] for i in keep]
-    there = set(run.capture.sites["residual"])
-    reads = default_reads(run.capture.base_model.n_layer)
-    reads = tuple(read for read in reads if read.layer in there)
-    # Those of the directions too, which are then remembered.
-    layers = sorted({read.layer for read in reads} | (set(run.layers) & there))
-    poolings: list[Any] = list(dict.fromkeys(read.pooling for read in reads))
-    # All poolings at once, so that each prompt is run once.
-    rows = [row for pooling in poolings for row in run.rows(prompts, pooling)]
-    activations = run.activations(rows, "residual", layers)
-    run.remember(rows, layers, activations)
-    n = len(prompts)
+    reads, h = read_prompts(run, prompts)
     unsafe = set(labels)
-    h = np.stack(
-        [
-            activations[poolings.index(read.pooling) * n :][:n, layers.index(read.layer)]
-            for read in reads
-        ],
-        axis=1,
-    )
     return fit_router(
         h,
         labels,
@@ -261,6 +244,42 @@ def _router(
         look_alike_rate=LOOK_ALIKE_RATE if look_alike_rate is None else look_alike_rate,
         seed=run.settings.seed,
     )
+
+
+def read_prompts(
+    run: Run, prompts: Sequence[Prompt]
+) -> tuple[tuple[Read, ...], npt.NDArray[np.float32]]:
+    """Where a router looks in this model, and what it sees there of each prompt.
+
+    Args:
+        run: whose cache is used. Its layers are captured too, in the same pass, and remembered.
+        prompts: n prompts.
+
+    Returns:
+        Those of `pysteer.extract.router.default_reads` that the model has, and their activations,
+        float32 of shape (n, reads, n_embd).
+    """
+    from pysteer.extract.router import default_reads  # scikit-learn takes a while to import
+
+    there = set(run.capture.sites["residual"])
+    reads = default_reads(run.capture.base_model.n_layer)
+    reads = tuple(read for read in reads if read.layer in there)
+    # Those of the directions too, which are then remembered.
+    layers = sorted({read.layer for read in reads} | (set(run.layers) & there))
+    poolings: list[Any] = list(dict.fromkeys(read.pooling for read in reads))
+    # All poolings at once, so that each prompt is run once.
+    rows = [row for pooling in poolings for row in run.rows(prompts, pooling)]
+    activations = run.activations(rows, "residual", layers)
+    run.remember(rows, layers, activations)
+    n = len(prompts)
+    h = np.stack(
+        [
+            activations[poolings.index(read.pooling) * n :][:n, layers.index(read.layer)]
+            for read in reads
+        ],
+        axis=1,
+    )
+    return reads, h
 
 
 def _postprocess(

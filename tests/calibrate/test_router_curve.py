@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from router_curve import main
+from router_curve import SPLITS, main
 from typer import BadParameter
 
 from pysteer.prompts import Prompt, write_prompts
@@ -27,8 +27,8 @@ def files(tmp_path):
 
 def test_words_tell_subcategories_that_were_seen_and_no_others(files, tiny_llama, capsys):
     main(*files, tiny_llama, seeds=2, as_json=True)
-    rows = json.loads(capsys.readouterr().out.splitlines()[-1])
-    seen, unseen = ([row for row in rows if row["subcategories"] == name] for name in NAMES)
+    rows = json.loads(capsys.readouterr().out)
+    seen, unseen = ([row for row in rows if row["subcategories"] == name] for name in SPLITS)
     assert [row["prompts"] for row in seen] == [5, 8, 12, 16]  # of 20, four are tested with
     assert [row["prompts"] for row in unseen] == [5, 8, 11, 15]  # of 20, one kind of five is
     assert seen[-1]["words"]["mean"] == 1
@@ -36,9 +36,6 @@ def test_words_tell_subcategories_that_were_seen_and_no_others(files, tiny_llama
     for row in rows:
         spread = row["router"]
         assert 0 <= spread["least"] <= spread["mean"] <= spread["largest"] <= 1
-
-
-NAMES = ("all seen", "whole ones unseen")
 
 
 def test_files_that_cannot_be_split_are_refused(files, tiny_llama, tmp_path):
