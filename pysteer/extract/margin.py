@@ -89,9 +89,13 @@ def fit_margin(
         max_leak: from 0 to 1.
         look_alikes: bool (n,), benign prompts that sound harmful; None for none.
         look_alike_rate: from 0 to 1.
+
+    Raises:
+        ValueError: a prompt that no fold tests.
     """
     k = int(classes.max())
-    scores = {penalty: np.empty((len(h), k + 1)) for penalty in PENALTIES}
+    # What no fold tests must not pass for a score.
+    scores = {penalty: np.full((len(h), k + 1), np.nan) for penalty in PENALTIES}
     for fit, test in folds:
         for penalty, (w, b) in _ridge(h[fit], classes[fit], k, PENALTIES).items():
             scores[penalty][test] = h[test] @ w.T + b

@@ -159,9 +159,17 @@ def test_a_fold_without_some_class_is_fitted_all_the_same():
     h, classes = a_data_set((30, 5, 20))
     one = np.flatnonzero(classes == 1)
     rest = np.flatnonzero(classes != 1)
-    fit = fit_margin(h, classes, [(rest, one), (np.concatenate([one, rest[::2]]), rest[1::2])])
+    odd, even = rest[1::2], rest[::2]
+    without_odd, without_even = np.concatenate([one, even]), np.concatenate([one, odd])
+    fit = fit_margin(h, classes, [(rest, one), (without_odd, odd), (without_even, even)])
     assert np.isfinite(fit.weight).all()
     assert np.isfinite(fit.bias).all()
+
+
+def test_a_prompt_that_no_fold_tests_is_an_error():
+    h, classes = a_data_set()
+    with pytest.raises(ValueError, match="NaN"):
+        fit_margin(h, classes, folds_of(classes)[1:])
 
 
 def test_a_threshold_is_above_the_scores_that_may_not_reach_it():
