@@ -5,6 +5,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # What an installed .venv depends on: Python files are used where they lie.
 SOURCES := Makefile pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/*)
+# llama.cpp's kernels for AMX, which some servers have, crash as GCC compiles them (ggml-org/llama.cpp
+# 20824 and 26954): on such a machine it is compiled without them.
+NO_AMX := $(shell flags="-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"; grep -qs amx_int8 /proc/cpuinfo \
+  && $${CXX:-c++} $$flags -E -x c /dev/null > /dev/null 2>&1 && echo $$flags)
+ifneq ($(NO_AMX),)
+export CFLAGS += $(NO_AMX)
+export CXXFLAGS += $(NO_AMX)
+endif
 BENCH_MODEL := build/bench/llama-1.1b-q4_k_m.gguf
 
 .PHONY: demo test test-slow test-all asan tsan lint bench pack clean help
