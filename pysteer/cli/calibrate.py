@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from pysteer.calibrate.settings import CalibrateSettings
 from pysteer.cli import console, options
 from pysteer.cli.capturing import (
     check_output,
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from pysteer.calibrate.run import Calibrated
     from pysteer.calibrate.search import Found
 
+_DEFAULT = CalibrateSettings()
+
 
 def calibrate(
     unsafe: Annotated[Path, typer.Option(help="Prompts to steer away from: JSONL or CSV.")],
@@ -44,7 +47,7 @@ def calibrate(
     model: options.Model = None,
     methods: Annotated[
         str, typer.Option(help="Methods of extract to choose among, as in learned,contrast.")
-    ] = "learned",
+    ] = ",".join(_DEFAULT.methods),
     layers: Annotated[
         str | None, typer.Option(help="Such as 12,15,18; else three in the middle.")
     ] = None,
@@ -53,35 +56,39 @@ def calibrate(
         typer.Option(
             min=0, help="Of learned, for each category by itself, as in 10; 0: one vector for all."
         ),
-    ] = 0,
+    ] = _DEFAULT.category_steps,
     scopes: Annotated[
         str, typer.Option(help="Scopes to choose among, separated by semicolons.")
-    ] = "all; prompt; response; cosine 48",
+    ] = "; ".join(_DEFAULT.scopes),
     strengths: Annotated[
         str, typer.Option(metavar="LEAST:MOST", help="Of what each method recommends.")
-    ] = "0.6:1.6",
+    ] = ":".join(map(str, _DEFAULT.strengths)),
     minutes: Annotated[
         float, typer.Option(min=0.0, help="Time for all of it; a trial that has begun ends.")
-    ] = 15.0,
-    trials: Annotated[int, typer.Option(min=1, help="At most so many for each category.")] = 8,
+    ] = _DEFAULT.minutes,
+    trials: Annotated[
+        int, typer.Option(min=1, help="At most so many for each category.")
+    ] = _DEFAULT.trials,
     hold_out: Annotated[
         str, typer.Option(help="The test part: prompts, or whole subcategories.")
-    ] = "prompts",
+    ] = _DEFAULT.held_out,
     max_degenerate: Annotated[
         float, typer.Option(help="Limit: share of degenerate answers.")
-    ] = 0.01,
+    ] = _DEFAULT.max_degenerate,
     max_benign_change: Annotated[
         float, typer.Option(help="Limit: share of benign prompts that open a gate.")
-    ] = 0.005,
+    ] = _DEFAULT.max_benign_change,
     max_look_alike: Annotated[
         float, typer.Option(help="Limit: share of prompts that only sound harmful, the same.")
-    ] = 0.1,
+    ] = _DEFAULT.max_look_alike,
     max_leak: Annotated[
         float, typer.Option(help="Limit: share of other categories' prompts that open a gate.")
-    ] = 0.05,
+    ] = _DEFAULT.max_leak,
     judge: Annotated[str, typer.Option(help="As for evaluate.")] = "refusal",
-    max_tokens: options.MaxTokens = 40,
-    parallel: Annotated[int, typer.Option(min=1, max=256, help="Prompts answered at once.")] = 16,
+    max_tokens: options.MaxTokens = _DEFAULT.max_tokens,
+    parallel: Annotated[
+        int, typer.Option(min=1, max=256, help="Prompts answered at once.")
+    ] = _DEFAULT.parallel,
     engine: Annotated[
         str, typer.Option(help="That directions are found with: torch or llama.")
     ] = "auto",
@@ -91,8 +98,10 @@ def calibrate(
     cache: Annotated[
         Path | None, typer.Option(help="Where all steps are kept; else beside the output.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same pack.")] = 0,
-    context: options.Context = 4096,
+    seed: Annotated[
+        int, typer.Option(min=0, help="The same seed gives the same pack.")
+    ] = _DEFAULT.seed,
+    context: options.Context = _DEFAULT.context,
     threads: options.Threads = None,
     json: options.Json = False,
     debug: options.Debug = False,
@@ -107,7 +116,6 @@ def calibrate(
         require(module, "calibrate")
     from pysteer.calibrate.picture import plot_search
     from pysteer.calibrate.run import calibrate as run_calibration
-    from pysteer.calibrate.settings import CalibrateSettings
     from pysteer.evaluate.judges import open_judge
     from pysteer.plots import open_figure
 
