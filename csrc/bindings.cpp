@@ -143,7 +143,7 @@ py::object read_capture(const Capture & capture, Site site, std::size_t layer) {
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
-    module.doc() = "The native hook on llama.cpp's graphs. Use pysteer.hooked and pysteer.SteeredLlama instead.";
+    module.doc() = "The native hook on llama.cpp's graphs. Use pysteer.llama.hooked and pysteer.SteeredLlama instead.";
 
     py::register_exception<pysteer::NotOnHost>(module, "NotOnHost", PyExc_NotImplementedError);
 

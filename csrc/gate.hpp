@@ -9,7 +9,7 @@
 
 namespace pysteer {
 
-// Immutable. The scores are those of pysteer.router.Router, in double precision like there.
+// Immutable. The scores are those of pysteer.pack.router.Router, in double precision like there.
 class Gate {
   public:
     enum class Kind : int32_t {

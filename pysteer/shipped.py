@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from pysteer.errors import SteeringError
-from pysteer.pack import SteeringPack
+from pysteer.pack.pack import SteeringPack
 from pysteer.prompts import Prompt, load_prompts
 
 _DATA = Path(__file__).parent / "data"

@@ -27,7 +27,7 @@ import numpy as np
 import typer
 
 from pysteer import SteeredLlama, SteeringPack, SteeringVector
-from pysteer.hooked import set_native_control_vector
+from pysteer.llama.hooked import set_native_control_vector
 from pysteer.runtime.plan import PlanCompiler
 from pysteer.runtime.steered import Request
 

@@ -34,10 +34,10 @@ import typer
 from pysteer import Engine, HookedLlama, SteeringPack, SteeringVector, shipped
 from pysteer.engine.batch import Batch
 from pysteer.extract.router import default_reads
-from pysteer.hooked import LAST_ROW, set_native_control_vector
-from pysteer.operators import Operator
-from pysteer.policy import Policy
-from pysteer.router import Gate, Router
+from pysteer.llama.hooked import LAST_ROW, set_native_control_vector
+from pysteer.pack.operators import Operator
+from pysteer.pack.policy import Policy
+from pysteer.pack.router import Gate, Router
 from pysteer.runtime.plan import CompiledPlan, PlanCompiler
 
 SEQUENCES = 16

@@ -19,7 +19,6 @@ import typer
 from quantized import FTYPES, quantize
 
 from pysteer import SteeringPack, shipped
-from pysteer.compare import compare
 from pysteer.extract.capture import Capture
 from pysteer.extract.llama_capture import LlamaCapture
 from pysteer.extract.run import extract
@@ -27,6 +26,7 @@ from pysteer.extract.session import Data
 from pysteer.extract.settings import ExtractSettings
 from pysteer.extract.torch_capture import TorchCapture
 from pysteer.extract.torch_model import TorchModel
+from pysteer.inspect.compare import compare
 from pysteer.prompts import load_prompts
 
 

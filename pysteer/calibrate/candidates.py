@@ -15,9 +15,9 @@ from pysteer.extract.postprocess import norms, scale_to
 from pysteer.extract.run import extract
 from pysteer.extract.session import Data, Reporter
 from pysteer.extract.settings import ExtractSettings
-from pysteer.pack import SteeringPack
+from pysteer.pack.pack import SteeringPack
+from pysteer.pack.vector import SteeringVector
 from pysteer.prompts import Prompt
-from pysteer.vector import SteeringVector
 
 
 class Trial(NamedTuple):

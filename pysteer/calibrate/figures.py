@@ -16,7 +16,7 @@ from pysteer.evaluate.arms import Steered
 from pysteer.evaluate.isolation import opens
 from pysteer.evaluate.judges import Judge
 from pysteer.evaluate.report import STEERED, UNSTEERED, Report
-from pysteer.pack import SteeringPack
+from pysteer.pack.pack import SteeringPack
 
 _log = logging.getLogger(__name__)
 

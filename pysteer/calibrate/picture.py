@@ -6,7 +6,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from pysteer.calibrate.search import Found, best
-from pysteer.plots import open_figure, save_figure
+from pysteer.inspect.plots import open_figure, save_figure
 
 if TYPE_CHECKING:
     import os

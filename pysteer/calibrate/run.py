@@ -32,12 +32,12 @@ from pysteer.extract.capture import Capture
 from pysteer.extract.examples import distinct
 from pysteer.extract.run import fit_pack_routers
 from pysteer.extract.session import Data
-from pysteer.pack import SteeringPack
-from pysteer.policy import CategoryPolicy, Policy
+from pysteer.pack.pack import SteeringPack
+from pysteer.pack.policy import CategoryPolicy, Policy
+from pysteer.pack.router import Router
+from pysteer.pack.scope import Scope
 from pysteer.prompts import Prompt, grouped
-from pysteer.router import Router
 from pysteer.runtime.plan import AUTO
-from pysteer.scope import Scope
 
 _log = logging.getLogger(__name__)
 

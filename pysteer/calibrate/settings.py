@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from pysteer.errors import SteeringError, quoted
 from pysteer.extract.settings import ALL_METHODS
-from pysteer.scope import Scope
+from pysteer.pack.scope import Scope
 
 HeldOut: TypeAlias = Literal["prompts", "subcategories"]
 """What the test part holds: prompts of every subcategory, or whole subcategories."""

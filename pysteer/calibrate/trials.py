@@ -12,9 +12,9 @@ from pysteer.calibrate.settings import CalibrateSettings
 from pysteer.evaluate.answers import Answerer, Asked
 from pysteer.evaluate.judges import Item, Judge
 from pysteer.evaluate.metrics import is_degenerate
-from pysteer.policy import CategoryPolicy, Policy
+from pysteer.pack.policy import CategoryPolicy, Policy
+from pysteer.pack.scope import Scope
 from pysteer.prompts import Prompt
-from pysteer.scope import Scope
 
 
 @dataclass(frozen=True)

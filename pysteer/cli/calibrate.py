@@ -117,7 +117,7 @@ def calibrate(
     from pysteer.calibrate.picture import plot_search
     from pysteer.calibrate.run import calibrate as run_calibration
     from pysteer.evaluate.judges import open_judge
-    from pysteer.plots import open_figure
+    from pysteer.inspect.plots import open_figure
 
     console.show_warnings()
     started = time.monotonic()

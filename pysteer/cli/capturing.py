@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from pysteer.cli import console
 from pysteer.cli.loading import require
 from pysteer.errors import SteeringError
-from pysteer.vector import MAX_LAYER
+from pysteer.pack.vector import MAX_LAYER
 
 if TYPE_CHECKING:
     from pysteer.extract.capture import Capture

@@ -35,8 +35,8 @@ from pysteer.cli.chat_session import Session, unfinished
 from pysteer.cli.loading import load_steered
 from pysteer.cli.tables import ranges, table
 from pysteer.errors import SteeringError
-from pysteer.pack import SteeringPack
-from pysteer.policy import Policy
+from pysteer.pack.pack import SteeringPack
+from pysteer.pack.policy import Policy
 from pysteer.shipped import default_pack_path
 
 # What a terminal would take for an order: the model's text may hold anything.

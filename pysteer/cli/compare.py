@@ -10,9 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from pysteer.cli import console, options, tables
-from pysteer.compare import CategoryComparison, Comparison
-from pysteer.compare import compare as compare_packs
-from pysteer.pack import SteeringPack
+from pysteer.inspect.compare import CategoryComparison, Comparison
+from pysteer.inspect.compare import compare as compare_packs
+from pysteer.pack.pack import SteeringPack
 
 
 def compare(

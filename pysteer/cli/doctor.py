@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from pysteer.cli import console, options
-from pysteer.doctor import Diagnosis, diagnose
+from pysteer.runtime.doctor import Diagnosis, diagnose
 
 _VERDICTS = {True: "[green]ok[/]", False: "[red]FAILED[/]", None: "[yellow]not available[/]"}
 

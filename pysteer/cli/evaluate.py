@@ -16,7 +16,7 @@ from pysteer.cli import console, options
 from pysteer.cli.loading import load_policy, require
 from pysteer.cli.tables import numbers, say_cells, table
 from pysteer.errors import SteeringError
-from pysteer.pack import SteeringPack
+from pysteer.pack.pack import SteeringPack
 from pysteer.prompts import load_prompts
 from pysteer.shipped import default_pack_path
 

@@ -24,7 +24,7 @@ from pysteer.cli.capturing import (
 )
 from pysteer.cli.loading import require
 from pysteer.errors import SteeringError
-from pysteer.pack import SteeringPack
+from pysteer.pack.pack import SteeringPack
 from pysteer.prompts import load_prompts
 
 

@@ -13,7 +13,7 @@ import typer
 from pysteer.cli import console, options
 from pysteer.cli.loading import load_policy, load_steered
 from pysteer.errors import SteeringError
-from pysteer.pack import SteeringPack
+from pysteer.pack.pack import SteeringPack
 from pysteer.runtime.plan import check_steering
 from pysteer.runtime.report import SteeringReport
 from pysteer.shipped import default_pack_path

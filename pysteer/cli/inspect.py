@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pysteer.cli import console, options, tables
-from pysteer.compare import category_cosines, norms, separation
-from pysteer.operators import ADD
-from pysteer.pack import SteeringPack
-from pysteer.router import Gate, Router
+from pysteer.inspect.compare import category_cosines, norms, separation
+from pysteer.pack.operators import ADD
+from pysteer.pack.pack import SteeringPack
+from pysteer.pack.router import Gate, Router
+from pysteer.pack.vector import SteeringVector
 from pysteer.shipped import default_pack_path
-from pysteer.vector import SteeringVector
 
 if TYPE_CHECKING:
-    from pysteer.policy import Policy
+    from pysteer.pack.policy import Policy
 
 
 def inspect(
@@ -39,7 +39,7 @@ def inspect(
     pack = SteeringPack.load(file)
     found = describe(pack)
     if plot is not None:
-        from pysteer.plots import plot_pack
+        from pysteer.inspect.plots import plot_pack
 
         plot_pack(pack, plot)
     if json:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from pysteer.errors import SteeringError
-from pysteer.pack import SteeringPack
-from pysteer.policy import Policy
+from pysteer.pack.pack import SteeringPack
+from pysteer.pack.policy import Policy
 from pysteer.runtime.steered import SteeredLlama
 
 

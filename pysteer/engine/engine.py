@@ -12,17 +12,17 @@ from functools import partial
 from types import TracebackType
 from typing import Any
 
+from pysteer.chat.spans import last_user_text
 from pysteer.engine.chat import ChatShape, completion_arguments
 from pysteer.engine.handle import Handle, PlainShape, Shape
 from pysteer.engine.request import Request, check_prompt
 from pysteer.engine.scheduler import EngineStatistics, Scheduler
 from pysteer.engine.text import Pieces
 from pysteer.errors import SteeringError
-from pysteer.hooked import HookedLlama
-from pysteer.pack import BaseModel, SteeringPack
+from pysteer.llama.hooked import HookedLlama
+from pysteer.pack.pack import BaseModel, SteeringPack
 from pysteer.runtime.plan import PlanCompiler, Steering
 from pysteer.runtime.sequence import SequenceSteering
-from pysteer.runtime.spans import last_user_text
 from pysteer.runtime.steered import IN_FORCE, InForce, PolicyLike, read_policy
 
 _NOT_HERE = {

@@ -22,7 +22,7 @@ from pysteer.engine.request import Request
 from pysteer.engine.sampling import Candidates
 from pysteer.engine.text import FinishReason
 from pysteer.errors import HookError
-from pysteer.hooked import HookedLlama
+from pysteer.llama.hooked import HookedLlama
 
 _NO_ROOM = 1  # llama_decode: no cells for this batch; nothing was changed
 

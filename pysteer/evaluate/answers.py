@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from pysteer.engine import Engine, Handle
 from pysteer.errors import SteeringError
-from pysteer.policy import Policy
+from pysteer.pack.policy import Policy
 from pysteer.runtime.plan import Steering
 from pysteer.runtime.steered import InForce
 

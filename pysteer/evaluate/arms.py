@@ -9,8 +9,8 @@ from typing import Final
 from pysteer.errors import SteeringError
 from pysteer.evaluate.answers import Asked
 from pysteer.evaluate.report import STEERED, UNSTEERED
-from pysteer.pack import SteeringPack
-from pysteer.policy import CategoryPolicy, Policy
+from pysteer.pack.pack import SteeringPack
+from pysteer.pack.policy import CategoryPolicy, Policy
 from pysteer.prompts import Prompt
 from pysteer.runtime.plan import AUTO, Steering, check_steering
 from pysteer.runtime.steered import IN_FORCE, InForce

@@ -22,7 +22,7 @@ from pysteer.engine.batch import Batch
 from pysteer.engine.chat import ChatShape
 from pysteer.engine.engine import prompt_tokens
 from pysteer.errors import SteeringError
-from pysteer.hooked import HookedLlama
+from pysteer.llama.hooked import HookedLlama
 
 _SEQUENCES = 16  # answers at once
 _PREFIX = 0  # llama.cpp's number of the sequence that holds what all prompts begin with

@@ -44,8 +44,8 @@ from pysteer.evaluate.report import (
 from pysteer.evaluate.router_figures import Routed, router_figures
 from pysteer.evaluate.verdicts import scores, verdicts
 from pysteer.extract.capture import file_identity
-from pysteer.pack import SteeringPack
-from pysteer.policy import Policy
+from pysteer.pack.pack import SteeringPack
+from pysteer.pack.policy import Policy
 from pysteer.prompts import Prompt
 from pysteer.runtime.plan import Steering
 from pysteer.runtime.steered import InForce

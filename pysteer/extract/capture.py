@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pysteer.errors import SteeringError
-from pysteer.pack import BaseModel
+from pysteer.pack.pack import BaseModel
 
 Tokens: TypeAlias = tuple[int, ...]
 

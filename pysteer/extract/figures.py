@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from pysteer.extract.session import Run, slices
+from pysteer.pack.vector import SteeringVector
 from pysteer.prompts import Prompt
-from pysteer.vector import SteeringVector
 
 
 def separation(run: Run, vectors: Mapping[str, SteeringVector]) -> dict[str, dict[str, float]]:

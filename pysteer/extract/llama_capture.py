@@ -23,8 +23,8 @@ from pysteer.extract.capture import (
     shared_start,
     token_batches,
 )
-from pysteer.hooked import HookedLlama
-from pysteer.pack import BaseModel
+from pysteer.llama.hooked import HookedLlama
+from pysteer.pack.pack import BaseModel
 
 _log = logging.getLogger(__name__)
 

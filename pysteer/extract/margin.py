@@ -15,7 +15,7 @@ import numpy.typing as npt
 from scipy.linalg import cho_factor, cho_solve  # type: ignore[import-untyped]
 from sklearn.metrics import roc_auc_score  # type: ignore[import-untyped]
 
-from pysteer.router import Floats
+from pysteer.pack.router import Floats
 
 Indices: TypeAlias = npt.NDArray[np.intp]
 Fold: TypeAlias = tuple[Indices, Indices]
@@ -41,7 +41,7 @@ SMALLEST_SCALE = 1e-3
 
 @dataclass(frozen=True)
 class MarginFit:
-    """What `pysteer.router.Router.margin_scores` computes with.
+    """What `pysteer.pack.router.Router.margin_scores` computes with.
 
     Attributes:
         weight: float64 (k + 1, w), for activations as they are.

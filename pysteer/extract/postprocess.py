@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pysteer.errors import SteeringError, quoted
-from pysteer.vector import SteeringVector
+from pysteer.pack.vector import SteeringVector
 
 Directions: TypeAlias = Mapping[int, npt.NDArray[Any]]
 """Layer to direction, shape (n_embd,)."""

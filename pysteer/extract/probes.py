@@ -16,7 +16,7 @@ from sklearn.preprocessing import StandardScaler  # type: ignore[import-untyped]
 
 from pysteer.errors import SteeringError
 from pysteer.extract.margin import SMALLEST_SCALE, Indices
-from pysteer.router import Floats
+from pysteer.pack.router import Floats
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ def fit_probes(kinds: tuple[str, ...], h: Floats, classes: Indices) -> dict[str,
     """Fit the gates of some kinds.
 
     Args:
-        kinds: of `pysteer.router.GATES`, but not margin.
+        kinds: of `pysteer.pack.router.GATES`, but not margin.
         h: activations, float64 (n, w).
         classes: of each row, (n,): 0 is benign, 1 to k are categories; each is there.
 

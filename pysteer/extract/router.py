@@ -26,7 +26,7 @@ from pysteer.extract.margin import (
     fit_margin,
 )
 from pysteer.extract.probes import choose_thresholds, fit_probes
-from pysteer.router import CLASSIFIERS, GATES, Floats, Gate, Read, Router
+from pysteer.pack.router import CLASSIFIERS, GATES, Floats, Gate, Read, Router
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +114,7 @@ def fit_router(
         labels: the category of each of the n prompts, "" for benign.
         reads: where the activations are from; kept in the router.
         site: where in a block they were taken.
-        kinds: the kinds of gate, of `pysteer.router.GATES`, one of `CLASSIFIERS` among them.
+        kinds: the kinds of gate, of `pysteer.pack.router.GATES`, one of `CLASSIFIERS` among them.
         groups: prompts of the same group (twins, paraphrases) are learned from or tested with
             together; None: each for itself.
         look_alikes: bool (n,), benign prompts that sound harmful: how many of them may open the

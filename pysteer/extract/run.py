@@ -23,10 +23,10 @@ from pysteer.extract.find import check, find_directions
 from pysteer.extract.session import Data, Reporter, Run, Silent
 from pysteer.extract.settings import DEFAULT_STRENGTH, ExtractSettings
 from pysteer.extract.typical import Typical, measure
-from pysteer.pack import SteeringPack
+from pysteer.pack.pack import SteeringPack
+from pysteer.pack.router import Read, Router
+from pysteer.pack.vector import SteeringVector
 from pysteer.prompts import Prompt
-from pysteer.router import Read, Router
-from pysteer.vector import SteeringVector
 
 _log = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ def fit_pack_routers(
         data: what each router is fitted to; without a category unsafe prompts are of the category
             "unsafe". A prompt that the one before it was fitted to, too, is not run again.
         cache: a folder for activations, as for `extract`.
-        gates: kinds of gate to fit, of `pysteer.router.GATES`; "margin" or "multinomial" among
+        gates: kinds of gate to fit, of `pysteer.pack.router.GATES`; "margin" or "multinomial" among
             them.
         false_positive_rate: largest share of harmless prompts that may open a gate; None is each
             kind's default.

@@ -10,8 +10,8 @@ from typing import Any
 from pysteer.errors import SteeringError, quoted
 from pysteer.extract.capture import POOLINGS, Pooling
 from pysteer.extract.directions import METHODS, PCA_VARIANTS
-from pysteer.router import CLASSIFIERS, GATES
-from pysteer.vector import SITES
+from pysteer.pack.router import CLASSIFIERS, GATES
+from pysteer.pack.vector import SITES
 
 ALL_METHODS = (*METHODS, "learned")
 
@@ -113,7 +113,7 @@ class ExtractSettings:
             None is 0.4 / sqrt(number of layers); 0 keeps the directions as the method found them.
             For `learned` None leaves directions as they were learned.
         router: whether to fit a router.
-        gates: the kinds of gate that it is to have, of `pysteer.router.GATES`.
+        gates: the kinds of gate that it is to have, of `pysteer.pack.router.GATES`.
         false_positive_rate: the router's thresholds let through at most that share of benign
             prompts; None is each kind's own rule, see `pysteer.extract.router.fit_router`.
         held_out: share of the prompts kept for the figures that are reported.

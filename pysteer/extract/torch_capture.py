@@ -18,7 +18,7 @@ from pysteer.errors import SteeringError
 from pysteer.extract.capture import Row, Tokens, run_once, shared_start, token_batches
 from pysteer.extract.passes import MIN_SHARED, TOLERANCE, Done, states_of
 from pysteer.extract.torch_model import TorchModel
-from pysteer.pack import BaseModel
+from pysteer.pack.pack import BaseModel
 
 _log = logging.getLogger(__name__)
 

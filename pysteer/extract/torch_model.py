@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pysteer.errors import SteeringError
 from pysteer.extract.capture import Tokens, continuation, file_identity, token_batches
 from pysteer.formats.container import read_metadata
-from pysteer.pack import BaseModel
+from pysteer.pack.pack import BaseModel
 
 _log = logging.getLogger(__name__)
 

@@ -14,10 +14,10 @@ the file instead of adding all categories at once. Metadata:
 - `pysteer.residual_norm.layers`, `pysteer.residual_norm.values` (float64): typical L2 norms, if
   known;
 - `pysteer.provenance`: a JSON object;
-- `pysteer.operators`: a JSON list of objects, one per category: `pysteer.operators.Operator` says
-  what they mean. Without it all categories are plainly added. The tensors of operators that need
+- `pysteer.operators`: a JSON list of objects, one per category: `pysteer.pack.operators.Operator`
+  says what they mean. Without it all categories are plainly added. The tensors of operators that need
   several rows per layer have the shape (rows, n_embd) instead of (n_embd,);
-- `pysteer.policy`: a JSON object, if the pack has a policy; `pysteer.policy.Policy` reads it.
+- `pysteer.policy`: a JSON object, if the pack has a policy; `pysteer.pack.policy.Policy` reads it.
 
 A pack with a router also has the tensors of each kind of gate that the router has (margin:
 `router.margin.weight`, `router.margin.bias` and `router.allowances`; multinomial: `router.weight`
@@ -29,7 +29,7 @@ and `router.bias`; probe: `router.probe.weight` and `router.probe.bias`; centroi
 - `pysteer.router.categories`: the categories it knows, in the order of its tensors' rows;
 - `pysteer.router.tables`: a JSON object with thresholds, rates and the confusion table.
 
-`pysteer.router.Router` says what they mean.
+`pysteer.pack.router.Router` says what they mean.
 """
 
 from __future__ import annotations

@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pysteer import _native
-from pysteer.operators import Operator
-from pysteer.router import WEIGHTS, Router
-from pysteer.scope import Scope
+from pysteer.pack.operators import Operator
+from pysteer.pack.router import WEIGHTS, Router
+from pysteer.pack.scope import Scope
 
 SITES = dict(_native.Site.__members__)
 

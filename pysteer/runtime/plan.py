@@ -10,13 +10,13 @@ from typing import Literal, TypeAlias
 
 from pysteer import _native
 from pysteer.errors import HookError, SteeringError, quoted
-from pysteer.pack import SteeringPack
-from pysteer.policy import CategorySettings, GateKind, Policy
-from pysteer.router import Router
-from pysteer.rules import Rule
+from pysteer.pack.pack import SteeringPack
+from pysteer.pack.policy import CategorySettings, GateKind, Policy
+from pysteer.pack.router import Router
+from pysteer.pack.rules import Rule
+from pysteer.pack.scope import Scope
+from pysteer.pack.vector import SteeringVector, finite
 from pysteer.runtime.native import SITES, native_gate, native_operator, native_scope
-from pysteer.scope import Scope
-from pysteer.vector import SteeringVector, finite
 
 Mode: TypeAlias = Literal["auto", "resident", "hooked"]
 MODES: tuple[Mode, ...] = ("auto", "resident", "hooked")

@@ -46,7 +46,7 @@ class SteeringReport:
         categories: those asked for; not what a closed gate left out of the plan's effect.
         scores: what the router saw, for each category it knows; empty if it was not asked.
         ranks: what the categories were compared by, where several fired: the scores, but for margin
-            gates how far each is ahead of the others; see `pysteer.router.Router.ranks`.
+            gates how far each is ahead of the others; see `pysteer.pack.router.Router.ranks`.
         gate: the kind of gate, or None.
         prompt_reprocessed: whether the prompt was computed once more because of what fired.
         checks: how many times the router decided.

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from pysteer.chat.spans import pooled_span, span_of
 from pysteer.runtime.ledger import Keys
 from pysteer.runtime.markers import MarkerTracker
 from pysteer.runtime.plan import CompiledPlan
 from pysteer.runtime.report import SteeringReport, report
-from pysteer.runtime.spans import pooled_span, span_of
 
 _END = 2**31  # beyond every position
 

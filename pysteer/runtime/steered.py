@@ -13,15 +13,15 @@ import llama_cpp
 import numpy as np
 from llama_cpp import Llama, LlamaState
 
+from pysteer.chat.spans import last_user_text
 from pysteer.errors import HookError, SteeringError
-from pysteer.hooked import HookedLlama
-from pysteer.pack import SteeringPack
-from pysteer.policy import Policy
+from pysteer.llama.hooked import HookedLlama
+from pysteer.pack.pack import SteeringPack
+from pysteer.pack.policy import Policy
 from pysteer.runtime.ledger import CacheLedger
 from pysteer.runtime.plan import MODES, UNSTEERED, CompiledPlan, Mode, PlanCompiler, Steering
 from pysteer.runtime.report import SteeringReport, report
 from pysteer.runtime.sequence import SequenceSteering
-from pysteer.runtime.spans import last_user_text
 
 PolicyLike: TypeAlias = "Policy | Mapping[str, Any] | str | os.PathLike[str]"
 """A policy, its data, or a YAML file."""

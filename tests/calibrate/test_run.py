@@ -18,8 +18,8 @@ from pysteer.extract.llama_capture import LlamaCapture
 from pysteer.extract.run import extract
 from pysteer.extract.session import Data
 from pysteer.extract.settings import ExtractSettings
+from pysteer.pack.scope import Scope
 from pysteer.prompts import Prompt, load_prompts, write_prompts
-from pysteer.scope import Scope
 
 SETTINGS = CalibrateSettings(
     methods=("mean",),

@@ -8,8 +8,8 @@ import pytest
 
 from pysteer import SteeringError, SteeringPack, SteeringVector
 from pysteer.cli import run
-from pysteer.plots import plot_pack
-from pysteer.router import GATES, Gate, Read, Router
+from pysteer.inspect.plots import plot_pack
+from pysteer.pack.router import GATES, Gate, Read, Router
 
 WIDTH = 16
 NAMES = ("hate", "mal_ware", "fraud")

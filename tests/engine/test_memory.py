@@ -7,7 +7,7 @@ from memory import measurable, resident_bytes
 from serving import ARGUMENTS, pack_for
 
 from pysteer import Engine
-from pysteer.policy import Policy
+from pysteer.pack.policy import Policy
 from pysteer.runtime.plan import PlanCompiler
 
 N = 32

@@ -9,7 +9,7 @@ import pytest
 
 from pysteer import Engine, SteeringPack, SteeringVector
 from pysteer.engine import EngineBusyError, EngineClosedError
-from pysteer.hooked import set_native_control_vector
+from pysteer.llama.hooked import set_native_control_vector
 
 OPTIONS = {
     "n_threads": 1,

@@ -5,7 +5,7 @@ import pytest
 
 from pysteer import SteeringError, SteeringPack, SteeringVector
 from pysteer.evaluate.arms import OWN, Arm, Steered, main_arms
-from pysteer.policy import Policy
+from pysteer.pack.policy import Policy
 from pysteer.prompts import Prompt
 from pysteer.runtime.steered import IN_FORCE
 

@@ -8,7 +8,7 @@ from pysteer.evaluate.arms import Steered
 from pysteer.evaluate.intervals import share
 from pysteer.evaluate.isolation import arm_name, matrix, opens
 from pysteer.evaluate.report import AnswerRecord, PromptRecord
-from pysteer.policy import Policy
+from pysteer.pack.policy import Policy
 
 
 def answer(safe):

@@ -21,7 +21,7 @@ from pysteer.extract.router import (
     fit_router,
     split,
 )
-from pysteer.router import GATES, Read
+from pysteer.pack.router import GATES, Read
 
 CATEGORIES = ["hate", "fraud"]
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from pysteer import BaseModel, FormatError, SteeringError, SteeringPack, SteeringVector
-from pysteer.router import CLASSIFIERS, GATES, POOLINGS, Gate, Read, Router
+from pysteer.pack.router import CLASSIFIERS, GATES, POOLINGS, Gate, Read, Router
 
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
 relaxed = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

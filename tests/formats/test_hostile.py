@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from pysteer import FormatError, SteeringPack, SteeringVector
 from pysteer.formats.container import read_metadata
-from pysteer.router import Read
+from pysteer.pack.router import Read
 
 U8, I8, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64 = 0, 1, 4, 5, 6, 7, 8, 9, 10, 11, 12
 EXTREMES = [0, 1, 3, 2**31, 2**32 - 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1]

@@ -5,7 +5,7 @@ from contextlib import closing
 import numpy as np
 
 from pysteer import HookedLlama
-from pysteer.router import GATES, Gate, Read, Router
+from pysteer.pack.router import GATES, Gate, Read, Router
 
 HALVES_ARE_NOT_ENOUGH = {"type_k": 0, "type_v": 0}  # a KV cache of float32
 SEVERAL = (Read(0, "prompt"), Read(2, "suffix"), Read(1, "prompt"), Read(2, "prompt"))

@@ -7,8 +7,8 @@ import numpy as np
 from routers import router_for
 
 from pysteer import SteeredLlama, SteeringPack, SteeringVector
-from pysteer.operators import Operator
-from pysteer.policy import Policy
+from pysteer.pack.operators import Operator
+from pysteer.pack.policy import Policy
 
 N_EMBD = 64
 F32 = 0  # of the KV cache: halves would hide differences

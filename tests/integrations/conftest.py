@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pysteer import SteeredLlama, SteeringPack, SteeringVector
-from pysteer.hooked import set_native_control_vector
+from pysteer.llama.hooked import set_native_control_vector
 
 # One thread, for prompts as well: two wait for each other in a loop, which takes many times as long
 # where something else runs beside the tests.

@@ -31,7 +31,7 @@ def test_missing_functions_are_named():
     result = run(
         "import ctypes, llama_cpp\n"
         "llama_cpp.llama_cpp._lib = ctypes.CDLL('libm.so.6')\n"
-        "from pysteer.hooked import load_native\n"
+        "from pysteer.llama.hooked import load_native\n"
         "load_native()"
     )
     assert result.returncode == 1
@@ -60,7 +60,7 @@ def test_another_layout_of_tensors_is_refused(tmp_path):
     result = run(
         "import ctypes, llama_cpp\n"
         f"llama_cpp.llama_cpp._lib = ctypes.CDLL({str(tmp_path / 'other.so')!r})\n"
-        "from pysteer.hooked import load_native\n"
+        "from pysteer.llama.hooked import load_native\n"
         "load_native()"
     )
     last = result.stderr.strip().splitlines()[-1]

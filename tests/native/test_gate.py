@@ -1,4 +1,4 @@
-"""The native gate against `pysteer.router.Router`, which computes the same in numpy."""
+"""The native gate against `pysteer.pack.router.Router`, which computes the same in numpy."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pysteer.router import GATES, POOLINGS, Gate, Read, Router
+from pysteer.pack.router import GATES, POOLINGS, Gate, Read, Router
 from pysteer.runtime.native import native_gate
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pysteer import SteeredLlama, SteeringPack, SteeringVector
-from pysteer.operators import Operator
+from pysteer.pack.operators import Operator
 from pysteer.runtime.native import native_operator
 
 WIDTH = 96
@@ -27,7 +27,7 @@ ROWS = {"rotate": 2, "low_rank": 2 * RANK}
 
 
 def reference(operator, d, s, h):
-    """The formulas of pysteer.operators in float64; d: (rows, width), h: (n, width)."""
+    """The formulas of pysteer.pack.operators in float64; d: (rows, width), h: (n, width)."""
     d, h = d.astype(np.float64), h.astype(np.float64)
     out = []
     for row in h:

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pysteer.pack.scope import Scope
 from pysteer.runtime.native import native_scope
-from pysteer.scope import Scope
 
 FORMULAS = {
     "all": lambda p, r: 1.0,

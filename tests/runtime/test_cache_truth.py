@@ -15,7 +15,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, rule, run_state_m
 from routers import router_for
 
 from pysteer import SteeredLlama, SteeringPack, SteeringVector
-from pysteer.policy import Policy
+from pysteer.pack.policy import Policy
 
 N_EMBD = 64
 F32 = 0  # of the KV cache: halves would hide differences

@@ -9,8 +9,8 @@ from routers import SEVERAL, mean_state, router_for, state_of
 
 from pysteer import Engine, HookError, SteeredLlama, SteeringError, SteeringPack, SteeringVector
 from pysteer.extract.router import default_reads
-from pysteer.policy import Policy
-from pysteer.router import GATES, Read, Router
+from pysteer.pack.policy import Policy
+from pysteer.pack.router import GATES, Read, Router
 
 N_LAYER, N_EMBD = 4, 64
 HIGH_BYTES = range(5 + 128, 5 + 256)  # so that a character never lacks its rest

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pysteer import SteeringError, UnknownCategoryError
-from pysteer.rules import MAX_STACK, Rule
+from pysteer.pack.rules import MAX_STACK, Rule
 
 # A rule as it is written, beside the same expression for Python: v[i] in the place of name i.
 NAMES = ["malware", "self harm", "x_1", "ärger", "and", "it's", 'a "b"', "back\\slash", "a\nb"]

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pysteer.errors import SteeringError, quoted
-from pysteer.pack import SteeringPack
-from pysteer.vector import SteeringVector
+from pysteer.pack.pack import SteeringPack
+from pysteer.pack.vector import SteeringVector
 
 
 @dataclass(frozen=True)

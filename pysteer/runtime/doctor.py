@@ -17,11 +17,11 @@ import numpy.typing as npt
 
 from pysteer import _native
 from pysteer.errors import SteeringError
-from pysteer.hooked import HookedLlama, load_native, set_native_control_vector
-from pysteer.pack import BaseModel, SteeringPack
+from pysteer.llama.hooked import HookedLlama, load_native, set_native_control_vector
+from pysteer.pack.pack import BaseModel, SteeringPack
+from pysteer.pack.vector import SteeringVector
 from pysteer.runtime.plan import Mode
 from pysteer.runtime.steered import SteeredLlama
-from pysteer.vector import SteeringVector
 
 _N_PROMPT = 48
 _N_UBATCH = 32  # smaller than the prompt, so that one evaluation is several graphs

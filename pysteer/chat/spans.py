@@ -53,7 +53,7 @@ def pooled_span(pooling: str, said: tuple[int, int], n_prompt: int) -> tuple[int
     """The tokens of a prompt that a router's read averages over.
 
     Args:
-        pooling: one of `pysteer.router.POOLINGS`.
+        pooling: one of `pysteer.pack.router.POOLINGS`.
         said: where the user's message is, or the whole prompt.
         n_prompt: number of prompt tokens.
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeAlias, 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, PrivateAttr, ValidationError
 
 from pysteer.errors import FormatError, SteeringError, naming, quoted
-from pysteer.rules import Rule
-from pysteer.scope import MAX_POSITION, Scope, is_finite, is_text
+from pysteer.pack.rules import Rule
+from pysteer.pack.scope import MAX_POSITION, Scope, is_finite, is_text
 
 if TYPE_CHECKING:
     import os
@@ -194,7 +194,7 @@ class Policy(_Settings):
     """What acts when. Immutable; equal to another that was given the same settings.
 
     Attributes:
-        gate: which of the router's kinds of gate decides; one of `pysteer.router.GATES`. None:
+        gate: which of the router's kinds of gate decides; one of `pysteer.pack.router.GATES`. None:
             "margin" if the router has it, else "multinomial"; see `gate_of`.
         several: what acts where several categories fire: "strongest" (the one whose score is
             furthest past its threshold), "first" (in the pack's order) or "sum" (all of them; with

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from pysteer.compare import category_cosines, norms, separation
 from pysteer.errors import SteeringError, quoted
-from pysteer.pack import SteeringPack
-from pysteer.router import Router
+from pysteer.inspect.compare import category_cosines, norms, separation
+from pysteer.pack.pack import SteeringPack
+from pysteer.pack.router import Router
 
 if TYPE_CHECKING:
     import os

@@ -16,7 +16,7 @@ from pysteer import (
     SteeringVector,
     UnknownCategoryError,
 )
-from pysteer.router import Gate, Read, Router
+from pysteer.pack.router import Gate, Read, Router
 
 MODEL = BaseModel("llama", "Tiny", n_layer=4, n_embd=2, n_vocab=320)
 HATE = SteeringVector({1: [1.0, 2.0], 3: [3.0, 4.0]})

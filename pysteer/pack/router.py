@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from pysteer.errors import SteeringError, quoted
 from pysteer.formats.gguf import RouterContent
-from pysteer.vector import MAX_LAYER, SITES
+from pysteer.pack.vector import MAX_LAYER, SITES
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 
@@ -217,7 +217,7 @@ class Router(_Plain):
             raise SteeringError("a router needs a list of at least one place to look at")
         for read in reads:
             if not isinstance(read, Read):
-                raise SteeringError(f"{quoted(read)} is not a pysteer.router.Read")
+                raise SteeringError(f"{quoted(read)} is not a pysteer.pack.router.Read")
         if len(set(reads)) != len(reads):
             raise SteeringError("the router looks at the same tokens of a layer twice")
         object.__setattr__(self, "reads", tuple(reads))

@@ -20,8 +20,8 @@ import numpy.typing as npt
 
 from pysteer import _native
 from pysteer.errors import HookError, SteeringError
-from pysteer.pack import BaseModel
-from pysteer.vector import SITES
+from pysteer.pack.pack import BaseModel
+from pysteer.pack.vector import SITES
 
 TESTED_LLAMA_CPP = ("0.3.36",)
 """Versions of llama-cpp-python that the test suite has passed with."""

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pysteer import SteeringError, SteeringPack, SteeringVector
-from pysteer.compare import category_cosines, compare, cosine, norms, separation
+from pysteer.inspect.compare import category_cosines, compare, cosine, norms, separation
 
 WIDTH = 6
 

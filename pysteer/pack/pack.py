@@ -17,14 +17,14 @@ from pysteer.errors import (
     quoted,
 )
 from pysteer.formats import gguf
-from pysteer.operators import Operator
-from pysteer.router import Router
-from pysteer.vector import MAX_LAYER, SteeringVector, finite
+from pysteer.pack.operators import Operator
+from pysteer.pack.router import Router
+from pysteer.pack.vector import MAX_LAYER, SteeringVector, finite
 
 if TYPE_CHECKING:
     import os
 
-    from pysteer.policy import Policy
+    from pysteer.pack.policy import Policy
 
 
 _MAX_COUNT = 2**32 - 1
@@ -139,10 +139,10 @@ class SteeringPack:
     def _check_policy(self) -> None:
         if self.policy is None:
             return
-        from pysteer.policy import Policy  # with pydantic: only for packs that have one
+        from pysteer.pack.policy import Policy  # with pydantic: only for packs that have one
 
         if not isinstance(self.policy, Policy):
-            raise SteeringError(f"{quoted(self.policy)} is not a pysteer.policy.Policy")
+            raise SteeringError(f"{quoted(self.policy)} is not a pysteer.pack.policy.Policy")
         self.check_policy(self.policy)
 
     def __getitem__(self, category: str) -> SteeringVector:
@@ -243,7 +243,7 @@ class SteeringPack:
             model, router = content.base_model, content.router
             policy = None
             if content.policy is not None:
-                from pysteer.policy import Policy
+                from pysteer.pack.policy import Policy
 
                 policy = Policy.from_content(content.policy)
             return cls(

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from pysteer import FormatError, SteeringError, router
-from pysteer.policy import (
+from pysteer.pack.policy import (
     MAX_BYTES,
     CategoryPolicy,
     CategorySettings,
@@ -27,8 +27,8 @@ from pysteer.policy import (
     Policy,
     PolicyError,
 )
-from pysteer.rules import Rule
-from pysteer.scope import Scope
+from pysteer.pack.rules import Rule
+from pysteer.pack.scope import Scope
 
 WRITTEN = """\
 # what a person writes
@@ -731,7 +731,7 @@ def test_reading_a_policy_needs_no_array():
         package = types.ModuleType("pysteer")
         package.__path__ = [sys.argv[1]]
         sys.modules["pysteer"] = package  # without what the package itself imports
-        from pysteer.policy import Policy
+        from pysteer.pack.policy import Policy
         assert "yaml" not in sys.modules
         Policy(categories={"a": {"scope": "first 8", "when": "a"}})
         print(sorted({"numpy", "llama_cpp", "yaml"} & set(sys.modules)))

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from pysteer.errors import SteeringError, naming, quoted
 from pysteer.formats import gguf
-from pysteer.operators import ADD, Operator
+from pysteer.pack.operators import ADD, Operator
 
 if TYPE_CHECKING:
     import os
@@ -41,7 +41,7 @@ class SteeringVector:
             layer.
         site: where in a block: "residual" (block output) or "attention" (attention output after
             its projection), or "mlp" (output of the feed-forward part after its projection).
-        operator: what is done to the activations there; `pysteer.operators` has the formulas.
+        operator: what is done to the activations there; `pysteer.pack.operators` has the formulas.
 
     Raises:
         SteeringError: no layers, a layer that is no index, an unknown site, differing widths, a
@@ -62,7 +62,7 @@ class SteeringVector:
         if site not in SITES:
             raise SteeringError(f"unknown site {quoted(site)}; use one of {', '.join(SITES)}")
         if not isinstance(operator, Operator):
-            raise SteeringError(f"{quoted(operator)} is not a pysteer.operators.Operator")
+            raise SteeringError(f"{quoted(operator)} is not a pysteer.pack.operators.Operator")
         if not directions:
             raise SteeringError("a steering vector needs a direction for at least one layer")
         self._site = site

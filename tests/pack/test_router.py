@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from pysteer import SteeringError
-from pysteer.router import CLASSIFIERS, GATES, POOLINGS, Gate, Read, Router
+from pysteer.pack.router import CLASSIFIERS, GATES, POOLINGS, Gate, Read, Router
 
 values = st.floats(-8, 8, width=32)
 
@@ -351,7 +351,7 @@ NAN, INFINITY = float("nan"), float("inf")
         ({"reads": ()}, "at least one place"),
         ({"reads": None}, "at least one place"),
         ({"reads": "user"}, "at least one place"),
-        ({"reads": [(3, "user"), (1, "suffix")]}, "not a pysteer.router.Read"),
+        ({"reads": [(3, "user"), (1, "suffix")]}, "not a pysteer.pack.router.Read"),
         ({"reads": [Read(3, "user"), Read(3, "user")]}, "twice"),
         ({"reads": [Read(i, "user") for i in range(4)]}, "width 6, which 4 places"),
         ({"allowances": [0.5, -0.5]}, "allowance .* negative"),

@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from pysteer import SteeringError
-from pysteer.scope import COUNTED, KINDS, MAX_POSITION, Scope
+from pysteer.pack.scope import COUNTED, KINDS, MAX_POSITION, Scope
 
 COUNTS = st.integers(1, MAX_POSITION)
 FINITE = st.floats(allow_nan=False, allow_infinity=False)

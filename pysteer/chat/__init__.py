@@ -1,0 +1,1 @@
+"""Chat messages, and which tokens of a prompt are whose."""

@@ -1,0 +1,1 @@
+"""llama.cpp with the native hook in its contexts."""

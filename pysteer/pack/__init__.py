@@ -1,0 +1,1 @@
+"""Steering vectors, routers and policies as data, and the pack that holds them."""

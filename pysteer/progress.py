@@ -1,0 +1,41 @@
+"""Progress of long operations: one protocol, which libraries report to and commands draw."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final, Protocol, TypeAlias
+
+Advance: TypeAlias = Callable[[int], None]
+"""Called with the number of units done since the last call."""
+
+
+class Progress(Protocol):
+    """Receiver of progress reports."""
+
+    def start(self, stage: str, total: int, unit: str = "") -> Advance:
+        """Begin a stage.
+
+        Args:
+            stage: a short description, such as "activations".
+            total: number of units.
+            unit: plural name of a unit, such as "tokens"; may be empty.
+
+        Returns:
+            The function to call as units are done.
+        """
+        ...
+
+
+class Silent:
+    """A `Progress` that discards its reports."""
+
+    def start(self, stage: str, total: int, unit: str = "") -> Advance:
+        """Begin a stage; see `Progress`."""
+        return ignore
+
+
+def ignore(units: int) -> None:
+    """Discard a report; an `Advance` for callers without a `Progress`."""
+
+
+SILENT: Final = Silent()
