@@ -1,4 +1,4 @@
-"""Append-only files of results, from which an interrupted run goes on."""
+"""Append-only files of results, from which an interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -14,47 +14,54 @@ _log = logging.getLogger(__name__)
 
 
 class Journal:
-    """JSON values by key, one line each; a later line replaces an earlier one of the same key.
+    """JSON values by key, one line each; a later line replaces an earlier line of the same key.
 
-    Every `put` reaches the file before it returns. A line that a crash cut short is skipped when
-    the file is read, and never joins the line that follows.
+    Every `put` reaches the operating system before it returns. A line that a crash cut short is
+    skipped when the file is read, and never joins the line that follows.
 
     Args:
         path: a JSONL file. The file need not exist; its folder does.
 
     Raises:
         SteeringError: the file cannot be read or written.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     Journal(Path(folder, "results.jsonl")).put("key", [1, 2])
+        ...     Journal(Path(folder, "results.jsonl")).get("key")
+        [1, 2]
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._values: dict[str, Any] = {}
         try:
-            text = path.read_bytes().decode("utf-8", "replace") if path.exists() else ""
-            with path.open("ab") as file:
-                file.write(b"\n" if text and not text.endswith("\n") else b"")
+            content = path.read_bytes() if path.exists() else b""
+            path.open("ab").close()
         except OSError as error:
             raise SteeringError(f"{path}: {error.strerror}; name another folder") from None
+        self._torn = not content.endswith(b"\n") and bool(content)
         damaged = 0
-        for line in text.split("\n"):
+        for line in content.split(b"\n"):
             if not line.strip():
                 continue
-            try:
-                key, value = json.loads(line)
-            except (ValueError, TypeError, RecursionError):
+            row = _parsed(line)
+            if row is None:
                 damaged += 1
-                continue
-            if isinstance(key, str):
-                self._values[key] = value
             else:
-                damaged += 1
+                self._values[row[0]] = row[1]
         if damaged:
             _log.warning(
-                "%s: skipped %d damaged lines; their results are made again", path, damaged
+                "%s: skipped %d damaged lines; their results are computed again", path, damaged
             )
 
     def __contains__(self, key: str) -> bool:
         return key in self._values
+
+    def __len__(self) -> int:
+        return len(self._values)
 
     def get(self, key: str) -> Any:
         """Return the value of a key as JSON data, or None."""
@@ -78,7 +85,20 @@ class Journal:
         lines = "".join(json.dumps([key, value]) + "\n" for key, value in results)
         try:
             with self._path.open("a", encoding="utf-8") as file:
-                file.write(lines)
+                file.write("\n" * self._torn + lines)
+                self._torn = True  # until the file is closed: the write may stop anywhere
         except OSError as error:
             raise SteeringError(f"{self._path}: {error.strerror}; free some space") from None
+        self._torn = False
         self._values.update(results)
+
+
+def _parsed(line: bytes) -> tuple[str, Any] | None:
+    """Return the key and the value of a line; None for a damaged line."""
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, list) or len(row) != 2 or not isinstance(row[0], str):
+        return None
+    return row[0], row[1]

@@ -15,8 +15,8 @@ the file instead of adding all categories at once. Metadata:
   known;
 - `pysteer.provenance`: a JSON object;
 - `pysteer.operators`: a JSON list of objects, one per category: `pysteer.pack.operators.Operator`
-  says what they mean. Without it all categories are plainly added. The tensors of operators that need
-  several rows per layer have the shape (rows, n_embd) instead of (n_embd,);
+  says what they mean. Without it all categories are plainly added. The tensors of operators that
+  need several rows per layer have the shape (rows, n_embd) instead of (n_embd,);
 - `pysteer.policy`: a JSON object, if the pack has a policy; `pysteer.pack.policy.Policy` reads it.
 
 A pack with a router also has the tensors of each kind of gate that the router has (margin:
