@@ -25,11 +25,6 @@ bool well_formed(const std::vector<int32_t> & rule, std::size_t n) noexcept {
 
 }  // namespace
 
-const char * site_name(Site site) noexcept {
-    constexpr std::array<const char *, n_sites> names = {"residual", "attention", "mlp"};
-    return names[static_cast<std::size_t>(site)];
-}
-
 void Plan::add(Term term, Site site, const int32_t * layers, std::size_t n_layers, const float * rows,
                std::size_t n_rows, std::shared_ptr<const void> owner) {
     for (std::size_t k = 0; k < n_layers; ++k) {
@@ -100,6 +95,9 @@ void Plan::sum(std::size_t place, const float * factors, float * out) const noex
 }
 
 void Plan::check_finite() const {
+    if (stays_finite()) {
+        return;
+    }
     std::vector<float> row(n_embd_);
     for (std::size_t place = 0; place < ops_.size(); ++place) {
         bool first = true;

@@ -62,7 +62,8 @@ class Plan {
     void set_gate(std::shared_ptr<const Gate> gate, std::vector<double> thresholds, std::vector<uint8_t> above,
                   Several several, int64_t recheck);
 
-    // Throws std::invalid_argument if all terms together can add something that is not finite.
+    // Throws std::invalid_argument if the terms together add a value that is not finite at any place. Free where
+    // stays_finite(); otherwise every sum is computed.
     void check_finite() const;
 
     std::size_t n_layer() const noexcept { return n_layer_; }

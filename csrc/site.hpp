@@ -10,7 +10,10 @@ enum class Site : std::size_t { residual = 0, attention = 1, mlp = 2 };
 inline constexpr std::size_t n_sites = 3;
 inline constexpr std::array<Site, n_sites> all_sites = {Site::residual, Site::attention, Site::mlp};
 
-const char * site_name(Site site) noexcept;
+inline const char * site_name(Site site) noexcept {
+    constexpr std::array<const char *, n_sites> names = {"residual", "attention", "mlp"};
+    return names[static_cast<std::size_t>(site)];
+}
 
 // A site and layer as one index below n_sites * n_layer.
 inline std::size_t place_of(Site site, std::size_t layer, std::size_t n_layer) noexcept {

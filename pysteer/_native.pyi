@@ -112,7 +112,15 @@ class Plan:
         several: Several,
         recheck: int,
     ) -> None: ...
-    def check_finite(self) -> None: ...
+    def check_finite(self) -> None:
+        """Check that what the terms together add is finite at every layer and site.
+
+        Call it for every plan: a bound kept while terms are added makes it free for all but
+        extreme strengths.
+
+        Raises:
+            ValueError: a direction times its strength is not finite.
+        """
     @property
     def fits_resident(self) -> bool: ...
 
