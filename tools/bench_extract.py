@@ -161,10 +161,10 @@ def _one_by_one(path: str, texts: list[str]) -> Loaded:
 
 
 def _capture(capture: Any, texts: list[str]) -> Loaded:
-    from pysteer.extract.capture import pooled_row, shared_ends
+    from pysteer.extract.examples import rows_of
+    from pysteer.prompts import Prompt
 
-    ends = shared_ends(capture)
-    rows = [pooled_row(capture.prompt_tokens(text), (), "user", ends) for text in texts]
+    rows = rows_of(capture, [Prompt(text) for text in texts], "user")
     layers = capture.sites["residual"]
 
     def run() -> None:

@@ -1,17 +1,128 @@
-"""Which tokens of a prompt the user's message is."""
+"""The rule that says which tokens of a prompt a router reads, for fitting and for serving.
+
+The user's message is found by rendering the conversation, never by searching the prompt for the
+message's text: that text may occur in the template or in an earlier turn, and templates strip white
+space from some messages and not from others.
+
+1. The conversation is rendered with each of `SENTINELS` in the place of the last message of role
+   "user" (in a content of parts: of each part with text).
+2. The tokens that these renderings have in common at their start and at their end are the
+   template's (and those of the other messages).
+3. The message's tokens are the rest of the prompt. A token in which the tokenizer has joined the
+   template's last characters to the message's first, or the message's last to the template's next,
+   belongs to the message.
+
+Without a user message, and where that message is empty or is not rendered, the whole prompt stands
+for the message.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from itertools import takewhile
+from typing import Any, NamedTuple, TypeAlias
+
+from pysteer.chat.messages import Message, replace_user_text
+
+Span: TypeAlias = tuple[int, int]
+"""Token range [start, stop)."""
+
+SENTINELS = ("Hello", "why 7?", "(so it is)")
+"""Messages that share no character, hence no token, at either end. Two would do; the third is for
+vocabularies that have one token for all that they do not know."""
+
+
+class TemplateEnds(NamedTuple):
+    """Tokens of a prompt around the last user message.
+
+    Attributes:
+        before: from the start of the prompt up to the message.
+        after: from the message up to the end of the prompt.
+    """
+
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+
+
+def template_ends(
+    render: Callable[[Sequence[Message]], Sequence[int]], messages: Sequence[Message]
+) -> TemplateEnds | None:
+    """Return the tokens around the last user message, whatever that message is.
+
+    Args:
+        render: from messages to the tokens of the prompt; called once for each of `SENTINELS`.
+        messages: a conversation.
+
+    Returns:
+        None: there is no user message, it is empty, or it is not rendered.
+    """
+    prompts = []
+    for sentinel in SENTINELS:
+        replaced = replace_user_text(messages, sentinel)
+        if replaced is None:
+            return None
+        prompts.append(tuple(render(replaced)))
+    if len(set(prompts)) == 1:  # the template leaves the message out
+        return None
+    n_before = shared_start(prompts)
+    # A token that all renderings have in their middle counts once, as the start's.
+    n_after = min(
+        shared_start([prompt[::-1] for prompt in prompts]), min(map(len, prompts)) - n_before
+    )
+    return TemplateEnds(prompts[0][:n_before], prompts[0][len(prompts[0]) - n_after :])
+
+
+def message_span(prompt: Sequence[int], ends: TemplateEnds | None) -> Span:
+    """Return where the last user message is in a prompt: the tokens between the template's ends.
+
+    Args:
+        prompt: tokens of the conversation that `ends` is of.
+        ends: from `template_ends`.
+
+    Returns:
+        the whole prompt where `ends` is None, or where nothing is left between the ends.
+    """
+    whole = 0, len(prompt)
+    if ends is None:
+        return whole
+    before, after = ends
+    start, stop = min(len(before), len(prompt)), max(len(prompt) - len(after), 0)
+    # Where a token joins template and message, the template's nearest tokens are not in the prompt.
+    while start > 0 and prompt[start - 1] != before[start - 1]:
+        start -= 1
+    while stop < len(prompt) and prompt[stop] != after[stop - len(prompt)]:
+        stop += 1
+    return (start, stop) if start < stop else whole
+
+
+def pooled_span(pooling: str, message: Span, n_prompt: int) -> Span:
+    """Return the tokens of a prompt whose activations are averaged.
+
+    Args:
+        pooling: one of `pysteer.pack.router.POOLINGS`.
+        message: from `message_span`.
+        n_prompt: number of prompt tokens.
+    """
+    if pooling == "user":
+        return message
+    if pooling == "prompt":
+        return 0, n_prompt
+    if pooling == "suffix":
+        return min(message[1], n_prompt - 1), n_prompt
+    return n_prompt - 1, n_prompt
+
+
+def shared_start(sequences: Sequence[Sequence[int]]) -> int:
+    """Return how many tokens all of the sequences begin with."""
+    columns = zip(*sequences, strict=False)
+    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+
+
+# ---- the search that serving uses until it renders ---------------------------------------------
 
 
 def last_user_text(messages: Sequence[Any]) -> str | None:
-    """What the user said last: the text of the last message of role "user"; None if there is none.
-
-    Args:
-        messages: as `create_chat_completion` takes them; of content in parts, the texts are joined.
-    """
+    """Return the text of the last user message; None if there is none."""
     for message in reversed(list(messages)):
         if not isinstance(message, dict) or message.get("role") != "user":
             continue
@@ -24,16 +135,8 @@ def last_user_text(messages: Sequence[Any]) -> str | None:
     return None
 
 
-def span_of(text: str, pieces: Sequence[bytes]) -> tuple[int, int]:
-    """The tokens that hold `text`, where it stands last.
-
-    Args:
-        text: what to find; white space around it does not count, which chat templates may strip.
-        pieces: the text of each token of the prompt, as bytes.
-
-    Returns:
-        Token range [start, stop); the whole prompt where the text is not in it.
-    """
+def span_of(text: str, pieces: Sequence[bytes]) -> Span:
+    """Return the tokens that hold a text, where it stands last; else the whole prompt."""
     wanted = text.strip().encode()
     joined = b"".join(pieces)
     first = joined.rfind(wanted)
@@ -47,23 +150,3 @@ def span_of(text: str, pieces: Sequence[bytes]) -> tuple[int, int]:
             stop = index + 1
         at += len(piece)
     return start, stop
-
-
-def pooled_span(pooling: str, said: tuple[int, int], n_prompt: int) -> tuple[int, int]:
-    """The tokens of a prompt that a router's read averages over.
-
-    Args:
-        pooling: one of `pysteer.pack.router.POOLINGS`.
-        said: where the user's message is, or the whole prompt.
-        n_prompt: number of prompt tokens.
-
-    Returns:
-        Token range [start, stop).
-    """
-    if pooling == "user":
-        return said
-    if pooling == "prompt":
-        return 0, n_prompt
-    if pooling == "suffix":
-        return min(said[1], n_prompt - 1), n_prompt
-    return n_prompt - 1, n_prompt

@@ -12,8 +12,8 @@ from functools import partial
 from types import TracebackType
 from typing import Any
 
+from pysteer.chat.handler import ChatCall, completion_arguments, prompt_tokens
 from pysteer.chat.spans import last_user_text
-from pysteer.engine.chat import ChatShape, completion_arguments
 from pysteer.engine.handle import Handle, PlainShape, Shape
 from pysteer.engine.request import Request, check_prompt
 from pysteer.engine.scheduler import EngineStatistics, Scheduler
@@ -191,7 +191,7 @@ class Engine:
         user = None
         if messages is not None:
             given = {**arguments, "messages": list(messages)}
-            shape = chat = ChatShape(llm, given, kept=self._scheduler.kept)
+            shape = chat = ChatCall(llm, given, hold=self._scheduler.kept)
             completion = chat.completion
             user = last_user_text(messages)
         else:
@@ -278,19 +278,3 @@ class Engine:
 
 def _piece(llm: HookedLlama, token: int) -> bytes:
     return llm.detokenize([token], special=True)
-
-
-def prompt_tokens(llm: HookedLlama, prompt: str | Sequence[int]) -> list[int]:
-    """The tokens that `create_completion` makes of a prompt."""
-    if not isinstance(prompt, str):
-        return list(prompt)
-    first, last = llm._model.token_cls(), llm._model.token_sep()
-    first = first if first != -1 else llm.token_bos()
-    tokens = llm.tokenize(prompt.encode("utf-8"), add_bos=False, special=True) if prompt else []
-    if not prompt and llm.token_bos() != -1:
-        return [llm.token_bos()]
-    if llm._model.add_bos_token() and first != -1:
-        tokens = [first, *tokens]
-    if llm._model.add_eos_token() or last != -1:
-        tokens = [*tokens, last if last != -1 else llm.token_eos()]
-    return tokens

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from itertools import pairwise, takewhile
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -18,9 +17,9 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
+from pysteer.chat.handler import rendered_prompt
+from pysteer.chat.messages import user_message
 from pysteer.engine.batch import Batch
-from pysteer.engine.chat import ChatShape
-from pysteer.engine.engine import prompt_tokens
 from pysteer.errors import SteeringError
 from pysteer.llama.hooked import HookedLlama
 
@@ -120,9 +119,7 @@ class Likelihood:
         return found
 
     def _prompt(self, prompt: str) -> list[int]:
-        messages = [{"role": "user", "content": prompt}]
-        shape = ChatShape(self._llm, {"messages": messages}, kept=nullcontext)
-        return prompt_tokens(self._llm, shape.completion["prompt"])
+        return rendered_prompt(self._llm, {"messages": [user_message(prompt)]})
 
     def _chunks(self, pieces: Sequence[_Work], shared: int) -> Iterator[list[_Work]]:
         """As many pieces at a time as there are sequences and room for."""

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
 from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from pysteer.chat.spans import Span, pooled_span
 from pysteer.errors import SteeringError
 from pysteer.pack.pack import BaseModel
+from pysteer.pack.router import POOLINGS
 
 Tokens: TypeAlias = tuple[int, ...]
 
 Pooling: TypeAlias = Literal["last", "prompt", "user", "suffix", "response"] | tuple[int, int]
-"""Which tokens' activations are averaged: the "last" of the prompt, the whole "prompt", the
-"user"'s message in it, the "suffix" that the chat template puts behind that (the last token where
-there is none), the "response", or a range [start, stop) of positions."""
-
-POOLINGS: tuple[str, ...] = ("last", "prompt", "user", "suffix", "response")
+"""The tokens whose activations are averaged: one of `pysteer.pack.router.POOLINGS`, the "response",
+or a range [start, stop) of positions."""
 
 
 @dataclass(frozen=True)
@@ -105,22 +103,6 @@ def file_identity(path: Path) -> str:
     return f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
 
 
-def shared_ends(capture: Capture) -> tuple[int, int]:
-    """How many tokens the chat template puts before and after every user's message."""
-    # Two messages that share no token at either end; a third guards against an accident.
-    rendered = [capture.prompt_tokens(text) for text in ("Hello", "why 7?", "(so it is)")]
-    shortest = min(map(len, rendered))
-    start = next((i for i in range(shortest) if len({r[i] for r in rendered}) > 1), shortest)
-    end = next((i for i in range(shortest) if len({r[-1 - i] for r in rendered}) > 1), shortest)
-    return start, end
-
-
-def shared_start(sequences: Sequence[Tokens]) -> int:
-    """How many tokens all of the sequences begin with."""
-    columns = zip(*sequences, strict=False)
-    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
-
-
 def continuation(encode: Callable[[str], Sequence[int]], text: str) -> Tokens:
     """Tokens of a text that follows other text.
 
@@ -133,36 +115,28 @@ def continuation(encode: Callable[[str], Sequence[int]], text: str) -> Tokens:
     return tuple(encode(text))  # begins with line breaks of its own, which are one token together
 
 
-def pooled_row(
-    prompt: Tokens, response: Tokens, pooling: Pooling, template: tuple[int, int]
-) -> Row:
-    """Tokens to run, and the range of them to average.
+def pooled_row(prompt: Tokens, response: Tokens, pooling: Pooling, message: Span) -> Row:
+    """Return the tokens to run, and the range of them to average.
 
     Args:
         prompt: the prompt's tokens, in the chat template.
         response: the response's, or ().
-        pooling: see `Pooling`. Only "response" and a range reach beyond the prompt; for the
-            others the response is left away, since later tokens do not change earlier ones.
-        template: from `shared_ends`.
+        pooling: see `Pooling`. Only "response" and a range reach beyond the prompt; the others
+            leave the response out, since later tokens do not change earlier ones.
+        message: where the user's message is in the prompt; see `pysteer.chat.spans`.
 
     Raises:
         SteeringError: there is nothing to average.
     """
     if isinstance(pooling, tuple):
         row = Row(prompt + response, pooling[0], min(pooling[1], len(prompt + response)))
-    elif pooling == "last":
-        row = Row(prompt, len(prompt) - 1, len(prompt))
-    elif pooling == "prompt":
-        row = Row(prompt, 0, len(prompt))
-    elif pooling == "user":
-        before, after = template
-        row = Row(prompt, before, len(prompt) - after)
-    elif pooling == "suffix":
-        row = Row(prompt, len(prompt) - max(template[1], 1), len(prompt))
     elif pooling == "response":
         row = Row(prompt + response, len(prompt), len(prompt + response))
+    elif pooling in POOLINGS:
+        row = Row(prompt, *pooled_span(pooling, message, len(prompt)))
     else:
-        raise SteeringError(f"unknown pooling {pooling!r}; use one of {', '.join(POOLINGS)}")
+        known = ", ".join([*POOLINGS, "response"])
+        raise SteeringError(f"unknown pooling {pooling!r}; use one of {known}")
     if not 0 <= row.start < row.stop:
         what = "response" if pooling == "response" else "text"
         raise SteeringError(f"there is no {what} to average over (pooling {pooling!r})")

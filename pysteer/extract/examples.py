@@ -8,8 +8,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from pysteer.chat.messages import Message, user_message
+from pysteer.chat.spans import TemplateEnds, message_span, template_ends
 from pysteer.errors import SteeringError, quoted
-from pysteer.extract.capture import Capture, Pooling, Row, pooled_row, shared_ends
+from pysteer.extract.capture import Capture, Pooling, Row, Tokens, pooled_row
 from pysteer.prompts import Prompt, grouped
 
 _log = logging.getLogger(__name__)
@@ -154,25 +156,35 @@ def rows_of(
         SteeringError: names file and line of a prompt that is empty, has no response where one is
             needed, or is longer than the model's context.
     """
-    template = shared_ends(capture)
+    ends = prompt_ends(capture)
     rows = []
     for prompt in prompts:
         where = _where(prompt)
         if not prompt.prompt.strip():
             raise SteeringError(f"{where}the prompt is empty")
         response = prompt.response if pooling == "response" or respond else None
+        tokens = capture.prompt_tokens(prompt.prompt)
         try:
             row = pooled_row(
-                capture.prompt_tokens(prompt.prompt),
+                tokens,
                 capture.response_tokens(response or ""),
                 pooling,
-                template,
+                message_span(tokens, ends),
             )
         except SteeringError as error:
             raise SteeringError(f"{where}{error}") from None
         require_fits(row, capture, where)
         rows.append(row)
     return rows
+
+
+def prompt_ends(capture: Capture) -> TemplateEnds | None:
+    """Return the tokens around the message in every prompt of a capture."""
+
+    def render(messages: Sequence[Message]) -> Tokens:
+        return capture.prompt_tokens(messages[0]["content"])
+
+    return template_ends(render, [user_message("any")])
 
 
 def require_fits(row: Row, capture: Capture, where: str, *, more: int = 0) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
+from pysteer.chat.spans import shared_start
 from pysteer.errors import SteeringError
 from pysteer.extract.capture import (
     Row,
@@ -20,7 +21,6 @@ from pysteer.extract.capture import (
     continuation,
     file_identity,
     run_once,
-    shared_start,
     token_batches,
 )
 from pysteer.llama.hooked import HookedLlama

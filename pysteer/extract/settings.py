@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from pysteer.errors import SteeringError, quoted
-from pysteer.extract.capture import POOLINGS, Pooling
+from pysteer.extract.capture import Pooling
 from pysteer.extract.directions import METHODS, PCA_VARIANTS
-from pysteer.pack.router import CLASSIFIERS, GATES
+from pysteer.pack.router import CLASSIFIERS, GATES, POOLINGS
 from pysteer.pack.vector import SITES
 
 ALL_METHODS = (*METHODS, "learned")
@@ -150,7 +150,7 @@ class ExtractSettings:
             raise SteeringError(f"a router needs a gate that is one of {', '.join(CLASSIFIERS)}")
         _one_of("orthogonalise", self.orthogonalise, ("", "categories", "benign"))
         if not isinstance(self.pooling, tuple):
-            _one_of("pooling", self.pooling, POOLINGS)
+            _one_of("pooling", self.pooling, (*POOLINGS, "response"))
         allowed: tuple[str, ...] = tuple(
             f.name for f in fields(LearnedSettings) if f.name != "seed"
         )

@@ -30,8 +30,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 
+from pysteer.chat.spans import shared_start
 from pysteer.errors import SteeringError
-from pysteer.extract.capture import Tokens, shared_start, token_batches
+from pysteer.extract.capture import Tokens, token_batches
 from pysteer.extract.passes import MIN_SHARED, TOLERANCE, Done, states_of
 from pysteer.extract.torch_model import TorchModel
 

@@ -14,8 +14,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from pysteer.chat.spans import shared_start
 from pysteer.errors import SteeringError
-from pysteer.extract.capture import Row, Tokens, run_once, shared_start, token_batches
+from pysteer.extract.capture import Row, Tokens, run_once, token_batches
 from pysteer.extract.passes import MIN_SHARED, TOLERANCE, Done, states_of
 from pysteer.extract.torch_model import TorchModel
 from pysteer.pack.pack import BaseModel

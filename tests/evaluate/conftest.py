@@ -1,6 +1,6 @@
 """A tiny model with a pack of two categories, a router that tells them apart, and prompts."""
 
-from contextlib import closing, nullcontext
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -8,8 +8,8 @@ from gguf import GGUFReader
 from routers import router_for
 
 from pysteer import HookedLlama, SteeringPack, SteeringVector
-from pysteer.engine.chat import ChatShape
-from pysteer.engine.engine import prompt_tokens
+from pysteer.chat.handler import rendered_prompt
+from pysteer.chat.messages import user_message
 from pysteer.prompts import Prompt
 
 TEXTS = {"says q": "what what what {}", "says z": "00 11 22 33 {}", "": "(some) [thing] {}"}
@@ -18,9 +18,7 @@ TEXTS = {"says q": "what what what {}", "says z": "00 11 22 33 {}", "": "(some) 
 def chat_tokens(path, text):
     """The tokens of a chat with one message."""
     with closing(HookedLlama(path, n_ctx=64, verbose=False)) as llm:
-        messages = [{"role": "user", "content": text}]
-        shape = ChatShape(llm, {"messages": messages}, kept=nullcontext)
-        return prompt_tokens(llm, shape.completion["prompt"])
+        return rendered_prompt(llm, {"messages": [user_message(text)]})
 
 
 def towards(letter, model):

@@ -8,8 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pysteer import shipped
+from pysteer.chat.spans import message_span
 from pysteer.errors import HookError, SteeringError
-from pysteer.extract.capture import Row, pooled_row, run_once, shared_ends, token_batches
+from pysteer.extract.capture import Row, pooled_row, run_once, token_batches
+from pysteer.extract.examples import prompt_ends
 from pysteer.extract.llama_capture import LlamaCapture
 
 FAMILIES = ["llama", "qwen3", "gemma2", "phi3", "gpt2"]
@@ -57,11 +59,11 @@ def llama(tiny_model):
 
 def rows_for(capture):
     """Rows of all poolings, of differing lengths."""
-    ends = shared_ends(capture)
+    ends = prompt_ends(capture)
     prompts = [capture.prompt_tokens(text) for text in TEXTS]
     response = capture.response_tokens("of the sea")
     return [
-        pooled_row(prompt, response, pooling, ends)
+        pooled_row(prompt, response, pooling, message_span(prompt, ends))
         for prompt in prompts
         for pooling in ("last", "prompt", "user", "response", (2, 9))
     ]
@@ -266,25 +268,25 @@ def test_both_read_the_default_models_template_alike(default_model):
             assert model.prompt_tokens(text) == capture.prompt_tokens(text)
             assert model.response_tokens(text) == capture.response_tokens(text)
             assert capture.text(capture.response_tokens(text)) == text
-        assert shared_ends(capture) == (24, 6)
+        assert tuple(map(len, prompt_ends(capture))) == (24, 6)
 
 
 def test_prompt_and_response_are_told_apart_exactly(llama):
     """The response's tokens are those after the prompt's, whatever a joint tokenizer would do."""
     capture = llama("llama")
     prompt, response = capture.prompt_tokens("the r"), capture.response_tokens("ing of it")
-    row = pooled_row(prompt, response, "response", shared_ends(capture))
+    row = pooled_row(prompt, response, "response", message_span(prompt, prompt_ends(capture)))
     assert row.tokens[: row.start] == prompt
     assert row.tokens[row.start : row.stop] == response
 
 
 def test_the_users_message_is_found_in_the_template(llama):
     capture = llama("llama")
-    before, after = shared_ends(capture)
     tokens = capture.prompt_tokens("the sea")
-    assert capture.text(tokens[before : len(tokens) - after]) == "the sea"
-    assert before > 0
-    assert after > 0
+    start, stop = message_span(tokens, prompt_ends(capture))
+    assert capture.text(tokens[start:stop]) == "the sea"
+    assert start > 0
+    assert stop < len(tokens)
 
 
 def test_without_a_template_prompts_are_taken_as_they_are(tiny_model, tmp_path, caplog):
@@ -298,7 +300,7 @@ def test_without_a_template_prompts_are_taken_as_they_are(tiny_model, tmp_path, 
         bos, *rest = capture.prompt_tokens("the sea")
         assert bos == capture.llm.token_bos()
         assert tuple(rest) == capture.response_tokens("the sea")
-        assert shared_ends(capture) == (1, 0)
+        assert tuple(map(len, prompt_ends(capture))) == (1, 0)
 
 
 def test_recurrent_models_are_captured_one_at_a_time(llama):
@@ -397,13 +399,13 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
     ],
 )
 def test_poolings(pooling, response, expected):
-    assert pooled_row((1, 2, 3, 4, 5), response, pooling, (2, 1)) == expected
+    assert pooled_row((1, 2, 3, 4, 5), response, pooling, (2, 4)) == expected
 
 
 def test_the_suffix_is_what_the_template_puts_behind_the_message_or_the_last_token():
     prompt = (1, 2, 3, 4, 5, 6)
     assert pooled_row(prompt, (), "suffix", (1, 3)) == Row(prompt, 3, 6)
-    assert pooled_row(prompt, (), "suffix", (1, 0)) == Row(prompt, 5, 6)
+    assert pooled_row(prompt, (), "suffix", (1, 6)) == Row(prompt, 5, 6)
 
 
 ranges = st.tuples(st.integers(0, 3), st.integers(0, 4), st.integers(1, 4)).map(
@@ -463,7 +465,7 @@ def test_several_ranges_of_a_prompt_take_one_pass_and_are_as_one_by_one(
 )
 def test_nothing_to_average(pooling, message):
     with pytest.raises(SteeringError, match=message):
-        pooled_row((1, 2, 3, 4, 5), (), pooling, (2, 1))
+        pooled_row((1, 2, 3, 4, 5), (), pooling, (2, 4))
 
 
 @given(

@@ -1,0 +1,217 @@
+"""Calls of a model's chat handler with a stand-in for the model.
+
+llama-cpp-python's chat handlers render messages to a prompt, call the model's `create_completion`,
+and turn the completion into a chat completion. A stand-in for the model records the arguments of
+`create_completion`, which gives the prompt of any messages under any handler; and it can return a
+completion that another has written, which gives the chat completion.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeAlias, cast
+
+import llama_cpp
+from llama_cpp import Llama
+
+from pysteer.errors import SteeringError
+
+Hold: TypeAlias = Callable[[], AbstractContextManager[None]]
+"""Makes a context manager that keeps the model from being freed inside its block."""
+
+Complete: TypeAlias = Callable[[dict[str, Any]], Any]
+"""Takes all arguments of `create_completion`, and returns what that returns."""
+
+_CHAT = inspect.signature(Llama.create_chat_completion)
+_COMPLETION = inspect.signature(Llama.create_completion)
+
+_ATTRIBUTES = frozenset({"verbose", "metadata", "model_path", "chat_format", "tokenizer_"})
+_METHODS = frozenset(
+    {"tokenize", "detokenize", "token_bos", "token_eos", "token_nl", "n_ctx", "n_vocab", "n_embd"}
+)
+
+
+class ChatCall:
+    """One chat request's way through the model's chat handler.
+
+    Args:
+        llm: the model; its chat handler and vocabulary are used, nothing is decoded.
+        arguments: those of `create_chat_completion`.
+        hold: see `Hold`.
+
+    Attributes:
+        completion: the arguments of `create_completion` that the handler arrived at.
+
+    Raises:
+        SteeringError: an argument that `create_chat_completion` lacks, or a handler that makes more
+            than one completion or evaluates tokens itself.
+        Exception: any other exception that the handler raises over these messages.
+    """
+
+    def __init__(
+        self, llm: Llama, arguments: Mapping[str, Any], *, hold: Hold = nullcontext
+    ) -> None:
+        self._llm = llm
+        self._arguments = _bind(_CHAT, arguments)
+        self._vocabulary = _Vocabulary(llm, hold)
+        self.completion: dict[str, Any] = {}
+
+        def record(arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
+            if not arguments["stream"]:  # a handler that reads the answer although asked to stream
+                raise _several_completions(llm)
+            self.completion = arguments
+            return iter(())
+
+        try:
+            self._call(record, stream=True)
+        except _SeveralCompletionsError:
+            raise
+        except Exception:
+            if not self.completion:
+                raise
+            # The handler did not expect an answer without chunks.
+
+    def _call(self, complete: Complete, *, stream: bool) -> Any:
+        stand_in = cast(Llama, _StandIn(self._llm, self._vocabulary, complete))
+        return Llama.create_chat_completion(stand_in, **{**self._arguments, "stream": stream})
+
+    def result(self, completion: dict[str, Any]) -> dict[str, Any]:
+        """Return the chat completion of a completion."""
+        return cast("dict[str, Any]", self._call(lambda _: completion, stream=False))
+
+    def stream(self, chunks: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Return the chunks of the chat completion, of those of a completion."""
+        return cast("Iterator[dict[str, Any]]", self._call(lambda _: chunks, stream=True))
+
+
+def rendered_prompt(
+    llm: Llama, arguments: Mapping[str, Any], *, hold: Hold = nullcontext
+) -> list[int]:
+    """Return the tokens of the first prompt that a chat handler asks the model to complete.
+
+    Args:
+        llm: the model; nothing is decoded.
+        arguments: those of `create_chat_completion`.
+        hold: see `Hold`.
+
+    Raises:
+        SteeringError: an argument that `create_chat_completion` lacks, or a handler that evaluates
+            tokens itself.
+        Exception: any other exception that the handler raises over these messages.
+    """
+    prompts: list[str | list[int]] = []
+
+    def record(arguments: dict[str, Any]) -> Any:
+        prompts.append(arguments["prompt"])
+        raise _RecordedError  # the handler has nothing more to tell
+
+    stand_in = cast(Llama, _StandIn(llm, _Vocabulary(llm, hold), record))
+    try:
+        Llama.create_chat_completion(stand_in, **_bind(_CHAT, arguments))
+    except Exception:
+        if not prompts:
+            raise
+    if not prompts:
+        raise SteeringError(f"the chat handler of format {llm.chat_format!r} completed no prompt")
+    with hold():
+        return prompt_tokens(llm, prompts[0])
+
+
+def completion_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all arguments of `create_completion`, defaults filled in.
+
+    Raises:
+        SteeringError: an unknown argument, or a missing one.
+    """
+    return _bind(_COMPLETION, arguments)
+
+
+def prompt_tokens(llm: Llama, prompt: str | Sequence[int]) -> list[int]:
+    """Return the tokens that `create_completion` makes of a prompt."""
+    if not isinstance(prompt, str):
+        return list(prompt)
+    vocabulary = llama_cpp.llama_model_get_vocab(llm.model)
+    first, last = llm.token_bos(), llama_cpp.llama_vocab_sep(vocabulary)
+    if not prompt and first != -1:
+        return [first]
+    tokens = llm.tokenize(prompt.encode("utf-8"), add_bos=False, special=True) if prompt else []
+    if llama_cpp.llama_vocab_get_add_bos(vocabulary) and first != -1:
+        tokens = [first, *tokens]
+    if llama_cpp.llama_vocab_get_add_eos(vocabulary) or last != -1:
+        tokens = [*tokens, last if last != -1 else llm.token_eos()]
+    return tokens
+
+
+class _RecordedError(Exception):
+    pass
+
+
+class _SeveralCompletionsError(SteeringError):
+    pass
+
+
+def _several_completions(llm: Llama) -> _SeveralCompletionsError:
+    return _SeveralCompletionsError(
+        f"the chat handler of format {llm.chat_format!r} makes more than one completion for one "
+        "answer, which the engine cannot do; name one tool in tool_choice, or use SteeredLlama"
+    )
+
+
+def _bind(signature: inspect.Signature, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all arguments of a method of `Llama`, defaults filled in."""
+    try:
+        bound = signature.bind(None, **arguments)
+    except TypeError as error:
+        raise SteeringError(f"submit: {error}") from None
+    bound.apply_defaults()
+    return {name: value for name, value in bound.arguments.items() if name != "self"}
+
+
+class _Vocabulary:
+    """The answers that a handler got from the model, which it gets again after the model's end."""
+
+    def __init__(self, llm: Llama, hold: Hold) -> None:
+        self._llm = llm
+        self._hold = hold
+        self._answers: dict[Any, Any] = {}
+
+    def ask(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        key = (method, repr(args), repr(sorted(kwargs.items())))
+        if key not in self._answers:
+            with self._hold():
+                self._answers[key] = getattr(self._llm, method)(*args, **kwargs)
+        return self._answers[key]
+
+
+class _StandIn:
+    """A `Llama` as far as a chat handler may see it."""
+
+    def __init__(self, llm: Llama, vocabulary: _Vocabulary, complete: Complete) -> None:
+        self._llm = llm
+        self._vocabulary = vocabulary
+        self._complete = complete
+        self._calls = 0
+        self.chat_handler = llm.chat_handler
+        self._chat_handlers = llm._chat_handlers
+
+    def create_completion(self, *args: Any, **kwargs: Any) -> Any:
+        self._calls += 1
+        if self._calls > 1:
+            raise _several_completions(self._llm)
+        bound = _COMPLETION.bind(None, *args, **kwargs)
+        bound.apply_defaults()
+        return self._complete({k: v for k, v in bound.arguments.items() if k != "self"})
+
+    __call__ = create_completion
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _ATTRIBUTES:
+            return getattr(self._llm, name)
+        if name in _METHODS:
+            return lambda *args, **kwargs: self._vocabulary.ask(name, *args, **kwargs)
+        raise SteeringError(
+            f"this chat handler uses the model's {name!r}, which the engine cannot lend it; "
+            "use SteeredLlama"
+        )

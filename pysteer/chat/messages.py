@@ -1,0 +1,50 @@
+"""Chat messages as `llama_cpp.Llama.create_chat_completion` takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+Message: TypeAlias = Mapping[str, Any]
+"""A role and a content: a string, or a list of parts of which some hold text."""
+
+
+def user_message(text: str) -> Message:
+    """Return a user's message."""
+    return {"role": "user", "content": text}
+
+
+def replace_user_text(messages: Sequence[Message], text: str) -> list[Message] | None:
+    """Return the messages with another text in the last message of role "user".
+
+    In a content of parts, every part with text gets the new text; images and other parts stay.
+
+    Args:
+        messages: a conversation; not changed.
+        text: the new text.
+
+    Returns:
+        the new conversation, or None: there is no user message, or the last one has no text.
+    """
+    for index in reversed(range(len(messages))):
+        message = messages[index]
+        if not isinstance(message, Mapping) or message.get("role") != "user":
+            continue
+        content = message.get("content")
+        new: Any = text
+        if isinstance(content, list):
+            if not any(map(_has_text, content)):
+                return None
+            new = [{**part, "text": text} if _is_text(part) else part for part in content]
+        elif not isinstance(content, str) or not content:
+            return None
+        return [*messages[:index], {**message, "content": new}, *messages[index + 1 :]]
+    return None
+
+
+def _is_text(part: Any) -> bool:
+    return isinstance(part, Mapping) and isinstance(part.get("text"), str)
+
+
+def _has_text(part: Any) -> bool:
+    return _is_text(part) and part["text"] != ""
