@@ -15,7 +15,7 @@ export CXXFLAGS += $(NO_AMX)
 endif
 BENCH_MODEL := build/bench/llama-1.1b-q4_k_m.gguf
 
-.PHONY: demo test test-slow test-all asan tsan lint bench pack clean help
+.PHONY: demo test test-slow test-all asan tsan lint bench pack picture clean help
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -84,6 +84,9 @@ pack: $(VENV)/.dev ## Rebuild the pack that ships with the package; half an hour
 	  --trials 4 --minutes 60 --cache build/pack -o pysteer/data/default.gguf
 	cp build/pack/test_unsafe.jsonl pysteer/data/demo_unsafe.jsonl
 	cp build/pack/test_safe.jsonl pysteer/data/demo_harmless.jsonl
+
+picture: $(VENV)/.dev ## Draw docs/picture.svg from a run of pysteer.
+	$(BIN)/python tools/picture.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

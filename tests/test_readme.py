@@ -1,5 +1,6 @@
-"""The README's examples, and those of the documentation, run as they stand."""
+"""The examples of the README and of docs/ run as they stand, and the picture is a real session."""
 
+import html
 import os
 import re
 import shlex
@@ -7,12 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import picture
 import pytest
 
 from pysteer import SteeringPack, shipped
 from pysteer.prompts import grouped, load_prompts, write_prompts
 
 ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
 PYTHON = [text for language, text in BLOCKS if language == "python"]
@@ -21,14 +24,39 @@ COMMANDS = [
 ]
 
 
-def test_there_are_exactly_two_commands_for_a_fresh_clone():
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Folder of the commands, with the prompt files that they read; they run in order.
+
+    Eight prompts of each of four categories are enough for all commands, and take less time.
+    """
+    folder = tmp_path_factory.mktemp("readme")
+    data = Path(shipped.__file__).parent / "data"
+    for side, name in (("unsafe", "demo_unsafe.jsonl"), ("safe", "demo_harmless.jsonl")):
+        groups = list(grouped(load_prompts(data / name)).values())
+        few = [prompt for rows in groups[:4] for prompt in rows[:8]]
+        write_prompts(few, folder / f"{side}.jsonl")
+    return folder
+
+
+def run_page(name):
+    """Run the python blocks of a page of docs/ in order, and return their names."""
+    names = {}
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / name).read_text("utf-8"), re.DOTALL)
+    assert blocks
+    for text in blocks:
+        exec(compile(text, name, "exec"), names)
+    return names
+
+
+def test_fresh_clone_needs_exactly_two_commands():
     assert COMMANDS[:2] == ["make demo", "make test"]
     assert [line for line in COMMANDS if line.startswith("make")] == COMMANDS[:2]
     assert len(PYTHON) == 3
     assert len(COMMANDS) > 4
 
 
-def test_python_examples(tmp_path, monkeypatch, capsys):
+def test_python_examples_run_and_steer(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names = {}
     for text in PYTHON:
@@ -40,46 +68,34 @@ def test_python_examples(tmp_path, monkeypatch, capsys):
     assert names["routed"]["steering"]["categories"]["privacy_violation"]["fired"]
     assert names["routed"]["choices"][0]["message"]["content"] == steered
     assert all(handle.done for handle in names["handles"])
+    assert names["handles"][0].result()["steering"]["categories"]["malware"]["fired"]
+    assert not names["handles"][1].result()["steering"]["tokens_steered"]
     assert capsys.readouterr().out.strip()
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Where the commands run, one after the other: with the two prompt files that some ask for.
-
-    Eight prompts of each of four categories, which are enough for all of them, and take less time.
-    """
-    folder = tmp_path_factory.mktemp("readme")
-    data = Path(shipped.__file__).parent / "data"
-    for side, name in (("unsafe", "demo_unsafe.jsonl"), ("safe", "demo_harmless.jsonl")):
-        groups = list(grouped(load_prompts(data / name)).values())
-        few = [prompt for rows in groups[:4] for prompt in rows[:8]]
-        write_prompts(few, folder / f"{side}.jsonl")
-    return folder
-
-
-def test_the_python_example_of_the_runtimes_page(tmp_path, monkeypatch):
+def test_python_examples_of_runtime_page_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    text = (ROOT / "docs" / "runtime.md").read_text(encoding="utf-8")
-    [example] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    exec(compile(example, "runtime.md", "exec"), {})
+    names = run_page("runtime.md")
+    assert names["result"]["steering"]["categories"]["privacy_violation"]["fired"]
 
 
-def test_the_python_example_of_the_documentation(folder, monkeypatch):
+def test_python_examples_of_vectors_page_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_page("vectors.md")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pack.gguf", "sea.gguf"]
+
+
+def test_python_example_of_extract_page_writes_pack(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    text = (ROOT / "docs" / "extract.md").read_text(encoding="utf-8")
-    [example] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    exec(compile(example, "extract.md", "exec"), {})
+    run_page("extract.md")
     pack = SteeringPack.load("mine.gguf")
     assert {layer for vector in pack.categories.values() for layer in vector.layers} == {12, 15}
     assert pack.router is not None
 
 
-def test_the_python_example_of_evaluations_page(tmp_path, monkeypatch):
+def test_python_example_of_evaluate_page_writes_report(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    text = (ROOT / "docs" / "evaluate.md").read_text(encoding="utf-8")
-    [example] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    exec(compile(example, "evaluate.md", "exec"), {})
+    run_page("evaluate.md")
     assert sorted(path.name for path in (tmp_path / "report").iterdir()) == [
         "answers.jsonl",
         "report.html",
@@ -87,8 +103,14 @@ def test_the_python_example_of_evaluations_page(tmp_path, monkeypatch):
     ]
 
 
+def test_no_page_has_python_that_no_test_runs():
+    pages = {path.name for path in DOCS.glob("*.md") if "```python" in path.read_text("utf-8")}
+    elsewhere = {"policy.md"}  # tests/pack/test_policy.py
+    assert pages - elsewhere == {"runtime.md", "vectors.md", "extract.md", "evaluate.md"}
+
+
 @pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("pysteer")])
-def test_commands(folder, command):
+def test_commands_succeed(folder, command):
     program, *arguments = shlex.split(command)
     path = Path(sys.executable).with_name(program)
     result = subprocess.run(
@@ -104,3 +126,28 @@ def test_commands(folder, command):
     routed = "--steer auto" in command
     assert result.stderr == ("the router found: malware\n" if routed else "")
     assert result.stdout.strip()
+
+
+def test_links_between_pages_lead_somewhere():
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.glob("*.md")):
+        for target in re.findall(r"\]\(((?!http)[^)\s]+)\)", page.read_text(encoding="utf-8")):
+            name, _, anchor = target.partition("#")
+            path = page.parent / name if name else page
+            assert path.is_file(), f"{page.name}: {target}"
+            headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+            anchors = {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in headings}
+            assert not anchor or anchor in anchors, f"{page.name}: {target}"
+
+
+def test_picture_is_small_and_shows_the_commands_that_its_tool_runs(tmp_path):
+    def commands(path):
+        bold = re.findall(r'<text class="s-r2"[^>]*>([^<]*)', path.read_text(encoding="utf-8"))
+        return " ".join(html.unescape(text).replace("\N{NO-BREAK SPACE}", " ") for text in bold)
+
+    shown = DOCS / "picture.svg"
+    assert "](docs/picture.svg)" in README
+    assert shown.stat().st_size < 60_000
+    assert "url(http" not in shown.read_text(encoding="utf-8")
+    picture.main(tmp_path / "picture.svg")
+    assert "pysteer generate" in commands(shown)
+    assert commands(shown) == commands(tmp_path / "picture.svg")
