@@ -18,19 +18,19 @@ namespace py = pybind11;
 namespace {
 
 using pysteer::Capture;
+using pysteer::ConflictRule;
 using pysteer::FoundSite;
 using pysteer::Gate;
 using pysteer::Hook;
+using pysteer::Injection;
 using pysteer::Operator;
 using pysteer::OperatorKind;
 using pysteer::Plan;
 using pysteer::RowRun;
 using pysteer::Scope;
 using pysteer::Sequence;
-using pysteer::Several;
 using pysteer::Site;
 using pysteer::Term;
-using pysteer::Way;
 using Floats = py::array_t<float, py::array::c_style>;
 using Integers = py::array_t<int32_t, py::array::c_style>;
 using Flags = py::array_t<uint8_t, py::array::c_style>;
@@ -163,14 +163,14 @@ PYBIND11_MODULE(_native, module) {
         .def_readonly("backend", &FoundSite::backend)
         .def_readonly("on_host", &FoundSite::on_host);
 
-    py::enum_<Way>(module, "Way")
-        .value("automatic", Way::automatic)
-        .value("resident", Way::resident)
-        .value("hooked", Way::hooked);
-    py::enum_<Several>(module, "Several")
-        .value("sum", Several::sum)
-        .value("strongest", Several::strongest)
-        .value("first", Several::first);
+    py::enum_<Injection>(module, "Injection")
+        .value("automatic", Injection::automatic)
+        .value("resident", Injection::resident)
+        .value("hooked", Injection::hooked);
+    py::enum_<ConflictRule>(module, "ConflictRule")
+        .value("sum", ConflictRule::sum)
+        .value("strongest", ConflictRule::strongest)
+        .value("first", ConflictRule::first);
     py::enum_<OperatorKind>(module, "OperatorKind")
         .value("add", OperatorKind::add)
         .value("ablate", OperatorKind::ablate)
@@ -210,11 +210,12 @@ PYBIND11_MODULE(_native, module) {
         .def("ranks", [](const Gate & gate, const Doubles & h) { return gate_scores(gate, h, true); }, py::arg("h"));
 
     py::class_<Plan, std::shared_ptr<Plan>>(module, "Plan")
-        .def(py::init<std::size_t, std::size_t, Way>(), py::arg("n_layer"), py::arg("n_embd"), py::arg("way"))
+        .def(py::init<std::size_t, std::size_t, Injection>(), py::arg("n_layer"), py::arg("n_embd"),
+             py::arg("injection"))
         .def("add", &add_to_plan, py::arg("site"), py::arg("layers").noconvert(), py::arg("rows").noconvert(),
              py::arg("operator"), py::arg("strength"), py::arg("scope"), py::arg("digest"), py::arg("exclude_bit"),
              py::arg("rule"), py::arg("own_gate"))
-        .def("set_gate", &Plan::set_gate, py::arg("gate"), py::arg("thresholds"), py::arg("above"), py::arg("several"),
+        .def("set_gate", &Plan::set_gate, py::arg("gate"), py::arg("thresholds"), py::arg("above"), py::arg("conflict"),
              py::arg("recheck"))
         .def("check_finite", &Plan::check_finite)
         .def_property_readonly("fits_resident", &Plan::fits_resident);

@@ -260,11 +260,12 @@ bool Hook::choose_resident() {
     const Sequence * first = rows_.front().sequence;
     bool insists = false;
     for (const Row & row : rows_) {
-        insists = insists || (row.sequence != nullptr && row.sequence->plan().way() == Way::resident);
+        insists = insists || (row.sequence != nullptr && row.sequence->plan().injection() == Injection::resident);
     }
     // A gate looks at its layers before they are steered, which the resident way would have done already. And nothing
     // sees what the graph adds by itself, so it must not be able to add too much.
-    bool can = first != nullptr && first->plan().way() != Way::hooked && first->plan().stays_finite() && gates_.empty();
+    bool can = first != nullptr && first->plan().injection() != Injection::hooked && first->plan().stays_finite() &&
+               gates_.empty();
     const auto same = [&](const Row & row) {
         if (row.sequence == nullptr || row.sequence->shared_plan() != first->shared_plan()) {
             return false;

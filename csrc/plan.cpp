@@ -53,7 +53,7 @@ void Plan::add(Term term, Site site, const int32_t * layers, std::size_t n_layer
 }
 
 void Plan::set_gate(std::shared_ptr<const Gate> gate, std::vector<double> thresholds, std::vector<uint8_t> above,
-                    Several several, int64_t recheck) {
+                    ConflictRule conflict, int64_t recheck) {
     const std::size_t n = gate->n_categories();
     if (gate->n_embd() != n_embd_ || gate->layer() >= n_layer_ || thresholds.size() != n || above.size() != n ||
         recheck < 0) {
@@ -68,7 +68,7 @@ void Plan::set_gate(std::shared_ptr<const Gate> gate, std::vector<double> thresh
     gate_ = std::move(gate);
     thresholds_ = std::move(thresholds);
     above_ = std::move(above);
-    several_ = several;
+    conflict_ = conflict;
     recheck_ = recheck;
 }
 

@@ -15,10 +15,10 @@
 namespace pysteer {
 
 // How directions get in: into llama.cpp's control-vector tensors, by the hook, or whichever can.
-enum class Way : int32_t { automatic, resident, hooked };
+enum class Injection : int32_t { automatic, resident, hooked };
 
 // What happens when several gated terms fire.
-enum class Several : int32_t { sum, strongest, first };
+enum class ConflictRule : int32_t { sum, strongest, first };
 
 // A boolean expression over gates in postfix: n >= 0 is gate n.
 enum RuleCode : int32_t { rule_and = -1, rule_or = -2, rule_not = -3 };
@@ -41,8 +41,8 @@ struct Term {
 
 class Plan {
   public:
-    Plan(std::size_t n_layer, std::size_t n_embd, Way way)
-        : n_layer_(n_layer), n_embd_(n_embd), way_(way), ops_(n_sites * n_layer) {}
+    Plan(std::size_t n_layer, std::size_t n_embd, Injection injection)
+        : n_layer_(n_layer), n_embd_(n_embd), injection_(injection), ops_(n_sites * n_layer) {}
 
     // What a term does at one place: n_rows rows of n_embd values.
     struct Op {
@@ -60,7 +60,7 @@ class Plan {
     // thresholds[i]. recheck: decide anew every so many response tokens; 0 is never. Throws std::invalid_argument for
     // sizes or rules that do not fit.
     void set_gate(std::shared_ptr<const Gate> gate, std::vector<double> thresholds, std::vector<uint8_t> above,
-                  Several several, int64_t recheck);
+                  ConflictRule conflict, int64_t recheck);
 
     // Throws std::invalid_argument if the terms together add a value that is not finite at any place. Free where
     // stays_finite(); otherwise every sum is computed.
@@ -68,7 +68,7 @@ class Plan {
 
     std::size_t n_layer() const noexcept { return n_layer_; }
     std::size_t n_embd() const noexcept { return n_embd_; }
-    Way way() const noexcept { return way_; }
+    Injection injection() const noexcept { return injection_; }
     const std::vector<Term> & terms() const noexcept { return terms_; }
     const std::vector<Op> & ops(std::size_t place) const noexcept { return ops_[place]; }
     std::size_t most_rows() const noexcept { return most_rows_; }
@@ -77,7 +77,7 @@ class Plan {
     const Gate * gate() const noexcept { return gate_.get(); }
     const std::vector<double> & thresholds() const noexcept { return thresholds_; }
     const std::vector<uint8_t> & above() const noexcept { return above_; }
-    Several several() const noexcept { return several_; }
+    ConflictRule conflict() const noexcept { return conflict_; }
     int64_t recheck() const noexcept { return recheck_; }
     // Whether a place comes before the one where the gate decides.
     bool before_gate(Site site, std::size_t layer) const noexcept {
@@ -101,7 +101,7 @@ class Plan {
   private:
     std::size_t n_layer_;
     std::size_t n_embd_;
-    Way way_;
+    Injection injection_;
     std::vector<Term> terms_;
     std::vector<std::shared_ptr<const void>> owners_;
     std::vector<std::vector<Op>> ops_;  // per place, in the order of the terms
@@ -112,7 +112,7 @@ class Plan {
     std::shared_ptr<const Gate> gate_;
     std::vector<double> thresholds_;
     std::vector<uint8_t> above_;
-    Several several_ = Several::sum;
+    ConflictRule conflict_ = ConflictRule::sum;
     int64_t recheck_ = 0;
 };
 

@@ -235,7 +235,7 @@ void Sequence::decide(int64_t position) {
     for (std::size_t t = 0; t < terms.size(); ++t) {
         const bool fires = terms[t].gated() && holds(terms[t].rule, open_.data(), stack_.data());
         fired_.push_back(fires ? 1 : 0);
-        if (!fires || plan_->several() == Several::sum) {
+        if (!fires || plan_->conflict() == ConflictRule::sum) {
             continue;
         }
         double past = 0.0;  // how far past its threshold
@@ -243,12 +243,12 @@ void Sequence::decide(int64_t position) {
             const auto own = static_cast<std::size_t>(terms[t].own_gate);
             past = (ranks_[own] - plan_->thresholds()[own]) * (plan_->above()[own] != 0 ? 1.0 : -1.0);
         }
-        if (chosen == terms.size() || (plan_->several() == Several::strongest && past > furthest)) {
+        if (chosen == terms.size() || (plan_->conflict() == ConflictRule::strongest && past > furthest)) {
             chosen = t;
             furthest = past;
         }
     }
-    if (plan_->several() != Several::sum) {
+    if (plan_->conflict() != ConflictRule::sum) {
         for (std::size_t t = 0; t < terms.size(); ++t) {
             fired_[start + t] = t == chosen ? 1 : 0;
         }

@@ -21,12 +21,12 @@ class FoundSite:
     backend: str
     on_host: bool
 
-class Way(enum.Enum):
+class Injection(enum.Enum):
     automatic = 0
     resident = 1
     hooked = 2
 
-class Several(enum.Enum):
+class ConflictRule(enum.Enum):
     sum = 0
     strongest = 1
     first = 2
@@ -90,7 +90,7 @@ class Gate:
     def ranks(self, h: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]: ...
 
 class Plan:
-    def __init__(self, n_layer: int, n_embd: int, way: Way) -> None: ...
+    def __init__(self, n_layer: int, n_embd: int, injection: Injection) -> None: ...
     def add(
         self,
         site: Site,
@@ -109,7 +109,7 @@ class Plan:
         gate: Gate,
         thresholds: Iterable[float],
         above: Iterable[int],
-        several: Several,
+        conflict: ConflictRule,
         recheck: int,
     ) -> None: ...
     def check_finite(self) -> None:

@@ -75,7 +75,7 @@ def main(
         for llm in native:
             set_native_control_vector(llm, vector.matrix)
         plans = {
-            mode: PlanCompiler(pack, None, n_layer=n_layer, n_embd=n_embd, mode=mode).compile(
+            mode: PlanCompiler(pack, None, n_layer=n_layer, n_embd=n_embd, injection=mode).compile(
                 {"c": 1.0}
             )
             for mode in ("resident", "hooked")

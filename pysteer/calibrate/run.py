@@ -34,10 +34,10 @@ from pysteer.extract.run import fit_pack_routers
 from pysteer.extract.session import Data
 from pysteer.pack.pack import SteeringPack
 from pysteer.pack.policy import CategoryPolicy, Policy
+from pysteer.pack.resolved import AUTO
 from pysteer.pack.router import Router
 from pysteer.pack.scope import Scope
 from pysteer.prompts import Prompt, grouped
-from pysteer.runtime.plan import AUTO
 
 _log = logging.getLogger(__name__)
 
@@ -275,7 +275,7 @@ def _assembled(
         },
         router=router,
         policy=Policy(
-            several="strongest",
+            conflict="strongest",
             categories={
                 name: CategoryPolicy(scope=Scope.parse(trial.scope))
                 for name, trial in chosen.items()

@@ -14,7 +14,7 @@ from pysteer.cli import console, options
 from pysteer.cli.loading import load_policy, load_steered
 from pysteer.errors import SteeringError
 from pysteer.pack.pack import SteeringPack
-from pysteer.runtime.plan import check_steering
+from pysteer.pack.resolved import ResolvedPolicy
 from pysteer.runtime.report import SteeringReport
 from pysteer.shipped import default_pack_path
 
@@ -55,7 +55,7 @@ def generate(
         )
     if loaded is not None and steer:
         request["steering"] = options.parse_steering(steer)
-        check_steering(loaded, request["steering"])
+        ResolvedPolicy(loaded, request.get("policy")).requested(request["steering"])
     path = options.model_path(model)
     text = _read_prompt(prompt)
     pieces: list[str] = []

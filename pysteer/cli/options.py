@@ -10,7 +10,7 @@ import typer
 
 from pysteer.cli import console
 from pysteer.errors import SteeringError
-from pysteer.runtime.plan import AUTO
+from pysteer.pack.resolved import AUTO
 from pysteer.shipped import default_model
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]

@@ -21,7 +21,8 @@ from pysteer.engine.text import Pieces
 from pysteer.errors import SteeringError
 from pysteer.llama.hooked import HookedLlama
 from pysteer.pack.pack import BaseModel, SteeringPack
-from pysteer.runtime.plan import PlanCompiler, Steering
+from pysteer.pack.resolved import Steering
+from pysteer.runtime.plan import PlanCompiler
 from pysteer.runtime.sequence import SequenceSteering
 from pysteer.runtime.steered import IN_FORCE, InForce, PolicyLike, read_policy
 

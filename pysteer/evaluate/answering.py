@@ -21,8 +21,8 @@ from pysteer.evaluate.answers import Answer, Answerer, Asked
 from pysteer.evaluate.arms import Arm, Steered
 from pysteer.evaluate.isolation import Mode, arm_name, opens
 from pysteer.evaluate.report import STEERED, UNSTEERED
+from pysteer.pack.resolved import AUTO
 from pysteer.prompts import Prompt
-from pysteer.runtime.plan import AUTO
 
 NOISE_PROMPTS = 100
 """Unsteered prompts that are answered once more, batched otherwise."""

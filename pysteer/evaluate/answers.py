@@ -23,7 +23,7 @@ import numpy.typing as npt
 from pysteer.engine import Engine, Handle
 from pysteer.errors import SteeringError
 from pysteer.pack.policy import Policy
-from pysteer.runtime.plan import Steering
+from pysteer.pack.resolved import Steering
 from pysteer.runtime.steered import InForce
 
 _log = logging.getLogger(__name__)

@@ -6,13 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from pysteer.errors import SteeringError
 from pysteer.evaluate.answers import Asked
 from pysteer.evaluate.report import STEERED, UNSTEERED
 from pysteer.pack.pack import SteeringPack
 from pysteer.pack.policy import CategoryPolicy, Policy
+from pysteer.pack.resolved import AUTO, ResolvedPolicy, Steering
 from pysteer.prompts import Prompt
-from pysteer.runtime.plan import AUTO, Steering, check_steering
 from pysteer.runtime.steered import IN_FORCE, InForce
 
 
@@ -103,16 +102,7 @@ class Steered:
         """Raise SteeringError if a request cannot be steered so."""
         if isinstance(steering, (InForce, Own)):
             return
-        if steering == AUTO and not self.gated:
-            raise SteeringError(
-                "--steer auto: this pack has no router; use own, or CATEGORY=STRENGTH"
-            )
-        for wanted in check_steering(self.pack, steering):
-            if wanted.gated and steering != AUTO and wanted.category not in self.gated:
-                raise SteeringError(
-                    f"--steer {wanted.category}=auto: this pack has no router that knows it; give "
-                    "it a strength"
-                )
+        ResolvedPolicy(self.pack, self.policy).requested(steering)
 
     def asked(self, arm: Arm, prompts: Sequence[Prompt], start: int = 0) -> list[Asked]:
         """The requests of an arm.

@@ -9,8 +9,8 @@ from typing import Any
 
 from pysteer.evaluate.metrics import is_degenerate
 from pysteer.evaluate.refusal import is_refusal
+from pysteer.pack.resolved import Steering
 from pysteer.prompts import Prompt
-from pysteer.runtime.plan import Steering
 from pysteer.runtime.steered import SteeredLlama
 
 

@@ -46,8 +46,8 @@ from pysteer.evaluate.verdicts import scores, verdicts
 from pysteer.extract.capture import file_identity
 from pysteer.pack.pack import SteeringPack
 from pysteer.pack.policy import Policy
+from pysteer.pack.resolved import Steering
 from pysteer.prompts import Prompt
-from pysteer.runtime.plan import Steering
 from pysteer.runtime.steered import InForce
 
 ANSWERS = "answers.jsonl"

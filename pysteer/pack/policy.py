@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     import os
 
 GateKind: TypeAlias = Literal["margin", "multinomial", "probe", "centroid", "cast"]
-Several: TypeAlias = Literal["sum", "strongest", "first"]
-Mode: TypeAlias = Literal["auto", "always", "off"]
+ConflictRule: TypeAlias = Literal["sum", "strongest", "first"]
+CategoryMode: TypeAlias = Literal["auto", "always", "off"]
 
 MAX_BYTES = 2**20
 """The largest policy file that is read."""
@@ -138,7 +138,7 @@ class CategoryPolicy(_Settings):
         SteeringError: a value that is none of these, or another key.
     """
 
-    mode: Mode | None = None
+    mode: CategoryMode | None = None
     strength: Annotated[float, PlainValidator(_number)] = 1.0
     threshold: Annotated[float | None, _nullable(_number)] = None
     scope: Annotated[Scope | None, _nullable(Scope.parse)] = None
@@ -183,7 +183,7 @@ class CategorySettings:
         rule: what has to hold for it to act where it is gated.
     """
 
-    mode: Mode
+    mode: CategoryMode
     strength: float
     threshold: float | None
     scope: Scope
@@ -196,7 +196,7 @@ class Policy(_Settings):
     Attributes:
         gate: which of the router's kinds of gate decides; one of `pysteer.pack.router.GATES`. None:
             "margin" if the router has it, else "multinomial"; see `gate_of`.
-        several: what acts where several categories fire: "strongest" (the one whose score is
+        conflict: what acts where several categories fire: "strongest" (the one whose score is
             furthest past its threshold), "first" (in the pack's order) or "sum" (all of them; with
             vectors that are much alike that is several times the strength, which ruins text).
         recheck: decide anew every that many response tokens. None: once, at the last prompt token.
@@ -210,7 +210,7 @@ class Policy(_Settings):
     """
 
     gate: GateKind | None = None
-    several: Several = "strongest"
+    conflict: ConflictRule = "strongest"
     recheck: Annotated[int | None, _nullable(_count)] = None
     scope: Annotated[Scope, PlainValidator(Scope.parse)] = Scope()
     categories: Annotated[Mapping[str, CategoryPolicy], PlainValidator(_categories)] = Field(
@@ -238,7 +238,7 @@ class Policy(_Settings):
                 )
 
     def __hash__(self) -> int:
-        return hash((self.gate, self.several, self.recheck, frozenset(self.categories.items())))
+        return hash((self.gate, self.conflict, self.recheck, frozenset(self.categories.items())))
 
     def __reduce__(self) -> tuple[Callable[..., Policy], tuple[object, ...]]:
         # The read-only view of the categories cannot be pickled.
@@ -349,7 +349,7 @@ class Policy(_Settings):
                     path = ("categories", name, "when")
                     self._check_known(path, named, categories)
                     self._check_gated(path, named, gated)
-                if self.several == "strongest":
+                if self.conflict == "strongest":
                     self._check_gated(
                         ("categories", name, "when"), name, gated, ", to be compared by 'strongest'"
                     )

@@ -20,7 +20,7 @@ from pysteer.errors import SteeringError
 from pysteer.llama.hooked import HookedLlama, load_native, set_native_control_vector
 from pysteer.pack.pack import BaseModel, SteeringPack
 from pysteer.pack.vector import SteeringVector
-from pysteer.runtime.plan import Mode
+from pysteer.runtime.plan import Injection
 from pysteer.runtime.steered import SteeredLlama
 
 _N_PROMPT = 48
@@ -165,10 +165,10 @@ def _compare(
         )
     )
     pack = SteeringPack({"known": vector})
-    modes: tuple[Mode, ...] = ("resident", "hooked")
+    modes: tuple[Injection, ...] = ("resident", "hooked")
     for mode in modes:
         on_step(f"pysteer, {mode}")
-        with closing(SteeredLlama(model_path, pack=pack, mode=mode, **arguments)) as llm:
+        with closing(SteeredLlama(model_path, pack=pack, injection=mode, **arguments)) as llm:
             if mode == "resident":
                 off, speed = _logits(llm, tokens)
                 difference = _largest_difference(off, unsteered)

@@ -1,56 +1,50 @@
-"""From what a request asks for to what happens at each site, layer and token of a model."""
+"""Compile a request's steering into the operations at each site, layer and token of a model."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 from pysteer import _native
 from pysteer.errors import HookError, SteeringError, quoted
 from pysteer.pack.pack import SteeringPack
-from pysteer.pack.policy import CategorySettings, GateKind, Policy
+from pysteer.pack.policy import Policy
+from pysteer.pack.resolved import AUTO, ResolvedPolicy, Steering
 from pysteer.pack.router import Router
-from pysteer.pack.rules import Rule
-from pysteer.pack.scope import Scope
-from pysteer.pack.vector import SteeringVector, finite
+from pysteer.pack.vector import SteeringVector
 from pysteer.runtime.native import SITES, native_gate, native_operator, native_scope
 
-Mode: TypeAlias = Literal["auto", "resident", "hooked"]
-MODES: tuple[Mode, ...] = ("auto", "resident", "hooked")
+Injection: TypeAlias = Literal["auto", "resident", "hooked"]
+INJECTIONS: tuple[Injection, ...] = get_args(Injection)
+"""Ways of directions into a model.
 
-Steering: TypeAlias = "Mapping[str, float | str] | str | None"
-"""Category to strength (forced) or "auto" (gated); "auto", all categories gated; None, off."""
+"resident": through llama.cpp's control vector. "hooked": by cutting the graph. "auto": resident
+where the plan allows it, else hooked.
+"""
 
-AUTO = "auto"
+_NATIVE_INJECTIONS = {
+    "auto": _native.Injection.automatic,
+    "resident": _native.Injection.resident,
+    "hooked": _native.Injection.hooked,
+}
+_KEPT = 16  # compiled plans and resolved policies, so that requests that alternate find theirs
 
-_WAYS = dict(
-    zip(MODES, (_native.Way.automatic, _native.Way.resident, _native.Way.hooked), strict=True)
-)
-_SEVERAL = dict(_native.Several.__members__)
-_CERTAINLY_FINITE = 1e38  # sums that stay below it in float64 do not overflow float32
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """One category that a request asks for.
-
-    Attributes:
-        category: its name.
-        strength: finite and not 0.
-        gated: whether the router decides.
-    """
-
-    category: str
-    strength: float
-    gated: bool
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True)
 class PlannedTerm:
-    """One category of a compiled plan, for reports."""
+    """One category of a compiled plan.
+
+    Attributes:
+        category: its name.
+        strength: factor of its directions, before the scope's; finite and not 0.
+        gated: True if the router decides, False if the category is forced.
+        threshold: where its own gate opens; None if it is forced or has no gate of its own.
+        site: where in a block it acts.
+        layers: the layers at which it acts, ascending.
+    """
 
     category: str
     strength: float
@@ -62,17 +56,17 @@ class PlannedTerm:
 
 @dataclass(frozen=True, eq=False)
 class CompiledPlan:
-    """Exactly what happens to a sequence, as far as that can be said before its prompt is read.
+    """Everything that happens to a sequence, as far as it is known before the prompt is read.
 
     Immutable; any number of sequences share one.
 
     Attributes:
-        native: for the hook; None does nothing.
+        native: the plan for the hook; None does nothing.
         terms: the categories in the order in which they act.
-        gate: kind of gate; None where nothing is gated.
-        router: what the gates look at.
+        gate: kind of gate; None if no category is gated.
+        router: the router whose gates decide; None if no category is gated.
         markers: pairs of markers between which some category does not act.
-        rechecks: whether the router decides anew during the response.
+        rechecks: True if the router decides anew during the response.
     """
 
     native: _native.Plan | None
@@ -86,39 +80,35 @@ class CompiledPlan:
     def mode(self) -> str:
         """ "off", "forced", "auto" or "mixed"; see `SteeringReport`."""
         kinds = {term.gated for term in self.terms}
-        return (
-            "off"
-            if not kinds
-            else "mixed"
-            if len(kinds) == 2
-            else "auto"
-            if True in kinds
-            else "forced"
-        )
+        if not kinds:
+            return "off"
+        if len(kinds) == 2:
+            return "mixed"
+        return "auto" if True in kinds else "forced"
 
     @property
     def gated(self) -> bool:
-        """Whether the router decides about any category."""
+        """True if the router decides about any category."""
         return self.gate is not None
 
     @property
     def pools(self) -> bool:
-        """Whether the router averages over several tokens anywhere."""
+        """True if the router averages over more than one token anywhere."""
         return self.router is not None and any(read.pooling != "last" for read in self.router.reads)
 
     def start(
         self, n_prompt: int, spans: Sequence[tuple[int, int]], n_positions: int
     ) -> _native.Sequence | None:
-        """The state of one sequence under this plan; None if nothing is to be done.
+        """Return the state of a new sequence under this plan; None for a plan that does nothing.
 
         Args:
             n_prompt: number of prompt tokens.
-            spans: for each of the router's reads the token range [start, stop) of the prompt that
-                it averages over.
-            n_positions: the most tokens that the sequence can have.
+            spans: for each of the router's reads the token range [start, stop) of the prompt to
+                average over.
+            n_positions: the largest number of tokens that the sequence can have.
 
         Raises:
-            SteeringError: the router has no token to look at.
+            SteeringError: a span is empty, so that the router has no token to read.
         """
         if self.native is None:
             return None
@@ -131,70 +121,21 @@ class CompiledPlan:
 UNSTEERED = CompiledPlan(None)
 
 
-def check_steering(pack: SteeringPack, steering: Steering) -> list[Wanted]:
-    """What a request's own `steering` asks for, by the pack's order of categories.
-
-    Args:
-        pack: its categories are the ones there are.
-        steering: None and an empty mapping ask for nothing; strength 0 leaves a category out.
-
-    Raises:
-        UnknownCategoryError: a category that the pack lacks.
-        SteeringError: it is no steering, or a strength is not a finite number.
-    """
-    if steering is None:
-        return []
-    if isinstance(steering, str):
-        if steering != AUTO:
-            raise SteeringError(
-                f"steering={steering!r}: give 'auto', a mapping of category to strength, or None"
-            )
-        return [Wanted(name, 1.0, True) for name in pack.categories]
-    if not isinstance(steering, Mapping):
-        raise SteeringError(
-            f"steering={steering!r}: give a mapping of category to strength, 'auto', or None"
-        )
-    wanted = []
-    for category, strength in steering.items():
-        _ = pack[category]
-        if type(strength) is float and math.isfinite(strength):  # nearly always; the rest is slow
-            if strength != 0:
-                wanted.append(Wanted(category, strength, False))
-            continue
-        if isinstance(strength, str) and strength == AUTO:
-            wanted.append(Wanted(category, 1.0, True))
-            continue
-        name = quoted(category)
-        if not isinstance(strength, Real) or isinstance(strength, bool):
-            raise SteeringError(
-                f"the strength of {name} is {quoted(strength)}, not a number or 'auto'"
-            )
-        number = finite(strength, f"the strength of {name} must be")
-        if number != 0:
-            wanted.append(Wanted(category, number, False))
-    if len(wanted) > 1:
-        order = list(pack.categories)
-        wanted.sort(key=lambda one: order.index(one.category))
-    return wanted
-
-
 class PlanCompiler:
-    """Compiles requests for one pack and one model, and remembers the latest.
+    """Compiles requests for one pack and one model, and keeps the latest plans.
 
     Args:
         pack: a pack that fits the model; None: nothing can be steered.
-        policy: what holds where a request does not say otherwise; goes before the pack's own.
+        policy: the policy of requests that bring none; laid over the pack's own.
         n_layer: the model's number of blocks.
         n_embd: the model's width.
-        sites: site to the layers at which the model's graph has it; None: all of them.
-        mode: how the directions get in: "auto", or "resident" or "hooked" to insist.
+        sites: site to the layers at which the model's graph has the site; None: all layers.
+        injection: the way of directions into the model; see `INJECTIONS`.
 
     Raises:
-        SteeringError: a policy that does not fit the pack, or the router.
-        HookError: the policy asks for a site that the model lacks.
+        SteeringError: the policy does not fit the pack or the router, or there is no pack for it.
+        HookError: the policy needs a site that the model lacks.
     """
-
-    _KEPT = 16  # so that requests that alternate do not compile each time
 
     def __init__(
         self,
@@ -204,215 +145,169 @@ class PlanCompiler:
         n_layer: int,
         n_embd: int,
         sites: Mapping[str, tuple[int, ...]] | None = None,
-        mode: Mode = "auto",
+        injection: Injection = "auto",
     ) -> None:
-        if mode not in MODES:
-            raise SteeringError(f"unknown mode {mode!r}; use one of {', '.join(MODES)}")
+        if injection not in INJECTIONS:
+            raise SteeringError(
+                f"unknown injection {injection!r}; use one of {', '.join(INJECTIONS)}"
+            )
         self.pack = pack
         self.n_layer = n_layer
         self.n_embd = n_embd
-        self.mode = mode
+        self.injection = injection
         self._sites = None if sites is None else {name: set(sites[name]) for name in sites}
         self._gates: dict[str, _native.Gate] = {}
         self._plans: dict[tuple[object, ...], CompiledPlan] = {}
-        self._policies: dict[Policy | None, Policy] = {}
-        self._base = (pack.policy if pack is not None else None) or Policy()
-        if policy is not None:
-            self._base = self._merged(policy)
-        if pack is not None:
-            for name, settings in self._base.categories.items():
-                if settings.mode != "off":
-                    self._require_sites(name, pack[name])
-            self.by_policy()  # so that what cannot be is said now, not at the first request
+        self._resolved: dict[Policy, ResolvedPolicy] = {}
+        self._base = None if pack is None else ResolvedPolicy(pack, policy)
+        if self._base is None:
+            self._check_no_policy(policy)
+            return
+        for name, settings in self._base.policy.categories.items():
+            if settings.mode != "off":
+                self._require_sites(name, self._base.pack[name])
+        self.by_policy()  # so that its errors come here and not with the first request
 
     def compile(self, steering: Steering, policy: Policy | None = None) -> CompiledPlan:
-        """What a request asks for.
+        """Return the plan of a request that brings its own steering.
 
         Args:
-            steering: the request's own; see `Steering`.
-            policy: the request's own; what it sets goes before what holds otherwise.
+            steering: see `Steering`.
+            policy: the request's own policy, laid over that of the compiler.
 
         Raises:
-            UnknownCategoryError: a category that the pack lacks.
-            SteeringError: something else that cannot be done.
-            HookError: mode "resident" for what llama.cpp's control vector cannot express.
+            UnknownCategoryError: a category that the pack does not hold.
+            SteeringError: steering or policy is invalid, or does not fit the pack.
+            HookError: the model lacks a site, or injection "resident" cannot express the plan.
         """
-        # The types belong to the key because True == 1 == 1.0, and True is no strength.
-        key: tuple[object, ...]
-        if type(steering) is dict:
-            key = (policy, *[(name, type(value), value) for name, value in steering.items()])
-        else:
-            key = (policy, repr(steering))
+        key = _key(steering, policy)
         try:
             plan = self._plans.get(key)
-        except TypeError:  # not hashable, hence no number: the check below says which
+        except TypeError:  # a strength that cannot be hashed is no number: `requested` names it
             plan = None
-        if plan is None:
-            if steering is None or (isinstance(steering, Mapping) and not steering):
-                return UNSTEERED
-            if self.pack is None:
-                raise SteeringError("there is nothing to steer with; pass pack=")
-            plan = self._compile(check_steering(self.pack, steering), steering == AUTO, policy)
-            self._keep(key, plan)
+        if plan is not None:
+            return plan
+        if steering is None or (isinstance(steering, Mapping) and not steering):
+            return UNSTEERED
+        if self._base is None:
+            raise SteeringError("there is nothing to steer with; pass pack=")
+        resolved = self._under(self._base, policy)
+        plan = self._compile(resolved, resolved.requested(steering))
+        _keep(self._plans, key, plan)
         return plan
 
     def by_policy(self, policy: Policy | None = None) -> CompiledPlan:
-        """What happens to a request that says nothing: each category by its mode in the policy."""
+        """Return the plan of a request that brings no steering: each category by its mode.
+
+        Args:
+            policy: the request's own policy, laid over that of the compiler.
+
+        Raises:
+            SteeringError: the policy does not fit the pack, or there is no pack for it.
+            HookError: as for `compile`.
+        """
+        if self._base is None:
+            self._check_no_policy(policy)
+            return UNSTEERED
         key = ("by policy", policy)
         plan = self._plans.get(key)
         if plan is None:
-            plan = UNSTEERED
-            if self.pack is not None:
-                merged = self._merged(policy)
-                wanted = []
-                for name in self.pack.categories:
-                    settings = merged.of(name)
-                    if settings.mode == "always":
-                        wanted.append(Wanted(name, settings.strength, False))
-                    elif settings.mode == AUTO and self._rule(settings) is not None:
-                        wanted.append(Wanted(name, 1.0, True))
-                plan = self._compile(wanted, False, policy)
-            elif policy is not None:
-                self._merged(policy)  # which has nothing to apply to
-            self._keep(key, plan)
+            resolved = self._under(self._base, policy)
+            plan = self._compile(resolved, resolved.default_steering)
+            _keep(self._plans, key, plan)
         return plan
 
-    def _keep(self, key: tuple[object, ...], plan: CompiledPlan) -> None:
-        if len(self._plans) >= self._KEPT:
-            self._plans.pop(next(iter(self._plans)))
-        self._plans[key] = plan
-
-    def _merged(self, policy: Policy | None) -> Policy:
-        if policy is None:
-            return self._base
-        if self.pack is None:
+    def _check_no_policy(self, policy: Policy | None) -> None:
+        if policy is not None:
             raise SteeringError("a policy needs a pack to apply to; pass pack=")
-        if policy not in self._policies:
-            merged = self._base.merged(policy)
-            self.pack.check_policy(merged)
-            if len(self._policies) >= self._KEPT:
-                self._policies.pop(next(iter(self._policies)))
-            self._policies[policy] = merged
-        return self._policies[policy]
 
-    def _rule(self, settings: CategorySettings) -> Rule | None:
-        """When a gated category fires; None where the router cannot tell."""
-        assert self.pack is not None
-        router = self.pack.router
-        known = router is not None and set(settings.rule.names) <= set(router.categories)
-        return settings.rule if known else None
+    def _under(self, base: ResolvedPolicy, policy: Policy | None) -> ResolvedPolicy:
+        """Return the pack under the policy of one request."""
+        if policy is None:
+            return base
+        resolved = self._resolved.get(policy)
+        if resolved is None:
+            resolved = base.merged(policy)
+            _keep(self._resolved, policy, resolved)
+        return resolved
 
     def _compile(
-        self, wanted: list[Wanted], all_of_them: bool, policy: Policy | None
+        self, resolved: ResolvedPolicy, steering: Mapping[str, float | str]
     ) -> CompiledPlan:
-        if not wanted:
-            return UNSTEERED
-        assert self.pack is not None
-        merged = self._merged(policy)
-        router = self.pack.router
-        native = _native.Plan(self.n_layer, self.n_embd, _WAYS[self.mode])
-        terms: list[PlannedTerm] = []
-        markers: list[tuple[str, str]] = []
-        bound = 0.0
-        gates = {name: i for i, name in enumerate(router.categories)} if router is not None else {}
-        thresholds: list[float] = []
-        above: list[int] = []
-        kind: GateKind | None = None
-        if router is not None and any(one.gated for one in wanted):
-            kind = merged.gate_of(list(router.gates))
-            thresholds, above = _thresholds(merged, router, kind)
-        for one in wanted:
-            settings = merged.of(one.category)
-            rule = self._rule(settings) if one.gated else None
-            if one.gated and rule is None:
-                if all_of_them and router is not None:
-                    continue
-                raise SteeringError(
-                    f"category {quoted(one.category)} is to be gated, and this pack has no router "
-                    "that knows it; give it a number as strength"
-                )
-            strength = settings.strength if one.gated else one.strength
-            if strength == 0:
-                continue
-            vector = self.pack[one.category]
-            exclude = settings.scope.exclude
-            if exclude is not None and exclude not in markers:
-                markers.append(exclude)
-            own = gates.get(one.category, -1)
-            try:
-                self._add(native, vector, strength, settings.scope, markers, rule, gates, own)
-            except ValueError as error:
-                raise SteeringError(f"category {quoted(one.category)}: {error}") from None
-            bound += abs(strength) * max(vector.peak, 1.0) * _largest(settings.scope)
-            terms.append(
-                PlannedTerm(
-                    one.category,
-                    strength,
-                    one.gated,
-                    thresholds[own] if one.gated and own >= 0 else None,
-                    vector.site,
-                    vector.layers,
-                )
-            )
-        for term in terms:
-            self._require_sites(term.category, self.pack[term.category])
+        """Return the plan for category to strength or "auto"."""
+        terms = tuple(
+            term
+            for name, value in steering.items()
+            if (term := _term(resolved, name, value)).strength != 0
+        )
         if not terms:
-            if all_of_them:
-                raise SteeringError(
-                    "steering='auto' gates every category, and this pack has no router; "
-                    "give a mapping of category to strength"
-                )
             return UNSTEERED
-        if self.mode == "resident" and not native.fits_resident:
-            raise HookError(
-                "mode 'resident' adds to the residual of layers >= 1, to all tokens alike, and "
-                "nothing else; use 'auto' or 'hooked'"
-            )
-        if bound > _CERTAINLY_FINITE:  # a look at every sum, which a change between tokens spares
-            try:
-                native.check_finite()
-            except ValueError as error:
-                names = ", ".join(quoted(term.category) for term in terms)
-                raise SteeringError(f"category {names}: {error}") from None
+        markers = _markers(resolved, terms)
+        native = _native.Plan(self.n_layer, self.n_embd, _NATIVE_INJECTIONS[self.injection])
+        for term in terms:
+            self._add(native, resolved, term, markers)
+        for term in terms:
+            self._require_sites(term.category, resolved.pack[term.category])
+        self._check(native, terms)
         if not any(term.gated for term in terms):
-            return CompiledPlan(native, tuple(terms), markers=tuple(markers))
-        assert router is not None
+            return CompiledPlan(native, terms, markers=markers)
+        router, kind, recheck = resolved.pack.router, resolved.gate, resolved.policy.recheck
+        assert router is not None  # or no category could be gated
         assert kind is not None
         self._require_router(router)
         native.set_gate(
             self._gate(router, kind),
-            thresholds,
-            above,
-            _SEVERAL[merged.several],
-            merged.recheck or 0,
+            list(resolved.thresholds.values()),
+            list(map(int, resolved.opens_above.values())),
+            _native.ConflictRule.__members__[resolved.policy.conflict],
+            recheck or 0,
         )
-        return CompiledPlan(
-            native, tuple(terms), kind, router, tuple(markers), merged.recheck is not None
-        )
+        return CompiledPlan(native, terms, kind, router, markers, recheck is not None)
 
     def _add(
         self,
         native: _native.Plan,
-        vector: SteeringVector,
-        strength: float,
-        scope: Scope,
-        markers: list[tuple[str, str]],
-        rule: Rule | None,
-        gates: Mapping[str, int],
-        own: int,
+        resolved: ResolvedPolicy,
+        term: PlannedTerm,
+        markers: Sequence[tuple[str, str]],
     ) -> None:
-        native.add(
-            SITES[vector.site],
-            vector.layer_indices,
-            vector.prepared,
-            native_operator(vector.operator),
-            strength,
-            native_scope(scope),
-            int(vector.digest[:16], 16),
-            -1 if scope.exclude is None else markers.index(scope.exclude),
-            [] if rule is None else rule.postfix(gates),
-            own,
-        )
+        """Add a category to the native plan.
+
+        Raises:
+            SteeringError: the category's vector does not fit the model.
+        """
+        vector = resolved.pack[term.category]
+        settings = resolved.settings(term.category)
+        exclude = settings.scope.exclude
+        gates = {name: i for i, name in enumerate(resolved.thresholds)}
+        try:
+            native.add(
+                SITES[vector.site],
+                vector.layer_indices,
+                vector.prepared,
+                native_operator(vector.operator),
+                term.strength,
+                native_scope(settings.scope),
+                int(vector.digest[:16], 16),
+                -1 if exclude is None else markers.index(exclude),
+                settings.rule.postfix(gates) if term.gated else [],
+                gates.get(term.category, -1),
+            )
+        except ValueError as error:
+            raise SteeringError(f"category {quoted(term.category)}: {error}") from None
+
+    def _check(self, native: _native.Plan, terms: Sequence[PlannedTerm]) -> None:
+        """Check the whole of a native plan: its injection, and that its sums are finite."""
+        if self.injection == "resident" and not native.fits_resident:
+            raise HookError(
+                "injection 'resident' adds to the residual of layers >= 1, to all tokens alike, "
+                "and nothing else; use 'auto' or 'hooked'"
+            )
+        try:
+            native.check_finite()
+        except ValueError as error:
+            names = ", ".join(quoted(term.category) for term in terms)
+            raise SteeringError(f"category {names}: {error}") from None
 
     def _require_sites(self, category: str, vector: SteeringVector) -> None:
         if self._sites is None:
@@ -447,17 +342,38 @@ class PlanCompiler:
         return self._gates[kind]
 
 
-def _thresholds(policy: Policy, router: Router, kind: str) -> tuple[list[float], list[int]]:
-    """Where each of the router's gates opens, and whether at scores above that."""
-    gate = router.gates[kind]
-    own = [policy.of(name).threshold for name in router.categories]
-    thresholds = [
-        float(stored) if given is None else given
-        for given, stored in zip(own, gate.thresholds, strict=True)
-    ]
-    return thresholds, [int(flag) for flag in gate.above]
+def _term(resolved: ResolvedPolicy, category: str, value: float | str) -> PlannedTerm:
+    """Return a category with its strength: `value`, or the policy's where the router decides."""
+    vector = resolved.pack[category]
+    gated = value == AUTO
+    return PlannedTerm(
+        category,
+        resolved.settings(category).strength if gated else float(value),
+        gated,
+        resolved.thresholds.get(category) if gated else None,
+        vector.site,
+        vector.layers,
+    )
 
 
-def _largest(scope: Scope) -> float:
-    """The largest factor that a scope gives."""
-    return max([1.0, *map(abs, scope.values)])
+def _markers(resolved: ResolvedPolicy, terms: Sequence[PlannedTerm]) -> tuple[tuple[str, str], ...]:
+    """Return the pairs of markers that the scopes exclude, each once."""
+    excluded = (resolved.settings(term.category).scope.exclude for term in terms)
+    return tuple(dict.fromkeys(pair for pair in excluded if pair is not None))
+
+
+def _key(steering: object, policy: Policy | None) -> tuple[object, ...]:
+    """Return a key that two requests share only if they get the same plan.
+
+    The types belong to it because True == 1 == 1.0, and True is not a strength.
+    """
+    if isinstance(steering, Mapping):
+        return (policy, *[(name, type(value), value) for name, value in steering.items()])
+    return (policy, type(steering), steering)
+
+
+def _keep(kept: dict[Any, _Value], key: object, value: _Value) -> None:
+    """Keep a value under a key, in the place of the oldest if there are enough."""
+    if len(kept) >= _KEPT:
+        kept.pop(next(iter(kept)))
+    kept[key] = value

@@ -18,8 +18,9 @@ from pysteer.errors import HookError, SteeringError
 from pysteer.llama.hooked import HookedLlama
 from pysteer.pack.pack import SteeringPack
 from pysteer.pack.policy import Policy
+from pysteer.pack.resolved import Steering
 from pysteer.runtime.ledger import CacheLedger
-from pysteer.runtime.plan import MODES, UNSTEERED, CompiledPlan, Mode, PlanCompiler, Steering
+from pysteer.runtime.plan import INJECTIONS, UNSTEERED, CompiledPlan, Injection, PlanCompiler
 from pysteer.runtime.report import SteeringReport, report
 from pysteer.runtime.sequence import SequenceSteering
 
@@ -74,7 +75,8 @@ class SteeredLlama(HookedLlama):
         pack: a `SteeringPack`, a pack file, or a plain llama.cpp control-vector file (one category,
             named after the file's stem). Without one, nothing can be steered.
         policy: a `Policy`, its data, or a YAML file, which goes before the pack's own.
-        mode: how the directions get in: "auto", or "resident" or "hooked" to insist, for tests.
+        injection: the way of directions into the model: "auto", or "resident" or "hooked" to
+            insist, for tests; see `pysteer.runtime.plan.INJECTIONS`.
         **llama_arguments: everything that `llama_cpp.Llama` takes.
 
     Raises:
@@ -91,12 +93,14 @@ class SteeredLlama(HookedLlama):
         *,
         pack: SteeringPack | str | os.PathLike[str] | None = None,
         policy: PolicyLike | None = None,
-        mode: Mode = "auto",
+        injection: Injection = "auto",
         **llama_arguments: Any,
     ) -> None:
-        if mode not in MODES:
-            raise SteeringError(f"unknown mode {mode!r}; use one of {', '.join(MODES)}")
-        self._mode = mode
+        if injection not in INJECTIONS:
+            raise SteeringError(
+                f"unknown injection {injection!r}; use one of {', '.join(INJECTIONS)}"
+            )
+        self._injection = injection
         self._policy = read_policy(policy)
         if pack is None or isinstance(pack, SteeringPack):
             self._pack = pack
@@ -122,7 +126,7 @@ class SteeredLlama(HookedLlama):
                 n_embd=self.n_embd(),
                 # Of a vocabulary alone nothing was probed, and there is no pack that could need it.
                 sites=None if llama_arguments.get("vocab_only") else self.sites,
-                mode=mode,
+                injection=injection,
             )
         except SteeringError:
             self.close()
@@ -491,7 +495,7 @@ class SteeredLlama(HookedLlama):
             **super().__getstate__(),
             "pack": self._pack,
             "policy": self._policy,
-            "mode": self._mode,
+            "injection": self._injection,
         }
 
 

@@ -94,7 +94,7 @@ def test_strength_one_is_what_was_chosen(done, capture, tmp_path):
                 pack[name].direction(layer), one.trial.strength * wanted, rtol=1e-4, atol=1e-6
             )
         assert pack.policy.of(name).scope == Scope.parse(one.trial.scope)
-    assert pack.policy.several == "strongest"
+    assert pack.policy.conflict == "strongest"
 
 
 def test_the_best_trial_was_chosen(done):

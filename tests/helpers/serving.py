@@ -37,7 +37,7 @@ STEERINGS = [
     ("auto", {"recheck": 3, "scope": "response", "categories": {"a": {"threshold": 0.1}}}),
     ({"a": 1.0}, {"scope": "linear 6"}),
     ({"a": 1.0}, {"scope": {"tokens": "all", "exclude": ["a", "e"]}}),
-    ("auto", {"several": "sum", "categories": {"b": {"when": "not a"}}}),
+    ("auto", {"conflict": "sum", "categories": {"b": {"when": "not a"}}}),
 ]
 TOO_STRONG = [{"wild": 3e38}, {"a": "auto", "wild": 3e38}, {"huge": 1.0}]
 """What takes the hidden state past float32; the last by additions of less than that."""

@@ -51,7 +51,7 @@ def open_models(stack, path, pack, **arguments):
         stack.enter_context(closing(llama_cpp.Llama(str(path), **arguments))) for _ in range(2)
     )
     resident, hooked = (
-        stack.enter_context(closing(SteeredLlama(path, pack=pack, mode=mode, **arguments)))
+        stack.enter_context(closing(SteeredLlama(path, pack=pack, injection=mode, **arguments)))
         for mode in ("resident", "hooked")
     )
     rows = np.zeros((resident.n_layer - 1, resident.n_embd()), np.float32)

@@ -156,10 +156,10 @@ def add_term(made, layers, directions, strength=1.0, *, site="residual", **chang
     )
 
 
-def plan(*layers, strength=1.0, way="automatic"):
+def plan(*layers, strength=1.0, injection="automatic"):
     directions = np.random.default_rng(0).standard_normal((len(layers), N_EMBD))
     directions = directions.astype(np.float32)
-    made = _native.Plan(N_LAYER, N_EMBD, getattr(_native.Way, way))
+    made = _native.Plan(N_LAYER, N_EMBD, getattr(_native.Injection, injection))
     add_term(made, layers, directions, strength)
     return made, directions
 
@@ -168,8 +168,8 @@ def sequence(made, n_prompt=N_ROWS):
     return _native.Sequence(made, n_prompt, [], 64)
 
 
-def steer(graph, *layers, way="hooked"):
-    made, directions = plan(*layers, way=way)
+def steer(graph, *layers, injection="hooked"):
+    made, directions = plan(*layers, injection=injection)
     graph.hook.set_sequence(0, sequence(made))
     return directions
 
@@ -321,9 +321,9 @@ def test_too_few_rows_are_noticed(graph):
 def test_rows_of_the_last_block_are_those_whose_logits_are_asked_for(graph, outputs, kept):
     """Two sequences in one batch, in two graphs: each row is told from its number alone."""
     graph.probe()
-    made, directions = plan(0, 2, way="hooked")
+    made, directions = plan(0, 2, injection="hooked")
     scope = _native.Scope(_native.ScopeKind.positions, 4, 5)
-    one_position = _native.Plan(N_LAYER, N_EMBD, _native.Way.hooked)
+    one_position = _native.Plan(N_LAYER, N_EMBD, _native.Injection.hooked)
     add_term(one_position, [0, 2], directions, scope=scope)
     graph.hook.set_sequence(0, sequence(made))
     graph.hook.set_sequence(3, sequence(one_position))
@@ -356,7 +356,7 @@ def test_rows_of_the_last_block_are_those_whose_logits_are_asked_for(graph, outp
 
 def test_resident_steering_that_the_graph_does_not_add_is_noticed(graph):
     nodes = graph.probe()
-    steer(graph, 1, way="resident")
+    steer(graph, 1, injection="resident")
     begin(graph)
     assert not graph.ask(nodes[1])  # adds by itself: no need to cut the graph
     graph.hook.end_decode()
@@ -417,9 +417,9 @@ def test_plans_that_do_not_fit_leave_the_former_in_force(graph):
     steer(graph, 1)
     node = graph.tensor("l_out-1", (N_ROWS, N_EMBD))
     ones = [1], np.ones((1, N_EMBD), np.float32)
-    deeper = _native.Plan(N_LAYER + 1, N_EMBD, _native.Way.automatic)
+    deeper = _native.Plan(N_LAYER + 1, N_EMBD, _native.Injection.automatic)
     add_term(deeper, *ones)
-    attention = _native.Plan(N_LAYER, N_EMBD, _native.Way.automatic)
+    attention = _native.Plan(N_LAYER, N_EMBD, _native.Injection.automatic)
     add_term(attention, *ones, site="attention")
     for wrong, message in [
         (deeper, "another model"),
@@ -430,14 +430,14 @@ def test_plans_that_do_not_fit_leave_the_former_in_force(graph):
         begin(graph)
         assert graph.ask(node)
         graph.hook.abandon_decode()
-    steer(graph, 0, way="resident")
+    steer(graph, 0, injection="resident")
     with pytest.raises(ValueError, match="and nothing else"):
         begin(graph)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_directions_that_are_not_finite_are_refused(value):
-    made = _native.Plan(N_LAYER, N_EMBD, _native.Way.automatic)
+    made = _native.Plan(N_LAYER, N_EMBD, _native.Injection.automatic)
     directions = np.zeros((1, N_EMBD), np.float32)
     directions[0, 3] = value
     add_term(made, [1], directions)
@@ -478,7 +478,7 @@ def test_memory_that_is_not_the_hosts_is_named(graph, device_buffer):
     steer(graph, 1, 2)
     with pytest.raises(NotImplementedError, match=f"layer 2 is in {name} memory"):
         begin(graph)
-    steer(graph, 1, 2, way="resident")  # llama.cpp adds it there by itself
+    steer(graph, 1, 2, injection="resident")  # llama.cpp adds it there by itself
     begin(graph)
     graph.hook.abandon_decode()
     steer(graph, 1)

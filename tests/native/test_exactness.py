@@ -63,7 +63,7 @@ def check_exact(path, *, scale, **arguments):
     assert np.abs(steered - unsteered).max() > 1e-3
     pack = SteeringPack({"c": vector})
     for mode in ("resident", "hooked"):
-        with closing(SteeredLlama(path, pack=pack, mode=mode, **arguments)) as llm:
+        with closing(SteeredLlama(path, pack=pack, injection=mode, **arguments)) as llm:
             assert same_bits(all_logits(llm, tokens), unsteered), mode
             with llm.steering({"c": 1.0}):
                 assert same_bits(all_logits(llm, tokens), steered), mode
@@ -112,7 +112,7 @@ def test_exact_without_logits_of_every_row(tiny_model):
     for mode in ("resident", "hooked"):
         pack = SteeringPack({"c": vector})
         with (
-            closing(SteeredLlama(path, pack=pack, mode=mode, **arguments)) as llm,
+            closing(SteeredLlama(path, pack=pack, injection=mode, **arguments)) as llm,
             llm.steering({"c": 1.0}),
         ):
             llm.eval(tokens)
@@ -133,7 +133,7 @@ def test_last_layer_only(tiny_model):
     for mode in ("resident", "hooked"):
         pack = SteeringPack({"c": vector})
         with (
-            closing(SteeredLlama(path, pack=pack, mode=mode, **arguments)) as llm,
+            closing(SteeredLlama(path, pack=pack, injection=mode, **arguments)) as llm,
             llm.steering({"c": 1.0}),
         ):
             assert same_bits(all_logits(llm, tokens), expected)
@@ -154,7 +154,7 @@ def test_strength_and_sum_of_categories(tiny_model):
     pack = SteeringPack({"a": a, "b": b})
     for mode in ("resident", "hooked"):
         with (
-            closing(SteeredLlama(path, pack=pack, mode=mode, **arguments)) as llm,
+            closing(SteeredLlama(path, pack=pack, injection=mode, **arguments)) as llm,
             llm.steering({"a": 0.5, "b": -1.5}),
         ):
             np.testing.assert_allclose(all_logits(llm, tokens), expected, atol=1e-5)

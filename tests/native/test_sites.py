@@ -312,7 +312,7 @@ def test_capture_sees_what_steering_did(tiny_llama):
     direction = np.random.default_rng(1).standard_normal(N_EMBD).astype(np.float32)
     for layer, mode in [(0, "hooked"), (2, "hooked"), (2, "resident"), (3, "resident")]:
         pack = SteeringPack({"c": SteeringVector({layer: direction})})
-        with closing(SteeredLlama(tiny_llama, pack=pack, mode=mode, **ARGUMENTS)) as llm:
+        with closing(SteeredLlama(tiny_llama, pack=pack, injection=mode, **ARGUMENTS)) as llm:
             plain = llm.capture(TOKENS, pool="all")["residual"]
             with llm.steering({"c": 1.0}):
                 steered = llm.capture(TOKENS, pool="all")["residual"]

@@ -89,7 +89,7 @@ def test_settings_without_a_router_are_off_unless_a_mode_is_given():
 
 def test_settings_of_the_caller_go_before_the_pack_s_own_one_by_one():
     own = {
-        "several": "sum",
+        "conflict": "sum",
         "scope": "response",
         "categories": {"a": {"strength": 2.0, "threshold": 0.5}, "d": {"when": "a or b"}},
     }
@@ -139,7 +139,7 @@ def test_pack_without_a_router_has_no_gates():
 
 def test_gateable_categories_are_those_whose_rules_the_router_knows():
     assert resolved().gateable == ("a", "b", "c")
-    policy = {"several": "sum", "categories": {"d": {"when": "not c"}, "b": {"mode": "off"}}}
+    policy = {"conflict": "sum", "categories": {"d": {"when": "not c"}, "b": {"mode": "off"}}}
     assert resolved(policy).gateable == NAMES
 
 
@@ -162,7 +162,7 @@ def test_gate_opens_where_the_score_has_reached_the_threshold(kind, scores, give
 def test_gated_category_fires_where_its_rule_holds(scores):
     policy = {
         "gate": "cast",
-        "several": "sum",
+        "conflict": "sum",
         "categories": {"a": {"threshold": 0.5}, "d": {"when": "a and not (b or c)"}},
     }
     a, b, c = scores["a"] <= 0.5, scores["b"] <= 0.1, scores["c"] >= 0.9

@@ -1,6 +1,7 @@
-"""From what a request asks for to plans: what is refused, what the keys say, what fits where."""
+"""PlanCompiler: which requests it refuses, its cache, the keys of its plans, its injections."""
 
 import itertools
+from collections import UserDict
 
 import numpy as np
 import pytest
@@ -8,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pysteer import HookError, SteeringError, SteeringPack, SteeringVector, UnknownCategoryError
-from pysteer.runtime.plan import UNSTEERED, PlanCompiler, Wanted, check_steering
+from pysteer.pack.policy import Policy
+from pysteer.pack.resolved import ResolvedPolicy
+from pysteer.runtime.plan import INJECTIONS, UNSTEERED, PlanCompiler
 
 N_LAYER, N_EMBD = 4, 3
 
@@ -30,12 +33,16 @@ PACK = SteeringPack(
 )
 
 
-def compiled(steering, *, pack=PACK, mode="auto"):
-    return PlanCompiler(pack, None, n_layer=N_LAYER, n_embd=N_EMBD, mode=mode).compile(steering)
+def compiler(pack=PACK, policy=None, **arguments):
+    return PlanCompiler(pack, policy, n_layer=N_LAYER, n_embd=N_EMBD, **arguments)
+
+
+def compiled(steering, *, pack=PACK, injection="auto"):
+    return compiler(pack, injection=injection).compile(steering)
 
 
 def keys(plan):
-    """Of a sequence of one token: what its cache entry and its logits depend on."""
+    """Return the cache key and the logits key of a sequence of one token."""
     sequence = plan.start(1, [], 8)
     return int(sequence.keys(0, 1)[0]), sequence.logits_key(0)
 
@@ -54,12 +61,12 @@ def keys(plan):
         ),
     )
 )
-def test_finite_strengths_pass_as_floats_and_zero_is_dropped(steering):
-    assert check_steering(PACK, steering) == [
-        Wanted(name, float(steering[name]), False)
-        for name in PACK.categories
-        if steering.get(name, 0) != 0
-    ]
+def test_finite_strengths_become_floats_and_zero_is_left_out(steering):
+    expected = {
+        name: float(steering[name]) for name in PACK.categories if steering.get(name, 0) != 0
+    }
+    requested = ResolvedPolicy(PACK).requested(steering)
+    assert list(requested.items()) == list(expected.items())
 
 
 @pytest.mark.parametrize(
@@ -82,25 +89,25 @@ def test_finite_strengths_pass_as_floats_and_zero_is_dropped(steering):
     ],
     ids=repr,
 )
-def test_a_strength_that_is_no_finite_number_is_refused(strength):
+def test_strength_that_is_not_a_finite_number_raises(strength):
     with pytest.raises(SteeringError, match="middle"):
-        check_steering(PACK, {"first": 1.0, "middle": strength})
+        ResolvedPolicy(PACK).requested({"first": 1.0, "middle": strength})
 
 
 @pytest.mark.parametrize("steering", ["auto", {"middle": "auto"}])
-def test_gating_needs_a_router(steering):
+def test_gating_without_a_router_raises(steering):
     with pytest.raises(SteeringError, match="no router"):
         compiled(steering)
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.0, "auto", float("nan")])
 @pytest.mark.parametrize("category", ["Middle", "", 1, None])
-def test_an_unknown_category_is_refused_at_any_strength(category, strength):
+def test_unknown_category_raises_at_any_strength(category, strength):
     with pytest.raises(UnknownCategoryError, match="middle, first"):
-        check_steering(PACK, {category: strength})
+        ResolvedPolicy(PACK).requested({category: strength})
 
 
-# ---- the way in -----------------------------------------------------------------------------
+# ---- injections -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -118,32 +125,99 @@ def test_an_unknown_category_is_refused_at_any_strength(category, strength):
         (["middle", "attention"], False),
     ],
 )
-def test_residual_from_layer_1_on_fits_the_control_vector_and_the_rest_does_not(
-    categories, fits_resident
-):
+def test_only_residual_of_layers_above_0_fits_the_control_vector(categories, fits_resident):
     strengths = dict.fromkeys(categories, 1.0)
     assert compiled(strengths).native.fits_resident is fits_resident
     if fits_resident:
-        assert compiled(strengths, mode="resident").native is not None
+        assert compiled(strengths, injection="resident").native is not None
     else:
         with pytest.raises(HookError, match="resident"):
-            compiled(strengths, mode="resident")
+            compiled(strengths, injection="resident")
 
 
-@pytest.mark.parametrize("mode", ["auto", "resident", "hooked"])
+@pytest.mark.parametrize("injection", INJECTIONS)
 @pytest.mark.parametrize("steering", [None, {}, {"middle": 0, "first": -0.0}])
-def test_no_strengths_are_the_unsteered_plan(steering, mode):
-    assert compiled(steering, mode=mode) is UNSTEERED
+def test_no_strengths_give_the_unsteered_plan(steering, injection):
+    assert compiled(steering, injection=injection) is UNSTEERED
     assert UNSTEERED.start(3, [], 8) is None
 
 
-def test_the_latest_plans_are_kept():
-    compiler = PlanCompiler(PACK, None, n_layer=N_LAYER, n_embd=N_EMBD)
-    first = compiler.compile({"middle": 1.0})
-    assert compiler.compile({"middle": 1.0}) is first
+# ---- the cache of plans ---------------------------------------------------------------------
+
+
+class Opaque(UserDict):
+    """A mapping that prints alike whatever it holds."""
+
+    def __repr__(self):
+        return "Opaque(...)"
+
+
+def test_latest_plans_are_kept():
+    made = compiler()
+    first = made.compile({"middle": 1.0})
+    assert made.compile({"middle": 1.0}) is first
     for strength in range(2, 40):
-        compiler.compile({"middle": strength})
-    assert compiler.compile({"middle": 1.0}) is not first
+        made.compile({"middle": strength})
+    assert made.compile({"middle": 1.0}) is not first
+
+
+def test_mappings_that_print_alike_get_their_own_plans():
+    made = compiler()
+    found = [
+        made.compile(Opaque(steering)).terms
+        for steering in ({"middle": 1.0}, {"first": 2.0}, {"middle": 3.0})
+    ]
+    assert [(term.category, term.strength) for (term,) in found] == [
+        ("middle", 1.0),
+        ("first", 2.0),
+        ("middle", 3.0),
+    ]
+
+
+def test_equal_mappings_of_any_type_share_a_plan():
+    made = compiler()
+    assert made.compile(Opaque({"middle": 1.0})) is made.compile({"middle": 1.0})
+
+
+@pytest.mark.parametrize("same", [True, np.True_, ("middle", float, 1.0)], ids=repr)
+def test_invalid_steering_raises_though_an_equal_request_is_cached(same):
+    made = compiler()
+    made.compile({"middle": 1.0})
+    with pytest.raises(SteeringError):
+        made.compile(same if isinstance(same, tuple) else {"middle": same})
+
+
+def test_plans_of_different_policies_differ():
+    made = compiler()
+    policy = Policy(categories={"middle": {"scope": "first 2"}})
+    assert not made.compile({"middle": 1.0}, policy).native.fits_resident
+    assert made.compile({"middle": 1.0}).native.fits_resident
+
+
+# ---- plans without a request ----------------------------------------------------------------
+
+
+def test_policy_without_a_pack_raises():
+    with pytest.raises(SteeringError, match="needs a pack"):
+        compiler(None, Policy())
+    with pytest.raises(SteeringError, match="needs a pack"):
+        compiler(None).by_policy(Policy())
+    assert compiler(None).by_policy() is UNSTEERED
+
+
+def test_request_that_says_nothing_is_steered_by_the_modes():
+    always = Policy(categories={"all": {"mode": "always", "strength": 0.5}})
+    made = compiler(PACK, always)
+    assert made.by_policy().terms == made.compile({"all": 0.5}).terms
+    off = Policy(categories={"all": {"mode": "off"}})
+    assert made.by_policy(off) is UNSTEERED
+
+
+def test_category_of_strength_0_by_policy_is_left_out():
+    assert (
+        compiler(PACK, Policy(categories={"all": {"mode": "always", "strength": 0}})).by_policy()
+        is UNSTEERED
+    )
 
 
 # ---- keys -----------------------------------------------------------------------------------
@@ -160,7 +234,7 @@ def test_the_latest_plans_are_kept():
         ("last attention", False),
     ],
 )
-def test_what_acts_in_the_last_layer_alone_is_no_part_of_the_cache_key(category, in_cache_key):
+def test_cache_key_leaves_out_categories_of_the_last_layer_alone(category, in_cache_key):
     cached, logits = keys(compiled({category: 2.0}))
     assert logits != 0
     assert (cached != 0) is in_cache_key
@@ -176,7 +250,7 @@ def test_keys_do_not_depend_on_the_order_of_the_request(strengths, random):
     assert keys(compiled(dict(shuffled))) == keys(compiled(strengths))
 
 
-def test_keys_differ_where_the_logits_may_and_nowhere_else():
+def test_keys_differ_exactly_where_the_logits_may():
     requests = [{"middle": 1.0}, {"middle": 2.0}, {"first": 1.0}, {"attention": 1.0}]
     requests += [{"middle": 1.0, "first": 1.0}, {"last": 1.0}, {"last attention": 1.0}]
     found = [keys(compiled(request)) for request in requests]
@@ -186,9 +260,9 @@ def test_keys_differ_where_the_logits_may_and_nowhere_else():
     assert keys(compiled({"other name": 1.0}, pack=renamed)) == found[0]
 
 
-def test_the_mode_is_no_part_of_the_keys():
-    modes = [compiled({"middle": 1.0}, mode=mode) for mode in ("resident", "hooked")]
-    assert keys(modes[0]) == keys(modes[1])
+def test_keys_do_not_depend_on_the_injection():
+    resident, hooked = (compiled({"middle": 1.0}, injection=way) for way in ("resident", "hooked"))
+    assert keys(resident) == keys(hooked)
 
 
 # ---- sums -----------------------------------------------------------------------------------
@@ -201,18 +275,18 @@ def big_pack(**values):
 
 
 @pytest.mark.parametrize("strength", [2.0, -2.0, 1e39, 1e300, -1e300])
-def test_a_strength_that_takes_a_direction_past_float32_is_refused(strength):
+def test_strength_that_takes_a_direction_past_float32_raises(strength):
     with pytest.raises(SteeringError, match=r"'a'.*layer 1"):
         compiled({"a": strength}, pack=big_pack(a=HUGE))
 
 
 @pytest.mark.parametrize("strength", [1e39, -1e300])
-def test_so_is_a_strength_past_float32_even_for_a_zero_direction(strength):
+def test_strength_past_float32_raises_even_for_a_zero_direction(strength):
     with pytest.raises(SteeringError, match="'zero'"):
         compiled({"zero": strength})
 
 
-def test_directions_of_categories_are_summed_where_they_meet_and_nowhere_else():
+def test_sums_past_float32_raise_only_where_directions_meet():
     same = big_pack(a=HUGE, b=HUGE)
     with pytest.raises(SteeringError, match="'b'"):
         compiled({"a": 1.0, "b": 1.0}, pack=same)
@@ -227,6 +301,6 @@ def test_directions_of_categories_are_summed_where_they_meet_and_nowhere_else():
 
 
 @pytest.mark.parametrize(("n_layer", "n_embd"), [(3, N_EMBD), (N_LAYER, 2), (N_LAYER, 4)])
-def test_a_pack_that_does_not_fit_is_refused(n_layer, n_embd):
+def test_pack_that_does_not_fit_the_model_raises(n_layer, n_embd):
     with pytest.raises(SteeringError, match="'all'"):
         PlanCompiler(PACK, None, n_layer=n_layer, n_embd=n_embd).compile({"all": 1.0})

@@ -366,7 +366,7 @@ SHUT = {"a": {"threshold": 1e9}, "b": {"threshold": 1e9}}
 @pytest.mark.parametrize("rule", ["a and b", "a or b", "not a", "a and not b", "not (a or b)", "b"])
 def test_a_rule_decides_over_gates(llm, rule, a, b):
     policy = {
-        "several": "sum",
+        "conflict": "sum",
         "categories": {
             "a": (OPEN if a else SHUT)["a"],
             "b": (OPEN if b else SHUT)["b"],
@@ -377,17 +377,17 @@ def test_a_rule_decides_over_gates(llm, rule, a, b):
     assert told["categories"]["unknown"]["fired"] is eval(rule, {"a": a, "b": b})
 
 
-@pytest.mark.parametrize("several", ["sum", "strongest", "first"])
-def test_several_that_fire(tiny_llama, llm, pack, several):
-    policy = {"several": several, "categories": OPEN}
+@pytest.mark.parametrize("conflict", ["sum", "strongest", "first"])
+def test_several_that_fire(tiny_llama, llm, pack, conflict):
+    policy = {"conflict": conflict, "categories": OPEN}
     prompt = PROMPTS["b"]
     told = complete(llm, prompt, {"a": "auto", "b": "auto"}, policy=policy)
     state = state_of(tiny_llama, prompt, pack.router)
     strongest = "ab"[int(np.argmax(pack.router.probe_scores(state)))]
     expected = {"sum": {"a": 1.0, "b": 1.0}, "strongest": {strongest: 1.0}, "first": {"a": 1.0}}
-    assert {c for c, t in told[2]["categories"].items() if t["fired"]} == set(expected[several])
+    assert {c for c, t in told[2]["categories"].items() if t["fired"]} == set(expected[conflict])
     llm.reset()
-    forced = complete(llm, prompt, expected[several])
+    forced = complete(llm, prompt, expected[conflict])
     np.testing.assert_allclose(told[1], forced[1], atol=2e-5)
 
 
@@ -409,7 +409,7 @@ def test_of_open_margin_gates_that_see_the_same_harm_the_one_further_ahead_acts(
     pack = SteeringPack({"a": vector(1), "b": vector(2)}, router=router)
     with closing(SteeredLlama(tiny_llama, pack=pack, **ARGUMENTS)) as llm:
         told = complete(llm, PROMPTS[name], "auto")[2]
-        both = complete(llm, PROMPTS[name], "auto", policy={"several": "sum"})[2]
+        both = complete(llm, PROMPTS[name], "auto", policy={"conflict": "sum"})[2]
     assert told["scores"] == {"a": 0.25, "b": 0.25}
     assert [c for c, one in told["categories"].items() if one["fired"]] == [favoured or name]
     assert all(one["fired"] for one in both["categories"].values())

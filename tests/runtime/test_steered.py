@@ -369,12 +369,12 @@ def test_a_pack_for_another_model_is_refused(tiny_llama, tiny_model):
 
 
 def test_resident_is_refused_where_llama_cpp_cannot(tiny_llama):
-    with closing(SteeredLlama(tiny_llama, pack=PACK, mode="resident", **ARGUMENTS)) as llm:
+    with closing(SteeredLlama(tiny_llama, pack=PACK, injection="resident", **ARGUMENTS)) as llm:
         for category in ("first", "attention"):
             with pytest.raises(HookError, match="resident"):
                 complete(llm, {category: 1.0})
-    with pytest.raises(SteeringError, match="mode"):
-        SteeredLlama(tiny_llama, pack=PACK, mode="other", **ARGUMENTS)
+    with pytest.raises(SteeringError, match="injection"):
+        SteeredLlama(tiny_llama, pack=PACK, injection="other", **ARGUMENTS)
 
 
 def test_a_control_vector_taken_away_behind_the_back_is_noticed(llm):
