@@ -19,7 +19,6 @@ namespace {
 
 using pysteer::Capture;
 using pysteer::ConflictRule;
-using pysteer::FoundSite;
 using pysteer::Gate;
 using pysteer::Hook;
 using pysteer::Injection;
@@ -30,6 +29,7 @@ using pysteer::RowRun;
 using pysteer::Scope;
 using pysteer::Sequence;
 using pysteer::Site;
+using pysteer::SiteNode;
 using pysteer::Term;
 using Floats = py::array_t<float, py::array::c_style>;
 using Integers = py::array_t<int32_t, py::array::c_style>;
@@ -135,7 +135,7 @@ py::object read_capture(const Capture & capture, Site site, std::size_t layer) {
     float * data = out.mutable_data();
     {
         const py::gil_scoped_release release;
-        capture.read(site, layer, data);
+        capture.read({site, layer}, data);
     }
     return out;
 }
@@ -156,12 +156,12 @@ PYBIND11_MODULE(_native, module) {
         .value("attention", Site::attention)
         .value("mlp", Site::mlp);
 
-    py::class_<FoundSite>(module, "FoundSite")
-        .def_readonly("site", &FoundSite::site)
-        .def_readonly("layer", &FoundSite::layer)
-        .def_readonly("node", &FoundSite::node)
-        .def_readonly("backend", &FoundSite::backend)
-        .def_readonly("on_host", &FoundSite::on_host);
+    py::class_<SiteNode>(module, "SiteNode")
+        .def_readonly("site", &SiteNode::site)
+        .def_readonly("layer", &SiteNode::layer)
+        .def_readonly("node", &SiteNode::node)
+        .def_readonly("backend", &SiteNode::backend)
+        .def_readonly("on_host", &SiteNode::on_host);
 
     py::enum_<Injection>(module, "Injection")
         .value("automatic", Injection::automatic)

@@ -31,11 +31,10 @@ Capture::Capture(std::size_t n_layer, std::size_t n_embd, std::vector<uint8_t> w
     indices_.assign(wanted.size(), -1);
     for (std::size_t layer = 0; layer < n_layer; ++layer) {
         for (const Site site : {Site::attention, Site::mlp, Site::residual}) {  // as the graph computes them
-            const std::size_t at = static_cast<std::size_t>(site) * n_layer + layer;
+            const std::size_t at = place_index({site, layer}, n_layer);
             if (wanted[at] != 0) {
                 indices_[at] = static_cast<int32_t>(count++);
-                last_site_ = site;
-                last_layer_ = layer;
+                last_ = {site, layer};
             }
         }
     }
@@ -43,8 +42,8 @@ Capture::Capture(std::size_t n_layer, std::size_t n_embd, std::vector<uint8_t> w
     seen_.assign(count * n_slots, 0);
 }
 
-void Capture::put(Site site, std::size_t layer, int64_t token, const float * row) noexcept {
-    const int32_t at = index(site, layer);
+void Capture::put(Place place, int64_t token, const float * row) noexcept {
+    const int32_t at = index(place);
     const auto number = static_cast<std::size_t>(token);
     if (at < 0 || number >= slots_.size() || slots_[number] < 0) {
         return;
@@ -54,16 +53,16 @@ void Capture::put(Site site, std::size_t layer, int64_t token, const float * row
     accumulate(sums_.data() + mean * n_embd_, row, n_embd_);
 }
 
-void Capture::read(Site site, std::size_t layer, float * out) const {
-    const int32_t at = index(site, layer);
+void Capture::read(Place place, float * out) const {
+    const int32_t at = place.layer < n_layer_ ? index(place) : -1;
     if (at < 0) {
-        throw std::runtime_error("nothing was captured at layer " + std::to_string(layer));
+        throw std::runtime_error("nothing was captured at " + place_name(place));
     }
     for (std::size_t slot = 0; slot < n_slots(); ++slot) {
         const std::size_t mean = static_cast<std::size_t>(at) * n_slots() + slot;
         if (seen_[mean] != expected_[slot]) {
             throw std::runtime_error("saw " + std::to_string(seen_[mean]) + " of " + std::to_string(expected_[slot]) +
-                                     " rows at site " + site_name(site) + ", layer " + std::to_string(layer));
+                                     " rows at " + place_name(place));
         }
         const double scale = 1.0 / static_cast<double>(expected_[slot]);
         for (std::size_t i = 0; i < n_embd_; ++i) {

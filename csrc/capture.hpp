@@ -19,23 +19,22 @@ class Capture {
     Capture(std::size_t n_layer, std::size_t n_embd, std::vector<uint8_t> wanted, std::vector<int32_t> slots,
             std::size_t n_slots);
 
-    bool wants(Site site, std::size_t layer) const noexcept { return index(site, layer) >= 0; }
+    bool wants(Place place) const noexcept { return index(place) >= 0; }
     // Whether no wanted site comes after this one in the graph.
-    bool ends_at(Site site, std::size_t layer) const noexcept { return site == last_site_ && layer == last_layer_; }
+    bool ends_at(Place place) const noexcept { return place == last_; }
     // Takes row number `token` of the decode.
-    void put(Site site, std::size_t layer, int64_t token, const float * row) noexcept;
+    void put(Place place, int64_t token, const float * row) noexcept;
 
     // Writes the means of a site and layer, n_slots x n_embd. Throws std::runtime_error if not every token's row was
     // seen.
-    void read(Site site, std::size_t layer, float * out) const;
+    void read(Place place, float * out) const;
 
     std::size_t n_slots() const noexcept { return expected_.size(); }
+    std::size_t n_layer() const noexcept { return n_layer_; }
     std::size_t n_embd() const noexcept { return n_embd_; }
 
   private:
-    int32_t index(Site site, std::size_t layer) const noexcept {
-        return indices_[static_cast<std::size_t>(site) * n_layer_ + layer];
-    }
+    int32_t index(Place place) const noexcept { return indices_[place_index(place, n_layer_)]; }
 
     std::size_t n_layer_;
     std::size_t n_embd_;
@@ -44,8 +43,7 @@ class Capture {
     std::vector<int64_t> expected_;  // tokens per slot
     std::vector<double> sums_;       // per index and slot
     std::vector<int64_t> seen_;      // the same
-    Site last_site_ = Site::residual;
-    std::size_t last_layer_ = 0;
+    Place last_;                     // in the order of the graph
 };
 
 }  // namespace pysteer

@@ -46,8 +46,9 @@ Gate::Gate(Site site, std::vector<Read> reads, Kind kind, std::size_t n_embd, st
     }
 }
 
-bool Gate::reads_layer(std::size_t layer) const noexcept {
-    return std::any_of(reads_.begin(), reads_.end(), [&](const Read & read) { return read.layer == layer; });
+bool Gate::reads_at(Place place) const noexcept {
+    return place.site == site_ &&
+           std::any_of(reads_.begin(), reads_.end(), [&](const Read & read) { return read.layer == place.layer; });
 }
 
 double Gate::cosine(const double * h, const double * row) const noexcept {

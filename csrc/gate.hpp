@@ -36,7 +36,8 @@ class Gate {
     const std::vector<Read> & reads() const noexcept { return reads_; }
     // The highest of the reads', where it decides.
     std::size_t layer() const noexcept { return layer_; }
-    bool reads_layer(std::size_t layer) const noexcept;
+    Place place() const noexcept { return {site_, layer_}; }
+    bool reads_at(Place place) const noexcept;
     std::size_t n_embd() const noexcept { return n_embd_; }
     std::size_t width() const noexcept { return reads_.size() * n_embd_; }
     std::size_t n_rows() const noexcept { return n_rows_; }

@@ -170,4 +170,13 @@ const Abi & abi() {
     return *g_abi;
 }
 
+void * buffer_of(const Tensor * tensor) noexcept {
+    return tensor->buffer != nullptr || tensor->view_src == nullptr ? tensor->buffer : tensor->view_src->buffer;
+}
+
+bool is_on_host(const Tensor * tensor) {
+    void * buffer = buffer_of(tensor);
+    return buffer != nullptr && abi().ggml_backend_buffer_is_host(buffer);
+}
+
 }  // namespace pysteer

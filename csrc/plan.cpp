@@ -32,7 +32,7 @@ void Plan::add(Term term, Site site, const int32_t * layers, std::size_t n_layer
             throw std::invalid_argument("layer " + std::to_string(layers[k]) + " is not one of the model's " +
                                         std::to_string(n_layer_) + " layers");
         }
-        const std::size_t place = place_of(site, static_cast<std::size_t>(layers[k]), n_layer_);
+        const std::size_t place = place_index({site, static_cast<std::size_t>(layers[k])}, n_layer_);
         ops_[place].push_back({terms_.size(), rows + k * n_rows * n_embd_, n_rows});
         term.places.push_back(place);
         term.only_last_block = term.only_last_block && static_cast<std::size_t>(layers[k]) + 1 == n_layer_;
@@ -74,18 +74,19 @@ void Plan::set_gate(std::shared_ptr<const Gate> gate, std::vector<double> thresh
 
 bool Plan::acts_before_gate(const Term & term) const noexcept {
     return std::any_of(term.places.begin(), term.places.end(),
-                       [&](std::size_t at) { return before_gate(static_cast<Site>(at / n_layer_), at % n_layer_); });
+                       [&](std::size_t at) { return before_gate(place_at(at, n_layer_)); });
 }
 
 bool Plan::fits_resident() const noexcept {
     return uniform_ && std::all_of(terms_.begin(), terms_.end(), [](const Term & t) { return t.only_control_vector; });
 }
 
-void Plan::sum(std::size_t place, const float * factors, float * out) const noexcept {
+void Plan::sum(Place place, const float * factors, float * out) const noexcept {
+    const std::vector<Op> & added = ops(place);
     bool first = true;
-    for (std::size_t k = 0; k < ops_[place].size(); ++k) {
+    for (std::size_t k = 0; k < added.size(); ++k) {
         if (factors[k] != 0.0f) {
-            add_scaled(out, first, factors[k], ops_[place][k].rows, n_embd_);
+            add_scaled(out, first, factors[k], added[k].rows, n_embd_);
             first = false;
         }
     }
@@ -109,7 +110,7 @@ void Plan::check_finite() const {
             }
         }
         if (!first && !std::all_of(row.begin(), row.end(), [](float value) { return std::isfinite(value); })) {
-            throw std::invalid_argument("the direction of layer " + std::to_string(place % n_layer_) +
+            throw std::invalid_argument("the direction of layer " + std::to_string(place_at(place, n_layer_).layer) +
                                         " times its strength is not finite");
         }
     }

@@ -70,7 +70,7 @@ class Plan {
     std::size_t n_embd() const noexcept { return n_embd_; }
     Injection injection() const noexcept { return injection_; }
     const std::vector<Term> & terms() const noexcept { return terms_; }
-    const std::vector<Op> & ops(std::size_t place) const noexcept { return ops_[place]; }
+    const std::vector<Op> & ops(Place place) const noexcept { return ops_[place_index(place, n_layer_)]; }
     std::size_t most_rows() const noexcept { return most_rows_; }
 
     // Null where no term is gated.
@@ -80,9 +80,7 @@ class Plan {
     ConflictRule conflict() const noexcept { return conflict_; }
     int64_t recheck() const noexcept { return recheck_; }
     // Whether a place comes before the one where the gate decides.
-    bool before_gate(Site site, std::size_t layer) const noexcept {
-        return gate_ && graph_order(site, layer) < graph_order(gate_->site(), gate_->layer());
-    }
+    bool before_gate(Place place) const noexcept { return gate_ && graph_order(place) < graph_order(gate_->place()); }
     // Whether a term acts at such a place.
     bool acts_before_gate(const Term & term) const noexcept;
 
@@ -96,7 +94,7 @@ class Plan {
 
     // Writes the sum of what the ops at a place add, each times its factor; n_embd values. The ops are additions. Zeros
     // where no factor differs from 0.
-    void sum(std::size_t place, const float * factors, float * out) const noexcept;
+    void sum(Place place, const float * factors, float * out) const noexcept;
 
   private:
     std::size_t n_layer_;

@@ -118,7 +118,7 @@ uint64_t Sequence::key(int64_t position, bool cached) const noexcept {
         key = mixed(key ^ plan_->terms()[term].digest);
         key = mixed(key ^ (bits(after) << 32 | bits(before)));
         if (bits(before) != bits(after)) {  // steered in some layers only: which, depends on where the gate reads
-            key = mixed(key ^ graph_order(plan_->gate()->site(), plan_->gate()->layer()));
+            key = mixed(key ^ graph_order(plan_->gate()->place()));
         }
     }
     return key;
@@ -182,17 +182,20 @@ bool Sequence::reads(int64_t position) const noexcept {
     return any;
 }
 
-bool Sequence::read(std::size_t layer, int64_t position, const float * row) {
+bool Sequence::read(Place place, int64_t position, const float * row) {
+    if (!has_gate_ || !plan_->gate()->reads_at(place) || !reads(position)) {
+        return false;
+    }
     const Gate & gate = *plan_->gate();
-    const bool first = decided_at_.empty();
     for (std::size_t k = 0; k < spans_.size(); ++k) {
-        if (gate.reads()[k].layer == layer && counts(k, position)) {
+        if (gate.reads()[k].layer == place.layer && counts(k, position)) {
             accumulate_row(k, position, row);
         }
     }
-    if (layer != gate.layer() || !decides(position)) {
+    if (place.layer != gate.layer() || !decides(position)) {
         return false;
     }
+    const bool first = decided_at_.empty();
     for (std::size_t k = 0; k < spans_.size() && first; ++k) {
         const int64_t due = spans_[k].stop - spans_[k].start;
         if (summed_[k].count != due) {

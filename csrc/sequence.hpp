@@ -49,9 +49,9 @@ class Sequence {
     bool decides(int64_t position) const noexcept;
     // The position where the gate decides next, if it goes on to there; -1 if it does not decide any more.
     int64_t next_decision() const noexcept;
-    // Takes the row of a layer; returns whether a decision was made. Throws std::runtime_error for rows that are not
-    // finite, and where the gate has not seen a whole span.
-    bool read(std::size_t layer, int64_t position, const float * row);
+    // Takes the row at a place if the gate reads it; returns whether a decision was made. Throws std::runtime_error for
+    // rows that are not finite, and where the gate has not seen a whole span.
+    bool read(Place place, int64_t position, const float * row);
 
     // Whether a category fired that steers prompt tokens which have been computed without: those before the last one,
     // or the last one at places before the gate.

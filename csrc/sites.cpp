@@ -2,19 +2,19 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 namespace pysteer {
 namespace {
 
-// Reads decimal digits at `text`; returns the position after them, or null if there are none.
-const char * read_index(const char * text, int32_t & value) noexcept {
+// Reads decimal digits at `text` into `value`; returns the position after them, or null if there are none.
+const char * read_index(const char * text, std::size_t & value) noexcept {
     const char * at = text;
-    int32_t parsed = 0;
-    while (*at >= '0' && *at <= '9' && parsed < 1'000'000) {
-        parsed = parsed * 10 + (*at - '0');
+    value = 0;
+    while (*at >= '0' && *at <= '9' && value < 1'000'000) {
+        value = value * 10 + static_cast<std::size_t>(*at - '0');
         ++at;
     }
-    value = parsed;
     return at == text ? nullptr : at;
 }
 
@@ -24,30 +24,30 @@ struct WeightName {
 };
 constexpr std::array<WeightName, 2> weight_names = {{{Site::attention, ".attn_output."}, {Site::mlp, ".ffn_down."}}};
 
-// Whose weight it is, by the name blk.N.attn_output.<rest> and the like; an empty `rest` accepts any (weight, bias,
-// scale, LoRA).
-SiteMap::Place weight_place(const Tensor * weight, const char * rest) noexcept {
+// The place that a weight called blk.N.attn_output.<rest> or blk.N.ffn_down.<rest> belongs to; an empty `rest` accepts
+// any (weight, bias, scale, LoRA).
+std::optional<Place> weight_place(const Tensor * weight, const char * rest) noexcept {
     if (weight == nullptr || std::strncmp(weight->name, "blk.", 4) != 0) {
-        return {};
+        return std::nullopt;
     }
-    int32_t layer = -1;
+    std::size_t layer = 0;
     const char * after = read_index(weight->name + 4, layer);
     if (after == nullptr) {
-        return {};
+        return std::nullopt;
     }
     for (const WeightName & name : weight_names) {
         const std::size_t length = std::strlen(name.middle);
         if (std::strncmp(after, name.middle, length) == 0 &&
             (*rest == '\0' || std::strcmp(after + length, rest) == 0)) {
-            return {name.site, layer};
+            return Place{name.site, layer};
         }
     }
-    return {};
+    return std::nullopt;
 }
 
-// Whose matrix product with the weight the node is.
-SiteMap::Place multiplied(const Tensor * node) noexcept {
-    return node->op == abi().op_mul_mat ? weight_place(node->src[0], "weight") : SiteMap::Place{};
+// The place whose product with its weight the node is.
+std::optional<Place> multiplied(const Tensor * node) noexcept {
+    return node->op == abi().op_mul_mat ? weight_place(node->src[0], "weight") : std::nullopt;
 }
 
 // Whether the node still computes the product's result from its first source: a scale, a LoRA term or a bias.
@@ -57,114 +57,111 @@ bool continues(const Tensor * node) noexcept {
         return false;
     }
     const Tensor * term = node->src[1];
-    if (weight_place(term, "").layer >= 0) {
+    if (weight_place(term, "")) {
         return true;
     }
     if (term->op == api.op_scale && term->src[0] != nullptr) {  // LoRA: scale(B (A x)), B named after the weight
         term = term->src[0];
     }
-    return term->op == api.op_mul_mat && weight_place(term->src[0], "").layer >= 0 && multiplied(term).layer < 0;
+    return term->op == api.op_mul_mat && weight_place(term->src[0], "") && !multiplied(term);
+}
+
+bool ends_with(const std::string & text, const std::string & end) noexcept {
+    return text.size() > end.size() && text.compare(text.size() - end.size(), end.size(), end) == 0;
 }
 
 }  // namespace
 
 void SiteMap::record(Tensor * tensor) {
     const Abi & api = abi();
+    void * buffer = buffer_of(tensor);
     Node node{};
     node.tensor = tensor;
     node.name = tensor->name;
-    node.op = tensor->op;
     node.width = tensor->ne[0];
-    node.rows = api.ggml_nrows(tensor);
-    void * buffer = tensor->buffer;
-    if (buffer == nullptr && tensor->view_src != nullptr) {
-        buffer = tensor->view_src->buffer;
-    }
-    node.on_host = buffer != nullptr && api.ggml_backend_buffer_is_host(buffer);
+    node.on_host = is_on_host(tensor);
     node.backend = buffer != nullptr ? api.ggml_backend_buffer_name(buffer) : "no";
     node.first_source = tensor->src[0];
     node.product = multiplied(tensor);
     node.continues_product = continues(tensor);
-    node.vector_layer = -1;
-    // A control-vector tensor is a leaf of the model's width; its content says whose it is.
     Tensor * vector = tensor->src[1];
-    if (tensor->op == api.op_add && vector != nullptr && vector->op == api.op_none && vector->buffer != nullptr &&
-        vector->type == static_cast<int32_t>(FloatType::f32) && std::strncmp(vector->name, "blk.", 4) != 0 &&
-        static_cast<std::size_t>(api.ggml_nelements(vector)) == n_embd_) {
-        std::vector<float> values(n_embd_);
-        api.ggml_backend_tensor_get(vector, values.data(), 0, n_embd_ * sizeof(float));
-        for (std::size_t layer = 1; layer < n_layer_; ++layer) {
-            const auto marker = static_cast<float>(layer);
-            if (std::all_of(values.begin(), values.end(), [marker](float value) { return value == marker; })) {
-                node.vector_layer = static_cast<int32_t>(layer);
-                node.vector = vector;
-            }
-        }
+    if (tensor->op == api.op_add && vector != nullptr) {
+        node.vector_layer = marked_layer(vector);
+        node.vector = node.vector_layer ? vector : nullptr;
     }
     nodes_.push_back(std::move(node));
 }
 
+// The layer whose control vector a tensor is: a leaf of the model's width, all of whose elements are the layer's index.
+std::optional<std::size_t> SiteMap::marked_layer(const Tensor * vector) const {
+    const Abi & api = abi();
+    if (vector->op != api.op_none || vector->buffer == nullptr ||
+        vector->type != static_cast<int32_t>(FloatType::f32) || std::strncmp(vector->name, "blk.", 4) == 0 ||
+        static_cast<std::size_t>(api.ggml_nelements(vector)) != n_embd_) {
+        return std::nullopt;
+    }
+    std::vector<float> values(n_embd_);
+    api.ggml_backend_tensor_get(vector, values.data(), 0, n_embd_ * sizeof(float));
+    for (std::size_t layer = 1; layer < n_layer_; ++layer) {
+        const auto marker = static_cast<float>(layer);
+        if (std::all_of(values.begin(), values.end(), [marker](float value) { return value == marker; })) {
+            return layer;
+        }
+    }
+    return std::nullopt;
+}
+
 void SiteMap::learn() {
+    learn_residual_name();
     learn_residual();
     learn_products();
     nodes_.clear();
     nodes_.shrink_to_fit();
 }
 
-void SiteMap::add_found(Site site, int32_t layer, const Node & node) {
-    found_.push_back({site, layer, node.name, node.backend, node.on_host, node.rows});
+void SiteMap::add_found(Place place, const Node & node) {
+    found_.push_back({place.site, place.layer, node.name, node.backend, node.on_host});
 }
 
-void SiteMap::learn_residual() {
+// The name before -N of the nodes that add a control vector, and those vectors. A node that is not named after its
+// layer could not be recognised in a later graph.
+void SiteMap::learn_residual_name() {
     resident_.assign(n_layer_, nullptr);
     for (const Node & node : nodes_) {
-        if (node.vector_layer < 0) {
+        const std::string suffix = node.vector_layer ? "-" + std::to_string(*node.vector_layer) : "";
+        if (!node.vector_layer || !ends_with(node.name, suffix)) {
             continue;
-        }
-        const std::string suffix = "-" + std::to_string(node.vector_layer);
-        if (node.name.size() <= suffix.size() ||
-            node.name.compare(node.name.size() - suffix.size(), suffix.size(), suffix) != 0) {
-            continue;  // not named after its layer: could not be recognised in a later graph
         }
         const std::string base = node.name.substr(0, node.name.size() - suffix.size());
         if (residual_base_.empty()) {
             residual_base_ = base;
         }
         if (base == residual_base_) {
-            resident_[static_cast<std::size_t>(node.vector_layer)] = node.vector;
+            resident_[*node.vector_layer] = node.vector;
         }
     }
-    if (residual_base_.empty()) {
-        // A model of one layer has no control vector to show the way; llama.cpp's usual name is then the only evidence.
-        if (n_layer_ != 1) {
-            return;
-        }
-        residual_base_ = "l_out";
+    if (residual_base_.empty() && n_layer_ == 1) {
+        residual_base_ = "l_out";  // no control vector shows the way: llama.cpp's usual name is the only evidence
     }
-    for (std::size_t layer = 0; layer < n_layer_; ++layer) {
+}
+
+void SiteMap::learn_residual() {
+    for (std::size_t layer = 0; layer < n_layer_ && !residual_base_.empty(); ++layer) {
         const std::string name = residual_base_ + "-" + std::to_string(layer);
-        const Node * match = nullptr;
-        int matches = 0;
-        for (const Node & node : nodes_) {
-            if (node.name == name) {
-                match = &node;
-                ++matches;
-            }
-        }
+        const auto named = [&](const Node & node) { return node.name == name; };
+        const auto match = std::find_if(nodes_.begin(), nodes_.end(), named);
         const bool expected = layer == 0 || resident_[layer] != nullptr;
-        if (matches == 1 && expected && static_cast<std::size_t>(match->width) == n_embd_) {
-            add_found(Site::residual, static_cast<int32_t>(layer), *match);
+        if (expected && match != nodes_.end() && static_cast<std::size_t>(match->width) == n_embd_ &&
+            std::none_of(match + 1, nodes_.end(), named)) {
+            add_found({Site::residual, layer}, *match);
         }
     }
 }
 
 void SiteMap::learn_products() {
-    for (auto & depths : depth_) {
-        depths.assign(n_layer_, -1);
-    }
+    depths_.assign(n_sites * n_layer_, -1);
     for (const Node & product : nodes_) {
-        const int32_t layer = product.product.layer;
-        if (layer < 0 || static_cast<std::size_t>(layer) >= n_layer_ ||
+        if (!product.product || product.product->layer >= n_layer_ ||
             static_cast<std::size_t>(product.width) != n_embd_) {
             continue;
         }
@@ -176,45 +173,48 @@ void SiteMap::learn_products() {
                 ++depth;
             }
         }
-        const Site site = product.product.site;
-        depth_[static_cast<std::size_t>(site)][static_cast<std::size_t>(layer)] = depth;
-        deepest_ = depth > deepest_ ? depth : deepest_;
-        add_found(site, layer, *last);
+        depths_[place_index(*product.product, n_layer_)] = depth;
+        deepest_ = std::max(deepest_, depth);
+        add_found(*product.product, *last);
     }
 }
 
-const FoundSite * SiteMap::find(Site site, std::size_t layer) const noexcept {
-    for (const FoundSite & candidate : found_) {
-        if (candidate.site == site && static_cast<std::size_t>(candidate.layer) == layer) {
+const SiteNode * SiteMap::find(Place place) const noexcept {
+    for (const SiteNode & candidate : found_) {
+        if (candidate.site == place.site && candidate.layer == place.layer) {
             return &candidate;
         }
     }
     return nullptr;
 }
 
-int32_t SiteMap::residual_layer(const Tensor * node) const noexcept {
-    const std::size_t length = residual_base_.size();
-    if (length == 0 || std::strncmp(node->name, residual_base_.c_str(), length) != 0 || node->name[length] != '-') {
-        return -1;
-    }
-    int32_t layer = -1;
-    const char * rest = read_index(node->name + length + 1, layer);
-    return rest != nullptr && *rest == '\0' && static_cast<std::size_t>(layer) < n_layer_ ? layer : -1;
+std::optional<Place> SiteMap::recognise(const Tensor * node, bool products) const noexcept {
+    const std::optional<Place> residual = residual_place(node);
+    return residual || !products ? residual : product_place(node);
 }
 
-SiteMap::Place SiteMap::product_place(const Tensor * node) const noexcept {
+std::optional<Place> SiteMap::residual_place(const Tensor * node) const noexcept {
+    const std::size_t length = residual_base_.size();
+    if (length == 0 || std::strncmp(node->name, residual_base_.c_str(), length) != 0 || node->name[length] != '-') {
+        return std::nullopt;
+    }
+    std::size_t layer = 0;
+    const char * rest = read_index(node->name + length + 1, layer);
+    return rest != nullptr && *rest == '\0' && layer < n_layer_ ? std::optional(Place{Site::residual, layer})
+                                                                : std::nullopt;
+}
+
+std::optional<Place> SiteMap::product_place(const Tensor * node) const noexcept {
     for (int32_t depth = 0; depth <= deepest_ && node != nullptr; ++depth, node = node->src[0]) {
-        const Place place = multiplied(node);
-        if (place.layer >= 0) {
-            const auto & depths = depth_[static_cast<std::size_t>(place.site)];
-            const bool known = static_cast<std::size_t>(place.layer) < n_layer_;
-            return known && depths[static_cast<std::size_t>(place.layer)] == depth ? place : Place{};
+        if (const std::optional<Place> place = multiplied(node)) {
+            const bool known = place->layer < n_layer_ && depths_[place_index(*place, n_layer_)] == depth;
+            return known ? place : std::nullopt;
         }
         if (!continues(node)) {
-            return {};
+            return std::nullopt;
         }
     }
-    return {};
+    return std::nullopt;
 }
 
 }  // namespace pysteer

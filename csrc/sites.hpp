@@ -4,6 +4,7 @@
 
 #include <array>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -12,21 +13,20 @@
 
 namespace pysteer {
 
-// One (site, layer) as the probe found it.
-struct FoundSite {
+// The node of the probe graph that computes a place.
+struct SiteNode {
     Site site;
-    int32_t layer;
-    std::string node;     // the node's name in the probe graph
-    std::string backend;  // the buffer that holds it
+    std::size_t layer;
+    std::string node;     // its name
+    std::string backend;  // the buffer that holds its values
     bool on_host;
-    int64_t rows;
 };
 
-// The residual is where llama.cpp itself adds its control vector: during the probe, every control-vector tensor holds
-// its own layer index, so the ADD that reads it proves which node is which layer's output. Layer 0 has no control
-// vector; its output is the node with the same name and the suffix -0. The sites attention and mlp are the result of
-// the matrix product with blk.N.attn_output.weight or blk.N.ffn_down.weight, with its scale, LoRA and bias if the graph
-// has them.
+// The residual is where llama.cpp itself adds its control vector: during the probe every control-vector tensor holds
+// its own layer index, so the ADD that reads the tensor proves which node is which layer's output. Layer 0 has no
+// control vector; its output is the node with the same name and the suffix -0. The sites attention and mlp are the
+// result of the matrix product with blk.N.attn_output.weight or blk.N.ffn_down.weight, with the scale, LoRA and bias
+// that the graph has for it.
 class SiteMap {
   public:
     SiteMap(std::size_t n_layer, std::size_t n_embd) : n_layer_(n_layer), n_embd_(n_embd) {}
@@ -35,51 +35,50 @@ class SiteMap {
     void record(Tensor * node);
     void learn();
 
-    const std::vector<FoundSite> & found() const noexcept { return found_; }
-    const FoundSite * find(Site site, std::size_t layer) const noexcept;
+    const std::vector<SiteNode> & found() const noexcept { return found_; }
+    // Null if the graph does not have the place.
+    const SiteNode * find(Place place) const noexcept;
     // The control-vector tensor of a layer, or null. Owned by the llama_context.
     Tensor * resident(std::size_t layer) const noexcept {
         return layer < resident_.size() ? resident_[layer] : nullptr;
     }
     void forget_resident() noexcept { resident_.clear(); }
 
-    // The layer whose site this node is, or -1. Cheap: called for every node of every graph.
-    int32_t residual_layer(const Tensor * node) const noexcept;
-    // A site that is known by the weight it is computed with; layer -1 is none.
-    struct Place {
-        Site site = Site::attention;
-        int32_t layer = -1;
-    };
-    Place product_place(const Tensor * node) const noexcept;
+    // The place that a node computes; `products`: look for the sites attention and mlp, too. Cheap: called for every
+    // node of every graph.
+    std::optional<Place> recognise(const Tensor * node, bool products) const noexcept;
 
   private:
+    // A node of the probe graph.
     struct Node {
         Tensor * tensor;
         std::string name;
-        int32_t op;
         int64_t width;
-        int64_t rows;
         std::string backend;
         bool on_host;
         const Tensor * first_source;
-        int32_t vector_layer;  // the layer whose control vector this node adds, or -1
-        Tensor * vector;       // that control vector
-        Place product;         // the site whose product with a weight this is
+        std::optional<std::size_t> vector_layer;  // the layer whose control vector the node adds
+        Tensor * vector;                          // that control vector
+        std::optional<Place> product;             // the place whose product with a weight the node is
         bool continues_product;
     };
 
+    std::optional<std::size_t> marked_layer(const Tensor * vector) const;
+    void learn_residual_name();
     void learn_residual();
     void learn_products();
-    void add_found(Site site, int32_t layer, const Node & node);
+    void add_found(Place place, const Node & node);
+    std::optional<Place> residual_place(const Tensor * node) const noexcept;
+    std::optional<Place> product_place(const Tensor * node) const noexcept;
 
     std::size_t n_layer_;
     std::size_t n_embd_;
     std::vector<Node> nodes_;
-    std::vector<FoundSite> found_;
-    std::vector<Tensor *> resident_;
-    std::string residual_base_;  // "l_out" where the node is called l_out-N
-    // Per site and layer: how many scale/LoRA/bias nodes follow the product; -1: no such site.
-    std::array<std::vector<int32_t>, n_sites> depth_;
+    std::vector<SiteNode> found_;
+    std::vector<Tensor *> resident_;  // by layer
+    std::string residual_base_;       // "l_out" where the node is called l_out-N
+    // By place: how many scale, LoRA and bias nodes follow the product; -1: no product.
+    std::vector<int32_t> depths_;
     int32_t deepest_ = -1;
 };
 

@@ -1,0 +1,75 @@
+// The rows of a decode: which token of which sequence each is, where its sequence's plan acts, and which gates read.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "plan.hpp"
+#include "sequence.hpp"
+
+namespace pysteer {
+
+// Rows of a batch that follow each other in one sequence.
+struct RowRun {
+    enum Outputs : int32_t { none = 0, last = 1, every = 2 };
+    int32_t slot;      // the sequence's number in llama.cpp's batch
+    int64_t position;  // of the first token
+    int64_t count;
+    int32_t outputs;  // the rows whose logits are asked for
+};
+
+struct Row {
+    Sequence * sequence;  // null: not steered
+    int64_t position;
+};
+
+class Batch {
+  public:
+    // Makes room for a model; forgets the rows.
+    void resize(std::size_t n_layer);
+
+    // Takes the rows of a decode. `slots` are the sequences by their number. Throws std::invalid_argument for rows
+    // beyond a gate's next decision.
+    void assign(const RowRun * runs, std::size_t n_runs, const std::vector<std::shared_ptr<Sequence>> & slots);
+
+    const std::vector<Row> & rows() const noexcept { return rows_; }
+    // Indices of the rows whose logits are asked for, ascending.
+    const std::vector<int32_t> & output_rows() const noexcept { return output_rows_; }
+    // The gates that have something to read.
+    const std::vector<const Gate *> & gates() const noexcept { return gates_; }
+    bool reads_at(Place place) const noexcept;
+    // Whether a plan uses the sites attention or mlp.
+    bool uses_products() const noexcept { return uses_products_; }
+
+    // Flags by place_index(): some row may be steered there, given the decisions so far.
+    const std::vector<uint8_t> & active() const noexcept { return active_; }
+    bool active_at(Place place) const noexcept { return active_[place_index(place, n_layer_)] != 0; }
+    bool any_active() const noexcept;
+    // Flags by place_index(): the terms of some row name the place, whether they act or wait for a gate.
+    const std::vector<uint8_t> & planned() noexcept;
+
+    // A gate has decided: find the active places anew.
+    void take_decision() noexcept;
+    int64_t decisions_due() const noexcept { return decisions_due_; }
+
+  private:
+    void add_run(const RowRun & run, Sequence * sequence);
+    void find_active() noexcept;
+    // Calls visit(sequence, run) for each run of a steered sequence.
+    template <typename Visit>
+    void for_each_steered(Visit && visit) const;
+
+    std::size_t n_layer_ = 0;
+    std::vector<RowRun> runs_;
+    std::vector<Row> rows_;
+    std::vector<int32_t> output_rows_;
+    std::vector<const Gate *> gates_;
+    std::vector<uint8_t> active_;
+    std::vector<uint8_t> planned_;
+    int64_t decisions_due_ = 0;
+    bool uses_products_ = false;
+};
+
+}  // namespace pysteer

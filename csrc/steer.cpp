@@ -1,0 +1,94 @@
+#include "steer.hpp"
+
+#include <algorithm>
+
+#include "operators.hpp"
+
+namespace pysteer {
+
+void Steerer::resize(std::size_t n_embd) {
+    n_embd_ = n_embd;
+    sum_.assign(n_embd, 0.0f);
+    summed_for_ = nullptr;
+}
+
+void Steerer::reserve(const Plan & plan) {
+    factors_.resize(std::max(factors_.size(), plan.terms().size()));
+    summed_.resize(factors_.size());
+    scratch_.resize(std::max(scratch_.size(), plan.most_rows()));
+}
+
+bool Steerer::steer(const Sequence & sequence, int64_t position, Place place, float * values) noexcept {
+    switch (find_factors(sequence, position, place)) {
+        case Acts::not_at_all:
+            return false;
+        case Acts::by_additions:
+            sum_additions(sequence.plan(), place);
+            add(values, sum_.data(), n_embd_);
+            return true;
+        case Acts::by_operators:
+            apply_in_order(sequence.plan(), place, values);
+            return true;
+    }
+    return false;
+}
+
+const float * Steerer::addition(const Sequence & sequence, int64_t position, Place place) noexcept {
+    begin_node();
+    find_factors(sequence, position, place);
+    sum_additions(sequence.plan(), place);
+    return sum_.data();
+}
+
+Steerer::Acts Steerer::find_factors(const Sequence & sequence, int64_t position, Place place) noexcept {
+    const Plan & plan = sequence.plan();
+    const std::vector<Plan::Op> & ops = plan.ops(place);
+    const bool before_gate = plan.before_gate(place);
+    Acts acts = Acts::not_at_all;
+    for (std::size_t k = 0; k < ops.size(); ++k) {
+        factors_[k] = sequence.factor(ops[k].term, position, before_gate);
+        if (factors_[k] == 0.0f) {
+            continue;
+        }
+        const bool adds = plan.terms()[ops[k].term].op.sums();
+        acts = adds && acts != Acts::by_operators ? Acts::by_additions : Acts::by_operators;
+    }
+    return acts;
+}
+
+void Steerer::sum_additions(const Plan & plan, Place place) noexcept {
+    const auto count = static_cast<std::ptrdiff_t>(plan.ops(place).size());
+    if (summed_for_ == &plan && std::equal(factors_.begin(), factors_.begin() + count, summed_.begin())) {
+        return;
+    }
+    plan.sum(place, factors_.data(), sum_.data());
+    std::copy(factors_.begin(), factors_.begin() + count, summed_.begin());
+    summed_for_ = &plan;
+}
+
+void Steerer::apply_in_order(const Plan & plan, Place place, float * values) noexcept {
+    summed_for_ = nullptr;
+    const std::vector<Plan::Op> & ops = plan.ops(place);
+    bool pending = false;  // additions that follow each other are summed first, as llama.cpp's control vector is
+    for (std::size_t k = 0; k < ops.size(); ++k) {
+        if (factors_[k] == 0.0f) {
+            continue;
+        }
+        const Operator & op = plan.terms()[ops[k].term].op;
+        if (op.sums()) {
+            add_scaled(sum_.data(), !pending, factors_[k], ops[k].rows, n_embd_);
+            pending = true;
+            continue;
+        }
+        if (pending) {
+            add(values, sum_.data(), n_embd_);
+            pending = false;
+        }
+        apply(op, ops[k].rows, ops[k].n_rows, factors_[k], values, n_embd_, scratch_.data());
+    }
+    if (pending) {
+        add(values, sum_.data(), n_embd_);
+    }
+}
+
+}  // namespace pysteer

@@ -1,0 +1,45 @@
+// What one row undergoes at one place under its sequence's plan.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "plan.hpp"
+#include "sequence.hpp"
+#include "site.hpp"
+
+namespace pysteer {
+
+// Holds the buffers, and the last sum of directions: rows of one node mostly get the same.
+class Steerer {
+  public:
+    void resize(std::size_t n_embd);
+    // Makes room for a plan.
+    void reserve(const Plan & plan);
+
+    // The rows of another node follow, or those of another decode.
+    void begin_node() noexcept { summed_for_ = nullptr; }
+    // Steers the row of a token, n_embd values; returns whether the plan acts on it.
+    bool steer(const Sequence & sequence, int64_t position, Place place, float * values) noexcept;
+
+    // The sum of all that a plan of additions adds to the row of a token, n_embd values; valid until the next call.
+    const float * addition(const Sequence & sequence, int64_t position, Place place) noexcept;
+
+  private:
+    enum class Acts { not_at_all, by_additions, by_operators };
+
+    // Fills factors_ for a token.
+    Acts find_factors(const Sequence & sequence, int64_t position, Place place) noexcept;
+    void sum_additions(const Plan & plan, Place place) noexcept;
+    void apply_in_order(const Plan & plan, Place place, float * values) noexcept;
+
+    std::size_t n_embd_ = 0;
+    std::vector<float> factors_;         // of the ops at the place, for one row
+    std::vector<float> sum_;             // n_embd values
+    const Plan * summed_for_ = nullptr;  // whose additions are in sum_
+    std::vector<float> summed_;          // the factors that sum_ was made with
+    std::vector<double> scratch_;        // for low-rank maps
+};
+
+}  // namespace pysteer
