@@ -22,15 +22,16 @@ from __future__ import annotations
 import itertools
 import string
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import typer
-from gguf import GGUFWriter, LlamaFileType, TokenType
+from gguf import GGUFReader, GGUFWriter, LlamaFileType, TokenType
 from quantized import FTYPES, quantize
 
 Array = npt.NDArray[np.float16 | np.float32]
@@ -94,7 +95,7 @@ _COMMON = (
     "th he in er an re on at en nd ti es or te of ed is it al ar st the and ing "
     "▁t ▁a ▁th ▁the ▁s ▁w ▁o ▁of ▁to ▁in ▁is"
 )
-_CHAT_TEMPLATE = (
+CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
@@ -249,10 +250,39 @@ def _values(t: Tensor, dtype: str, seed: int, head: str) -> Array:
     return out
 
 
-def _vocabulary(n_vocab: int) -> tuple[list[bytes], list[float], list[int]]:
-    """Make a sentencepiece vocabulary: token texts, scores (higher merges first) and types."""
-    if n_vocab < _MIN_VOCAB:
-        raise ValueError(f"n_vocab must be at least {_MIN_VOCAB}, not {n_vocab}")
+@dataclass(frozen=True)
+class Vocabulary:
+    """The tokenizer of a model: token texts and types, and how texts are split into tokens."""
+
+    texts: list[bytes]
+    types: list[int]
+    scores: list[float] | None = None  # sentencepiece: higher merges first
+    merges: list[str] | None = None  # byte-level BPE
+    pre: str = "default"  # llama.cpp's name for the pattern that splits a text into words
+
+    def write(self, w: GGUFWriter) -> None:
+        """Write the tokenizer's metadata. BOS is token 1, EOS token 2."""
+        w.add_tokenizer_model("llama" if self.merges is None else "gpt2")
+        w.add_tokenizer_pre(self.pre)
+        w.add_token_list(self.texts)
+        w.add_token_types(self.types)
+        if self.scores is not None:
+            w.add_token_scores(self.scores)
+        if self.merges is not None:
+            w.add_token_merges(self.merges)
+        w.add_unk_token_id(0)
+        w.add_bos_token_id(1)
+        w.add_eos_token_id(2)
+        w.add_pad_token_id(0)  # transformers' Phi-3 would otherwise pad with token 32000
+        w.add_add_bos_token(self.merges is None)
+        w.add_add_space_prefix(False)  # a prefix would not survive the round trip
+
+
+def _synthetic_vocabulary(n_vocab: int, control: Sequence[str]) -> Vocabulary:
+    """Make a sentencepiece vocabulary that ends in the control tokens given."""
+    least = _MIN_VOCAB + len(control)
+    if n_vocab < least:
+        raise ValueError(f"n_vocab must be at least {least}, not {n_vocab}")
     letters = string.ascii_lowercase
     runs = (
         start + "".join(run)
@@ -263,18 +293,39 @@ def _vocabulary(n_vocab: int) -> tuple[list[bytes], list[float], list[int]]:
     # A piece is only reached by joining shorter ones, so the letters come first.
     normal: dict[str, None] = {}  # as an ordered set
     for piece in itertools.chain("▁" + letters, _COMMON.split(), runs):
-        if len(normal) == n_vocab - _MIN_VOCAB + 1:
+        if len(normal) == n_vocab - least + 1:
             break
         normal[piece] = None
-    texts = [*_CONTROL, *(f"<0x{byte:02X}>" for byte in range(256)), *normal]
+    texts = [*_CONTROL, *(f"<0x{byte:02X}>" for byte in range(256)), *normal, *control]
     types = [TokenType.UNKNOWN] + [TokenType.CONTROL] * (len(_CONTROL) - 1)
     types += [TokenType.BYTE] * 256 + [TokenType.NORMAL] * len(normal)
+    types += [TokenType.CONTROL] * len(control)
     scores = [0.0] * (len(_CONTROL) + 256) + [-float(i) for i in range(len(normal))]
-    return [text.encode() for text in texts], scores, [int(kind) for kind in types]
+    scores += [0.0] * len(control)
+    return Vocabulary([text.encode() for text in texts], [int(kind) for kind in types], scores)
+
+
+@cache
+def _vocabulary_of(path: Path) -> Vocabulary:
+    fields = GGUFReader(path).fields
+
+    def contents(name: str) -> Any:
+        return fields[f"tokenizer.ggml.{name}"].contents()
+
+    texts = [text.encode() for text in contents("tokens")]
+    return Vocabulary(texts, contents("token_type"), merges=contents("merges"), pre=contents("pre"))
+
+
+def _copied_vocabulary(path: Path, control: Sequence[str]) -> Vocabulary:
+    """Read the byte-level vocabulary of a model, and add control tokens at its end."""
+    found = _vocabulary_of(path)
+    added = [text.encode() for text in control]
+    types = [*found.types, *[int(TokenType.CONTROL)] * len(added)]
+    return replace(found, texts=[*found.texts, *added], types=types)
 
 
 def _metadata(w: GGUFWriter, fam: Family, d: Dims, dtype: str) -> None:
-    """Write the model's hyperparameters and its tokenizer."""
+    """Write the model's hyperparameters."""
     w.add_file_type(LlamaFileType.MOSTLY_F16 if dtype == "F16" else LlamaFileType.ALL_F32)
     w.add_context_length(d.n_ctx)
     w.add_embedding_length(d.n_embd)
@@ -308,22 +359,10 @@ def _metadata(w: GGUFWriter, fam: Family, d: Dims, dtype: str) -> None:
         w.add_attn_logit_softcapping(50.0)
         w.add_final_logit_softcapping(30.0)
 
-    texts, scores, types = _vocabulary(d.n_vocab)
-    w.add_tokenizer_model("llama")  # every architecture takes a sentencepiece vocabulary
-    w.add_tokenizer_pre("default")
-    w.add_token_list(texts)
-    w.add_token_scores(scores)
-    w.add_token_types(types)
-    w.add_unk_token_id(0)
-    w.add_bos_token_id(1)
-    w.add_eos_token_id(2)
-    w.add_pad_token_id(0)  # transformers' Phi-3 would otherwise pad with token 32000
-    w.add_add_bos_token(True)
-    w.add_add_space_prefix(False)  # a prefix would not survive the round trip
-    w.add_chat_template(_CHAT_TEMPLATE)
 
-
-def _write(path: Path, arch: str, d: Dims, dtype: str, seed: int) -> Path:
+def _write(
+    path: Path, arch: str, d: Dims, dtype: str, seed: int, vocabulary: Vocabulary, template: str
+) -> Path:
     """Write the file, holding one tensor at a time in memory."""
     if dtype not in ("F32", "F16"):
         raise ValueError(f"dtype must be F32 or F16, not {dtype!r}")
@@ -332,6 +371,9 @@ def _write(path: Path, arch: str, d: Dims, dtype: str, seed: int) -> Path:
     w = GGUFWriter(path, arch)
     w.add_name("random weights")  # transformers needs a name; llama.cpp reacts to "phi3" in it
     _metadata(w, fam, d, dtype)
+    vocabulary.write(w)
+    if template:
+        w.add_chat_template(template)
     tensors = list(_tensors(fam, d))
     for t in tensors:
         kind = np.dtype(_numpy_type(t, dtype))
@@ -355,16 +397,27 @@ def write_tiny(
     n_vocab: int = 320,
     dtype: str = "F32",
     seed: int = 0,
+    chat_template: str = CHAT_TEMPLATE,
+    control: list[str] | None = None,
+    vocabulary_of: Path | None = None,
 ) -> Path:
     """Write a tiny model of one of ``FAMILIES``, 4 heads wide, with a context of 1024 tokens.
 
     ``n_embd`` must be a multiple of 32 (which Q8_0 needs), and of 256 for K-quants.
+
+    ``chat_template`` is Jinja; "" leaves it out. ``control`` are more control tokens, at the end of
+    the vocabulary. ``vocabulary_of`` is a GGUF model whose byte-level vocabulary is copied;
+    ``n_vocab`` then counts for nothing.
     """
     if family not in _TABLE:
         raise ValueError(f"unknown family {family!r}; known: {', '.join(FAMILIES)}")
     if n_layer < 1 or n_embd < 32 or n_embd % 32:
         raise ValueError(f"n_layer {n_layer} must be >= 1, n_embd {n_embd} a multiple of 32")
     fam = _TABLE[family]
+    if vocabulary_of is None:
+        vocabulary = _synthetic_vocabulary(n_vocab, control or [])
+    else:
+        vocabulary = _copied_vocabulary(vocabulary_of, control or [])
     dims = Dims(
         n_layer=n_layer,
         n_embd=n_embd,
@@ -372,10 +425,10 @@ def write_tiny(
         n_head=4,
         n_kv=2 if fam.grouped else 4,
         head_dim=fam.head_dim or n_embd // 4,
-        n_vocab=n_vocab,
+        n_vocab=len(vocabulary.texts),
         n_ctx=1024,
     )
-    return _write(path, family, dims, dtype, seed)
+    return _write(path, family, dims, dtype, seed, vocabulary, chat_template)
 
 
 def write_bench(path: Path, *, shape: str = "1.1b", seed: int = 0) -> Path:
@@ -387,7 +440,8 @@ def write_bench(path: Path, *, shape: str = "1.1b", seed: int = 0) -> Path:
         raise ValueError(f"unknown shape {shape!r}; known: {', '.join(BENCH_SHAPES)}")
     n_layer, n_embd, n_ff, n_head, n_kv = BENCH_SHAPES[shape]
     dims = Dims(n_layer, n_embd, n_ff, n_head, n_kv, n_embd // n_head, 32_000, 4096)
-    return _write(path, "llama", dims, "F16", seed)
+    vocabulary = _synthetic_vocabulary(dims.n_vocab, [])
+    return _write(path, "llama", dims, "F16", seed, vocabulary, CHAT_TEMPLATE)
 
 
 app = typer.Typer(add_completion=False, help="Write random-weight GGUF models.")

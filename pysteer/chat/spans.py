@@ -8,9 +8,9 @@ space from some messages and not from others.
    "user" (in a content of parts: of each part with text).
 2. The tokens that these renderings have in common at their start and at their end are the
    template's (and those of the other messages).
-3. The message's tokens are the rest of the prompt. A token in which the tokenizer has joined the
-   template's last characters to the message's first, or the message's last to the template's next,
-   belongs to the message.
+3. The message's tokens are the rest of the prompt. Where the tokenizer joins characters of template
+   and message, the template's last tokens before the message or first ones after it are not those
+   of the other renderings; the tokens from the first difference on belong to the message.
 
 Without a user message, and where that message is empty or is not rendered, the whole prompt stands
 for the message.
@@ -27,9 +27,14 @@ from pysteer.chat.messages import Message, replace_user_text
 Span: TypeAlias = tuple[int, int]
 """Token range [start, stop)."""
 
-SENTINELS = ("Hello", "why 7?", "(so it is)")
-"""Messages that share no character, hence no token, at either end. Two would do; the third is for
-vocabularies that have one token for all that they do not know."""
+SENTINELS = ("1 and 2", "3 or 4", "5 not 6")
+"""Messages whose first characters differ, and so do the last, hence the tokens at either end.
+Digits, because hardly a tokenizer joins them to the spaces, line breaks and punctuation around a
+message. Two messages would do; the third is for vocabularies with one token for all unknown words.
+"""
+
+_SEAM = 8
+"""Tokens of the template next to the message that the message may change."""
 
 
 class TemplateEnds(NamedTuple):
@@ -82,17 +87,12 @@ def message_span(prompt: Sequence[int], ends: TemplateEnds | None) -> Span:
     Returns:
         the whole prompt where `ends` is None, or where nothing is left between the ends.
     """
-    whole = 0, len(prompt)
-    if ends is None:
-        return whole
-    before, after = ends
-    start, stop = min(len(before), len(prompt)), max(len(prompt) - len(after), 0)
-    # Where a token joins template and message, the template's nearest tokens are not in the prompt.
-    while start > 0 and prompt[start - 1] != before[start - 1]:
-        start -= 1
-    while stop < len(prompt) and prompt[stop] != after[stop - len(prompt)]:
-        stop += 1
-    return (start, stop) if start < stop else whole
+    if ends is not None:
+        start = _n_template(prompt, ends.before)
+        stop = len(prompt) - _n_template(prompt[::-1], ends.after[::-1])
+        if start < stop:
+            return start, stop
+    return 0, len(prompt)
 
 
 def pooled_span(pooling: str, message: Span, n_prompt: int) -> Span:
@@ -116,6 +116,16 @@ def shared_start(sequences: Sequence[Sequence[int]]) -> int:
     """Return how many tokens all of the sequences begin with."""
     columns = zip(*sequences, strict=False)
     return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+
+
+def _n_template(prompt: Sequence[int], template: Sequence[int]) -> int:
+    """Return how many tokens at the start of a prompt are the template's.
+
+    Only the last `_SEAM` are compared, so that a template that writes the date may write another.
+    """
+    n = min(len(prompt), len(template))
+    seam = range(min(max(len(template) - _SEAM, 0), n), n)
+    return next((i for i in seam if prompt[i] != template[i]), n)
 
 
 # ---- the search that serving uses until it renders ---------------------------------------------

@@ -11,9 +11,11 @@ from typing import Any
 import llama_cpp
 import numpy as np
 import numpy.typing as npt
-from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
+from pysteer.chat.handler import rendered_prompt
+from pysteer.chat.messages import user_message
 from pysteer.chat.spans import shared_start
+from pysteer.chat.template import chooses_format, has_template
 from pysteer.errors import SteeringError
 from pysteer.extract.capture import (
     Row,
@@ -73,24 +75,9 @@ class LlamaCapture:
             raise SteeringError(f"{model_path}: {error}; is it a GGUF model?") from None
         self._path = Path(model_path)
         self._identity = file_identity(self._path)
-        self._formatter = self._chat_formatter()
-        if self._formatter is None:
+        self._rendered = has_template(self.llm) or chooses_format(llama_arguments)
+        if not self._rendered:
             _log.warning("%s has no chat template; prompts are taken as they are", model_path)
-
-    def _chat_formatter(self) -> Jinja2ChatFormatter | None:
-        template = self.llm.metadata.get("tokenizer.chat_template")
-        if not template:
-            return None
-        vocabulary = llama_cpp.llama_model_get_vocab(self.llm.model)
-
-        def text(token: int) -> str:
-            return "" if token < 0 else llama_cpp.llama_vocab_get_text(vocabulary, token).decode()
-
-        return Jinja2ChatFormatter(
-            template=template,
-            eos_token=text(self.llm.token_eos()),
-            bos_token=text(self.llm.token_bos()),
-        )
 
     def close(self) -> None:
         """Free the model."""
@@ -124,14 +111,13 @@ class LlamaCapture:
     @property
     def has_chat_template(self) -> bool:
         """Whether prompts are put into a chat template."""
-        return self._formatter is not None
+        return self._rendered
 
     def prompt_tokens(self, prompt: str) -> Tokens:
         """A user's message in the chat template, up to where the response starts."""
-        if self._formatter is None:
+        if not self._rendered:
             return tuple(self.llm.tokenize(prompt.encode()))
-        text = self._formatter(messages=[{"role": "user", "content": prompt}]).prompt
-        return tuple(self.llm.tokenize(text.encode(), add_bos=False, special=True))
+        return tuple(rendered_prompt(self.llm, {"messages": [user_message(prompt)]}))
 
     def response_tokens(self, text: str) -> Tokens:
         """Text as it continues a prompt."""

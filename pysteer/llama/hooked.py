@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pysteer import _native
+from pysteer.chat.template import chooses_format, use_own_template
 from pysteer.errors import HookError, SteeringError
 from pysteer.pack.pack import BaseModel
 from pysteer.pack.vector import SITES
@@ -96,6 +97,7 @@ class HookedLlama(llama_cpp.Llama):
 
     Takes every argument of `llama_cpp.Llama`. Safe to create from several threads at once. One
     instance serves one thread at a time; `close()` from another thread waits for the running step.
+    Chats are rendered by the model's own template, unless `chat_format` or `chat_handler` is given.
 
     Args:
         model_path: a GGUF model.
@@ -122,6 +124,8 @@ class HookedLlama(llama_cpp.Llama):
         self._step_lock = threading.RLock()
         self._closed = False
         super().__init__(os.fspath(model_path), **llama_arguments)
+        if not chooses_format(llama_arguments):
+            use_own_template(self)
         # The context holds the hook's address; tie their lives together.
         setattr(self._ctx, "_pysteer_hook", self._hook)  # noqa: B010
         self._n_layer = int(llama_cpp.llama_model_n_layer(self._model.model))
