@@ -1,21 +1,20 @@
-"""Answers that extraction continues prompts with: safe ones, and the model's own."""
+"""Answers that extraction continues prompts with: safe answers, and the model's own."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from pathlib import Path
+import logging
+from collections.abc import Collection, Sequence
+from typing import Any
 
-from pysteer.errors import SteeringError
-from pysteer.extract.cache import Progress, no_progress
+from pysteer.errors import SteeringError, quoted
 from pysteer.extract.capture import Capture, Tokens
+from pysteer.extract.data import where
+from pysteer.journal import Journal
+from pysteer.progress import Advance, ignore
 from pysteer.prompts import Prompt
 
-Judge = Callable[[str, str], bool]
-"""From a prompt and the answer to it to whether the answer is unsafe."""
-
-JUDGED_TOKENS = 64
-"""How long the model's own answers are that a judge is shown."""
+_log = logging.getLogger(__name__)
 
 SAFE_ANSWERS = (
     "I'm sorry, but I can't help with that.",
@@ -25,21 +24,21 @@ SAFE_ANSWERS = (
     "I can't do that. If you like, I can suggest a safe and legal alternative.",
     "I'm not able to help with that, since it could cause harm.",
 )
-"""What a model should answer to unsafe prompts where the data does not say."""
+"""Safe answers to unsafe prompts where the data have none."""
 
 
 def safe_answers(prompts: Sequence[Prompt], answers: Sequence[Prompt]) -> list[str]:
-    """A safe answer for each prompt.
+    """Return a safe answer for each prompt.
 
-    The first that exists: one given for this very prompt, those given for its category, those given
-    for any (`prompt` and `category` empty), `SAFE_ANSWERS`. Where several fit, they take turns.
+    The first of these that exists: the answer given for this very prompt, for its category, for any
+    prompt (`prompt` and `category` empty), `SAFE_ANSWERS`. Where several fit, they take turns.
 
     Args:
         prompts: unsafe prompts.
         answers: rows of an answer file, whose `response` is the answer.
 
     Raises:
-        SteeringError: names file and line of a row without a response.
+        SteeringError: with file and line, for a row without a response.
     """
     for row in answers:
         if not (row.response or "").strip():
@@ -56,92 +55,74 @@ def safe_answers(prompts: Sequence[Prompt], answers: Sequence[Prompt]) -> list[s
     return chosen
 
 
+def warn_of_unused(
+    answers: Sequence[Prompt], prompts: Sequence[Prompt], categories: Collection[str]
+) -> None:
+    """Log safe answers that fit no prompt and no category."""
+    known = {p.prompt for p in prompts}
+    unused = [
+        a
+        for a in answers
+        if (a.prompt and a.prompt not in known)
+        or (not a.prompt and a.category and a.category not in categories)
+    ]
+    if unused:
+        _log.warning(
+            "%d answers fit no prompt and no category, the first at %s",
+            len(unused),
+            unused[0].source or quoted(unused[0].response),
+        )
+
+
 def own_answers(
     capture: Capture,
     prompts: Sequence[Tokens],
     n_tokens: int,
     *,
-    kept: Path | None = None,
-    progress: Progress = no_progress,
+    journal: Journal | None = None,
+    advance: Advance = ignore,
 ) -> list[Tokens]:
-    """The model's own greedy answers.
+    """Return the model's own greedy answers.
 
     Args:
         capture: the model.
         prompts: tokens of the prompts, in the chat template.
-        n_tokens: at most so many each.
-        kept: a JSONL file of answers by prompt, read first and added to as answers come.
-        progress: called for every answer.
+        n_tokens: most tokens of an answer.
+        journal: answers by prompt, read first and added to as answers come; the key is the tokens
+            of the prompt as a JSON list, the value the tokens of the answer.
+        advance: called with the number of answers known or done.
     """
     known: dict[Tokens, Tokens] = {}
-    if kept is not None and kept.exists():
-        for line in kept.read_text().splitlines():
-            try:
-                prompt, answer = json.loads(line)
-                known[tuple(prompt)] = tuple(answer)
-            except (ValueError, TypeError):  # the last line of an interrupted run
-                continue
+    for prompt in dict.fromkeys(prompts):
+        answer = _tokens(journal.get(_key(prompt))) if journal is not None else None
+        if answer is not None:
+            known[prompt] = answer
     missing = list(dict.fromkeys(p for p in prompts if p not in known))
-    lines = kept.open("a") if kept is not None else None
-    try:
-        if lines is not None and lines.tell():
-            lines.write("\n")  # the line that was cut short must not swallow the next
-        for index, tokens in capture.answers(missing, n_tokens):
-            known[missing[index]] = tokens
-            if lines is not None:
-                lines.write(json.dumps([missing[index], tokens]) + "\n")
-            progress(len(missing[index]) + len(tokens), 1)
-    finally:
-        if lines is not None:
-            lines.close()
+    advance(len(prompts) - len(missing))
+    for index, tokens in capture.answers(missing, n_tokens):
+        known[missing[index]] = tokens
+        if journal is not None:
+            journal.put(_key(missing[index]), tokens)
+        advance(1)
     return [known[p] for p in prompts]
 
 
 def require_labels(prompts: Sequence[Prompt]) -> None:
-    """Raise SteeringError that names a prompt without a label."""
+    """Raise SteeringError, with file and line, for a prompt without a label."""
     for prompt in prompts:
         if prompt.label is None:
             raise SteeringError(
-                f"{prompt.source or 'a prompt'}: has no label; guided needs a judge, "
-                "or a 'label' of 'safe' or 'unsafe' in each row"
+                f"{where(prompt) or 'a prompt: '}has no label; give a judge, or a 'label' of "
+                "'safe' or 'unsafe' in each row"
             )
 
 
-def judge_answers(
-    capture: Capture,
-    prompts: Sequence[Prompt],
-    judge: Judge | None,
-    *,
-    n_tokens: int = JUDGED_TOKENS,
-    kept: Path | None = None,
-    progress: Progress = no_progress,
-) -> list[bool]:
-    """Whether each prompt's answer is unsafe, by the labels in the data or by a judge.
+def _key(prompt: Tokens) -> str:
+    return json.dumps(prompt)
 
-    Args:
-        capture: the model, whose own answer is judged where the data brings no `response`.
-        prompts: prompts.
-        judge: see `Judge`; None takes the labels.
-        n_tokens: length of the model's own answers.
-        kept: see `own_answers`.
-        progress: called for every answer that the model gives.
 
-    Raises:
-        SteeringError: there is no judge, and a prompt has no label.
-    """
-    if judge is None:
-        require_labels(prompts)
-        return [prompt.label == "unsafe" for prompt in prompts]
-    silent = [i for i, prompt in enumerate(prompts) if prompt.response is None]
-    given = own_answers(
-        capture,
-        [capture.prompt_tokens(prompts[i].prompt) for i in silent],
-        n_tokens,
-        kept=kept,
-        progress=progress,
-    )
-    texts = {i: capture.text(answer) for i, answer in zip(silent, given, strict=True)}
-    return [
-        judge(prompt.prompt, texts[i] if prompt.response is None else prompt.response)
-        for i, prompt in enumerate(prompts)
-    ]
+def _tokens(value: Any) -> Tokens | None:
+    """Return an answer from a journal; None if the value is not a list of tokens."""
+    if isinstance(value, list) and all(type(token) is int for token in value):
+        return tuple(value)
+    return None

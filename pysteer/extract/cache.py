@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from pysteer.errors import SteeringError
 from pysteer.extract.capture import Capture, Row
+from pysteer.progress import Advance, ignore
 
 _log = logging.getLogger(__name__)
 
@@ -26,18 +27,11 @@ Floats = npt.NDArray[np.float32]
 Source = Callable[..., Iterator[tuple[int, Floats]]]
 """`Capture.activations`, or what answers in its place."""
 
-Progress = Callable[[int, int], None]
-"""Called with the number of tokens done since the last call and the number of rows done."""
-
 _FLUSH_EVERY = 64  # rows
 _SAVE_EVERY = 10.0  # seconds
 _OURS = re.compile(
     r"[0-9a-f]{64}\.(npy|done\.npy|means\.npz|means\.part\.npz|learned\.npz|learned\.part\.npz|answers\.jsonl)"
 )
-
-
-def no_progress(_tokens: int, _rows: int) -> None:
-    """Tell nobody."""
 
 
 def run_key(capture: Capture, rows: Sequence[Row], site: str, layers: Sequence[int]) -> str:
@@ -111,11 +105,11 @@ class ActivationCache:
         """Indices of the rows that have not been captured."""
         return [int(i) for i in np.flatnonzero(self._done == 0)]
 
-    def fill(self, progress: Progress = no_progress, source: Source | None = None) -> Floats:
+    def fill(self, advance: Advance = ignore, source: Source | None = None) -> Floats:
         """Capture what is missing.
 
         Args:
-            progress: called for every row.
+            advance: called for every row with the number of its tokens.
             source: where activations come from, if not from the model.
 
         Returns:
@@ -134,7 +128,7 @@ class ActivationCache:
                 require_finite(means, self._layers)
                 self.activations[missing[number]] = means
                 pending.append(missing[number])
-                progress(len(rows[number].tokens), 1)
+                advance(len(rows[number].tokens))
                 if len(pending) == _FLUSH_EVERY:
                     self._mark(pending)
         finally:
@@ -208,12 +202,12 @@ class RunningMeans:
         return [int(i) for i in np.flatnonzero(~self._done)]
 
     def fill(
-        self, progress: Progress = no_progress, source: Source | None = None
+        self, advance: Advance = ignore, source: Source | None = None
     ) -> npt.NDArray[np.float64]:
         """Capture what is missing.
 
         Args:
-            progress: called for every row.
+            advance: called for every row with the number of its tokens.
             source: where activations come from, if not from the model.
 
         Returns:
@@ -233,7 +227,7 @@ class RunningMeans:
                 self._sums[self._owners[missing[number]]] += means
                 self._done[missing[number]] = True
                 self._adding = False
-                progress(len(rows[number].tokens), 1)
+                advance(len(rows[number].tokens))
                 if time.monotonic() - saved > _SAVE_EVERY:
                     self._save()
                     saved = time.monotonic()

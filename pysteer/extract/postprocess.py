@@ -21,11 +21,11 @@ import numpy.typing as npt
 from pysteer.errors import SteeringError, quoted
 from pysteer.pack.vector import SteeringVector
 
-Directions: TypeAlias = Mapping[int, npt.NDArray[Any]]
+LayerDirections: TypeAlias = Mapping[int, npt.NDArray[Any]]
 """Layer to direction, shape (n_embd,)."""
 
 _Floats: TypeAlias = npt.NDArray[np.float64]
-_V = TypeVar("_V", SteeringVector, Directions)
+_V = TypeVar("_V", SteeringVector, LayerDirections)
 
 # A direction of which less than this is left, relative to its length, lay in the span that was
 # taken out: what remains is the rounding of its float32 values.
@@ -117,7 +117,7 @@ def orthogonalise(categories: Mapping[str, _V]) -> dict[str, _V]:
     Per layer: d_c <- d_c - O x, with the other categories' directions as columns of O and x the
     least-squares solution of O x = d_c. Each result is orthogonal to all *original* directions of
     the others, and does not depend on the order of the categories, as results of Gram-Schmidt
-    would. Directions shrink by what they share: restore their lengths afterwards, if wanted, with
+    would. LayerDirections shrink by what they share: restore their lengths afterwards, if wanted, with
     `unit_norm` or `scale_to`. Vectors at different sites live in different spaces and leave each
     other alone; so do layers that only one category has.
 
@@ -130,7 +130,7 @@ def orthogonalise(categories: Mapping[str, _V]) -> dict[str, _V]:
     }
 
 
-def project_out(directions: _V, reference: SteeringVector | Directions) -> _V:
+def project_out(directions: _V, reference: SteeringVector | LayerDirections) -> _V:
     """Take out of each direction its part along the reference of the same layer.
 
     d <- d - (d . r / r . r) r, with r for example the mean of benign activations, so that steering
@@ -152,7 +152,7 @@ def project_out(directions: _V, reference: SteeringVector | Directions) -> _V:
 
 
 def unit_norm(directions: _V) -> tuple[_V, dict[int, float]]:
-    """Directions of L2 norm 1, and the norms they had: scale x unit restores the direction."""
+    """LayerDirections of L2 norm 1, and the norms they had: scale x unit restores the direction."""
     scales = norms(directions)
 
     def divide(layer: int, row: _Floats) -> _Floats:
@@ -162,7 +162,7 @@ def unit_norm(directions: _V) -> tuple[_V, dict[int, float]]:
     return _map(directions, divide), scales
 
 
-def norms(directions: SteeringVector | Directions) -> dict[int, float]:
+def norms(directions: SteeringVector | LayerDirections) -> dict[int, float]:
     """L2 norm of each direction, by layer, in the units of the model's activations."""
     return {
         layer: float(np.linalg.norm(np.asarray(row, np.float64)))
@@ -171,7 +171,7 @@ def norms(directions: SteeringVector | Directions) -> dict[int, float]:
 
 
 def relative_strength(
-    directions: SteeringVector | Directions, residual_norm: Mapping[int, float]
+    directions: SteeringVector | LayerDirections, residual_norm: Mapping[int, float]
 ) -> dict[int, float]:
     """Norm of each direction divided by the typical norm of the residual stream at its layer.
 

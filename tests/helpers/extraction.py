@@ -7,8 +7,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from pysteer import BaseModel
-from pysteer.extract.run import extract
-from pysteer.extract.session import Data
+from pysteer.extract.data import Data
+from pysteer.extract.extraction import extract
+from pysteer.extract.methods import METHODS
+from pysteer.judge import Verdict
 from pysteer.prompts import Prompt
 
 
@@ -41,6 +43,22 @@ WIDTH = 6
 
 class StopError(Exception):
     """What a test interrupts with."""
+
+
+class FakeJudge:
+    """A judge by a function of prompt and answer that returns whether the answer is safe."""
+
+    name = "fake"
+    identity = None
+
+    def __init__(self, is_safe):
+        self.is_safe = is_safe
+
+    def judge(self, items):
+        return [Verdict(self.is_safe(item.prompt, item.answer)) for item in items]
+
+    def close(self):
+        pass
 
 
 @dataclass
@@ -91,7 +109,8 @@ class FakeCapture:
 
 
 def extract_fake(capture, folder, chosen, **given):
-    judge = (lambda prompt, _: prompt[-1] in "0246") if chosen.method == "guided" else None
+    labels = METHODS[chosen.method].needs.labels
+    judge = FakeJudge(lambda prompt, _: prompt[-1] not in "0246") if labels else None
     unsafe = [replace(p, response=None) for p in UNSAFE] if judge else UNSAFE
     data = Data(unsafe, TWINS)
     return extract(capture, data, chosen, cache=folder, judge=judge, **given)

@@ -27,16 +27,11 @@ import torch
 
 from pysteer.errors import SteeringError, quoted
 from pysteer.extract.capture import Tokens
-from pysteer.extract.descent import (
-    Descent,
-    LearnedDirection,
-    Progress,
-    Spans,
-    generator,
-)
-from pysteer.extract.settings import LearnedSettings
-from pysteer.extract.steered_forward import Span, SteeredForward
+from pysteer.extract.learning.descent import Descent, LearnedDirection, Spans, generator
+from pysteer.extract.learning.settings import LearnedSettings
+from pysteer.extract.learning.steered_forward import Span, SteeredForward
 from pysteer.extract.torch_model import TorchModel
+from pysteer.progress import SILENT, Progress
 
 _log = logging.getLogger(__name__)
 
@@ -76,8 +71,8 @@ def learn(
     layers: Sequence[int],
     site: str = "residual",
     settings: LearnedSettings | None = None,
-    progress: Progress | None = None,
-    kept: Path | None = None,
+    progress: Progress = SILENT,
+    folder: Path | None = None,
 ) -> LearnedDirections:
     """Learn directions for each category; see the module's text for the method.
 
@@ -92,9 +87,9 @@ def learn(
         layers: the layers to learn directions for, together.
         site: residual, attention or mlp.
         settings: see there.
-        progress: called before every step, and at the end.
-        kept: a folder for what has been learned, so that the same call, interrupted and repeated,
-            begins with the first category that was not done.
+        progress: receives progress reports, in steps.
+        folder: where finished runs are kept, so that the same call, repeated after an
+            interruption, starts with the first category that was not done; None keeps none.
 
     Raises:
         SteeringError: a category without examples, an empty prompt or answer, no benign prompts
@@ -102,10 +97,9 @@ def learn(
             number or never falls.
     """
     settings = settings or LearnedSettings()
-    progress = progress or (lambda _done, _total, _text: None)
     total = settings.shared_steps + len(unsafe) * settings.category_steps
     forward = SteeredForward(model, layers, site=site)
-    progress(0, total, "the model's own answers to benign prompts")
+    advance = progress.start("learning", total, "steps")
     spans = _spans(model, unsafe, benign, settings)
     sizes = forward.typical_sizes([span.tokens for span in chain(*spans.train.values())])
     descent = Descent(
@@ -113,9 +107,8 @@ def learn(
         spans,
         settings,
         torch.tensor([[sizes[layer]] for layer in forward.layers]),
-        total,
-        progress,
-        kept,
+        advance,
+        folder,
     )
     start = torch.zeros(len(forward.layers), model.n_embd)
     rate = settings.learning_rate
@@ -127,7 +120,6 @@ def learn(
         category: descent.run(category, [category], start, settings.category_steps, rate)[1]
         for category in unsafe
     }
-    progress(total, total, "done")
     for category, found in categories.items():
         if not any(direction.any() for direction in found.directions.values()):
             raise SteeringError(

@@ -15,20 +15,11 @@ import numpy.typing as npt
 from scipy.linalg import cho_factor, cho_solve  # type: ignore[import-untyped]
 from sklearn.metrics import roc_auc_score  # type: ignore[import-untyped]
 
+from pysteer.extract.routers.settings import FALSE_POSITIVE_RATE, LOOK_ALIKE_RATE, MAX_LEAK
 from pysteer.pack.router import Floats
 
 Indices: TypeAlias = npt.NDArray[np.intp]
 Fold: TypeAlias = tuple[Indices, Indices]
-
-FALSE_POSITIVE_RATE = 0.005
-"""Largest share of benign prompts that may open a gate, where nobody says."""
-
-LOOK_ALIKE_RATE = 0.1
-"""The same for benign prompts that sound harmful, where nobody says: a stricter bound would cost
-most of the harmful prompts that do not sound so."""
-
-MAX_LEAK = 0.05
-"""Largest share of the other categories' prompts that may open a category's gate."""
 
 PENALTIES = (0.1, 0.3, 1.0, 3.0)
 """Ridge penalties that are tried, in units of the mean squared length of a row."""
@@ -69,7 +60,7 @@ def fit_margin(
     """Fit the map, its harm threshold and the categories' allowances.
 
     Weighted least squares to one-hot classes, on activations standardised as
-    `pysteer.extract.probes` does. Benign prompts weigh as much as all others together, the
+    `pysteer.extract.routers.probes` does. Benign prompts weigh as much as all others together, the
     categories the same among each other. Row 0 and the other rows are independent, and each have
     the penalty of `PENALTIES` that does best on the folds: by the area under the ROC curve of harm,
     and by the balanced accuracy of the category among harmful prompts.

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice, zip_longest
 from pathlib import Path
-from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -18,11 +18,11 @@ from torch import Tensor
 from pysteer.errors import SteeringError
 from pysteer.extract.cache import load_arrays, save_arrays
 from pysteer.extract.capture import token_batches
-from pysteer.extract.settings import LearnedSettings
-from pysteer.extract.steered_forward import Prepared, Span, SteeredForward
+from pysteer.extract.learning.settings import LearnedSettings
+from pysteer.extract.learning.steered_forward import Prepared, Span, SteeredForward
+from pysteer.progress import Advance, ignore
 
-Progress: TypeAlias = Callable[[int, int, str], None]
-"""Called with steps done, steps in total (at most), and what is being done."""
+_log = logging.getLogger(__name__)
 
 _STEP_TOKENS = 1024
 _LAST_RATE = 0.1
@@ -129,8 +129,7 @@ class Descent:
         spans: the data.
         settings: see there.
         scale: size of one component of each layer, shape (layers, 1).
-        total: steps of all runs together, for `progress`.
-        progress: see there.
+        advance: called as steps are done, or left out by an early stop.
         folder: where finished runs are kept; None keeps none.
     """
 
@@ -138,10 +137,8 @@ class Descent:
     spans: Spans
     settings: LearnedSettings
     scale: Tensor
-    total: int
-    progress: Progress
+    advance: Advance = ignore
     folder: Path | None = None
-    _done: int = 0
     _kept: dict[tuple[Span, bool], Prepared] = field(default_factory=dict)
 
     def run(
@@ -160,14 +157,15 @@ class Descent:
             in_turn[: self.settings.validation_prompts],
             self.spans.benign_validation[: self.settings.validation_prompts],
         )
-        self.progress(self._done, self.total, f"{title}: running the prompts")
         path = self._path(batches, validation, start, rate)
         best = _load(path, start)
         if best is None:
             self._prepare([validation, *batches])
             best = self._descend(title, batches, validation, start, rate)
             _save(best, path)
-        self._done += steps
+            self.advance(steps - best.taken)
+        else:
+            self.advance(steps)
         if len(categories) == 1:  # the prompts of a run for all are needed again
             for span in chain(*train, *aside):
                 self._kept.pop((span, False), None)
@@ -221,7 +219,6 @@ class Descent:
         state = start.clone().requires_grad_(True)
         optimizer = torch.optim.Adam([state], lr=rate)
         best = _Best(start, 0, 0, math.inf, math.inf)
-        message = title
         for step, batch in enumerate([*batches, None]):
             best.taken = step
             if not validation.unsafe:
@@ -236,14 +233,14 @@ class Descent:
                     break
             if batch is None:
                 break
-            self.progress(self._done + step, self.total, message)
             # The last steps are small ones, so that the result does not hang on the last batch.
             fallen = (1 - _LAST_RATE) * step / max(1, len(batches) - 1)
             optimizer.param_groups[0]["lr"] = rate * (1 - fallen)
             optimizer.zero_grad()
             ce, kl = self._losses(batch, state)
-            message = f"{title}: loss {ce:.2f}, KL {kl:.2f}"
+            _log.debug("%s, step %d: loss %.2f, KL %.2f", title, step, ce, kl)
             optimizer.step()
+            self.advance(1)
         return best
 
     def _losses(self, batch: Batch, state: Tensor) -> tuple[float, float]:

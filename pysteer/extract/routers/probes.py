@@ -15,10 +15,10 @@ from sklearn.metrics import roc_curve  # type: ignore[import-untyped]
 from sklearn.preprocessing import StandardScaler  # type: ignore[import-untyped]
 
 from pysteer.errors import SteeringError
-from pysteer.extract.margin import SMALLEST_SCALE, Indices
+from pysteer.extract.routers.margin import SMALLEST_SCALE, Indices
 from pysteer.pack.router import Floats
 
-logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 _C = 0.1  # inverse strength of the L2 penalty on standardised activations
 _MAX_ITERATIONS = 1000
@@ -140,7 +140,7 @@ def choose_thresholds(
             options.append((youden, sign * threshold, sign == 1))
         youden, threshold, side = max(options, key=lambda option: option[0])
         if youden <= 0:
-            logger.warning(
+            _log.warning(
                 "the %s gate of category %s does not tell it apart in training", kind, category
             )
         thresholds.append(threshold)
@@ -189,5 +189,5 @@ def _logistic(z: Floats, classes: npt.NDArray[Any]) -> LogisticRegression:
         warnings.simplefilter("ignore", ConvergenceWarning)  # told below, in our words
         probe.fit(z, classes)
     if (probe.n_iter_ >= _MAX_ITERATIONS).any():
-        logger.warning("a probe of the router did not converge in %d iterations", _MAX_ITERATIONS)
+        _log.warning("a probe of the router did not converge in %d iterations", _MAX_ITERATIONS)
     return probe

@@ -1,0 +1,1 @@
+"""Fitting routers: `prompts` gathers the data, `fit` learns from activations."""
