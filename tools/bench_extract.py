@@ -161,10 +161,11 @@ def _one_by_one(path: str, texts: list[str]) -> Loaded:
 
 
 def _capture(capture: Any, texts: list[str]) -> Loaded:
-    from pysteer.extract.examples import rows_of
+    from pysteer.extract.inputs import rows_of, tokenizer
     from pysteer.prompts import Prompt
 
-    rows = rows_of(capture, [Prompt(text) for text in texts], "user")
+    prompts = [Prompt(text) for text in texts]
+    rows = rows_of(capture, list(map(tokenizer(capture), prompts)), "user")
     layers = capture.sites["residual"]
 
     def run() -> None:

@@ -33,7 +33,7 @@ import typer
 
 from pysteer import Engine, HookedLlama, SteeringPack, SteeringVector, shipped
 from pysteer.engine.batch import Batch
-from pysteer.extract.router import default_reads
+from pysteer.extract.routers.reads import default_reads
 from pysteer.llama.hooked import LAST_ROW, set_native_control_vector
 from pysteer.pack.operators import Operator
 from pysteer.pack.policy import Policy

@@ -20,9 +20,9 @@ from quantized import FTYPES, quantize
 
 from pysteer import SteeringPack, shipped
 from pysteer.extract.capture import Capture
+from pysteer.extract.data import Data
+from pysteer.extract.extraction import extract
 from pysteer.extract.llama_capture import LlamaCapture
-from pysteer.extract.run import extract
-from pysteer.extract.session import Data
 from pysteer.extract.settings import ExtractSettings
 from pysteer.extract.torch_capture import TorchCapture
 from pysteer.extract.torch_model import TorchModel

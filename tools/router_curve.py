@@ -32,12 +32,13 @@ from pysteer.calibrate.settings import CalibrateSettings, HeldOut
 from pysteer.calibrate.split import split
 from pysteer.errors import SteeringError
 from pysteer.extract.capture import Capture
-from pysteer.extract.examples import distinct
+from pysteer.extract.data import distinct
+from pysteer.extract.inputs import tokenizer
 from pysteer.extract.llama_capture import LlamaCapture
-from pysteer.extract.router import MIN_PROMPTS, fit_router
-from pysteer.extract.run import read_prompts
-from pysteer.extract.session import Data, Run, Silent
-from pysteer.extract.settings import ExtractSettings
+from pysteer.extract.reader import Reader
+from pysteer.extract.routers.fit import fit_router
+from pysteer.extract.routers.prompts import read_prompts
+from pysteer.extract.routers.settings import MIN_PROMPTS, RouterSettings
 from pysteer.prompts import Prompt, grouped, load_prompts
 
 SHARES = (0.25, 0.5, 0.75, 1.0)
@@ -59,8 +60,9 @@ class Seen:
 
     def __init__(self, capture: Capture, prompts: Sequence[Prompt]) -> None:
         with tempfile.TemporaryDirectory() as cache:
-            run = Run(capture, Data((), ()), ExtractSettings(), None, Path(cache), Silent())
-            self.reads, self._h = read_prompts(run, prompts)
+            reader = Reader(capture, Path(cache))
+            tokenized = list(map(tokenizer(capture), prompts))
+            self.reads, self._h, _ = read_prompts(reader, tokenized)
         self._at = {prompt.prompt: i for i, prompt in enumerate(prompts)}
 
     def of(self, prompts: Iterable[Prompt]) -> npt.NDArray[np.float32]:
@@ -109,7 +111,11 @@ def _points(
             fitted = [*some, *train.benign]
             labels = [*(p.category for p in some), *("" for _ in train.benign)]
             router = fit_router(
-                seen.of(fitted), labels, reads=seen.reads, site="residual", seed=seed
+                seen.of(fitted),
+                labels,
+                reads=seen.reads,
+                site="residual",
+                settings=RouterSettings(seed=seed),
             )
             h = seen.of(parts.test.unsafe).reshape(len(parts.test.unsafe), -1)
             names = np.array(["", *router.categories])

@@ -11,12 +11,14 @@ from typing import Any, NamedTuple
 from pysteer.calibrate.settings import CalibrateSettings
 from pysteer.calibrate.split import Part
 from pysteer.extract.capture import Capture
+from pysteer.extract.data import Data
+from pysteer.extract.extraction import extract
+from pysteer.extract.methods import METHODS
 from pysteer.extract.postprocess import norms, scale_to
-from pysteer.extract.run import extract
-from pysteer.extract.session import Data, Reporter
 from pysteer.extract.settings import ExtractSettings
 from pysteer.pack.pack import SteeringPack
 from pysteer.pack.vector import SteeringVector
+from pysteer.progress import Progress
 from pysteer.prompts import Prompt
 
 
@@ -83,7 +85,7 @@ def find_candidates(
     settings: CalibrateSettings,
     *,
     cache: Path,
-    report: Reporter,
+    progress: Progress,
 ) -> Candidates:
     """Extract with every method, and take its layers one by one and together.
 
@@ -98,7 +100,7 @@ def find_candidates(
         answers: safe answers for `contrast` and `learned`.
         settings: methods, layers and seed.
         cache: a folder for what was computed, from which an interrupted call goes on.
-        report: told about progress.
+        progress: receives progress reports.
 
     Raises:
         SteeringError: names what is wrong with the data.
@@ -109,41 +111,35 @@ def find_candidates(
     provenance: dict[str, Any] = {}
     residual_norm: dict[int, float] = {}
     for method in settings.methods:
-        learned = method == "learned"
+        how = METHODS[method]
+        trains = how.needs.gradients  # which takes minutes for each set of layers
         chosen = ExtractSettings(
             method=method,
-            options={"category_steps": settings.category_steps} if learned else {},
-            layers=layers[:1] if learned else layers,
+            options={"category_steps": settings.category_steps} if trains else {},
+            layers=layers[:1] if trains else layers,
             router=False,
             held_out=0.0,
             seed=settings.seed,
         )
         # Twins share topic and wording with the unsafe prompts: a vector that has to leave them as
         # they are learns to do little at all. What keeps them apart is the gate.
-        safe = part.benign if learned else [*part.safe, *part.benign]
-        data = Data(part.unsafe, safe, (), answers if chosen.on_answers else ())
-        pack = extract(capture, data, chosen, cache=cache, report=report)
+        safe = part.benign if how.needs.everyday_prompts else [*part.safe, *part.benign]
+        data = Data(part.unsafe, safe, (), answers if how.needs.safe_answers else ())
+        pack = extract(capture, data, chosen, cache=cache, progress=progress)
         residual_norm.update(pack.residual_norm)
         provenance[method] = {
             name: pack.provenance[name] for name in ("settings", "counts", "engine", "weights")
         }
         ways = {method: pack.categories}
-        if not learned and len(pack.categories) > 1:
+        if not trains and len(pack.categories) > 1:
             shared = _mean(list(pack.categories.values()))
             ways = {f"{method} of all": dict.fromkeys(pack.categories, shared)} | ways
         for way, whole in ways.items():
             for part_of in _subsets(chosen.layers or ()):
                 name = f"{way} at {'+'.join(map(str, part_of))}"
                 vectors[name] = {c: _only(vector, part_of) for c, vector in whole.items()}
-                scopes[name] = _first_scope(method, settings.scopes)
+                scopes[name] = how.scope if how.scope in settings.scopes else settings.scopes[0]
     return Candidates(vectors, scopes, residual_norm, provenance)
-
-
-def _first_scope(method: str, scopes: Sequence[str]) -> str:
-    """`learned` was learned at all tokens. What is only averaged goes on to act on what it brought
-    about, and the answer repeats itself: it is tried on the prompt alone first."""
-    likeliest = "all" if method == "learned" else "prompt"
-    return likeliest if likeliest in scopes else scopes[0]
 
 
 def _middle(capture: Capture) -> tuple[int, ...]:

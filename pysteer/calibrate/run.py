@@ -29,14 +29,15 @@ from pysteer.evaluate.run import (
     quiet_arguments,
 )
 from pysteer.extract.capture import Capture
-from pysteer.extract.examples import distinct
-from pysteer.extract.run import fit_pack_routers
-from pysteer.extract.session import Data
+from pysteer.extract.data import Data, distinct
+from pysteer.extract.extraction import fit_pack_routers
+from pysteer.extract.routers.settings import RouterSettings
 from pysteer.pack.pack import SteeringPack
 from pysteer.pack.policy import CategoryPolicy, Policy
 from pysteer.pack.resolved import AUTO
 from pysteer.pack.router import Router
 from pysteer.pack.scope import Scope
+from pysteer.progress import Advance
 from pysteer.prompts import Prompt, grouped
 
 _log = logging.getLogger(__name__)
@@ -49,10 +50,10 @@ VALIDATION_MARGIN = 1.3
 
 
 class Watch(Protocol):
-    """Told how a calibration goes; `pysteer.extract.session.Reporter` with one method more."""
+    """A `Progress` that is also told the outcome of each round of the search."""
 
-    def start(self, what: str, total: int, unit: str) -> Callable[[int, int], None]:
-        """Begin a stage of `total` units; returns what to call with (units, rows) done."""
+    def start(self, stage: str, total: int, unit: str = "") -> Advance:
+        """See `Progress`."""
         ...
 
     def best(self, found: Found) -> None:
@@ -129,13 +130,17 @@ def calibrate(
         capture,
         [Data(part.unsafe, part.safe, part.benign) for part in known],
         cache=cache,
-        false_positive_rate=settings.max_benign_change,
-        max_leak=settings.max_leak,
-        look_alike_rate=settings.max_look_alike,
-        seed=settings.seed,
-        report=watch,
+        settings=RouterSettings(
+            false_positive_rate=settings.max_benign_change,
+            max_leak=settings.max_leak,
+            look_alike_rate=settings.max_look_alike,
+            seed=settings.seed,
+        ),
+        progress=watch,
     )
-    candidates = find_candidates(capture, parts.train, answers, settings, cache=cache, report=watch)
+    candidates = find_candidates(
+        capture, parts.train, answers, settings, cache=cache, progress=watch
+    )
     base = SteeringPack(
         next(iter(candidates.vectors.values())),
         base_model=capture.base_model,
@@ -304,5 +309,4 @@ class _Stages:
         self._watch = watch
 
     def start(self, what: str, total: int) -> Callable[[int], None]:
-        advance = self._watch.start(what, total, "answers")
-        return lambda n: advance(n, n)
+        return self._watch.start(what, total, "answers")

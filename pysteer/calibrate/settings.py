@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypeAlias, get_args
 
 from pysteer.errors import SteeringError, quoted
-from pysteer.extract.settings import ALL_METHODS
+from pysteer.extract.methods import METHODS
 from pysteer.pack.scope import Scope
 
 HeldOut: TypeAlias = Literal["prompts", "subcategories"]
@@ -19,7 +19,7 @@ class CalibrateSettings:
     """How a pack is searched for.
 
     Attributes:
-        methods: of extraction; see `pysteer.extract.settings.ALL_METHODS`.
+        methods: of extraction; see `pysteer.extract.methods.METHODS`.
         layers: block indices that directions are sought at; None is three around the middle.
         category_steps: at most so many steps of `learned` for each category by itself, which take
             longer than all else; with 0 all categories share one vector, and differ in strength
@@ -72,9 +72,9 @@ class CalibrateSettings:
 
     def __post_init__(self) -> None:
         for method in self.methods:
-            if method not in ALL_METHODS:
+            if method not in METHODS:
                 raise SteeringError(
-                    f"unknown method {quoted(method)}; use some of {', '.join(ALL_METHODS)}"
+                    f"unknown method {quoted(method)}; use some of {', '.join(METHODS)}"
                 )
         for name in ("methods", "scopes"):
             if not getattr(self, name):

@@ -123,7 +123,7 @@ def calibrate(
     started = time.monotonic()
     path = options.model_path(model)
     names = tuple(part.strip() for part in methods.split(",") if part.strip())
-    chosen = chosen_engine(path, engine, "learned" if "learned" in names else "", None, None)
+    chosen = chosen_engine(path, engine, names, None, None)
     settings = CalibrateSettings(
         methods=names,
         category_steps=category_steps,
@@ -222,9 +222,9 @@ class _Watch:
         self._progress = progress
         self._limit = max_degenerate
 
-    def start(self, what: str, total: int, unit: str) -> Callable[[int, int], None]:
-        task = self._progress.add_task(what, total=total)
-        return lambda units, _rows: self._progress.advance(task, units)
+    def start(self, stage: str, total: int, unit: str = "") -> Callable[[int], None]:
+        task = self._progress.add_task(stage, total=total)
+        return lambda units: self._progress.advance(task, units)
 
     def best(self, found: Found) -> None:
         outcomes = {name: one.outcome for name, one in found.chosen.items()}

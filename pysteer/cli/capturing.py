@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,26 +17,29 @@ if TYPE_CHECKING:
 
 
 def chosen_engine(
-    source: str, engine: str, method: str, dtype: str | None, device_map: str | None
+    source: str, engine: str, methods: Sequence[str], dtype: str | None, device_map: str | None
 ) -> str:
     """The engine to use, "torch" or "llama".
 
     Raises:
         SteeringError: the engine does not exist, or does not go with the other options.
     """
+    from pysteer.extract.methods import METHODS
+
+    torch_methods = [m for m in methods if m in METHODS and METHODS[m].needs.gradients]
     gguf = source.endswith(".gguf")
     for_torch = dtype is not None or device_map is not None
     if engine not in ("auto", "torch", "llama"):
         raise SteeringError(f"--engine {engine}: use torch, llama or auto")
     if engine == "auto":
-        return "llama" if gguf and method != "learned" and not for_torch else "torch"
+        return "llama" if gguf and not torch_methods and not for_torch else "torch"
     if engine == "llama":
         if not gguf:
             raise SteeringError(f"{source} is no GGUF file; --engine llama runs those only")
         if for_torch:
             raise SteeringError("--dtype and --device-map need --engine torch")
-        if method == "learned":
-            raise SteeringError("--method learned needs --engine torch")
+        if torch_methods:
+            raise SteeringError(f"--method {torch_methods[0]} needs --engine torch")
     return engine
 
 

@@ -70,8 +70,8 @@ def extract(
         str, typer.Option(help="guided: labels (in the data), or refusal (what is none is unsafe).")
     ] = "labels",
     response_tokens: Annotated[
-        int, typer.Option(min=1, help="contrast: tokens of the answers averaged.")
-    ] = 8,
+        int | None, typer.Option(min=1, help="contrast: tokens of the answers averaged; else 8.")
+    ] = None,
     mask_massive: Annotated[
         bool, typer.Option(help="Leave out dimensions that dwarf the rest.")
     ] = True,
@@ -126,11 +126,12 @@ def extract(
     Interrupted with Ctrl-C, the same command goes on where it stopped.
     """
     source = options.model_source(model)
-    engine = chosen_engine(source, engine, method, dtype, device_map)
+    engine = chosen_engine(source, engine, [method], dtype, device_map)
     require("sklearn", "extract" if engine == "torch" else "extract-gguf")
+    from pysteer.evaluate.judges import RefusalJudge
     from pysteer.extract.cache import clear
-    from pysteer.extract.run import extract as run_extraction
-    from pysteer.extract.session import Data
+    from pysteer.extract.data import Data
+    from pysteer.extract.extraction import extract as run_extraction
     from pysteer.extract.settings import ExtractSettings
 
     console.show_warnings()
@@ -144,6 +145,7 @@ def extract(
     wanted: dict[str, Any] = {
         **({"variant": variant} if variant is not None else {}),
         **({"paired": True} if paired else {}),
+        **({"response_tokens": response_tokens} if response_tokens is not None else {}),
         **dict(map(_numeric_option, option or ())),
     }
     settings = ExtractSettings(
@@ -152,7 +154,6 @@ def extract(
         site=site,
         pooling=_pooling(pooling),
         matched=_choice("safe-data", safe_data, {"auto": None, "matched": True, "generic": False}),
-        response_tokens=response_tokens,
         mask_massive=ExtractSettings.mask_massive if mask_massive else None,
         top_k=top_k,
         orthogonalise="" if orthogonalise == "none" else orthogonalise,
@@ -165,7 +166,7 @@ def extract(
         seed=seed,
         layers=None,
     )
-    judged = _choice("judge", judge, {"labels": None, "refusal": _not_a_refusal})
+    judged = _choice("judge", judge, {"labels": None, "refusal": RefusalJudge()})
     chosen = None if layers is None else parse_layers(layers)
     check_output(output, (Path(source), unsafe, safe, benign, answers))
     folder = cache or output.with_name(f"{output.name}.cache")
@@ -174,7 +175,7 @@ def extract(
     try:
         with _reporter() as reporter:
             pack = run_extraction(
-                capture, data, settings, cache=folder, judge=judged, report=reporter
+                capture, data, settings, cache=folder, judge=judged, progress=reporter
             )
     except BaseException as error:
         kept = f"what was computed is kept in {folder}"
@@ -217,12 +218,6 @@ def _pooling(text: str) -> Any:
     return int(start), int(stop)
 
 
-def _not_a_refusal(prompt: str, answer: str) -> bool:
-    from pysteer.evaluate.refusal import is_refusal
-
-    return not is_refusal(answer)
-
-
 class _Rate(ProgressColumn):
     """Units per second."""
 
@@ -237,9 +232,9 @@ class _Bars:
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
 
-    def start(self, what: str, total: int, unit: str) -> Callable[[int, int], None]:
-        task = self._progress.add_task(what, total=total, unit=unit)
-        return lambda units, _rows: self._progress.advance(task, units)
+    def start(self, stage: str, total: int, unit: str = "") -> Callable[[int], None]:
+        task = self._progress.add_task(stage, total=total, unit=unit)
+        return lambda units: self._progress.advance(task, units)
 
 
 @contextmanager

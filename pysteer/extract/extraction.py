@@ -165,9 +165,7 @@ def _log_imbalance(sides: Sides[Prompt]) -> None:
         _log.warning("the categories differ widely in size: %s", sizes)
 
 
-def _require_inputs(
-    method: Method[Any], capture: Capture, data: Data, judge: Judge | None
-) -> None:
+def _require_inputs(method: Method[Any], capture: Capture, data: Data, judge: Judge | None) -> None:
     """Raise SteeringError for inputs that the method lacks, or does not take."""
     if method.needs.gradients:
         torch_model(capture, method.name)

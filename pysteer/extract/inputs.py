@@ -56,9 +56,7 @@ class Inputs:
     sides: Sides[TokenizedPrompt]
 
 
-def tokenizer(
-    capture: Capture, *, responses: bool = False
-) -> Callable[[Prompt], TokenizedPrompt]:
+def tokenizer(capture: Capture, *, responses: bool = False) -> Callable[[Prompt], TokenizedPrompt]:
     """Return a function that tokenizes prompts, each distinct text once.
 
     The function raises SteeringError, with file and line, for an empty prompt and for a prompt that
@@ -93,9 +91,7 @@ def prompt_ends(capture: Capture) -> TemplateEnds | None:
     return template_ends(render, [user_message("any")])
 
 
-def rows_of(
-    capture: Capture, prompts: Sequence[TokenizedPrompt], pooling: Pooling
-) -> list[Row]:
+def rows_of(capture: Capture, prompts: Sequence[TokenizedPrompt], pooling: Pooling) -> list[Row]:
     """Return the tokens to run for each prompt, and the range of them to average.
 
     Raises:

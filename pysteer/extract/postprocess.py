@@ -117,7 +117,7 @@ def orthogonalise(categories: Mapping[str, _V]) -> dict[str, _V]:
     Per layer: d_c <- d_c - O x, with the other categories' directions as columns of O and x the
     least-squares solution of O x = d_c. Each result is orthogonal to all *original* directions of
     the others, and does not depend on the order of the categories, as results of Gram-Schmidt
-    would. LayerDirections shrink by what they share: restore their lengths afterwards, if wanted, with
+    would. Directions shrink by what they share: restore their lengths afterwards, if wanted, with
     `unit_norm` or `scale_to`. Vectors at different sites live in different spaces and leave each
     other alone; so do layers that only one category has.
 
@@ -152,7 +152,7 @@ def project_out(directions: _V, reference: SteeringVector | LayerDirections) -> 
 
 
 def unit_norm(directions: _V) -> tuple[_V, dict[int, float]]:
-    """LayerDirections of L2 norm 1, and the norms they had: scale x unit restores the direction."""
+    """Directions of L2 norm 1, and the norms they had: scale x unit restores the direction."""
     scales = norms(directions)
 
     def divide(layer: int, row: _Floats) -> _Floats:

@@ -74,9 +74,7 @@ class Reader:
         means = RunningMeans(self.folder, self.capture, rows, owners, n_groups, site, layers)
         return means.fill(self._advance(rows, means.missing), self._source)
 
-    def own_answers(
-        self, prompts: Sequence[Tokens], n_tokens: int, stage: str
-    ) -> list[Tokens]:
+    def own_answers(self, prompts: Sequence[Tokens], n_tokens: int, stage: str) -> list[Tokens]:
         """Return the model's own greedy answers, at most `n_tokens` each.
 
         Args:
@@ -97,9 +95,7 @@ class Reader:
             advance=self.progress.start(stage, len(prompts), "answers"),
         )
 
-    def knowing(
-        self, rows: Sequence[Row], layers: Sequence[int], activations: Floats
-    ) -> Reader:
+    def knowing(self, rows: Sequence[Row], layers: Sequence[int], activations: Floats) -> Reader:
         """Return a reader that also has activations of the residual stream in memory.
 
         Args:

@@ -96,9 +96,7 @@ class ExtractSettings:
     held_out: float = setting(
         0.2, "Share of prompts kept for the reported figures.", minimum=0, below=1
     )
-    seed: int = setting(
-        0, "The same seed gives the same pack.", minimum=0, maximum=MAX_SEED
-    )
+    seed: int = setting(0, "The same seed gives the same pack.", minimum=0, maximum=MAX_SEED)
 
     def __post_init__(self) -> None:
         if isinstance(self.pooling, tuple):

@@ -261,7 +261,5 @@ def _part(
     }
 
 
-def _joined(
-    used: Mapping[str, Sequence[T]], held_out: Mapping[str, Sequence[T]]
-) -> list[T]:
+def _joined(used: Mapping[str, Sequence[T]], held_out: Mapping[str, Sequence[T]]) -> list[T]:
     return [p for name, group in used.items() for p in (*group, *held_out.get(name, ()))]

@@ -14,9 +14,9 @@ from pysteer.calibrate.settings import CalibrateSettings
 from pysteer.calibrate.split import split
 from pysteer.engine import Engine
 from pysteer.evaluate.judges import CallableJudge
+from pysteer.extract.data import Data
+from pysteer.extract.extraction import extract
 from pysteer.extract.llama_capture import LlamaCapture
-from pysteer.extract.run import extract
-from pysteer.extract.session import Data
 from pysteer.extract.settings import ExtractSettings
 from pysteer.pack.scope import Scope
 from pysteer.prompts import Prompt, load_prompts, write_prompts
@@ -42,8 +42,8 @@ class Watch:
     def __init__(self):
         self.rounds = 0
 
-    def start(self, what, total, unit):
-        return lambda units, rows: None
+    def start(self, stage, total, unit=""):
+        return lambda units: None
 
     def best(self, found):
         self.rounds += 1

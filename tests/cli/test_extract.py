@@ -158,7 +158,7 @@ OPTIONS_AND_SETTINGS = [
     (("--method", "pca", "--variant", "centred"), {"options": {"variant": "centred"}}),
     (("--method", "logistic", "--option", "C=0.5"), {"options": {"C": 0.5}}),
     (("--method", "guided"), {"method": "guided"}),
-    (("--method", "contrast", "--response-tokens", "3"), {"response_tokens": 3}),
+    (("--method", "contrast", "--response-tokens", "3"), {"options": {"response_tokens": 3}}),
     (("--site", "mlp", "--pooling", "last"), {"site": "mlp", "pooling": "last"}),
     (("--pooling", "2:9"), {"pooling": [2, 9]}),
     (("--layers", "all"), {"layers": [0, 1, 2, 3]}),
@@ -240,9 +240,9 @@ MISTAKES = [
     ({"gates": "margin,svm"}, ["svm", "multinomial"]),
     ({"gates": "probe"}, ["margin, multinomial"]),
     ({"orthogonalise": "all"}, ["all", "benign"]),
-    ({"false_positive_rate": "2"}, ["false_positive_rate cannot be 2.0"]),
-    ({"held_out": "1"}, ["held_out cannot be 1.0"]),
-    ({"seed": "-1"}, ["seed cannot be -1"]),
+    ({"false_positive_rate": "2"}, ["false_positive_rate must be at least 0 and below 1, not 2.0"]),
+    ({"held_out": "1"}, ["held_out must be at least 0 and below 1, not 1.0"]),
+    ({"seed": "-1"}, ["seed must be at least 0"]),
     ({"seed": "x"}, ["seed"]),
     ({"scale": "-1"}, ["scale"]),
     ({"scale": "nan"}, ["scale"]),
@@ -254,8 +254,8 @@ MISTAKES = [
     ({"option": "C=2"}, ["mean has no option 'C'"]),
     ({"method": "logistic", "option": "D=2"}, ["logistic has no option 'D'"]),
     ({"method": "learned", "option": "seed=2"}, ["learned has no option 'seed'"]),
-    ({"method": "learned", "option": "batch_size=1.5"}, ["batch_size cannot be 1.5"]),
-    ({"method": "learned", "option": "kl_weight=nan"}, ["kl_weight cannot be nan"]),
+    ({"method": "learned", "option": "batch_size=1.5"}, ["batch_size must be an integer"]),
+    ({"method": "learned", "option": "kl_weight=nan"}, ["kl_weight must be", "not nan"]),
     ({"method": "contrast", "pooling": "last"}, ["contrast", "pooling"]),
     ({"engine": "jax"}, ["--engine jax", "torch"]),
     ({"engine": "llama", "dtype": "float32"}, ["--dtype", "--engine torch"]),
@@ -376,7 +376,7 @@ def test_a_bug_is_no_users_mistake_and_keeps_the_cache_too(extract, files, monke
     def broken(*_arguments, **_named):
         raise RuntimeError("out of memory")
 
-    run_module = importlib.import_module("pysteer.extract.run")
+    run_module = importlib.import_module("pysteer.extract.extraction")
     monkeypatch.setattr(run_module, "separation", broken)
     code, out, err = extract()
     assert (code, out) == (1, "")

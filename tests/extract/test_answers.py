@@ -6,12 +6,17 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+from extraction import FakeJudge
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pysteer import SteeringError
-from pysteer.extract.answers import SAFE_ANSWERS, judge_answers, own_answers, safe_answers
+from pysteer.extract.answers import SAFE_ANSWERS, own_answers, safe_answers
+from pysteer.extract.inputs import TokenizedPrompt
 from pysteer.extract.llama_capture import LlamaCapture
+from pysteer.extract.methods.guided import judged_safe
+from pysteer.extract.reader import Reader
+from pysteer.journal import Journal
 from pysteer.prompts import Prompt
 
 
@@ -25,6 +30,7 @@ class FakeCapture:
 
     stop_after: int | None = None
     asked: list = field(default_factory=list)
+    identity = "a file"
 
     def prompt_tokens(self, prompt):
         return tuple(prompt.encode())
@@ -98,7 +104,7 @@ def test_interrupted_runs_together_answer_each_prompt_once(stops, tmp_path_facto
     for stop in [*stops, None]:
         capture = FakeCapture(stop_after=stop)
         try:
-            found = own_answers(capture, prompts, 2, kept=kept)
+            found = own_answers(capture, prompts, 2, journal=Journal(kept))
         except StopError:
             found = None
         asked += capture.asked
@@ -109,74 +115,92 @@ def test_interrupted_runs_together_answer_each_prompt_once(stops, tmp_path_facto
 def test_a_prompt_that_is_there_twice_is_answered_once():
     capture = FakeCapture()
     seen = []
-    found = own_answers(capture, [(1, 2), (3,), (1, 2)], 9, progress=lambda *n: seen.append(n))
+    found = own_answers(capture, [(1, 2), (3,), (1, 2)], 9, advance=seen.append)
     assert found == [(2, 1), (3,), (2, 1)]
     assert sorted(capture.asked) == [(1, 2), (3,)]
-    assert sorted(seen) == [(2, 1), (4, 1)]
+    assert sum(seen) == 3
 
 
 @pytest.mark.parametrize("cut", range(1, 14))
 def test_a_line_that_was_cut_short_costs_that_answer_only(cut, tmp_path):
     kept = tmp_path / "answers.jsonl"
     prompts = [(1, 2), (3, 4), (5, 6)]
-    own_answers(FakeCapture(), prompts, 2, kept=kept)
+    own_answers(FakeCapture(), prompts, 2, journal=Journal(kept))
     kept.write_bytes(kept.read_bytes()[:-cut])
     capture = FakeCapture()
-    assert own_answers(capture, prompts, 2, kept=kept) == [(2, 1), (4, 3), (6, 5)]
+    assert own_answers(capture, prompts, 2, journal=Journal(kept)) == [(2, 1), (4, 3), (6, 5)]
     assert len(capture.asked) <= 1  # without its line break alone it is whole
     capture = FakeCapture()
-    assert own_answers(capture, prompts, 2, kept=kept) == [(2, 1), (4, 3), (6, 5)]
+    assert own_answers(capture, prompts, 2, journal=Journal(kept)) == [(2, 1), (4, 3), (6, 5)]
     assert capture.asked == []
 
 
-@pytest.mark.parametrize("line", ["7", "null", "[[1]]", "[1, 2]", "[[1, [2]], [3]]", '"[[1],[2]]"'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "7",
+        "null",
+        "[[1]]",
+        "[1, 2]",
+        "[[1, [2]], [3]]",
+        '"[[1],[2]]"',
+        '["[1]", 2]',
+        '["[1]", ["2"]]',
+    ],
+)
 def test_lines_of_another_shape_are_no_answers(line, tmp_path):
     kept = tmp_path / "answers.jsonl"
     kept.write_text(line + "\n")
-    assert own_answers(FakeCapture(), [(1,)], 2, kept=kept) == [(1,)]
+    assert own_answers(FakeCapture(), [(1,)], 2, journal=Journal(kept)) == [(1,)]
 
 
 def test_what_is_kept_is_what_is_used(tmp_path):
     kept = tmp_path / "answers.jsonl"
-    kept.write_text(json.dumps([[1, 2], [9]]) + "\n")
+    kept.write_text(json.dumps(["[1, 2]", [9]]) + "\n")
     capture = FakeCapture()
-    assert own_answers(capture, [(1, 2)], 2, kept=kept) == [(9,)]
+    assert own_answers(capture, [(1, 2)], 2, journal=Journal(kept)) == [(9,)]
     assert capture.asked == []
 
 
 # ---- judging ---------------------------------------------------------------------------------
 
 
-def test_labels_are_taken_at_their_word():
+def judged(capture, folder, prompts, judge, **options):
+    tokenized = [TokenizedPrompt(p, capture.prompt_tokens(p.prompt), (), (0, 1)) for p in prompts]
+    return judged_safe(Reader(capture, folder), tokenized, judge, **options)
+
+
+def test_labels_are_taken_at_their_word(tmp_path):
     prompts = [Prompt("a", label="unsafe"), Prompt("b", label="safe")]
     capture = FakeCapture()
-    assert judge_answers(capture, prompts, None) == [True, False]
+    assert judged(capture, tmp_path, prompts, None) == [False, True]
     assert capture.asked == []
 
 
-def test_a_missing_label_is_named():
+def test_a_missing_label_is_named(tmp_path):
     prompts = [Prompt("a", label="safe"), Prompt("b", source="u.jsonl, line 9")]
     with pytest.raises(SteeringError, match=r"u.jsonl, line 9: has no label"):
-        judge_answers(FakeCapture(), prompts, None)
+        judged(FakeCapture(), tmp_path, prompts, None)
 
 
-def test_a_judge_reads_the_response_in_the_data_or_the_models_own():
+def test_a_judge_reads_the_response_in_the_data_or_the_models_own(tmp_path):
     prompts = [Prompt("abc"), Prompt("x", response="given"), Prompt("y", response="")]
     read = []
 
-    def judge(prompt, answer):
+    def is_safe(prompt, answer):
         read.append((prompt, answer))
-        return answer == "given"
+        return answer != "given"
 
-    assert judge_answers(FakeCapture(), prompts, judge, n_tokens=2) == [False, True, False]
+    judge = FakeJudge(is_safe)
+    assert judged(FakeCapture(), tmp_path, prompts, judge, n_tokens=2) == [True, False, True]
     assert read == [("abc", "cb"), ("x", "given"), ("y", "")]
 
 
 def test_answers_to_be_judged_are_kept(tmp_path):
-    kept = tmp_path / "answers.jsonl"
     prompts = [Prompt(text) for text in ("ab", "cd", "ef")]
+    judge = FakeJudge(lambda *_: False)
     with pytest.raises(StopError):
-        judge_answers(FakeCapture(stop_after=2), prompts, lambda *_: True, kept=kept)
+        judged(FakeCapture(stop_after=2), tmp_path, prompts, judge)
     capture = FakeCapture()
-    judge_answers(capture, prompts, lambda *_: True, kept=kept)
+    judged(capture, tmp_path, prompts, judge)
     assert capture.asked == [tuple(b"ab")]

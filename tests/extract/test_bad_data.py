@@ -10,13 +10,14 @@ from extraction import (
     TWINS,
     UNSAFE,
     FakeCapture,
+    FakeJudge,
     contents,
     prompts,
 )
 
 from pysteer import SteeringError
-from pysteer.extract.run import extract
-from pysteer.extract.session import Data
+from pysteer.extract.data import Data
+from pysteer.extract.extraction import extract
 from pysteer.extract.settings import ExtractSettings
 from pysteer.prompts import Prompt
 
@@ -45,7 +46,7 @@ def test_what_would_stop_the_method_is_said_before_anything_is_computed(tmp_path
         full = [*UNSAFE[:-1], at(UNSAFE[last], 18, prompt="x" * 195)]
         refused(f"{line}.*answer of 8", Data(full, GENERIC), method="contrast", seed=seed, **here)
     long = [*UNSAFE[:-1], at(UNSAFE[last], 18, prompt="x" * 150, response=None)]
-    judge = {"judge": lambda *_: True, "method": "guided"}
+    judge = {"judge": FakeJudge(lambda *_: False), "method": "guided"}
     refused(f"{line}.*answer of 64", Data(long, GENERIC), **judge, **here)
     empty = [*UNSAFE[:-1], at(UNSAFE[last], 18, prompt=" ")]
     refused(f"{line}the prompt is empty", Data(empty, GENERIC), **here)
@@ -61,7 +62,7 @@ def test_what_would_stop_the_method_is_said_before_anything_is_computed(tmp_path
             method="contrast", **here)  # fmt: skip
     refused("answers are for contrast and learned, not for mean",
             Data(UNSAFE, GENERIC, answers=answers[:1]), **here)  # fmt: skip
-    refused("judge is for guided, not for mean", judge=lambda *_: True, **here)
+    refused("judge is for guided, not for mean", judge=FakeJudge(lambda *_: False), **here)
     refused(r"no site residual at layers \[4\]; it has layers 0 to 3", layers=(1, 4), **here)
     refused("this model has no site mlp", site="mlp", **here)
     assert list(tmp_path.iterdir()) == []
@@ -140,7 +141,9 @@ def test_answers_that_fit_nothing_are_logged(tmp_path, caplog):
 def test_a_judge_that_confirms_nothing_is_an_error(tmp_path):
     chosen = ExtractSettings(method="guided", layers=(1, 2), router=False)
     with pytest.raises(SteeringError, match=r"none of \d+ answers of hate unsafe.*method mean"):
-        extract(FakeCapture(), MATCHED_DATA, chosen, cache=tmp_path, judge=lambda *_: False)
+        extract(
+            FakeCapture(), MATCHED_DATA, chosen, cache=tmp_path, judge=FakeJudge(lambda *_: True)
+        )
 
 
 def test_a_model_that_refuses_by_itself_leaves_no_contrast(tmp_path, caplog):

@@ -103,15 +103,14 @@ def test_interrupted_runs_together_run_each_row_once(kind, stops, tmp_path_facto
         capture = FakeCapture(stop_after=None if in_progress else after)
         done = []
 
-        def progress(tokens, n_rows, done=done, in_progress=in_progress, after=after):
-            done.append((tokens, n_rows))
+        def progress(tokens, done=done, in_progress=in_progress, after=after):
+            done.append(tokens)
             if in_progress and len(done) == after:
                 raise StopError
 
         with suppress(StopError):
             kind(folder, capture, rows).fill(progress)
-        assert all(n_rows == 1 for _, n_rows in done)
-        assert [tokens for tokens, _ in done] == [len(row.tokens) for row in capture.ran]
+        assert done == [len(row.tokens) for row in capture.ran]
         ran.update(capture.ran)
     capture = FakeCapture()
     last = kind(folder, capture, rows)

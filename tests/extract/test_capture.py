@@ -11,7 +11,7 @@ from pysteer import shipped
 from pysteer.chat.spans import message_span
 from pysteer.errors import HookError, SteeringError
 from pysteer.extract.capture import Row, pooled_row, run_once, token_batches
-from pysteer.extract.examples import prompt_ends
+from pysteer.extract.inputs import prompt_ends
 from pysteer.extract.llama_capture import LlamaCapture
 
 FAMILIES = ["llama", "qwen3", "gemma2", "phi3", "gpt2"]

@@ -1,5 +1,6 @@
 """Learned directions, against plain forward passes with hooks of the tests' own."""
 
+import logging
 from contextlib import ExitStack
 
 import numpy as np
@@ -9,14 +10,14 @@ from pysteer import SteeringError
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
-from pysteer.extract import descent  # noqa: E402
-from pysteer.extract.descent import losses  # noqa: E402
-from pysteer.extract.learned import (  # noqa: E402
+from pysteer.extract.learning import descent  # noqa: E402
+from pysteer.extract.learning.descent import losses  # noqa: E402
+from pysteer.extract.learning.learn import (  # noqa: E402
     Example,
     learn,
 )
-from pysteer.extract.settings import LearnedSettings  # noqa: E402
-from pysteer.extract.steered_forward import Span, SteeredForward  # noqa: E402
+from pysteer.extract.learning.settings import LearnedSettings  # noqa: E402
+from pysteer.extract.learning.steered_forward import Span, SteeredForward  # noqa: E402
 from pysteer.extract.torch_model import TorchModel  # noqa: E402
 
 pytestmark = pytest.mark.torch
@@ -389,6 +390,23 @@ class StopError(Exception):
     """What a test interrupts with."""
 
 
+class Reports:
+    """A `Progress` that calls a function with the units done and the total."""
+
+    def __init__(self, report):
+        self.report = report
+
+    def start(self, stage, total, unit=""):
+        done = 0
+
+        def advance(units):
+            nonlocal done
+            done += units
+            self.report(done, total)
+
+        return advance
+
+
 def test_what_was_learned_before_an_interruption_is_kept(model, tmp_path, monkeypatch):
     whole = learned_quickly(model)
     ran = []
@@ -399,16 +417,16 @@ def test_what_was_learned_before_an_interruption_is_kept(model, tmp_path, monkey
         lambda self, title, *rest: ran.append(title) or descend(self, title, *rest),
     )
 
-    def stop(done, _total, _text):
+    def stop(done, _total):
         if done == 6 + 4 + 2:  # in the midst of the second category
             raise StopError
 
     with pytest.raises(StopError):
-        learned_quickly(model, kept=tmp_path, progress=stop)
+        learned_quickly(model, folder=tmp_path, progress=Reports(stop))
     assert ran == ["shared", "a", "b"]
-    resumed = learned_quickly(model, kept=tmp_path)
+    resumed = learned_quickly(model, folder=tmp_path)
     assert ran[3:] == ["b"]
-    again = learned_quickly(model, kept=tmp_path)
+    again = learned_quickly(model, folder=tmp_path)
     assert ran[4:] == []
     for found in (resumed, again):
         for one, other in (
@@ -420,17 +438,17 @@ def test_what_was_learned_before_an_interruption_is_kept(model, tmp_path, monkey
 
 
 def test_what_was_learned_otherwise_or_is_damaged_is_not_used(model, tmp_path, caplog):
-    before = learned_quickly(model, kept=tmp_path).categories["a"].directions[1]
+    before = learned_quickly(model, folder=tmp_path).categories["a"].directions[1]
     names = set(tmp_path.iterdir())
     assert len(names) == 3
     settings = LearnedSettings(**{**vars(QUICK), "learning_rate": 0.3})
     for others in ({"settings": settings}, {"seed": 3}):
-        found = learned_quickly(model, kept=tmp_path, **others)
+        found = learned_quickly(model, folder=tmp_path, **others)
         assert not np.array_equal(found.categories["a"].directions[1], before)
     assert len(set(tmp_path.iterdir())) == 9
     for path in names:
         path.write_bytes(path.read_bytes()[:-30])
-    found = learned_quickly(model, kept=tmp_path)
+    found = learned_quickly(model, folder=tmp_path)
     assert np.array_equal(found.categories["a"].directions[1], before)
     assert caplog.text.count("is damaged") == 3
 
@@ -452,13 +470,13 @@ def test_the_model_is_as_it_was_even_after_an_exception(load):
         before = plain_logits(model, sequence)
         attributes = [set(vars(m)) for m in model.model.modules()]
 
-        def stop(done, _total, _text):
+        def stop(done, _total):
             if done == 3:
                 raise KeyboardInterrupt
 
         learned_quickly(model)
         with pytest.raises(KeyboardInterrupt):
-            learned_quickly(model, progress=stop)
+            learned_quickly(model, progress=Reports(stop))
         forward = SteeredForward(model, [0, 2])
         prepared = forward.prepare([Span(sequence, 0, 2)], final=False)
         with pytest.raises(RuntimeError):  # the second direction has the wrong width
@@ -483,14 +501,15 @@ def test_a_forward_that_was_replaced_before_is_put_back(model):
         del block.forward
 
 
-def test_progress_goes_up_to_the_total(model):
+def test_progress_goes_up_to_the_total(model, caplog):
     seen = []
-    learned_quickly(model, progress=lambda *now: seen.append(now))
-    done = [d for d, _, _ in seen]
+    with caplog.at_level(logging.DEBUG):
+        learned_quickly(model, progress=Reports(lambda *now: seen.append(now)))
+    done = [d for d, _ in seen]
     assert done == sorted(done)
-    assert {t for _, t, _ in seen} == {6 + 2 * 4}
+    assert {t for _, t in seen} == {6 + 2 * 4}
     assert done[-1] == 14
-    assert any("KL" in text for *_, text in seen)
+    assert "KL" in caplog.text
 
 
 def test_an_answer_ends_as_the_template_ends_it(model):

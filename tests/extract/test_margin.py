@@ -5,8 +5,8 @@ import pytest
 from sklearn.linear_model import Ridge
 from sklearn.model_selection import StratifiedKFold
 
-from pysteer.extract import margin as module
-from pysteer.extract.margin import LOOK_ALIKE_RATE, PENALTIES, fit_margin, leads_of
+from pysteer.extract.routers import margin as module
+from pysteer.extract.routers.margin import LOOK_ALIKE_RATE, PENALTIES, fit_margin, leads_of
 
 
 def a_data_set(counts=(300, 60, 60, 60), width=20, signal=0.5, seed=0):

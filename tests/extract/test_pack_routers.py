@@ -17,10 +17,12 @@ from extraction import (
     tail_of,
 )
 
-from pysteer.extract import router as router_module
 from pysteer.extract.capture import Row
-from pysteer.extract.run import extract, fit_pack_routers
-from pysteer.extract.session import Data
+from pysteer.extract.data import Data
+from pysteer.extract.extraction import extract, fit_pack_routers
+from pysteer.extract.routers import fit as fit_module
+from pysteer.extract.routers import prompts as prompts_module
+from pysteer.extract.routers.settings import RouterSettings
 from pysteer.extract.settings import ExtractSettings
 
 
@@ -30,7 +32,9 @@ def test_a_pack_s_router_is_what_is_fitted_without_directions(tmp_path):
     data = Data(UNSAFE, TWINS, benign=benign)
     pack = extract(FakeCapture(), data, settings, cache=tmp_path / "1")
     capture = FakeCapture()
-    (alone,) = fit_pack_routers(capture, [data], cache=tmp_path / "2", gates=settings.gates, seed=3)
+    (alone,) = fit_pack_routers(
+        capture, [data], cache=tmp_path / "2", settings=RouterSettings(gates=settings.gates, seed=3)
+    )
     assert alone == pack.router
     assert list(alone.gates) == ["margin", "probe"]
     # Each prompt's message and suffix are all that ran, at the layers that it looks at.
@@ -41,7 +45,7 @@ def test_a_pack_s_router_is_what_is_fitted_without_directions(tmp_path):
         span for row, *_ in capture.ran for span in ((1, len(row.tokens) - 2), tail_of(row))
     }
     again = FakeCapture()
-    fit_pack_routers(again, [data], cache=tmp_path / "2", seed=4)
+    fit_pack_routers(again, [data], cache=tmp_path / "2", settings=RouterSettings(seed=4))
     assert not again.ran  # activations are kept
 
 
@@ -62,13 +66,13 @@ def test_routers_fitted_together_are_those_fitted_alone_and_no_prompt_runs_twice
 
 def test_twins_share_a_group_and_those_of_a_category_are_look_alikes(tmp_path, monkeypatch):
     found = {}
-    original = router_module.fit_router
+    original = fit_module.fit_router
 
     def watch(h, labels, **options):
         found.update(options, labels=labels, h=h)
         return original(h, labels, **options)
 
-    monkeypatch.setattr(router_module, "fit_router", watch)
+    monkeypatch.setattr(fit_module, "fit_router", watch)
     unsafe = [*UNSAFE, *(replace(p, pair_id=None) for p in prompts("harm", "hate", 3, seed=9))]
     benign = prompts("hello", "other", 12)
     safe = [*TWINS, *GENERIC]
@@ -76,12 +80,10 @@ def test_twins_share_a_group_and_those_of_a_category_are_look_alikes(tmp_path, m
         FakeCapture(),
         [Data(unsafe, safe, benign)],
         cache=tmp_path,
-        false_positive_rate=0.3,
-        max_leak=0.2,
-        look_alike_rate=0.4,
+        settings=RouterSettings(false_positive_rate=0.3, max_leak=0.2, look_alike_rate=0.4),
     )
     limits = ("false_positive_rate", "max_leak", "look_alike_rate")
-    assert [found[name] for name in limits] == [0.3, 0.2, 0.4]
+    assert [getattr(found["settings"], name) for name in limits] == [0.3, 0.2, 0.4]
     order = [*{(p.prompt, p.category): p for p in unsafe}.values(), *safe, *benign]
     assert found["labels"] == [p.category if "harm" in p.prompt else "" for p in order]
     assert found["look_alikes"] == ["calm" in p.prompt for p in order]
@@ -144,7 +146,7 @@ def test_benign_prompts_are_for_the_router_alone(tmp_path, caplog):
 
 
 def test_a_sample_does_for_the_router_of_very_many_prompts(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(router_module, "MAX_PROMPTS", 25)
+    monkeypatch.setattr(prompts_module, "MAX_PROMPTS", 25)
     pack = extract(FakeCapture(), GENERIC_DATA, ExtractSettings(layers=(1, 2)), cache=tmp_path)
     assert "the router is fitted to 25 of 27 prompts" in caplog.text
     assert pack.router.train_counts.sum() <= 25

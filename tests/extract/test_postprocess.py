@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pysteer import SteeringError, SteeringVector
-from pysteer.extract import directions, postprocess
+from pysteer.extract import postprocess
+from pysteer.extract.methods.means import mean
 
 WIDTH = 9
 NORMS = {1: 10.0, 2: 20.0, 4: 30.0}
@@ -107,7 +108,7 @@ def test_masking_composes_with_a_method_on_activations_with_massive_dimensions()
     scale = np.ones(40)
     scale[[7, 21]] = 200
     unsafe, safe = (scale * rng.normal(size=(30, 40)) + shift for shift in (0.0, 0.5))
-    raw = {3: directions.mean(unsafe, safe)}
+    raw = {3: mean(unsafe, safe)}
     magnitudes = {3: np.abs(np.concatenate([unsafe, safe])).mean(axis=0)}
     masked = postprocess.mask_massive(raw, magnitudes)
     assert np.abs(raw[3][[7, 21]]).min() > 5 * np.abs(masked[3]).max()

@@ -13,7 +13,7 @@ from pysteer.extract.settings import ExtractSettings
 METHODS = [
     {"method": "mean"},
     {"method": "guided"},
-    {"method": "contrast", "response_tokens": 4},
+    {"method": "contrast", "options": {"response_tokens": 4}},
     {"method": "lda", "site": "attention"},
     {"method": "pca", "pooling": "response"},
 ]
@@ -52,12 +52,12 @@ def check_same(pack, expected):
 
 
 def test_an_exception_in_the_progress_callback_loses_nothing(tmp_path):
-    class Reporter:
-        def start(self, _what, _total, _unit):
+    class Reports:
+        def start(self, stage, total, unit=""):
             done = []
 
-            def progress(units, rows):
-                done.append(rows)
+            def progress(units):
+                done.append(units)
                 if len(done) == 5:
                     raise KeyboardInterrupt
 
@@ -69,7 +69,7 @@ def test_an_exception_in_the_progress_callback_loses_nothing(tmp_path):
     for _ in range(100):
         capture = FakeCapture()
         try:
-            extract_fake(capture, tmp_path / "1", chosen, report=Reporter())
+            extract_fake(capture, tmp_path / "1", chosen, progress=Reports())
         except KeyboardInterrupt:
             interrupted += 1
         else:
@@ -110,20 +110,20 @@ def test_other_settings_reuse_what_they_share(tmp_path):
 def test_progress_ends_where_it_said(tmp_path):
     stages = []
 
-    class Reporter:
-        def start(self, what, total, unit):
-            stage = [what, total, unit, 0]
-            stages.append(stage)
+    class Reports:
+        def start(self, stage, total, unit=""):
+            found = [stage, total, unit, 0]
+            stages.append(found)
 
-            def progress(units, rows):
-                assert rows >= 0
-                stage[3] += units
+            def progress(units):
+                assert units >= 0
+                found[3] += units
 
             return progress
 
     for which in METHODS:
         chosen = ExtractSettings(layers=(1, 2), **which)
-        extract_fake(FakeCapture(), tmp_path / which["method"], chosen, report=Reporter())
+        extract_fake(FakeCapture(), tmp_path / which["method"], chosen, progress=Reports())
     assert {unit for _, _, unit, _ in stages} == {"tokens", "answers"}
     for stage in stages:
         assert stage[1] == stage[3] > 0, stage

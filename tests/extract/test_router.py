@@ -13,15 +13,14 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from pysteer import SteeringError
-from pysteer.extract import router as module
-from pysteer.extract.probes import choose_threshold
-from pysteer.extract.router import (
-    MIN_PROMPTS,
-    default_reads,
-    fit_router,
-    split,
-)
+from pysteer.extract.routers import fit as module
+from pysteer.extract.routers.fit import fit_router
+from pysteer.extract.routers.probes import choose_threshold
+from pysteer.extract.routers.reads import default_reads
+from pysteer.extract.routers.settings import MIN_PROMPTS, RouterSettings
+from pysteer.extract.routers.split import split
 from pysteer.pack.router import GATES, Read
+from pysteer.settings import described
 
 CATEGORIES = ["hate", "fraud"]
 
@@ -41,7 +40,9 @@ def a_data_set(counts=(60, 30, 30), layers=3, width=12, signal=None, seed=0, noi
 
 def fit(h, labels, **options):
     reads = [Read(4 * i + 1, "user") for i in range(h.shape[1])]
-    return fit_router(h, labels, **{"reads": reads, "site": "mlp", "kinds": GATES, **options})
+    options = {"reads": reads, "site": "mlp", "gates": GATES, **options}
+    chosen = {name: options.pop(name) for name in described(RouterSettings) if name in options}
+    return fit_router(h, labels, settings=RouterSettings(**chosen), **options)
 
 
 def wide(h):
@@ -285,7 +286,7 @@ def test_a_stated_false_positive_rate_is_kept_in_training_and_named(rate, fitted
 
 @pytest.mark.parametrize("rate", [-0.1, 1.0, float("nan")])
 def test_other_false_positive_rates_are_refused(rate, fitted):
-    with pytest.raises(SteeringError, match="false-positive rate"):
+    with pytest.raises(SteeringError, match="false_positive_rate must be"):
         fit(*fitted[:2], false_positive_rate=rate)
 
 
@@ -375,14 +376,14 @@ DIFFERENT = np.random.default_rng(0).normal(size=(20, 2, 3))
         (np.ones((20, 3)), {}, "shape"),
         (np.ones((20, 2, 3)), {"reads": [Read(1, "user")]}, "1 reads"),
         (DIFFERENT, {"reads": [Read(1, "user")] * 2}, "twice"),
-        (DIFFERENT, {"kinds": ("svm",)}, "unknown kind of gate 'svm'"),
-        (DIFFERENT, {"kinds": ("probe", "cast")}, "one of margin, multinomial"),
-        (DIFFERENT, {"kinds": ()}, "one of margin, multinomial"),
+        (DIFFERENT, {"gates": ("svm",)}, "unknown gates 'svm'"),
+        (DIFFERENT, {"gates": ("probe", "cast")}, "one of margin, multinomial"),
+        (DIFFERENT, {"gates": ()}, "one of margin, multinomial"),
         (DIFFERENT, {"groups": ["a"] * 19}, "19 groups"),
         (DIFFERENT, {"look_alikes": [True] * 19}, "20 truth values"),
         (DIFFERENT, {"look_alikes": [1] * 20}, "20 truth values"),
-        (DIFFERENT, {"max_leak": 1.5}, "leak rate"),
-        (DIFFERENT, {"look_alike_rate": -0.1}, "look-alike rate"),
+        (DIFFERENT, {"max_leak": 1.5}, "max_leak must be.*not 1.5"),
+        (DIFFERENT, {"look_alike_rate": -0.1}, "look_alike_rate must be.*not -0.1"),
         (np.ones((20, 2, 0)), {}, "shape"),
         (np.full((20, 2, 3), "1"), {}, "type"),
         (np.ones((20, 2, 3)), {"folds": 1}, "folds"),
@@ -432,7 +433,7 @@ def test_no_group_is_in_both_parts_or_in_two_folds(monkeypatch):
         groups=groups,
         look_alikes=look_alikes,
         look_alike_rate=0.25,
-        kinds=("margin",),
+        gates=("margin",),
     )
     assert rates == [0.25, 0.25]
     (part, folds), (whole, all_folds) = seen
@@ -466,9 +467,9 @@ def test_a_split_by_groups_keeps_every_class_and_about_the_proportions(seed):
 def test_groups_that_cannot_be_split_by_do_not_count_and_it_is_said(caplog):
     h, labels, _ = a_data_set((60, 30, 30))
     groups = [label or i for i, label in enumerate(labels)]  # all of a category is one group
-    router = fit(h, labels, groups=groups, kinds=("margin",))
+    router = fit(h, labels, groups=groups, gates=("margin",))
     assert "too few groups" in caplog.text
-    assert router == fit(h, labels, kinds=("margin",))
+    assert router == fit(h, labels, gates=("margin",))
 
 
 # ---- where it looks --------------------------------------------------------------------------
@@ -488,7 +489,7 @@ def test_a_router_looks_at_several_depths_and_never_at_the_last_layer():
 @pytest.mark.parametrize("kinds", [("margin",), ("multinomial",), ("probe", "margin")])
 def test_a_router_gets_the_gates_asked_for(kinds, fitted):
     h, labels, every = fitted
-    router = fit(h, labels, kinds=kinds)
+    router = fit(h, labels, gates=kinds)
     assert list(router.gates) == [kind for kind in GATES if kind in kinds]
     for kind in kinds:
         np.testing.assert_allclose(
@@ -510,4 +511,4 @@ def test_a_router_gets_the_gates_asked_for(kinds, fitted):
 )
 def test_the_rule_of_the_thresholds_is_named(kinds, rate, rule, fitted):
     h, labels, _ = fitted
-    assert fit(h, labels, kinds=kinds, false_positive_rate=rate).threshold_rule == rule
+    assert fit(h, labels, gates=kinds, false_positive_rate=rate).threshold_rule == rule

@@ -6,16 +6,24 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from extraction import GENERIC, GENERIC_DATA, MATCHED_DATA, UNSAFE, contents, prompts
+from extraction import (
+    GENERIC,
+    GENERIC_DATA,
+    MATCHED_DATA,
+    UNSAFE,
+    FakeJudge,
+    contents,
+    prompts,
+)
 
 from pysteer import SteeringError, SteeringPack
 from pysteer.extract.answers import SAFE_ANSWERS
 from pysteer.extract.capture import Row
-from pysteer.extract.examples import split_sides
+from pysteer.extract.data import Data
+from pysteer.extract.extraction import extract
 from pysteer.extract.llama_capture import LlamaCapture
-from pysteer.extract.run import extract
-from pysteer.extract.session import Data
 from pysteer.extract.settings import ExtractSettings
+from pysteer.extract.sides import split_sides
 from pysteer.extract.typical import SAMPLE, measure
 from pysteer.prompts import Prompt
 
@@ -194,12 +202,12 @@ def test_guided_by_a_judge_of_the_models_own_answers(capture, tmp_path):
     unsafe = [replace(p, response=None) for p in UNSAFE]
     read = {}
 
-    def judge(prompt, answer):
+    def is_safe(prompt, answer):
         read[prompt] = answer
-        return prompt[-1] in "0123"
+        return prompt[-1] not in "0123"
 
     chosen = ExtractSettings(method="guided", **RAW, held_out=0.0)
-    pack = extract(capture, Data(unsafe, GENERIC), chosen, cache=tmp_path, judge=judge)
+    pack = extract(capture, Data(unsafe, GENERIC), chosen, cache=tmp_path, judge=FakeJudge(is_safe))
 
     def expected(name):
         bad = [p for p in UNSAFE if p.category == name and p.prompt[-1] in "0123"]
@@ -233,7 +241,7 @@ def test_contrast_is_between_two_answers_to_the_same_prompts(capture, tmp_path):
     k = 3
     answers = [Prompt("", "malware", "certainly not that")]
     data = Data(UNSAFE, GENERIC, answers=answers)
-    chosen = ExtractSettings(method="contrast", response_tokens=k, **RAW)
+    chosen = ExtractSettings(method="contrast", options={"response_tokens": k}, **RAW)
     pack = extract(capture, data, chosen, cache=tmp_path)
     used = [p for group in sides_of(data).unsafe.values() for p in group]
     differences = {"hate": [], "malware": []}

@@ -6,14 +6,16 @@ import math
 import pytest
 
 from pysteer import SteeringError
-from pysteer.extract.settings import ALL_METHODS, ExtractSettings
+from pysteer.extract.methods import METHODS
+from pysteer.extract.settings import ExtractSettings
+from pysteer.settings import content as content_of
 
 
 def test_there_is_a_setting_for_every_method_of_the_papers():
-    assert set(ALL_METHODS) == {
+    assert set(METHODS) == {
         "mean", "pruned", "guided", "pca", "logistic", "lda", "contrast", "learned",
     }  # fmt: skip
-    for method in ALL_METHODS:
+    for method in METHODS:
         assert ExtractSettings(method=method).method == method
 
 
@@ -25,28 +27,31 @@ def test_there_is_a_setting_for_every_method_of_the_papers():
         ({"pooling": "first"}, "unknown pooling 'first'.*last"),
         ({"pooling": (3, 3)}, r"range \(3, 3\) is empty"),
         ({"pooling": (-1, 3)}, "is empty"),
-        ({"gates": ("svm",)}, "unknown gate 'svm'.*margin, multinomial, probe, centroid, cast"),
+        ({"gates": ("svm",)}, "unknown gates 'svm'.*margin, multinomial, probe, centroid, cast"),
         ({"gates": ("probe",)}, "one of margin, multinomial"),
         ({"gates": ()}, "one of margin, multinomial"),
         ({"orthogonalise": "all"}, "unknown orthogonalise 'all'.*categories, benign"),
         ({"layers": ()}, "no layers"),
-        ({"response_tokens": 0}, "response_tokens cannot be 0"),
-        ({"top_k": 0}, "top_k cannot be 0"),
-        ({"mask_massive": 1.0}, "mask_massive cannot be 1.0"),
-        ({"mask_massive": math.nan}, "mask_massive cannot be nan"),
-        ({"scale": -0.1}, "scale cannot be -0.1"),
-        ({"scale": math.nan}, "scale cannot be nan"),
-        ({"scale": math.inf}, "scale cannot be inf"),
-        ({"false_positive_rate": 1.0}, "false_positive_rate cannot be 1.0"),
-        ({"false_positive_rate": -0.1}, "false_positive_rate cannot be -0.1"),
-        ({"held_out": 1.0}, "held_out cannot be 1.0"),
-        ({"held_out": -0.1}, "held_out cannot be -0.1"),
-        ({"seed": -1}, "seed cannot be -1"),
-        ({"seed": 2**32}, "seed cannot be"),
+        (
+            {"method": "contrast", "options": {"response_tokens": 0}},
+            "response_tokens must be.*not 0",
+        ),
+        ({"top_k": 0}, "top_k must be at least 1, not 0"),
+        ({"mask_massive": 1.0}, "mask_massive must be above 1, not 1.0"),
+        ({"mask_massive": math.nan}, "mask_massive must be a finite number, not nan"),
+        ({"scale": -0.1}, "scale must be at least 0, not -0.1"),
+        ({"scale": math.nan}, "scale must be a finite number, not nan"),
+        ({"scale": math.inf}, "scale must be a finite number, not inf"),
+        ({"false_positive_rate": 1.0}, "false_positive_rate must be.*below 1, not 1.0"),
+        ({"false_positive_rate": -0.1}, "false_positive_rate must be at least 0.*not -0.1"),
+        ({"held_out": 1.0}, "held_out must be.*below 1, not 1.0"),
+        ({"held_out": -0.1}, "held_out must be at least 0.*not -0.1"),
+        ({"seed": -1}, "seed must be at least 0.*not -1"),
+        ({"seed": 2**32}, "seed must be.*at most"),
         ({"unit_norm": True, "scale": 0.5}, "norm 1 and a scale"),
         ({"method": "mean", "options": {"paired": True}}, "mean has no option 'paired'"),
         ({"method": "learned", "options": {"C": 1.0}}, "learned has no option 'C'"),
-        ({"method": "guided", "options": {"really_unsafe": [True]}}, "has no option"),
+        ({"method": "guided", "options": {"confirmed_unsafe": [True]}}, "has no option"),
         ({"method": "pca", "options": {"variant": "median"}}, "unknown variant 'median'"),
         ({"method": "contrast", "matched": True}, "contrast looks at answers"),
         ({"method": "learned", "matched": False}, "learned looks at answers"),
@@ -75,7 +80,7 @@ def test_what_cannot_be_is_refused(wrong, words):
     ],
 )
 def test_whether_prompts_must_come_in_pairs(given, paired):
-    assert ExtractSettings(**given).paired is paired
+    assert ExtractSettings(**given).needs_pairs is paired
 
 
 def test_edges_that_are_allowed():
@@ -87,7 +92,7 @@ def test_content_is_json_and_says_everything():
     settings = ExtractSettings(
         method="logistic", options={"C": 0.5}, layers=(1, 2), pooling=(3, 10), top_k=4
     )
-    content = settings.content()
+    content = content_of(settings)
     assert json.loads(json.dumps(content)) == content
     assert content["layers"] == [1, 2]
     assert content["pooling"] == [3, 10]

@@ -8,7 +8,7 @@ import pytest
 from routers import SEVERAL, mean_state, router_for, state_of
 
 from pysteer import Engine, HookError, SteeredLlama, SteeringError, SteeringPack, SteeringVector
-from pysteer.extract.router import default_reads
+from pysteer.extract.routers.reads import default_reads
 from pysteer.pack.policy import Policy
 from pysteer.pack.router import GATES, Read, Router
 

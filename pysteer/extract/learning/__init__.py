@@ -1,1 +1,1 @@
-"""Gradient descent on directions: `learn` and what it is made of. All but `settings` needs torch."""
+"""Gradient descent on directions: `learn` and its parts. All but `settings` needs torch."""

@@ -120,9 +120,7 @@ class Contrast(Method[ContrastOptions]):
         """Return category, prompt, and the openings of the model's own and the safe answer."""
         k = task.options.response_tokens
         named = [(name, p) for name, prompts in task.sides.unsafe.items() for p in prompts]
-        own = task.reader.own_answers(
-            [p.tokens for _, p in named], k, "the model's own answers"
-        )
+        own = task.reader.own_answers([p.tokens for _, p in named], k, "the model's own answers")
         texts = safe_answers([p.prompt for _, p in named], task.answers)
         safe = [task.reader.capture.response_tokens(text)[:k] for text in texts]
         return [(*which, c, r) for which, c, r in zip(named, own, safe, strict=True)]

@@ -24,6 +24,7 @@ from pysteer.settings import check, setting
 
 PCA_VARIANTS = ("pairwise", "centred", "difference")
 
+
 def pca(unsafe: Activations, safe: Activations, *, variant: str = "pairwise") -> Direction:
     """First principal component, given the sign and the length that the class means ask for.
 

@@ -91,9 +91,7 @@ def fit_router(
     activations, reads = _checked(activations, labels, reads)
     categories, rows, classes = _classes(labels)
     if len(rows) > MAX_PROMPTS:
-        _log.warning(
-            "the router is fitted to a sample of %d of %d prompts", MAX_PROMPTS, len(rows)
-        )
+        _log.warning("the router is fitted to a sample of %d of %d prompts", MAX_PROMPTS, len(rows))
         chosen = sample(classes, MAX_PROMPTS, settings.seed)
         rows, classes = rows[chosen], classes[chosen]
     fitter = _Fitter(
@@ -280,7 +278,9 @@ def _numbered(groups: Sequence[Hashable] | None, rows: Indices, n: int) -> Indic
 def _flags(values: npt.ArrayLike | None, n: int) -> npt.NDArray[np.bool_]:
     flags = np.zeros(n, bool) if values is None else np.asarray(values)
     if flags.shape != (n,) or flags.dtype != np.bool_:
-        raise SteeringError(f"look_alikes must be an array of {n} truth values, not {flags.dtype} {flags.shape}")
+        raise SteeringError(
+            f"look_alikes must be an array of {n} truth values, not {flags.dtype} {flags.shape}"
+        )
     return flags
 
 
@@ -304,7 +304,7 @@ def _checked(
 
 
 def _classes(labels: Sequence[str]) -> tuple[list[str], Indices, Indices]:
-    """Return the categories with enough prompts, their and the benign rows, and each row's class."""
+    """Return the categories with enough prompts, the rows to use, and the class of each row."""
     names = np.asarray(labels, dtype=object)
     counts: dict[str, int] = {}
     for name in labels:

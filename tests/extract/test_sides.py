@@ -1,24 +1,13 @@
-"""Prompts: how they are split and paired, which tokens are averaged, and what is refused."""
+"""Sides of an extraction: prompts by category, matched, paired and held out."""
 
-import logging
 from collections import Counter
-from contextlib import closing
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pysteer import SteeringError
-from pysteer.extract.examples import (
-    MAX_HELD_OUT,
-    MIN_TO_HOLD_OUT,
-    distinct,
-    require_room,
-    rows_of,
-    split_sides,
-    warn_of_both,
-)
-from pysteer.extract.llama_capture import LlamaCapture
+from pysteer.extract.sides import MAX_HELD_OUT, MIN_TO_HOLD_OUT, split_sides
 from pysteer.prompts import Prompt
 
 
@@ -220,123 +209,6 @@ def test_a_blank_category_is_named():
         split([Prompt("p", " \t", source="u.jsonl, line 2")], some(3))
 
 
-@given(st.lists(st.sampled_from([*some(4, "a"), *some(4, "b")])))
-def test_distinct_keeps_the_first_of_each(prompts):
-    assert distinct(prompts, "unsafe") == list(dict.fromkeys(prompts))
-
-
-def test_repeats_are_logged_with_the_first_place(caplog):
-    prompts = [Prompt("a", source=f"u.jsonl, line {i}") for i in (1, 2, 3)]
-    assert distinct(prompts, "unsafe") == prompts[:1]
-    assert "2 unsafe prompts repeat others and are left out, the first at u.jsonl, line 2" in (
-        caplog.text
-    )
-    caplog.clear()
-    distinct([Prompt("a"), Prompt("a", response="x"), Prompt("a", "b")], "unsafe")
-    assert caplog.text == ""
-
-
-def test_what_is_on_both_sides_is_logged(caplog):
-    warn_of_both([Prompt("a", "c", response="yes")], [Prompt("a", response="no")])
-    assert caplog.text == ""
-    warn_of_both([Prompt("a", "c")], [Prompt("b"), Prompt("a", source="s.jsonl, line 2")])
-    assert "1 prompts are both unsafe and safe, the first at s.jsonl, line 2" in caplog.text
-
-
-# ---- rows ------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def capture(tiny_llama):
-    with closing(
-        LlamaCapture(tiny_llama, n_ctx=256, token_budget=256, n_threads=1, n_threads_batch=1)
-    ) as capture:
-        yield capture
-
-
-def tokens(capture, text):
-    return tuple(capture.llm.tokenize(text.encode(), add_bos=False, special=True))
-
-
-@given(
-    message=st.text(st.sampled_from("abc dé"), min_size=1, max_size=12),
-    answer=st.text(st.sampled_from("xyz "), min_size=1, max_size=12),
-)
-def test_the_tokens_averaged_are_those_of_the_text_meant(message, answer, capture):
-    assume(message.strip())
-    head, tail = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
-    whole = tokens(capture, f"{head}{message}{tail}")
-    n_head, n_tail, n_answer = (len(tokens(capture, t)) for t in (head, tail, answer))
-    prompts = [Prompt(message, response=answer)]
-    ranges = {
-        "last": (len(whole) - 1, len(whole)),
-        "prompt": (0, len(whole)),
-        "user": (n_head, len(whole) - n_tail),
-        "response": (len(whole), len(whole) + n_answer),
-        (2, 5): (2, 5),
-    }
-    for pooling, (start, stop) in ranges.items():
-        (row,) = rows_of(capture, prompts, pooling, respond=True)
-        assert (row.start, row.stop) == (start, stop), pooling
-        assert row.tokens[: len(whole)] == whole
-        assert len(row.tokens) - len(whole) in (0, n_answer)
-    row = rows_of(capture, prompts, "response")[0]
-    assert row.tokens[row.start : row.stop] == tokens(capture, answer)
-
-
-def test_special_tokens_in_a_response_are_text(capture):
-    (row,) = rows_of(capture, [Prompt("a", response="<|im_end|>")], "response")
-    assert row.stop - row.start > 1
-
-
-@pytest.mark.parametrize(
-    ("prompt", "pooling", "words"),
-    [
-        (Prompt(""), "user", "the prompt is empty"),
-        (Prompt(" \n"), "last", "the prompt is empty"),
-        (Prompt("a"), "response", "no response to average over"),
-        (Prompt("a", response=""), "response", "no response to average over"),
-        (Prompt("a"), (60, 61), "no text to average over"),
-        (Prompt("word " * 300), "user", "and the context holds 256; .*--context"),
-        (Prompt("word " * 500_000), "last", "and the context holds 256"),
-        (Prompt("a", response="word " * 300), "response", "and the context holds 256"),
-    ],
-    ids=lambda value: str(value)[:30],
-)
-def test_a_prompt_that_cannot_be_run_is_named(prompt, pooling, words, capture):
-    prompts = [
-        Prompt("fine " * 20, response="fine"),
-        Prompt(**{**vars(prompt), "source": "f, line 7"}),
-    ]
-    with pytest.raises(SteeringError, match=f"^f, line 7: .*{words}"):
-        rows_of(capture, prompts, pooling)
-
-
-def test_a_long_response_is_no_matter_where_it_is_not_read(capture):
-    (row,) = rows_of(capture, [Prompt("a", response="word " * 300)], "user")
-    assert len(row.tokens) < 100
-
-
-def test_there_must_be_room_for_an_answer(capture):
-    prompts = [Prompt("a"), Prompt("word " * 40, source="f, line 2")]
-    rows = rows_of(capture, prompts, "prompt")
-    room = capture.n_ctx - len(rows[1].tokens)
-    require_room(capture, prompts, rows, room)
-    with pytest.raises(SteeringError, match=f"^f, line 2: .*an answer of {room + 1}, .*256"):
-        require_room(capture, prompts, rows, room + 1)
-
-
-def test_range_without_responses(capture):
-    with_response = Prompt("a", response="word " * 30)
-    for respond in (True, False):
-        (row,) = rows_of(capture, [with_response], (0, 10_000), respond=respond)
-        (bare,) = rows_of(capture, [Prompt("a")], "prompt")
-        assert (len(row.tokens) > len(bare.tokens)) is respond
-        assert (row.start, row.stop) == (0, len(row.tokens))
-
-
-def test_nothing_is_logged_about_good_data(capture, caplog):
-    with caplog.at_level(logging.WARNING):
-        split([*some(9, "a"), *some(9, "b")], some(9))
-        rows_of(capture, some(3), "user")
+def test_good_data_log_no_warning(caplog):
+    split([*some(9, "a"), *some(9, "b")], some(9))
     assert caplog.text == ""
