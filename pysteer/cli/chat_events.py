@@ -1,44 +1,43 @@
-"""What a chat session tells whoever shows it."""
+"""Events of a chat session, for the program that displays them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-Asked: TypeAlias = "Literal['auto', 'policy'] | dict[str, float | str] | None"
-"""The steering asked for: a request's `steering`, or "policy" to leave it to the policy."""
+ChatSteering: TypeAlias = "Literal['auto', 'policy'] | dict[str, float | str] | None"
+"""Requested steering: the `steering` of a request, or "policy" to leave it to the policy."""
 
 
-def in_words(asked: Asked) -> str:
-    """The steering asked for, on one line."""
-    if asked is None or isinstance(asked, str):
-        return asked or "off"
+def describe_steering(steering: ChatSteering) -> str:
+    """Return the requested steering on one line, such as "malware 0.5, fraud auto"."""
+    if steering is None or isinstance(steering, str):
+        return steering or "off"
     return ", ".join(
         f"{name} {value if isinstance(value, str) else format(value, 'g')}"
-        for name, value in asked.items()
+        for name, value in steering.items()
     )
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One message and its answer. As JSON it is also a row of a prompt file.
+    """A message and its answer. As JSON also a row of a prompt file.
 
     Attributes:
-        prompt: what the user said.
-        response: what the model answered, as far as it came.
-        finish_reason: "stop", "length" (cut at the number of tokens allowed, or the context was
-            full) or "interrupted".
-        asked: the steering in force: category to strength or "auto", "auto", "policy" or None.
-        steering: what became of it: the `steering` field of the result, if there was one.
-        system: the system message, if there was one.
-        seed: what tokens were drawn with.
-        left_out: how many of the oldest turns were not sent, because the context was full.
+        prompt: text of the user.
+        response: text of the model, cut where the answer was stopped.
+        finish_reason: "stop", "length" (token limit or end of the context) or "interrupted".
+        requested: steering in force: category to strength or "auto", "auto", "policy" or None.
+        steering: steering report of the answer (the result's `steering` field), if there is one.
+        system: system message, if there was one.
+        seed: seed of the sampler.
+        left_out: number of oldest turns that were not sent because the context was full.
     """
 
     prompt: str
     response: str
     finish_reason: str
-    asked: Asked
+    requested: ChatSteering
     steering: dict[str, Any] | None
     system: str | None
     seed: int
@@ -46,35 +45,35 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Said:
-    """A line about what was done."""
+class Notice:
+    """A line about an action of the session."""
 
     text: str
 
 
 @dataclass(frozen=True)
-class Mistake:
-    """A line about what could not be done, and what can be."""
+class UserError:
+    """A line about a mistake of the user, with the way out."""
 
     text: str
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Some more text of the answer."""
+class TextPiece:
+    """The next piece of the answer's text."""
 
     text: str
 
 
 @dataclass(frozen=True)
-class Answered:
-    """The answer is complete, or was stopped."""
+class AnswerComplete:
+    """End of an answer, complete or stopped."""
 
     turn: Turn
 
 
 @dataclass(frozen=True)
-class Compared:
+class Comparison:
     """The last turn, and the same turn answered without steering."""
 
     steered: Turn
@@ -82,14 +81,14 @@ class Compared:
 
 
 @dataclass(frozen=True)
-class Explained:
-    """The `steering` field of the last answer."""
+class Explanation:
+    """Steering report of the last answer."""
 
     report: dict[str, Any]
 
 
 class Category(NamedTuple):
-    """A category of the pack; `now` is its strength in force, "auto", or None."""
+    """A category of the pack; `now` is its strength in force, "auto", "policy" or None."""
 
     name: str
     site: str
@@ -99,24 +98,25 @@ class Category(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Listed:
+class CategoryList:
     """The categories of the pack."""
 
     categories: list[Category]
 
 
 @dataclass(frozen=True)
-class Helped:
+class HelpText:
     """Usage and meaning of every command."""
 
     commands: list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
-class Left:
-    """The user wants to go."""
+class Goodbye:
+    """Request of the user to leave."""
 
 
 Event: TypeAlias = (
-    "Said | Mistake | Piece | Answered | Compared | Explained | Listed | Helped | Left"
+    "Notice | UserError | TextPiece | AnswerComplete | Comparison | Explanation | CategoryList"
+    " | HelpText | Goodbye"
 )

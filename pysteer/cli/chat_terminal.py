@@ -1,6 +1,6 @@
-"""Where a person types: prompts with editing, history and completion, and Ctrl-C.
+"""Terminal input of a chat: prompts with editing, history and completion, and Ctrl-C.
 
-Imported by the chat only where standard input is a terminal, because prompt_toolkit takes a while.
+Imported only where standard input is a terminal, because prompt_toolkit loads slowly.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import Output
 from prompt_toolkit.output.defaults import create_output
 
-from pysteer.cli.chat_session import Session, unfinished
+from pysteer.cli.chat_events import describe_steering
+from pysteer.cli.chat_input import unfinished
+from pysteer.cli.chat_session import Session
 
 
 class _Completer(Completer):
@@ -34,14 +36,12 @@ class _Completer(Completer):
 
 
 class Terminal:
-    """Reads what a person types.
-
-    Nothing is written to disk: the history of the input ends with the program.
+    """Reads entries from a terminal. The history of the input is kept in memory only.
 
     Args:
-        session: whose steering the prompt shows, and whose commands are completed.
-        input: where keys come from; the terminal.
-        output: where the prompt is drawn; the terminal, also where standard output is a file.
+        session: the prompt shows its steering, and Tab completes its commands.
+        input: source of keys; the terminal by default.
+        output: the prompt's display; by default the terminal, even if standard output is a file.
     """
 
     def __init__(
@@ -59,10 +59,11 @@ class Terminal:
         )
 
     def read(self) -> str | None:
-        """The next entry, which may have several lines; None once the user has left."""
+        """Return the next entry, which may have several lines, or None at the end of the input."""
         while True:
             try:
-                return self._prompt.prompt([("bold", f"[{self._session.steering}] > ")])
+                steering = describe_steering(self._session.requested)
+                return self._prompt.prompt([("bold", f"[{steering}] > ")])
             except KeyboardInterrupt:
                 continue
             except EOFError:
@@ -72,18 +73,18 @@ class Terminal:
 def _keys() -> KeyBindings:
     keys = KeyBindings()
 
-    # While history is searched, these keys mean something else.
+    # While the history is searched, these keys have another meaning.
     @keys.add("enter", filter=has_focus(DEFAULT_BUFFER))
     def enter(event: KeyPressEvent) -> None:
         buffer = event.current_buffer
         if buffer.complete_state is not None and buffer.complete_state.current_completion:
-            buffer.complete_state = None  # it is chosen
+            buffer.complete_state = None  # the completion is chosen
         elif unfinished(buffer.text):
             buffer.newline(copy_margin=False)
         else:
             buffer.validate_and_handle()
 
-    # The second is what the terminal makes of it if it is typed while an answer is written.
+    # The terminal sends the second form if the keys are pressed while an answer is written.
     @keys.add("escape", "enter", filter=has_focus(DEFAULT_BUFFER))
     @keys.add("escape", "c-j", filter=has_focus(DEFAULT_BUFFER))
     def new_line(event: KeyPressEvent) -> None:
@@ -94,11 +95,11 @@ def _keys() -> KeyBindings:
 
 @contextmanager
 def interrupting(session: Session) -> Iterator[None]:
-    """Let Ctrl-C stop the answer.
+    """Let Ctrl-C stop the answer while the block runs.
 
-    After the next token, if it comes while the answer is written. A long prompt has none to wait
-    for: there, and where waiting for the token takes too long, KeyboardInterrupt is raised, which
-    Python does once llama.cpp has processed its batch.
+    The first Ctrl-C during the text of an answer ends the answer after the next token. Before the
+    first token, and for the second Ctrl-C, KeyboardInterrupt is raised; Python delivers that
+    exception once llama.cpp has processed its batch.
     """
 
     def interrupt(number: int, frame: FrameType | None) -> None:

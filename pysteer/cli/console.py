@@ -1,4 +1,4 @@
-"""Where commands print: results on standard output, everything else on standard error."""
+"""Output of commands: results on standard output, everything else on standard error."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from rich.console import Console
@@ -20,14 +20,14 @@ _debug = False
 
 
 def set_debug(value: bool) -> bool:
-    """Let exceptions through with their tracebacks. Called by the --debug option."""
+    """Let exceptions through with their tracebacks; callback of the --debug option."""
     global _debug
     _debug = value
     return value
 
 
 def debugging() -> bool:
-    """Whether --debug was given."""
+    """Return True if --debug was given."""
     return _debug
 
 
@@ -47,18 +47,23 @@ def progress(*columns: ProgressColumn) -> Iterator[Progress]:
         yield bars
 
 
+def waiting(activity: str) -> AbstractContextManager[object]:
+    """Show a spinner on standard error while the block runs, if that is a terminal."""
+    return err.status(activity) if err.is_terminal else nullcontext()
+
+
 def say(text: str) -> None:
-    """Print a line of rich markup on standard output; wrapping it is the terminal's business."""
+    """Print a line of rich markup on standard output, without breaking it."""
     out.print(text, soft_wrap=True)
 
 
 def plain(text: object) -> str:
-    """Text from a file or a model, shown as it is: no markup in it, no control characters."""
+    """Escape text of a file or a model: no markup, no control characters."""
     return escape("".join(c if c in "\n\t" or c.isprintable() else "�" for c in str(text)))
 
 
 class _Lines(logging.Handler):
-    """A line on standard error for each message, above the bars; wrapping would break paths."""
+    """Prints each message as one line on standard error, above the bars."""
 
     def emit(self, record: logging.LogRecord) -> None:
         message = plain(record.getMessage())
@@ -66,7 +71,7 @@ class _Lines(logging.Handler):
 
 
 def show_warnings() -> None:
-    """What the library logs, on standard error."""
+    """Print the library's warnings on standard error."""
     logger = logging.getLogger("pysteer")
     if not logger.handlers:
         logger.addHandler(_Lines(logging.WARNING))

@@ -1,30 +1,35 @@
-"""`pysteer doctor`: what this machine and this model can do, checked by doing it."""
+"""`pysteer doctor`: abilities of this machine and this model, checked by trial."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
 from pysteer.cli import console, options
-from pysteer.runtime.doctor import Diagnosis, diagnose
+from pysteer.cli.settings_options import with_options
+
+if TYPE_CHECKING:
+    from pysteer.runtime.doctor import Diagnosis
 
 _VERDICTS = {True: "[green]ok[/]", False: "[red]FAILED[/]", None: "[yellow]not available[/]"}
 
 
+@with_options()
 def doctor(
     model: options.Model = None,
     threads: options.Threads = None,
-    gpu_layers: Annotated[int, typer.Option(help="Blocks to offload; -1 is all.")] = 0,
+    gpu_layers: Annotated[int, typer.Option(metavar="N", help="Blocks to offload; -1 is all.")] = 0,
     json: options.Json = False,
-    debug: options.Debug = False,
 ) -> None:
-    """Steer a model with a known vector, natively and both of pysteer's ways; compare the logits.
+    """Check that steering works on this machine and model.
 
-    Exit code 1 if a comparison fails.
+    The model is steered with a known vector, by llama.cpp and in each of pysteer's ways, and the
+    logits are compared. Exit code 1 if a comparison fails.
     """
+    from pysteer.runtime.doctor import diagnose
+
     path = options.model_path(model)
     with console.err.status("start") as status:
         diagnosis = diagnose(
@@ -39,6 +44,8 @@ def doctor(
 
 
 def _print(path: str, diagnosis: Diagnosis) -> None:
+    from rich.table import Table
+
     print_ = console.say
     print_(", ".join(f"{name} {value}" for name, value in diagnosis.versions.items()))
     model = diagnosis.model

