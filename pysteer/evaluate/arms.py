@@ -77,25 +77,21 @@ class Steered:
     @property
     def gated(self) -> list[str]:
         """The categories that the router can decide, by the policy's rules."""
-        router = self.pack.router
-        known = set(router.categories) if router is not None else set()
-        return [
-            name for name in self.pack.categories if set(self.policy.of(name).rule.names) <= known
-        ]
+        return list(ResolvedPolicy(self.pack, self.policy).gateable)
 
     def strength(self, category: str) -> float:
         """What the policy multiplies a category's directions by."""
-        return self.policy.of(category).strength
+        return self.policy.settings(category).strength
 
     def default(self) -> InForce | Own:
         """How prompts are steered where nobody says: by the policy, if that does anything."""
-        modes = (self.policy.of(name, self.gated).mode for name in self.pack.categories)
+        modes = (self.policy.settings(name, self.gated).mode for name in self.pack.categories)
         return IN_FORCE if any(mode != "off" for mode in modes) else OWN
 
     def routes_all(self, steering: Steering | InForce | Own) -> bool:
         """Whether a request steered so asks the router for all categories that it can decide."""
         if isinstance(steering, InForce):
-            return all(self.policy.of(name).mode == AUTO for name in self.gated)
+            return all(self.policy.settings(name).mode == AUTO for name in self.gated)
         return steering == AUTO
 
     def check(self, steering: Steering | InForce | Own) -> None:

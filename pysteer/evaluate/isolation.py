@@ -34,14 +34,14 @@ def opens(steered: Steered, category: str, scores: Mapping[str, float]) -> bool:
     """
     router, policy = steered.pack.router, steered.policy
     assert router is not None
-    gate = router.gates[policy.gate_of(list(router.gates))]
+    gate = router.gates[policy.gate_kind(list(router.gates))]
     gates = {}
     for index, name in enumerate(router.categories):
-        given = policy.of(name).threshold
+        given = policy.settings(name).threshold
         threshold = float(gate.thresholds[index]) if given is None else given
         score = scores[name]
         gates[name] = score >= threshold if gate.above[index] else score <= threshold
-    return policy.of(category).rule.evaluate(gates)
+    return policy.settings(category).rule.evaluate(gates)
 
 
 def matrix(

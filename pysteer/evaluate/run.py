@@ -450,9 +450,9 @@ def _router(found: Answers, steered: Steered) -> RouterFigures:
     assert steered.pack.router is not None
     router, policy = steered.pack.router, steered.policy
     thresholds = {}
-    gate = router.gates[policy.gate_of(list(router.gates))]
+    gate = router.gates[policy.gate_kind(list(router.gates))]
     for name, stored in zip(router.categories, gate.thresholds, strict=True):
-        given = policy.of(name).threshold
+        given = policy.settings(name).threshold
         thresholds[name] = float(stored) if given is None else given
     routed = [
         Routed(

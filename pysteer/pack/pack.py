@@ -178,7 +178,7 @@ class SteeringPack:
         router = self.router
         policy.check(
             categories=list(self.categories),
-            gated=list(router.categories) if router is not None else [],
+            known=list(router.categories) if router is not None else [],
             kinds=list(router.gates) if router is not None else [],
         )
 

@@ -1,12 +1,11 @@
-"""`Policy`: what acts when, as data that a pack or a YAML file carries.
+"""`Policy`: which categories act, when and how strongly, as data of a pack or a YAML file.
 
-`SteeringPack` holds it against its categories and its router; the runtime compiles it.
+`pysteer.pack.resolved.ResolvedPolicy` is a pack under a policy; the runtime compiles it.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -14,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeAlias, 
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, PrivateAttr, ValidationError
 
-from pysteer.errors import FormatError, SteeringError, naming, quoted
+from pysteer.errors import SteeringError, quoted
+from pysteer.pack.policy_error import Places, PolicyError, PolicyPath, located
 from pysteer.pack.rules import Rule
 from pysteer.pack.scope import MAX_POSITION, Scope, is_finite, is_text
 
@@ -25,34 +25,12 @@ GateKind: TypeAlias = Literal["margin", "multinomial", "probe", "centroid", "cas
 ConflictRule: TypeAlias = Literal["sum", "strongest", "first"]
 CategoryMode: TypeAlias = Literal["auto", "always", "off"]
 
-MAX_BYTES = 2**20
-"""The largest policy file that is read."""
-
-_MAX_DEPTH = 8  # of the YAML; a policy needs 5
 _SHOWN_NAMES = 200  # characters of a list of names in a message
-_SCORES = {"multinomial": (0.0, 1.0), "centroid": (-1.0, 1.0), "cast": (-1.0, 1.0)}
-"""The smallest and largest score that a kind of gate can see, where there are any."""
+_BOUNDS = {"multinomial": (0.0, 1.0), "centroid": (-1.0, 1.0), "cast": (-1.0, 1.0)}
+"""Kind of gate to its smallest and largest possible score; other kinds have no bounds."""
 
-_Path: TypeAlias = tuple[str, ...]
 _T = TypeVar("_T")
 _S = TypeVar("_S", bound="_Settings")
-
-
-class PolicyError(SteeringError):
-    """A setting of a policy is wrong.
-
-    Attributes:
-        path: the keys that lead to it.
-        reason: what is wrong with it.
-    """
-
-    def __init__(self, path: _Path, reason: str) -> None:
-        super().__init__(f"{_dotted(path)}: {reason}" if path else reason)
-        self.path = path
-        self.reason = reason
-
-    def __reduce__(self) -> tuple[type[PolicyError], tuple[_Path, str]]:
-        return PolicyError, (self.path, self.reason)
 
 
 def _nullable(read: Callable[[object], _T]) -> PlainValidator:
@@ -78,7 +56,7 @@ def _rule(value: Any) -> Rule:
 
 
 class _Settings(BaseModel):
-    """What is strict, immutable, and knows which of its fields were given."""
+    """Strict, immutable settings that remember which of their fields were given."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
@@ -90,10 +68,10 @@ class _Settings(BaseModel):
 
     @classmethod
     def from_content(cls: type[_S], given: object) -> _S:
-        """What a mapping says that may come from anywhere, `content()` among others.
+        """Return the settings of a mapping from anywhere, such as from `content()`.
 
         Raises:
-            PolicyError: it is no mapping, or one of the wrong keys or values.
+            PolicyError: not a mapping, or a mapping with wrong keys or values.
         """
         if not isinstance(given, Mapping):
             raise PolicyError(
@@ -101,13 +79,13 @@ class _Settings(BaseModel):
             )
         for key in given:
             if not isinstance(key, str):
-                raise PolicyError((), f"the key {quoted(key)} is not a text")
+                raise PolicyError((), f"the key {quoted(key)} is not text")
         return cls(**given)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, type(self)):
             return NotImplemented
-        # What was given takes part: it is what counts when one policy is laid over another.
+        # Which fields were given takes part: it decides when one policy is laid over another.
         return self._given() == other._given()
 
     def __hash__(self) -> int:
@@ -121,21 +99,21 @@ class _Settings(BaseModel):
 
 
 class CategoryPolicy(_Settings):
-    """What a policy says of one category. None, or null in a file, is as good as left out.
+    """The part of a policy about one category. None, null in a file, is as good as left out.
 
     Attributes:
-        mode: what happens to a request that brings no `steering`: "auto" (gated), "always"
-            (forced) or "off". None: gated where the router can decide its rule, off otherwise.
-        strength: what the directions are multiplied by; 1.0 is what the pack recommends.
-        threshold: of this category's gate, wherever a rule names it, in the unit of the score that
-            the gate looks at. None: the router's own.
-        scope: which tokens are steered, as a `Scope`, or anything that `Scope.parse` takes. None:
+        mode: of a request that brings no `steering`: "auto" (gated), "always" (forced) or "off".
+            None: gated where the router can decide the category's rule, else off.
+        strength: factor of the directions; 1.0 is the strength that the pack recommends.
+        threshold: of this category's gate, wherever a rule names it, in the unit of the gate's
+            score. None: the router's own.
+        scope: the tokens that are steered, as a `Scope` or anything that `Scope.parse` takes. None:
             the policy's.
-        when: the rule by which it acts if it is gated, as a `Rule` or its text. None: its own gate
-            is open.
+        when: the rule by which the category acts if it is gated, as a `Rule` or its text. None: its
+            own gate is open.
 
     Raises:
-        SteeringError: a value that is none of these, or another key.
+        SteeringError: an unknown key or an invalid value.
     """
 
     mode: CategoryMode | None = None
@@ -145,14 +123,14 @@ class CategoryPolicy(_Settings):
     when: Annotated[Rule | None, _nullable(_rule)] = None
 
     def content(self) -> dict[str, Any]:
-        """What was given, as JSON data, in the order of the fields."""
+        """Return the settings that were given as JSON data, in the order of the fields."""
         given = self._given()
-        said = {name: given[name] for name in type(self).model_fields if name in given}
+        found = {name: given[name] for name in type(self).model_fields if name in given}
         if self.scope is not None:
-            said["scope"] = self.scope.content()
+            found["scope"] = self.scope.content()
         if self.when is not None:
-            said["when"] = self.when.text
-        return said
+            found["when"] = self.when.text
+        return found
 
 
 def _categories(value: Any) -> Mapping[str, CategoryPolicy]:
@@ -173,14 +151,14 @@ def _categories(value: Any) -> Mapping[str, CategoryPolicy]:
 
 @dataclass(frozen=True)
 class CategorySettings:
-    """What holds for one category, with all defaults in place.
+    """The settings of one category with all defaults in place.
 
     Attributes:
         mode: "auto", "always" or "off".
         strength: finite.
         threshold: of its gate, or None for the router's own.
-        scope: which tokens are steered.
-        rule: what has to hold for it to act where it is gated.
+        scope: the tokens that are steered.
+        rule: the condition under which the category acts where it is gated.
     """
 
     mode: CategoryMode
@@ -191,22 +169,36 @@ class CategorySettings:
 
 
 class Policy(_Settings):
-    """What acts when. Immutable; equal to another that was given the same settings.
+    """Which categories act, when and how strongly.
+
+    Immutable; equal to another that was given the same settings.
 
     Attributes:
-        gate: which of the router's kinds of gate decides; one of `pysteer.pack.router.GATES`. None:
-            "margin" if the router has it, else "multinomial"; see `gate_of`.
-        conflict: what acts where several categories fire: "strongest" (the one whose score is
-            furthest past its threshold), "first" (in the pack's order) or "sum" (all of them; with
-            vectors that are much alike that is several times the strength, which ruins text).
-        recheck: decide anew every that many response tokens. None: once, at the last prompt token.
-        scope: of the categories that have none of their own.
-        categories: category to `CategoryPolicy`, or to a mapping of its fields. A category that is
-            not mentioned has their defaults.
+        gate: the kind of gate that decides; one of `pysteer.pack.router.GATES`. None: "margin" if
+            the router has it, else "multinomial".
+        conflict: which categories act where more than one fires: "strongest" (the category whose
+            score is furthest past its threshold), "first" (in the pack's order) or "sum" (all of
+            them; vectors that are much alike add up to a multiple of the strength, which ruins
+            text).
+        recheck: decide again after every so many response tokens. None: decide once, at the last
+            prompt token.
+        scope: of the categories that have no scope of their own.
+        categories: category to `CategoryPolicy`, or to a mapping of its fields. Other categories
+            have their defaults.
 
     Raises:
-        SteeringError: a value that is none of these, another key, or a threshold that no score of
-            this kind of gate can cross.
+        SteeringError: an unknown key, an invalid value, or a threshold that no score of this kind
+            of gate can cross.
+
+    Examples:
+        >>> from pysteer import Policy
+        >>> policy = Policy(gate="margin", categories={"malware": {"scope": "first 8"}})
+        >>> gentler = policy.merged(Policy(categories={"malware": {"strength": 0.5}}))
+        >>> gentler.content()
+        {'gate': 'margin', 'categories': {'malware': {'strength': 0.5, 'scope': 'first 8'}}}
+        >>> Policy(conflict="loudest")  # doctest: +IGNORE_EXCEPTION_DETAIL
+        Traceback (most recent call last):
+        PolicyError: conflict: must be 'sum', 'strongest' or 'first', not 'loudest'
     """
 
     gate: GateKind | None = None
@@ -216,21 +208,20 @@ class Policy(_Settings):
     categories: Annotated[Mapping[str, CategoryPolicy], PlainValidator(_categories)] = Field(
         default_factory=lambda: MappingProxyType({})
     )
-    # Where each setting was read, as "policy.yaml, line 9"; None for those that are from no file.
-    _places: Mapping[_Path, str | None] = PrivateAttr(default_factory=dict)
+    _places: Places = PrivateAttr(default_factory=dict)
 
     def __init__(self, /, **given: Any) -> None:
         super().__init__(**given)
-        if self.gate is not None:  # else another policy, below this one, may say which
+        if self.gate is not None:  # else a policy below this one may name the gate
             self._check_thresholds(self.gate)
 
     def _check_thresholds(self, kind: GateKind) -> None:
-        smallest, largest = _SCORES.get(kind, (None, None))
+        if kind not in _BOUNDS:
+            return
+        smallest, largest = _BOUNDS[kind]
         for name, settings in self.categories.items():
             threshold = settings.threshold
-            if smallest is None or largest is None or threshold is None:
-                continue
-            if not smallest <= threshold <= largest:
+            if threshold is not None and not smallest <= threshold <= largest:
                 self._refuse(
                     ("categories", name, "threshold"),
                     f"{threshold} cannot be crossed: scores of the gate {kind!r} are between "
@@ -246,39 +237,34 @@ class Policy(_Settings):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Policy:
-        """Read a policy from a YAML or JSON file. `check` then holds it against a pack.
+        """Read a policy from a YAML or JSON file. `check` then compares it with a pack.
 
         YAML is read as in version 1.2 (`off` is text), without anchors, aliases and tags.
 
         Raises:
-            FormatError: it is no policy; names the file, the line and the setting.
+            FormatError: the file is not a policy; names the file, the line and the setting.
         """
-        path = Path(path)
-        with naming(path), path.open("rb") as file:
-            raw = file.read(MAX_BYTES + 1)
-            if len(raw) > MAX_BYTES:
-                raise SteeringError(f"larger than {MAX_BYTES} bytes: this is no policy")
-            text = raw.decode("utf-8-sig")
-        content, lines = _parsed(text, path)
-        return _placed(content, {at: f"{path}, line {line}" for at, line in lines.items()})
+        from pysteer.pack import policy_file  # with YAML, which most packs are used without
+
+        return _placed(*policy_file.read(Path(path)))
 
     def content(self) -> dict[str, Any]:
-        """What was given, as JSON data, which `from_content` reads."""
+        """Return the settings that were given as JSON data, which `from_content` reads."""
         given = self._given()
-        said = {name: given[name] for name in type(self).model_fields if name in given}
-        if "scope" in said:
-            said["scope"] = self.scope.content()
-        if "categories" in said:
-            said["categories"] = {
+        found = {name: given[name] for name in type(self).model_fields if name in given}
+        if "scope" in found:
+            found["scope"] = self.scope.content()
+        if "categories" in found:
+            found["categories"] = {
                 name: settings.content() for name, settings in self.categories.items()
             }
-        return said
+        return found
 
     def merged(self, other: Policy) -> Policy:
-        """This policy with what `other` was given in the place of its own, per category too.
+        """Return this policy with the settings of `other` in place of its own, per category too.
 
         Raises:
-            SteeringError: together they contradict each other.
+            SteeringError: the two policies contradict each other.
         """
         mine, theirs = self.content(), other.content()
         categories = dict(mine.get("categories", {}))
@@ -289,35 +275,35 @@ class Policy(_Settings):
             content["categories"] = categories
         return _placed(content, {**self._all_places(), **other._all_places()})
 
-    def of(self, category: str, gated: Collection[str] | None = None) -> CategorySettings:
-        """What holds for one category, mentioned or not.
+    def settings(self, category: str, known: Collection[str] | None = None) -> CategorySettings:
+        """Return the settings of a category, mentioned or not, with all defaults in place.
 
         Args:
             category: its name.
-            gated: the categories that the router has gates for; None: every one.
+            known: the categories that the router has gates for; None: every category.
         """
-        settings = self.categories.get(category, _DEFAULT)
-        rule = settings.when if settings.when is not None else Rule.of(category)
-        mode = settings.mode
+        given = self.categories.get(category, _DEFAULT)
+        rule = given.when if given.when is not None else Rule.of_category(category)
+        mode = given.mode
         if mode is None:
-            mode = "auto" if gated is None or set(rule.names) <= set(gated) else "off"
+            mode = "auto" if known is None or set(rule.names) <= set(known) else "off"
         return CategorySettings(
             mode=mode,
-            strength=settings.strength,
-            threshold=settings.threshold,
-            scope=settings.scope if settings.scope is not None else self.scope,
+            strength=given.strength,
+            threshold=given.threshold,
+            scope=given.scope if given.scope is not None else self.scope,
             rule=rule,
         )
 
-    def gate_of(self, kinds: Collection[str]) -> GateKind:
-        """Which kind of gate decides.
+    def gate_kind(self, kinds: Collection[str]) -> GateKind:
+        """Return the kind of gate that decides.
 
         Args:
-            kinds: those that a router has.
+            kinds: the kinds of gate that a router has.
 
         Raises:
-            SteeringError: the policy asks for one that it does not have. A FormatError with file
-                and line if it was read from a file.
+            SteeringError: the policy asks for a kind that the router does not have. A FormatError
+                with file and line if the setting was read from a file.
         """
         if self.gate is None:
             return "margin" if "margin" in kinds else "multinomial"
@@ -328,59 +314,57 @@ class Policy(_Settings):
         return self.gate
 
     def check(
-        self, *, categories: Collection[str], gated: Collection[str], kinds: Collection[str]
+        self, *, categories: Collection[str], known: Collection[str], kinds: Collection[str]
     ) -> None:
-        """Hold the policy against what a pack has.
+        """Check that the policy fits a pack.
 
         Args:
-            categories: those of the pack.
-            gated: those that its router has gates for; none without a router.
-            kinds: the kinds of gate that its router has; none without a router.
+            categories: the categories of the pack.
+            known: the categories that the pack's router has gates for; empty without a router.
+            kinds: the kinds of gate that the router has; empty without a router.
 
         Raises:
-            SteeringError: it names a category that the pack does not hold, relies on a gate that
-                the router does not have, or has a threshold that no score can cross. A
+            SteeringError: the policy names a category that the pack does not hold, relies on a gate
+                that the router does not have, or has a threshold that no score can cross. A
                 FormatError with file and line if the setting was read from a file.
         """
         for name, settings in self.categories.items():
-            self._check_known(("categories", name), name, categories)
+            self._check_category(("categories", name), name, categories)
             if settings.when is not None:
+                path = ("categories", name, "when")
                 for named in settings.when.names:
-                    path = ("categories", name, "when")
-                    self._check_known(path, named, categories)
-                    self._check_gated(path, named, gated)
+                    self._check_category(path, named, categories)
+                    self._check_gate(path, named, known)
                 if self.conflict == "strongest":
-                    self._check_gated(
-                        ("categories", name, "when"), name, gated, ", to be compared by 'strongest'"
-                    )
+                    self._check_gate(path, name, known, ", to be compared by 'strongest'")
             elif settings.mode == "auto":
-                self._check_gated(
-                    ("categories", name, "mode"), name, gated, "; use always, off, or a rule `when`"
-                )
+                path = ("categories", name, "mode")
+                self._check_gate(path, name, known, "; use always, off, or a rule `when`")
             if settings.threshold is not None:
-                self._check_gated(("categories", name, "threshold"), name, gated)
+                self._check_gate(("categories", name, "threshold"), name, known)
         if kinds:
-            self._check_thresholds(self.gate_of(kinds))
+            self._check_thresholds(self.gate_kind(kinds))
 
-    def _check_known(self, path: _Path, name: str, categories: Collection[str]) -> None:
+    def _check_category(self, path: PolicyPath, name: str, categories: Collection[str]) -> None:
         if name not in categories:
             self._refuse(
                 path, f"unknown category {quoted(name)}; this pack has {_listed(categories)}"
             )
 
-    def _check_gated(
-        self, path: _Path, name: str, gated: Collection[str], way_out: str = ""
+    def _check_gate(
+        self, path: PolicyPath, name: str, known: Collection[str], way_out: str = ""
     ) -> None:
-        if name not in gated:
-            there = f"its router knows {_listed(gated)}" if gated else "it has no router"
+        if name not in known:
+            there = f"its router knows {_listed(known)}" if known else "it has no router"
             self._refuse(path, f"the pack has no gate for {quoted(name)} ({there}){way_out}")
 
-    def _refuse(self, path: _Path, reason: str) -> NoReturn:
-        raise _located(PolicyError(path, reason), self._places)
+    def _refuse(self, path: PolicyPath, reason: str) -> NoReturn:
+        raise located(PolicyError(path, reason), self._places)
 
-    def _all_places(self) -> dict[_Path, str | None]:
+    def _all_places(self) -> dict[PolicyPath, str | None]:
+        """Return the places of all settings, None for those that were not read from a file."""
         content = self.content()
-        places: dict[_Path, str | None] = {(name,): None for name in content}
+        places: dict[PolicyPath, str | None] = {(name,): None for name in content}
         for name, settings in content.get("categories", {}).items():
             places["categories", name] = None
             places.update({("categories", name, key): None for key in settings})
@@ -390,31 +374,18 @@ class Policy(_Settings):
 _DEFAULT = CategoryPolicy()
 
 
-def _placed(content: object, places: Mapping[_Path, str | None]) -> Policy:
-    """The policy that `content` is, read from `places`."""
+def _placed(content: object, places: Places) -> Policy:
+    """Return the policy of some content, and remember the places that it was read from."""
     try:
         policy = Policy.from_content(content)
     except PolicyError as error:
-        raise _located(error, places) from None
+        raise located(error, places) from None
     policy._places = places
     return policy
 
 
-def _located(error: PolicyError, places: Mapping[_Path, str | None]) -> SteeringError:
-    """The error with its place in the file, if it is in one."""
-    for end in range(len(error.path), -1, -1):
-        if error.path[:end] in places:
-            place = places[error.path[:end]]
-            return error if place is None else FormatError(_at(place, error))
-    return error
-
-
-def _at(place: str, error: PolicyError) -> str:
-    return f"{place}{', ' if error.path else ': '}{error}"
-
-
 def _first(error: ValidationError, model: type[BaseModel]) -> PolicyError:
-    """The first of the errors that pydantic found, in our words."""
+    """Return the first of the errors that pydantic found, in our words."""
     found = error.errors(include_url=False)[0]
     path = tuple(str(part) for part in found["loc"])
     context = found.get("ctx", {})
@@ -432,136 +403,6 @@ def _keys(model: type[BaseModel]) -> str:
     return ", ".join(model.model_fields)
 
 
-def _dotted(path: _Path) -> str:
-    return ".".join(part if re.fullmatch(r"[\w-]{1,80}", part) else quoted(part) for part in path)
-
-
 def _listed(names: Collection[str]) -> str:
     text = ", ".join(name if name.isprintable() else quoted(name) for name in names)
     return text if len(text) <= _SHOWN_NAMES else text[: _SHOWN_NAMES - 3] + "..."
-
-
-# The file: YAML's events, of which JSON is a part, become plain data and the line of each key.
-
-
-def _parsed(text: str, path: Path) -> tuple[Any, dict[_Path, int]]:
-    """What the file says, and the line of each key from 1.
-
-    From the events, not PyYAML's own construction: that has no lines, takes `off` for False, lets
-    the last of two equal keys win and follows aliases.
-    """
-    import yaml  # here, because most packs are used without a file of policy
-
-    if path.suffix.lower() == ".json":
-        text = _as_yaml(text)
-    written = text.splitlines() or [""]
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    try:
-        return _Reader(path, yaml.parse(text, Loader=loader)).document()
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = min(mark.line if mark is not None else 0, len(written) - 1)
-        reason = _one_line(error.problem or error.context)
-        if isinstance(error, yaml.parser.ParserError) and _QUOTE_FIRST.match(written[line]):
-            reason += "; put parentheses around a name in quotes at the start of a rule"
-    except yaml.reader.ReaderError as error:
-        line = text[: text.find(chr(error.character))].count("\n")
-        reason = _one_line(error.reason)
-    raise FormatError(f"{path}, line {line + 1}: not YAML: {reason}")
-
-
-_QUOTE_FIRST = re.compile(r"""\s*["']?when["']?\s*:\s*['"]""")
-_NULL = re.compile(r"~|null|Null|NULL|")
-_BOOL = re.compile(r"(true|True|TRUE)|false|False|FALSE")
-_INT = re.compile(r"[-+]?[0-9]+")
-_FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?")
-
-
-class _Reader:
-    """YAML events to data: mappings, lists, text, numbers, truth values and nothing."""
-
-    def __init__(self, path: Path, events: Iterator[Any]) -> None:
-        self._path = path
-        self._events = events
-        self._lines: dict[_Path, int] = {}
-
-    def document(self) -> tuple[Any, dict[_Path, int]]:
-        """The only document of the file."""
-        next(self._events)  # the start of the stream
-        event = next(self._events)
-        if type(event).__name__ == "StreamEndEvent":
-            raise FormatError(f"{self._path}: no policy in it; an empty one is {{}}")
-        self._lines[()] = 1
-        value = self._value(next(self._events), ())
-        next(self._events)  # the end of the document
-        event = next(self._events)
-        if type(event).__name__ != "StreamEndEvent":
-            self._refuse(event, (), "a second document begins; a policy is one")
-        return value, self._lines
-
-    def _value(self, event: Any, path: _Path) -> Any:
-        kind = type(event).__name__
-        if kind == "AliasEvent" or event.anchor is not None:
-            self._refuse(event, path, "anchors and aliases are not taken; write it out")
-        if event.tag is not None:
-            self._refuse(event, path, f"the tag {quoted(event.tag)} is not taken; leave it out")
-        if kind == "ScalarEvent":
-            return _plain(event.value) if event.implicit[0] else event.value
-        if len(path) >= _MAX_DEPTH:
-            self._refuse(event, path, f"nested more than {_MAX_DEPTH} deep")
-        if kind == "SequenceStartEvent":
-            items: list[Any] = []
-            while type(event := next(self._events)).__name__ != "SequenceEndEvent":
-                items.append(self._value(event, (*path, str(len(items)))))
-            return items
-        found: dict[str, Any] = {}
-        while type(event := next(self._events)).__name__ != "MappingEndEvent":
-            if type(event).__name__ not in ("ScalarEvent", "AliasEvent"):
-                self._refuse(event, path, "a key is a list or a mapping, not a text")
-            key = self._value(event, path)
-            if not isinstance(key, str):
-                self._refuse(
-                    event, path, f"the key {quoted(event.value)} is not a text; put it in quotes"
-                )
-            here = (*path, key)
-            if key in found:
-                self._refuse(event, here, f"given twice, first in line {self._lines[here]}")
-            self._lines[here] = event.start_mark.line + 1
-            found[key] = self._value(next(self._events), here)
-        return found
-
-    def _refuse(self, event: Any, path: _Path, reason: str) -> NoReturn:
-        place = f"{self._path}, line {event.start_mark.line + 1}"
-        raise FormatError(_at(place, PolicyError(path, reason)))
-
-
-def _plain(text: str) -> object:
-    """What a scalar without quotes is in YAML 1.2, but that infinity and NaN stay text."""
-    if _NULL.fullmatch(text):
-        return None
-    if truth := _BOOL.fullmatch(text):
-        return truth[1] is not None
-    if _INT.fullmatch(text) and len(text) < 20:  # longer ones are no counts
-        return int(text)
-    return float(text) if _FLOAT.fullmatch(text) else text
-
-
-def _as_yaml(text: str) -> str:
-    """JSON in the part of YAML that means the same.
-
-    Escaped surrogate pairs and characters that YAML folds or refuses are the difference, and tabs,
-    which JSON has only between its values.
-    """
-
-    def escaped(match: re.Match[str]) -> str:
-        if match["high"]:
-            return bytes.fromhex(match["high"] + match["low"]).decode("utf-16-be")
-        return match[0] if match[0][0] == "\\" else f"\\U{ord(match[0]):08X}"
-
-    pair = r"\\u(?P<high>[dD][89abAB][0-9a-fA-F]{2})\\u(?P<low>[dD][c-fC-F][0-9a-fA-F]{2})"
-    odd = r"[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]"
-    return re.sub(rf"{pair}|\\.|{odd}", escaped, text.replace("\t", " "))
-
-
-def _one_line(text: object) -> str:
-    return " ".join(str(text).split())

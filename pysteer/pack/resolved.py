@@ -94,13 +94,13 @@ class ResolvedPolicy:
     def _settings(self) -> Mapping[str, CategorySettings]:
         router = self.pack.router
         known = () if router is None else router.categories
-        return {name: self.policy.of(name, known) for name in self.pack.categories}
+        return {name: self.policy.settings(name, known) for name in self.pack.categories}
 
     @cached_property
     def gate(self) -> GateKind | None:
         """The kind of gate in force; None for a pack without a router."""
         router = self.pack.router
-        return None if router is None else self.policy.gate_of(list(router.gates))
+        return None if router is None else self.policy.gate_kind(list(router.gates))
 
     @cached_property
     def thresholds(self) -> Mapping[str, float]:

@@ -67,8 +67,8 @@ class Rule:
         object.__setattr__(self, "names", tuple(names))
 
     @classmethod
-    def of(cls, category: str) -> Rule:
-        """The rule that is only that category's own gate."""
+    def of_category(cls, category: str) -> Rule:
+        """Return the rule that is the category's own gate and nothing else."""
         if _WORD.fullmatch(category) and category not in _OPERATORS:
             return cls(category)
         return cls('"' + re.sub(r'(["\\])', r"\\\1", category) + '"')

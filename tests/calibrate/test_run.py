@@ -93,7 +93,7 @@ def test_strength_one_is_what_was_chosen(done, capture, tmp_path):
             np.testing.assert_allclose(
                 pack[name].direction(layer), one.trial.strength * wanted, rtol=1e-4, atol=1e-6
             )
-        assert pack.policy.of(name).scope == Scope.parse(one.trial.scope)
+        assert pack.policy.settings(name).scope == Scope.parse(one.trial.scope)
     assert pack.policy.conflict == "strongest"
 
 

@@ -20,14 +20,9 @@ from pydantic import ValidationError
 
 from pysteer import FormatError, SteeringError
 from pysteer.pack import router
-from pysteer.pack.policy import (
-    MAX_BYTES,
-    CategoryPolicy,
-    CategorySettings,
-    GateKind,
-    Policy,
-    PolicyError,
-)
+from pysteer.pack.policy import CategoryPolicy, CategorySettings, GateKind, Policy
+from pysteer.pack.policy_error import PolicyError
+from pysteer.pack.policy_file import MAX_BYTES
 from pysteer.pack.rules import Rule
 from pysteer.pack.scope import Scope
 
@@ -96,7 +91,7 @@ def some(**parts):
 def contents(draw):
     names = draw(st.lists(NAMES, max_size=4, unique=True))
     gate = draw(st.sampled_from(["probe", None]) | st.sampled_from(router.GATES))
-    rules = NAMES.map(lambda name: f"not ({Rule.of(name)} or a)")
+    rules = NAMES.map(lambda name: f"not ({Rule.of_category(name)} or a)")
     category = some(
         mode=st.sampled_from(["auto", "always", "off", None]),
         strength=NUMBERS,
@@ -236,17 +231,19 @@ def test_yaml_as_a_person_writes_it(tmp_path):
     assert policy.content() == MEANT
     assert list(policy.content()) == list(MEANT)
     assert policy == Policy.from_content(MEANT) == Policy(**MEANT)
-    assert policy.of("malware") == CategorySettings(
+    assert policy.settings("malware") == CategorySettings(
         "auto", 1.0, 0.4, Scope("first", length=8), Rule("malware and not privacy_violation")
     )
-    assert policy.of("self harm") == CategorySettings(
+    assert policy.settings("self harm") == CategorySettings(
         "off", 0.5, None, Scope("response"), Rule('"self harm"')
     )
     thinking = Scope("response", exclude=("<think>", "</think>"))
-    assert policy.of("thoughts") == CategorySettings(
+    assert policy.settings("thoughts") == CategorySettings(
         "always", -2.0, None, thinking, Rule("thoughts")
     )
-    assert policy.of("more") == CategorySettings("auto", 1.0, None, Scope("response"), Rule("more"))
+    assert policy.settings("more") == CategorySettings(
+        "auto", 1.0, None, Scope("response"), Rule("more")
+    )
 
 
 def test_the_examples_of_the_documentation(tmp_path, monkeypatch, capsys):
@@ -259,11 +256,11 @@ def test_the_examples_of_the_documentation(tmp_path, monkeypatch, capsys):
     assert "strength=0.5" in capsys.readouterr().out
 
     names = ["malware", "self harm", "privacy_violation"]
-    Policy.load("policy.yaml").check(categories=names, gated=names, kinds=["probe"])
+    Policy.load("policy.yaml").check(categories=names, known=names, kinds=["probe"])
     Path("policy.yaml").write_text(written.replace("privacy_violation\n", "privacy\n", 1))
     [error] = re.findall(r"^policy\.yaml, line .*$", text, re.MULTILINE)
     with pytest.raises(FormatError, match=f"^{re.escape(error)}$"):
-        Policy.load("policy.yaml").check(categories=names, gated=names, kinds=["probe"])
+        Policy.load("policy.yaml").check(categories=names, known=names, kinds=["probe"])
 
     rows = re.findall(r"^\| `([^`]+)` \| `(\{[^`]+\})` \|", text, re.MULTILINE)
     assert len(rows) == 9
@@ -276,7 +273,7 @@ def test_what_holds_if_nothing_is_said():
     assert (policy.gate, policy.conflict, policy.recheck) == (None, "strongest", None)
     assert (policy.scope, dict(policy.categories)) == (Scope("all"), {})
     assert policy.content() == {}
-    assert policy.of("a") == CategorySettings("auto", 1.0, None, Scope("all"), Rule("a"))
+    assert policy.settings("a") == CategorySettings("auto", 1.0, None, Scope("all"), Rule("a"))
 
 
 def test_the_gates_are_the_router_s():
@@ -285,12 +282,12 @@ def test_the_gates_are_the_router_s():
 
 def test_without_a_mode_a_category_is_gated_where_the_router_can_decide_it():
     policy = Policy(categories={"a": {"when": "b and not c"}, "d": {"mode": "always"}})
-    assert policy.of("a").mode == "auto"
-    assert policy.of("a", gated=["b", "c"]).mode == "auto"
-    assert policy.of("a", gated=["a", "b"]).mode == "off"
-    assert policy.of("b", gated=["b"]).mode == "auto"
-    assert policy.of("b", gated=[]).mode == "off"
-    assert policy.of("d", gated=[]).mode == "always"
+    assert policy.settings("a").mode == "auto"
+    assert policy.settings("a", known=["b", "c"]).mode == "auto"
+    assert policy.settings("a", known=["a", "b"]).mode == "off"
+    assert policy.settings("b", known=["b"]).mode == "auto"
+    assert policy.settings("b", known=[]).mode == "off"
+    assert policy.settings("d", known=[]).mode == "always"
 
 
 def test_python_values_are_taken_as_well():
@@ -301,7 +298,7 @@ def test_python_values_are_taken_as_well():
         scope="first 2",
         categories={"a": {"scope": "first 2", "when": "b", "strength": 0.5, "threshold": 1.0}},
     )
-    assert type(policy.of("a").strength) is float
+    assert type(policy.settings("a").strength) is float
 
 
 def test_what_was_given_counts_and_not_only_what_it_means():
@@ -322,7 +319,7 @@ def test_null_in_the_other_policy_brings_the_default_back():
     nothing = {"threshold": None, "scope": None, "when": None, "mode": None}
     merged = pack.merged(Policy(recheck=None, categories={"a": nothing}))
     assert merged.recheck is None
-    assert merged.of("a") == Policy().of("a")
+    assert merged.settings("a") == Policy().settings("a")
 
 
 def test_a_policy_cannot_be_changed():
@@ -430,13 +427,13 @@ def changed(old, new):
         ),
         ("- gate: probe\n", "line 1: must be a mapping with keys such as gate, conflict"),
         ("probe", "line 1: must be a mapping"),
-        ("\n\n# nothing\n", ": no policy in it; an empty one is {}"),
-        ("", ": no policy in it"),
+        ("\n\n# nothing\n", ": the file is empty; an empty policy is {}"),
+        ("", ": the file is empty"),
     ],
 )
 def test_every_mistake_in_a_file_is_told_with_its_line(tmp_path, text, message):
     if message is None:  # left empty is as good as left out
-        assert loaded(text).of("malware").rule == Rule("malware")
+        assert loaded(text).settings("malware").rule == Rule("malware")
         return
     comma = "" if message.startswith(":") else ", "
     assert re.match(re.escape(f"policy.yaml{comma}") + message, refusal(tmp_path, text))
@@ -454,21 +451,21 @@ def test_every_mistake_in_a_file_is_told_with_its_line(tmp_path, text, message):
             "categories:\n  a: {}\n  b: {}\n  'a': {}\n",
             ", line 4, categories.a: given twice, first in line 2",
         ),
-        ("gate: cast\n3: 4\n", ", line 2: the key '3' is not a text; put it in quotes"),
-        ("categories:\n  null: {}\n", ", line 2, categories: the key 'null' is not a text"),
-        ("categories:\n  true: {}\n", ", line 2, categories: the key 'true' is not a text"),
-        ("categories:\n  1e3: {}\n", ", line 2, categories: the key '1e3' is not a text"),
+        ("gate: cast\n3: 4\n", ", line 2: the key '3' is not text; put it in quotes"),
+        ("categories:\n  null: {}\n", ", line 2, categories: the key 'null' is not text"),
+        ("categories:\n  true: {}\n", ", line 2, categories: the key 'true' is not text"),
+        ("categories:\n  1e3: {}\n", ", line 2, categories: the key '1e3' is not text"),
         ("gate: cast\n[a]: 4\n", ", line 2: a key is a list or a mapping"),
         ("gate: cast\n? {a: b}\n: 4\n", ", line 2: a key is a list or a mapping"),
-        ("gate: cast\nscope: &x all\n", ", line 2, scope: anchors and aliases are not taken"),
-        ("gate: &x cast\nscope: *x\n", ", line 1, gate: anchors and aliases are not taken"),
-        ("gate: cast\nscope: *x\n", ", line 2, scope: anchors and aliases are not taken"),
-        ("gate: cast\n&x scope: all\n", ", line 2: anchors and aliases are not taken"),
-        ("gate: cast\n*x : all\n", ", line 2: anchors and aliases are not taken"),
+        ("gate: cast\nscope: &x all\n", ", line 2, scope: anchors and aliases are not supported"),
+        ("gate: &x cast\nscope: *x\n", ", line 1, gate: anchors and aliases are not supported"),
+        ("gate: cast\nscope: *x\n", ", line 2, scope: anchors and aliases are not supported"),
+        ("gate: cast\n&x scope: all\n", ", line 2: anchors and aliases are not supported"),
+        ("gate: cast\n*x : all\n", ", line 2: anchors and aliases are not supported"),
         ("gate: cast\ncategories: &x {}\n", ", line 2, categories: anchors and aliases"),
         ("gate: cast\n<<: {scope: all}\n", ", line 2, <<: unknown key".replace("<<", "'<<'")),
-        ("scope: !!str all\n", ", line 1, scope: the tag 'tag:yaml.org,2002:str' is not taken"),
-        ("scope: !x {}\n", ", line 1, scope: the tag '!x' is not taken"),
+        ("scope: !!str all\n", ", line 1, scope: the tag 'tag:yaml.org,2002:str' is not supported"),
+        ("scope: !x {}\n", ", line 1, scope: the tag '!x' is not supported"),
         ("scope: !!python/object:os.system []\n", ", line 1, scope: the tag "),
         (
             "gate: cast\nscope: " + "[" * 500,
@@ -498,7 +495,7 @@ def test_a_rule_that_begins_with_a_quote_is_told_what_to_do(tmp_path):
     message = refusal(tmp_path, text)
     assert message.startswith("policy.yaml, line 3: not YAML: ")
     assert message.endswith("put parentheses around a name in quotes at the start of a rule")
-    rule = loaded(text.replace("'self harm'", "('self harm')")).of("a").rule
+    rule = loaded(text.replace("'self harm'", "('self harm')")).settings("a").rule
     assert rule.names == ("self harm", "b")
 
 
@@ -539,14 +536,14 @@ def test_a_byte_order_mark_is_no_part_of_the_policy(tmp_path):
         (None, "must be a mapping with keys such as gate"),
         ([], "must be a mapping"),
         ("gate: probe", "must be a mapping"),
-        ({1: 2}, "the key 1 is not a text"),
+        ({1: 2}, "the key 1 is not text"),
         ({"gate": "svm"}, "gate: must be"),
         ({"self": 1}, "self: unknown key"),
         ({"_places": {}}, "_places: unknown key"),
         ({"categories": {1: {}}}, "categories: 1 is not a category name"),
         ({"categories": {"\ud800": {}}}, "categories: .* is not a category name"),
         ({"categories": {"a": None}}, "categories.a: must be a mapping with keys such as mode"),
-        ({"categories": {"a": {None: 1}}}, "categories.a: the key None is not a text"),
+        ({"categories": {"a": {None: 1}}}, "categories.a: the key None is not text"),
         ({"categories": {"a": {"strength": 10**400}}}, "categories.a.strength: must be a finite"),
         ({"categories": {"a": {"strength": 1j}}}, "categories.a.strength: must be a finite"),
         ({"categories": {"a.b": {"x": 1}}}, "categories.'a.b'.x: unknown key"),
@@ -603,16 +600,16 @@ def test_any_text_is_a_policy_or_a_format_error(text):
 # --- against a pack ----------------------------------------------------------------------------
 
 
-def check(policy, categories="abc", gated="ab", kinds=("margin", "probe")):
-    policy.check(categories=list(categories), gated=list(gated), kinds=kinds if gated else [])
+def check(policy, categories="abc", known="ab", kinds=("margin", "probe")):
+    policy.check(categories=list(categories), known=list(known), kinds=kinds if known else [])
 
 
 def test_what_a_pack_holds_passes():
     check(Policy())
     check(Policy(categories={"a": {"mode": "auto", "threshold": 0.5, "when": "a and not b"}}))
     check(Policy(conflict="sum", categories={"c": {"mode": "auto", "when": "a or b"}}))
-    check(Policy(categories={"c": {"strength": 2}}), gated="")
-    check(Policy(categories={"c": {"mode": "always"}, "a": {"mode": "off"}}), gated="")
+    check(Policy(categories={"c": {"strength": 2}}), known="")
+    check(Policy(categories={"c": {"mode": "always"}, "a": {"mode": "off"}}), known="")
     check(Policy(conflict="strongest", categories={"a": {"when": "b"}, "c": {}}))
 
 
@@ -656,10 +653,10 @@ def test_what_a_pack_does_not_hold_is_refused_where_it_was_written(
 
 def test_the_gate_is_margin_if_the_router_has_it_else_multinomial_unless_said():
     kinds = ["probe", "multinomial"]
-    assert Policy().gate_of(["margin", *kinds]) == "margin"
-    assert Policy().gate_of(kinds) == Policy(gate=None).gate_of(kinds) == "multinomial"
-    assert Policy(gate="probe").gate_of(["margin", *kinds]) == "probe"
-    assert Policy(gate="probe").merged(Policy()).gate_of(kinds) == "probe"
+    assert Policy().gate_kind(["margin", *kinds]) == "margin"
+    assert Policy().gate_kind(kinds) == Policy(gate=None).gate_kind(kinds) == "multinomial"
+    assert Policy(gate="probe").gate_kind(["margin", *kinds]) == "probe"
+    assert Policy(gate="probe").merged(Policy()).gate_kind(kinds) == "probe"
 
 
 def test_a_gate_that_the_router_lacks_is_refused_where_it_was_written(tmp_path, monkeypatch):
@@ -670,8 +667,8 @@ def test_a_gate_that_the_router_lacks_is_refused_where_it_was_written(tmp_path, 
     expected = "gate: the pack's router has no cast gate; it has margin, probe"
     assert str(caught.value) == f"policy.yaml, line 2, {expected}"
     with pytest.raises(SteeringError, match="has no cast gate"):
-        Policy(gate="cast").gate_of(["margin"])
-    check(Policy(gate="cast"), gated="")  # nothing is gated
+        Policy(gate="cast").gate_kind(["margin"])
+    check(Policy(gate="cast"), known="")  # nothing is gated
 
 
 @pytest.mark.parametrize(
@@ -691,7 +688,7 @@ def test_without_a_router_there_is_no_gate():
     with pytest.raises(
         SteeringError, match=r"no gate for 'a' \(it has no router\); use always, off"
     ):
-        check(Policy(categories={"a": {"mode": "auto"}}), gated="")
+        check(Policy(categories={"a": {"mode": "auto"}}), known="")
 
 
 def test_many_and_odd_names_stay_in_one_short_line():

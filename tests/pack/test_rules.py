@@ -70,16 +70,16 @@ def test_a_rule_means_what_python_takes_the_expression_for(expression, values):
 
 @given(st.text().filter(str.strip), st.booleans())
 def test_the_rule_of_a_category_is_its_own_gate(name, value):
-    rule = Rule.of(name)
+    rule = Rule.of_category(name)
     assert rule.names == (name,)
     assert rule.evaluate({name: value}) is value
     assert rule.postfix({name: 7}) == [7]
 
 
 def test_plain_names_need_no_quotes():
-    assert Rule.of("malware").text == "malware"
-    assert Rule.of("not").text == '"not"'
-    assert Rule.of("self-harm").text == '"self-harm"'
+    assert Rule.of_category("malware").text == "malware"
+    assert Rule.of_category("not").text == '"not"'
+    assert Rule.of_category("self-harm").text == '"self-harm"'
 
 
 def test_the_postfix_form_is_that_of_the_native_part():
