@@ -1,6 +1,7 @@
 """The examples of the README and of docs/ run as they stand, and the picture is a real session."""
 
 import html
+import importlib.util
 import os
 import re
 import shlex
@@ -10,12 +11,15 @@ from pathlib import Path
 
 import picture
 import pytest
+import typer
 
 from pysteer import SteeringPack, shipped
+from pysteer.cli import app
 from pysteer.prompts import grouped, load_prompts, write_prompts
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
+PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md")))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
 PYTHON = [text for language, text in BLOCKS if language == "python"]
@@ -129,7 +133,7 @@ def test_commands_succeed(folder, command):
 
 
 def test_links_between_pages_lead_somewhere():
-    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.glob("*.md")):
+    for page in PAGES:
         for target in re.findall(r"\]\(((?!http)[^)\s]+)\)", page.read_text(encoding="utf-8")):
             name, _, anchor = target.partition("#")
             path = page.parent / name if name else page
@@ -137,6 +141,39 @@ def test_links_between_pages_lead_somewhere():
             headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
             anchors = {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in headings}
             assert not anchor or anchor in anchors, f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_names_and_paths_in_pages_exist(page):
+    text = page.read_text(encoding="utf-8")
+    for name in re.findall(r"`(pysteer(?:\.\w+)+)", text):
+        if name.endswith((".gguf", ".jsonl", ".py")):
+            continue
+        parts = name.split(".")
+        known = next(n for n in range(len(parts), 0, -1) if importable(".".join(parts[:n])))
+        value = importlib.import_module(".".join(parts[:known]))
+        for part in parts[known:]:
+            value = getattr(value, part)
+    for path in re.findall(r"[`( ]((?:pysteer|csrc|tools|tests|docs)/[\w./]*\w/?)", text):
+        assert (ROOT / path).exists(), f"{page.name}: {path}"
+
+
+def importable(name):
+    """Return whether a module of this name exists."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # its parent is not a package
+        return False
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_options_in_pages_exist(page):
+    commands = typer.main.get_command(app).commands.values()
+    known = {name for c in commands for p in c.params for name in (*p.opts, *p.secondary_opts)}
+    known |= {"--control-vector"}  # of llama-cli
+    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tools").glob("*.py"))
+    for option in re.findall(r"(?<![\w-])--[a-z][a-z-]*", page.read_text(encoding="utf-8")):
+        assert option in known or option in sources, f"{page.name}: {option}"
 
 
 def test_picture_is_small_and_shows_the_commands_that_its_tool_runs(tmp_path):
