@@ -34,7 +34,8 @@ void Batch::add_run(const RowRun & run, Sequence * sequence) {
     const int64_t decision = sequence != nullptr ? sequence->next_decision() : -1;
     if (decision >= 0 && run.count > 0 && run.position + run.count - 1 > decision) {
         throw std::invalid_argument("the router decides at token " + std::to_string(decision) +
-                                    ", which has to be the last of a decode");
+                                    ", which must be the last of its decode; found tokens up to " +
+                                    std::to_string(run.position + run.count - 1));
     }
     uses_products_ = uses_products_ || (sequence != nullptr && sequence->plan().uses_products());
     const bool gated = sequence != nullptr && sequence->plan().gate() != nullptr;

@@ -1,10 +1,11 @@
-// Type conversion and GIL release, nothing else.
+// Conversion of types, checks of shapes, and release of the GIL, nothing else.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
 #include <memory>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -31,21 +32,26 @@ using pysteer::Sequence;
 using pysteer::Site;
 using pysteer::SiteNode;
 using pysteer::Term;
-using Floats = py::array_t<float, py::array::c_style>;
-using Integers = py::array_t<int32_t, py::array::c_style>;
-using Flags = py::array_t<uint8_t, py::array::c_style>;
+template <typename T>
+using Array = py::array_t<T, py::array::c_style>;
 
-using Doubles = py::array_t<double, py::array::c_style>;
-using Masks = py::array_t<uint32_t, py::array::c_style>;
-using Runs = py::array_t<int32_t, py::array::c_style>;
+template <typename T>
+std::vector<T> copied(const Array<T> & values) {
+    return {values.data(), values.data() + values.size()};
+}
 
-void add_to_plan(Plan & plan, Site site, const Integers & layers, const Floats & rows, const Operator & op,
-                 float strength, const Scope & scope, uint64_t digest, int32_t exclude_bit, std::vector<int32_t> rule,
-                 int32_t own_gate) {
-    if (layers.ndim() != 1 || rows.ndim() != 3 || rows.shape(0) != layers.shape(0) ||
-        static_cast<std::size_t>(rows.shape(2)) != plan.n_embd()) {
-        throw std::invalid_argument("directions must be (layers, rows, " + std::to_string(plan.n_embd()) + ")");
+std::string shape_of(const py::array & array) {
+    std::string text = "(";
+    for (py::ssize_t k = 0; k < array.ndim(); ++k) {
+        text += (k == 0 ? "" : ", ") + std::to_string(array.shape(k));
     }
+    return text + (array.ndim() == 1 ? ",)" : ")");
+}
+
+// ---- plan -----------------------------------------------------------------------------------------------------------
+
+Term make_term(const Operator & op, float strength, const Scope & scope, uint64_t digest, int32_t exclude_bit,
+               std::vector<int32_t> rule, int32_t own_gate) {
     Term term;
     term.op = op;
     term.strength = strength;
@@ -54,60 +60,90 @@ void add_to_plan(Plan & plan, Site site, const Integers & layers, const Floats &
     term.exclude_bit = exclude_bit;
     term.rule = std::move(rule);
     term.own_gate = own_gate;
+    return term;
+}
+
+void add_to_plan(Plan & plan, Site site, const Array<int32_t> & layers, const Array<float> & rows, const Term & term) {
+    if (layers.ndim() != 1 || rows.ndim() != 3 || rows.shape(0) != layers.shape(0) ||
+        static_cast<std::size_t>(rows.shape(2)) != plan.n_embd()) {
+        throw std::invalid_argument("expected directions of shape (layers, rows, " + std::to_string(plan.n_embd()) +
+                                    "), found " + shape_of(rows) + " for layers of shape " + shape_of(layers));
+    }
     // The array lives as long as any plan or sequence that reads it, whichever thread drops the last of them.
     const std::shared_ptr<const void> owner(new py::object(rows), [](const void * held) {
         const py::gil_scoped_acquire acquire;
         delete static_cast<const py::object *>(held);
     });
-    plan.add(std::move(term), site, layers.data(), static_cast<std::size_t>(layers.shape(0)), rows.data(),
+    plan.add(term, site, layers.data(), static_cast<std::size_t>(layers.shape(0)), rows.data(),
              static_cast<std::size_t>(rows.shape(1)), owner);
 }
 
 std::shared_ptr<Gate> make_gate(Site site, const std::vector<std::pair<std::size_t, bool>> & reads, Gate::Kind kind,
-                                const Doubles & weights, std::vector<double> offsets, std::vector<double> origin,
+                                const Array<double> & weights, std::vector<double> offsets, std::vector<double> origin,
                                 std::vector<double> allowances) {
     if (weights.ndim() != 2 || reads.empty() || static_cast<std::size_t>(weights.shape(1)) % reads.size() != 0) {
-        throw std::invalid_argument("a gate's weights must be (rows, reads x n_embd)");
+        throw std::invalid_argument("expected gate weights of shape (rows, reads x n_embd) for " +
+                                    std::to_string(reads.size()) + " reads, found " + shape_of(weights));
     }
     std::vector<Gate::Read> places;
     for (const auto & [layer, pools] : reads) {
         places.push_back({layer, pools});
     }
     return std::make_shared<Gate>(site, std::move(places), kind,
-                                  static_cast<std::size_t>(weights.shape(1)) / reads.size(),
-                                  std::vector<double>(weights.data(), weights.data() + weights.size()),
+                                  static_cast<std::size_t>(weights.shape(1)) / reads.size(), copied(weights),
                                   std::move(offsets), std::move(origin), std::move(allowances));
 }
 
-// The scores, or what open gates are compared by.
-py::object gate_scores(const Gate & gate, const Doubles & h, bool ranks) {
+// The scores, or the ranks.
+py::object gate_scores(const Gate & gate, const Array<double> & h, bool ranks) {
     if (static_cast<std::size_t>(h.size()) != gate.width()) {
-        throw std::invalid_argument("a gate looks at " + std::to_string(gate.width()) + " values");
+        throw std::invalid_argument("expected " + std::to_string(gate.width()) + " values, found " +
+                                    std::to_string(h.size()));
     }
     std::vector<double> out(gate.n_rows());
     std::vector<double> by(gate.n_rows());
     gate.scores(h.data(), out.data(), by.data());
-    return Doubles(static_cast<py::ssize_t>(gate.n_categories()), ranks ? by.data() : out.data());
+    return Array<double>(static_cast<py::ssize_t>(gate.n_categories()), ranks ? by.data() : out.data());
 }
 
-std::vector<double> of_gate(const Sequence & sequence, const double * values) {
+std::vector<double> by_category(const Sequence & sequence, const double * values) {
     const Gate * gate = sequence.plan().gate();
     return {values, values + (gate != nullptr ? gate->n_categories() : 0)};
 }
 
-py::object apply_operator(const Operator & op, const Floats & rows, float strength, const Floats & h) {
+py::object apply_operator(const Operator & op, const Array<float> & rows, float strength, const Array<float> & h) {
     if (rows.ndim() != 2 || h.ndim() != 2 || rows.shape(1) != h.shape(1)) {
-        throw std::invalid_argument("rows and h must be matrices of the same width");
+        throw std::invalid_argument("expected rows and h of shapes (rows, n_embd) and (n, n_embd), found " +
+                                    shape_of(rows) + " and " + shape_of(h));
     }
     const auto width = static_cast<std::size_t>(h.shape(1));
     std::vector<double> scratch(static_cast<std::size_t>(rows.shape(0)));
-    Floats out({h.shape(0), h.shape(1)});
+    Array<float> out({h.shape(0), h.shape(1)});
     std::copy(h.data(), h.data() + h.size(), out.mutable_data());
     for (py::ssize_t k = 0; k < h.shape(0); ++k) {
         pysteer::apply(op, rows.data(), scratch.size(), strength,
                        out.mutable_data() + static_cast<std::size_t>(k) * width, width, scratch.data());
     }
     return out;
+}
+
+// ---- sequence -------------------------------------------------------------------------------------------------------
+
+std::shared_ptr<Sequence> make_sequence(std::shared_ptr<Plan> plan, int64_t n_prompt,
+                                        const std::vector<std::pair<int64_t, int64_t>> & spans, int64_t n_positions) {
+    std::vector<Sequence::Span> ranges;
+    for (const auto & [start, stop] : spans) {
+        ranges.push_back({start, stop});
+    }
+    return std::make_shared<Sequence>(std::move(plan), n_prompt, std::move(ranges), n_positions);
+}
+
+std::vector<int64_t> decisions(const Sequence & sequence) {
+    std::vector<int64_t> positions;
+    for (std::size_t k = 0; k < sequence.n_decisions(); ++k) {
+        positions.push_back(sequence.decided_at(k));
+    }
+    return positions;
 }
 
 py::object sequence_keys(const Sequence & sequence, int64_t start, int64_t stop) {
@@ -119,19 +155,26 @@ py::object sequence_keys(const Sequence & sequence, int64_t start, int64_t stop)
     return out;
 }
 
-void begin_decode(Hook & hook, const Runs & runs) {
+// ---- hook -----------------------------------------------------------------------------------------------------------
+
+void begin_decode(Hook & hook, const Array<int32_t> & runs) {
     if (runs.ndim() != 2 || runs.shape(1) != 4) {
-        throw std::invalid_argument("runs must be (n, 4): slot, position, count, outputs");
+        throw std::invalid_argument("expected runs of shape (n, 4), found " + shape_of(runs));
     }
-    std::vector<RowRun> found;
+    std::vector<RowRun> rows;
     for (py::ssize_t k = 0; k < runs.shape(0); ++k) {
-        found.push_back({runs.at(k, 0), runs.at(k, 1), runs.at(k, 2), runs.at(k, 3)});
+        rows.push_back({runs.at(k, 0), runs.at(k, 1), runs.at(k, 2), runs.at(k, 3)});
     }
-    hook.begin_decode(found.data(), found.size());
+    hook.begin_decode(rows.data(), rows.size());
+}
+
+void begin_capture(Hook & hook, const Array<uint8_t> & wanted, const Array<int32_t> & slots, std::size_t n_slots,
+                   std::size_t n_layer, std::size_t n_embd) {
+    hook.begin_capture(std::make_unique<Capture>(n_layer, n_embd, copied(wanted), copied(slots), n_slots));
 }
 
 py::object read_capture(const Capture & capture, Site site, std::size_t layer) {
-    Floats out({static_cast<py::ssize_t>(capture.n_slots()), static_cast<py::ssize_t>(capture.n_embd())});
+    Array<float> out({static_cast<py::ssize_t>(capture.n_slots()), static_cast<py::ssize_t>(capture.n_embd())});
     float * data = out.mutable_data();
     {
         const py::gil_scoped_release release;
@@ -140,37 +183,29 @@ py::object read_capture(const Capture & capture, Site site, std::size_t layer) {
     return out;
 }
 
-}  // namespace
+// ---- module ---------------------------------------------------------------------------------------------------------
 
-PYBIND11_MODULE(_native, module) {
-    module.doc() = "The native hook on llama.cpp's graphs. Use pysteer.llama.hooked and pysteer.SteeredLlama instead.";
-
+void bind_library(py::module_ & module) {
     py::register_exception<pysteer::NotOnHost>(module, "NotOnHost", PyExc_NotImplementedError);
-
     module.def("load_abi", &pysteer::load_abi, py::arg("library_handle"), py::arg("library_folder"));
     module.def("ggml_version", [] { return std::string(pysteer::abi().ggml_version()); });
     module.attr("callback_address") = reinterpret_cast<std::uintptr_t>(&Hook::callback);
+}
 
+void bind_sites(py::module_ & module) {
     py::enum_<Site>(module, "Site")
         .value("residual", Site::residual)
         .value("attention", Site::attention)
         .value("mlp", Site::mlp);
-
     py::class_<SiteNode>(module, "SiteNode")
         .def_readonly("site", &SiteNode::site)
         .def_readonly("layer", &SiteNode::layer)
         .def_readonly("node", &SiteNode::node)
         .def_readonly("backend", &SiteNode::backend)
         .def_readonly("on_host", &SiteNode::on_host);
+}
 
-    py::enum_<Injection>(module, "Injection")
-        .value("automatic", Injection::automatic)
-        .value("resident", Injection::resident)
-        .value("hooked", Injection::hooked);
-    py::enum_<ConflictRule>(module, "ConflictRule")
-        .value("sum", ConflictRule::sum)
-        .value("strongest", ConflictRule::strongest)
-        .value("first", ConflictRule::first);
+void bind_operator_and_scope(py::module_ & module) {
     py::enum_<OperatorKind>(module, "OperatorKind")
         .value("add", OperatorKind::add)
         .value("ablate", OperatorKind::ablate)
@@ -196,6 +231,9 @@ PYBIND11_MODULE(_native, module) {
              }),
              py::arg("kind"), py::arg("start") = 0, py::arg("stop") = 0, py::arg("values") = std::vector<float>{})
         .def("factor", &Scope::factor, py::arg("position"), py::arg("n_prompt"));
+}
+
+void bind_gate(py::module_ & module) {
     py::enum_<Gate::Kind>(module, "GateKind")
         .value("margin", Gate::Kind::margin)
         .value("multinomial", Gate::Kind::multinomial)
@@ -206,30 +244,40 @@ PYBIND11_MODULE(_native, module) {
         .def(py::init(&make_gate), py::arg("site"), py::arg("reads"), py::arg("kind"), py::arg("weights").noconvert(),
              py::arg("offsets"), py::arg("origin"), py::arg("allowances"))
         .def(
-            "scores", [](const Gate & gate, const Doubles & h) { return gate_scores(gate, h, false); }, py::arg("h"))
-        .def("ranks", [](const Gate & gate, const Doubles & h) { return gate_scores(gate, h, true); }, py::arg("h"));
+            "scores", [](const Gate & gate, const Array<double> & h) { return gate_scores(gate, h, false); },
+            py::arg("h"))
+        .def(
+            "ranks", [](const Gate & gate, const Array<double> & h) { return gate_scores(gate, h, true); },
+            py::arg("h"));
+}
 
+void bind_plan(py::module_ & module) {
+    py::enum_<Injection>(module, "Injection")
+        .value("automatic", Injection::automatic)
+        .value("resident", Injection::resident)
+        .value("hooked", Injection::hooked);
+    py::enum_<ConflictRule>(module, "ConflictRule")
+        .value("sum", ConflictRule::sum)
+        .value("strongest", ConflictRule::strongest)
+        .value("first", ConflictRule::first);
+    py::class_<Term>(module, "Term")
+        .def(py::init(&make_term), py::kw_only(), py::arg("operator"), py::arg("strength"), py::arg("scope"),
+             py::arg("digest"), py::arg("exclude_bit") = -1, py::arg("rule") = std::vector<int32_t>{},
+             py::arg("own_gate") = -1);
     py::class_<Plan, std::shared_ptr<Plan>>(module, "Plan")
         .def(py::init<std::size_t, std::size_t, Injection>(), py::arg("n_layer"), py::arg("n_embd"),
              py::arg("injection"))
         .def("add", &add_to_plan, py::arg("site"), py::arg("layers").noconvert(), py::arg("rows").noconvert(),
-             py::arg("operator"), py::arg("strength"), py::arg("scope"), py::arg("digest"), py::arg("exclude_bit"),
-             py::arg("rule"), py::arg("own_gate"))
+             py::arg("term"))
         .def("set_gate", &Plan::set_gate, py::arg("gate"), py::arg("thresholds"), py::arg("above"), py::arg("conflict"),
              py::arg("recheck"))
         .def("check_finite", &Plan::check_finite)
         .def_property_readonly("fits_resident", &Plan::fits_resident);
+}
 
+void bind_sequence(py::module_ & module) {
     py::class_<Sequence, std::shared_ptr<Sequence>>(module, "Sequence")
-        .def(py::init([](std::shared_ptr<Plan> plan, int64_t n_prompt,
-                         const std::vector<std::pair<int64_t, int64_t>> & spans, int64_t positions) {
-                 std::vector<Sequence::Span> found;
-                 for (const auto & [start, stop] : spans) {
-                     found.push_back({start, stop});
-                 }
-                 return std::make_shared<Sequence>(std::move(plan), n_prompt, std::move(found), positions);
-             }),
-             py::arg("plan"), py::arg("n_prompt"), py::arg("spans"), py::arg("n_positions"))
+        .def(py::init(&make_sequence), py::arg("plan"), py::arg("n_prompt"), py::arg("spans"), py::arg("n_positions"))
         .def("keys", &sequence_keys, py::arg("start"), py::arg("stop"))
         .def(
             "logits_key", [](const Sequence & sequence, int64_t position) { return sequence.key(position); },
@@ -241,27 +289,21 @@ PYBIND11_MODULE(_native, module) {
         .def("restart", &Sequence::restart)
         .def(
             "set_excluded",
-            [](Sequence & sequence, int64_t start, const Masks & masks) {
+            [](Sequence & sequence, int64_t start, const Array<uint32_t> & masks) {
                 sequence.set_excluded(start, masks.data(), static_cast<std::size_t>(masks.size()));
             },
             py::arg("start"), py::arg("masks").noconvert())
-        .def_property_readonly("decided_at",
-                               [](const Sequence & sequence) {
-                                   std::vector<int64_t> out;
-                                   for (std::size_t k = 0; k < sequence.n_decisions(); ++k) {
-                                       out.push_back(sequence.decided_at(k));
-                                   }
-                                   return out;
-                               })
+        .def_property_readonly("decided_at", &decisions)
         .def("fired", &Sequence::fired, py::arg("decision"), py::arg("term"))
-        .def_property_readonly("scores", [](const Sequence & sequence) { return of_gate(sequence, sequence.scores()); })
-        .def_property_readonly("ranks", [](const Sequence & sequence) { return of_gate(sequence, sequence.ranks()); })
+        .def_property_readonly("scores", [](const Sequence & s) { return by_category(s, s.scores()); })
+        .def_property_readonly("ranks", [](const Sequence & s) { return by_category(s, s.ranks()); })
         .def("tokens_steered", py::overload_cast<std::size_t, int64_t>(&Sequence::tokens_steered, py::const_),
              py::arg("term"), py::arg("n_tokens"))
         .def("tokens_steered", py::overload_cast<int64_t>(&Sequence::tokens_steered, py::const_), py::arg("n_tokens"));
+}
 
+void bind_hook(py::module_ & module) {
     py::class_<Capture>(module, "Capture").def("read", &read_capture, py::arg("site"), py::arg("layer"));
-
     py::class_<Hook>(module, "Hook")
         .def(py::init<>())
         .def_property_readonly("address", [](const Hook & hook) { return reinterpret_cast<std::uintptr_t>(&hook); })
@@ -274,16 +316,21 @@ PYBIND11_MODULE(_native, module) {
         .def("end_decode", &Hook::end_decode)
         .def_property_readonly("was_resident", &Hook::was_resident)
         .def("abandon_decode", &Hook::abandon_decode)
-        .def(
-            "begin_capture",
-            [](Hook & hook, const Flags & wanted, const Integers & slots, std::size_t n_slots, std::size_t n_layer,
-               std::size_t n_embd) {
-                hook.begin_capture(std::make_unique<Capture>(
-                    n_layer, n_embd, std::vector<uint8_t>(wanted.data(), wanted.data() + wanted.size()),
-                    std::vector<int32_t>(slots.data(), slots.data() + slots.size()), n_slots));
-            },
-            py::kw_only(), py::arg("wanted").noconvert(), py::arg("slots").noconvert(), py::arg("n_slots"),
-            py::arg("n_layer"), py::arg("n_embd"))
+        .def("begin_capture", &begin_capture, py::kw_only(), py::arg("wanted").noconvert(),
+             py::arg("slots").noconvert(), py::arg("n_slots"), py::arg("n_layer"), py::arg("n_embd"))
         .def("end_capture", &Hook::end_capture)
         .def("detach", &Hook::detach);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, module) {
+    module.doc() = "The native hook on llama.cpp's graphs. Use pysteer.llama.hooked and pysteer.SteeredLlama instead.";
+    bind_library(module);
+    bind_sites(module);
+    bind_operator_and_scope(module);
+    bind_gate(module);
+    bind_plan(module);
+    bind_sequence(module);
+    bind_hook(module);
 }

@@ -11,12 +11,14 @@ Capture::Capture(std::size_t n_layer, std::size_t n_embd, std::vector<uint8_t> w
                  std::size_t n_slots)
     : n_layer_(n_layer), n_embd_(n_embd), slots_(std::move(slots)) {
     if (wanted.size() != n_sites * n_layer) {
-        throw std::invalid_argument("one flag per site and layer expected");
+        throw std::invalid_argument("expected " + std::to_string(n_sites * n_layer) +
+                                    " flags of wanted places, found " + std::to_string(wanted.size()));
     }
     expected_.assign(n_slots, 0);
     for (const int32_t slot : slots_) {
         if (slot >= 0 && static_cast<std::size_t>(slot) >= n_slots) {
-            throw std::invalid_argument("there is no slot " + std::to_string(slot));
+            throw std::invalid_argument("expected slots below " + std::to_string(n_slots) + ", found " +
+                                        std::to_string(slot));
         }
         if (slot >= 0) {
             ++expected_[static_cast<std::size_t>(slot)];
@@ -24,7 +26,7 @@ Capture::Capture(std::size_t n_layer, std::size_t n_embd, std::vector<uint8_t> w
     }
     for (const int64_t tokens : expected_) {
         if (tokens == 0) {
-            throw std::invalid_argument("a slot without tokens has no mean");
+            throw std::invalid_argument("every slot needs a token: a mean of no rows is undefined");
         }
     }
     std::size_t count = 0;
@@ -61,8 +63,8 @@ void Capture::read(Place place, float * out) const {
     for (std::size_t slot = 0; slot < n_slots(); ++slot) {
         const std::size_t mean = static_cast<std::size_t>(at) * n_slots() + slot;
         if (seen_[mean] != expected_[slot]) {
-            throw std::runtime_error("saw " + std::to_string(seen_[mean]) + " of " + std::to_string(expected_[slot]) +
-                                     " rows at " + place_name(place));
+            throw std::runtime_error("captured " + std::to_string(seen_[mean]) + " of " +
+                                     std::to_string(expected_[slot]) + " rows at " + place_name(place));
         }
         const double scale = 1.0 / static_cast<double>(expected_[slot]);
         for (std::size_t i = 0; i < n_embd_; ++i) {

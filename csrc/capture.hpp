@@ -1,4 +1,4 @@
-// Activations of a decode, averaged as they pass.
+// Means of the activations of a decode, summed as rows pass.
 #pragma once
 
 #include <cstddef>
@@ -9,24 +9,24 @@
 
 namespace pysteer {
 
-// All memory is taken in the constructor; put() is called from the graph callback and only writes.
+// The constructor takes all memory; put(), which the callback calls, only writes.
 class Capture {
   public:
-    // Token i of the decode counts towards the mean number slots[i] of n_slots, or, where that is -1, towards none. One
-    // token a slot keeps each token's row; one slot for a range gives the range's mean; slots may belong to different
-    // sequences. Captured are the (site, layer) marked in `wanted` (n_sites x n_layer flags). Throws
-    // std::invalid_argument for a slot that does not exist or has no token.
+    // Token i of the decode counts towards mean slots[i] of n_slots; -1: towards none. One token a slot keeps each
+    // token's row; one slot for a range gives the mean of the range; slots may belong to different sequences. `wanted`
+    // flags the places to capture by place_index(). Throws std::invalid_argument for a slot out of range or without
+    // tokens.
     Capture(std::size_t n_layer, std::size_t n_embd, std::vector<uint8_t> wanted, std::vector<int32_t> slots,
             std::size_t n_slots);
 
     bool wants(Place place) const noexcept { return index(place) >= 0; }
-    // Whether no wanted site comes after this one in the graph.
+    // Whether the place is the last wanted one in the order of the graph.
     bool ends_at(Place place) const noexcept { return place == last_; }
-    // Takes row number `token` of the decode.
+    // Adds the row of the decode's token number `token`.
     void put(Place place, int64_t token, const float * row) noexcept;
 
-    // Writes the means of a site and layer, n_slots x n_embd. Throws std::runtime_error if not every token's row was
-    // seen.
+    // Writes the means of a place, n_slots x n_embd. Throws std::runtime_error if the place is not wanted, or a row of
+    // some token did not come by.
     void read(Place place, float * out) const;
 
     std::size_t n_slots() const noexcept { return expected_.size(); }
@@ -38,11 +38,11 @@ class Capture {
 
     std::size_t n_layer_;
     std::size_t n_embd_;
-    std::vector<int32_t> indices_;  // per site and layer: its place in sums_, or -1
-    std::vector<int32_t> slots_;
-    std::vector<int64_t> expected_;  // tokens per slot
-    std::vector<double> sums_;       // per index and slot
-    std::vector<int64_t> seen_;      // the same
+    std::vector<int32_t> indices_;   // by place: index into sums_; -1: not wanted
+    std::vector<int32_t> slots_;     // by token
+    std::vector<int64_t> expected_;  // tokens by slot
+    std::vector<double> sums_;       // by index and slot, n_embd values each
+    std::vector<int64_t> seen_;      // rows by index and slot
     Place last_;                     // in the order of the graph
 };
 

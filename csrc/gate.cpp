@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 #include <stdexcept>
+#include <string>
 #include <utility>
 
 namespace pysteer {
@@ -39,7 +40,11 @@ Gate::Gate(Site site, std::vector<Read> reads, Kind kind, std::size_t n_embd, st
     if (n_rows_ == 0 || weights_.size() != n_rows_ * width() || n_categories() == 0 ||
         offsets_.size() != (linear ? n_rows_ : 0) || origin_.size() != (kind == Kind::centroid ? width() : 0) ||
         allowances_.size() != (kind == Kind::margin ? n_categories() : 0)) {
-        throw std::invalid_argument("the parts of the gate do not fit each other");
+        throw std::invalid_argument("the gate's weights (" + std::to_string(weights_.size()) +
+                                    " values for a width of " + std::to_string(width()) + "), offsets (" +
+                                    std::to_string(offsets_.size()) + "), origin (" + std::to_string(origin_.size()) +
+                                    ") and allowances (" + std::to_string(allowances_.size()) +
+                                    ") do not fit its kind");
     }
     for (const Read & read : reads_) {
         layer_ = std::max(layer_, read.layer);
@@ -74,7 +79,7 @@ double Gate::condition(const double * h, const double * row) const noexcept {
     return over_lengths(product, dot(h, h, width()), squared);
 }
 
-// From logits of all rows to the probabilities of all but the first.
+// Turns the logits of all rows into the probabilities of all rows but the first.
 void Gate::softmax(double * out) const noexcept {
     const double largest = *std::max_element(out, out + n_rows_);
     double sum = 0.0;
@@ -87,7 +92,7 @@ void Gate::softmax(double * out) const noexcept {
     }
 }
 
-// From r of all rows to the scores, and to the leads with their allowances.
+// Turns r of all rows into the scores, and the ranks: the lead of each category with its allowance.
 void Gate::margins(double * out, double * ranks) const noexcept {
     const double harm = -out[0];
     const double * r = out + 1;

@@ -1,4 +1,4 @@
-// What a pack's router sees in a hidden state: a score for each of its categories.
+// A router's score of each of its categories for a hidden state.
 #pragma once
 
 #include <cstddef>
@@ -9,7 +9,7 @@
 
 namespace pysteer {
 
-// Immutable. The scores are those of pysteer.pack.router.Router, in double precision like there.
+// Immutable. The scores equal those of pysteer.pack.router.Router; like there, sums are taken in double precision.
 class Gate {
   public:
     enum class Kind : int32_t {
@@ -20,21 +20,21 @@ class Gate {
         cast,         // cosine(h, tanh((W_c.h) W_c)), W of unit rows
     };
 
-    // h is what its reads saw, end to end in their order, each n_embd values.
+    // One part of the hidden state h, which is the reads end to end, n_embd values each.
     struct Read {
         std::size_t layer;
-        bool pools;  // over a span of tokens, rather than the one that decides
+        bool pools;  // the mean over a span of tokens; otherwise the row of the token that decides
     };
 
-    // With width the number of reads times n_embd: weights are n_rows x width. offsets: n_rows values, origin: width
-    // values, allowances: n_categories values; empty where the kind has none. Throws std::invalid_argument for sizes
-    // that do not fit.
+    // weights: n_rows x width, where width is the number of reads times n_embd. offsets: n_rows values, origin: width
+    // values, allowances: n_categories values; each empty where the kind has none. Throws std::invalid_argument for
+    // sizes that do not fit.
     Gate(Site site, std::vector<Read> reads, Kind kind, std::size_t n_embd, std::vector<double> weights,
          std::vector<double> offsets, std::vector<double> origin, std::vector<double> allowances);
 
     Site site() const noexcept { return site_; }
     const std::vector<Read> & reads() const noexcept { return reads_; }
-    // The highest of the reads', where it decides.
+    // The highest layer read: the gate decides there.
     std::size_t layer() const noexcept { return layer_; }
     Place place() const noexcept { return {site_, layer_}; }
     bool reads_at(Place place) const noexcept;
@@ -43,8 +43,8 @@ class Gate {
     std::size_t n_rows() const noexcept { return n_rows_; }
     std::size_t n_categories() const noexcept { return has_benign_row() ? n_rows_ - 1 : n_rows_; }
 
-    // Writes n_categories() scores, and as many ranks, which several open gates are compared by: the scores, but for
-    // margin, where all open gates may have the same. Both have room for n_rows().
+    // Writes n_categories() scores, and as many ranks, by which open gates are compared: the scores, except for margin,
+    // whose scores may be equal for all open gates. Both buffers have room for n_rows() values.
     void scores(const double * h, double * out, double * ranks) const noexcept;
 
   private:

@@ -9,6 +9,13 @@
 #include "row_access.hpp"
 
 namespace pysteer {
+namespace {
+
+std::string shape_text(std::size_t n_layer, std::size_t n_embd) {
+    return std::to_string(n_layer) + " layers of width " + std::to_string(n_embd);
+}
+
+}  // namespace
 
 // ---- probe ----------------------------------------------------------------------------------------------------------
 
@@ -63,14 +70,15 @@ void Hook::require_host(Place place) const {
     const SiteNode * found = sites_->find(place);
     if (found != nullptr && !found->on_host) {
         throw NotOnHost(place_name(place) + " is in " + found->backend +
-                        " memory, which this version cannot hook; the residual of layers >= 1 can be steered there, or "
-                        "keep the layers on the CPU with n_gpu_layers=0");
+                        " memory, and this version hooks host memory only; steer the residual of layers >= 1 alike for "
+                        "all tokens, or keep the layers on the CPU with n_gpu_layers=0");
     }
 }
 
 void Hook::require_fit(const Plan & plan) const {
     if (plan.n_layer() != n_layer_ || plan.n_embd() != n_embd_) {
-        throw std::invalid_argument("the plan is for another model");
+        throw std::invalid_argument("the plan is for " + shape_text(plan.n_layer(), plan.n_embd()) +
+                                    ", the model has " + shape_text(n_layer_, n_embd_));
     }
     for (const Term & term : plan.terms()) {
         for (const std::size_t at : term.places) {
@@ -84,8 +92,8 @@ void Hook::require_fit(const Plan & plan) const {
         const Place place{plan.gate()->site(), read.layer};
         require_place(place);
         if (read.pools && !keeps_every_row(place, n_layer_)) {
-            throw std::invalid_argument("the router looks at several tokens at " + place_name(place) +
-                                        ", where llama.cpp computes only the last one");
+            throw std::invalid_argument("the router averages over tokens at " + place_name(place) +
+                                        ", where llama.cpp computes only the last token; read it at another layer");
         }
     }
 }
@@ -150,7 +158,7 @@ void Hook::end_decode() {
     }
     row_map_.require_all_reached();
     if (batch_.decisions_due() > 0) {
-        throw std::runtime_error("the router was not reached");
+        throw std::runtime_error("the router did not decide: the graph did not compute its last layer");
     }
 }
 
@@ -220,7 +228,8 @@ void Hook::treat(const Tensor * node, Place place) {
     }
     const std::optional<RowIndices> indices = row_map_.rows_of(place, rows.count());
     if (!indices) {
-        return fail("cannot tell which token is which row of " + place_name(place));
+        return fail("cannot tell which tokens the " + std::to_string(rows.count()) + " rows of " + place_name(place) +
+                    " are");
     }
     const Work work{place, batch_.reads_at(place), captures(place), rows.limit()};
     steerer_.begin_node();
@@ -258,7 +267,8 @@ bool Hook::treat_row(const Work & work, std::size_t index, float * values) {
 void Hook::begin_capture(std::unique_ptr<Capture> capture) {
     require_idle("capture");
     if (capture->n_layer() != n_layer_ || capture->n_embd() != n_embd_) {
-        throw std::invalid_argument("the capture is for another model");
+        throw std::invalid_argument("the capture is for " + shape_text(capture->n_layer(), capture->n_embd()) +
+                                    ", the model has " + shape_text(n_layer_, n_embd_));
     }
     for (const Site site : all_sites) {
         for (std::size_t layer = 0; layer < n_layer_; ++layer) {

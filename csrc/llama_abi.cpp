@@ -99,14 +99,14 @@ Abi look_up(const Library & library) {
     return abi;
 }
 
-// Builds known tensors with the loaded library and compares what it wrote with where `Tensor` expects it.
+// Makes tensors with the loaded library and compares their fields with `Tensor`.
 void check_layout_and_read_ops(Abi & abi) {
     constexpr int64_t width = 8;
     constexpr int64_t height = 3;
     const auto type = static_cast<int32_t>(FloatType::f32);
     void * context = abi.ggml_init({abi.ggml_tensor_overhead() * 16, nullptr, /*no_alloc=*/true});
     if (context == nullptr) {
-        throw std::runtime_error("ggml_init failed");
+        throw std::runtime_error("ggml_init failed: no memory to check the layout of tensors");
     }
     void * buffer = nullptr;
     std::string wrong;
@@ -128,7 +128,7 @@ void check_layout_and_read_ops(Abi & abi) {
     expect(abi.ggml_nelements(a) == width * height && abi.ggml_nrows(a) == height, "nrows");
     expect(sum->src[0] == a && sum->src[1] == b && sum->src[2] == nullptr && a->src[0] == nullptr, "src");
     expect(std::strcmp(a->name, "pysteer-layout-check") == 0 && abi.ggml_get_name(a) == a->name, "name");
-    if (wrong.empty()) {  // otherwise the pointers below are not to be trusted
+    if (wrong.empty()) {  // otherwise do not follow the pointers below
         abi.op_none = a->op;
         abi.op_add = sum->op;
         abi.op_mul = abi.ggml_mul(context, a, b)->op;

@@ -1,7 +1,7 @@
 // The few C functions and the one struct of llama.cpp that pysteer uses.
 //
-// Nothing here is linked: the functions are looked up in the library that llama_cpp has already loaded, so one build of
-// pysteer serves every build of llama-cpp-python (CPU, CUDA, Metal, Vulkan, RPC).
+// pysteer links to no llama.cpp. It looks the functions up in the library that llama_cpp has already loaded, so one
+// build of pysteer serves every build of llama-cpp-python (CPU, CUDA, Metal, Vulkan, RPC).
 #pragma once
 
 #include <array>
@@ -11,8 +11,8 @@
 
 namespace pysteer {
 
-// ggml_tensor as ggml 0.25 lays it out. Used only for what has no accessor (op, sources, buffer, strides); load_abi()
-// refuses to go on if a tensor made by the loaded library does not match it.
+// ggml_tensor in the layout of ggml 0.25, for fields without an accessor (op, sources, buffer, strides). load_abi()
+// throws if a tensor made by the loaded library does not match.
 struct Tensor {
     int32_t type;
     void * buffer;
@@ -30,7 +30,7 @@ struct Tensor {
     char padding[8];
 };
 
-// ggml_type: the activation types that llama.cpp's graphs produce.
+// ggml_type: the types of activations in llama.cpp's graphs.
 enum class FloatType : int32_t { f32 = 0, f16 = 1, bf16 = 30 };
 
 struct InitParams {  // ggml_init_params
@@ -56,7 +56,7 @@ struct Abi {
     void (*ggml_backend_tensor_set)(Tensor *, const void *, size_t, size_t);
     void (*ggml_backend_tensor_get)(const Tensor *, void *, size_t, size_t);
 
-    // Used once, to build the tensors that the struct above is checked against.
+    // For the tensors that load_abi() checks the struct above with.
     void * (*ggml_init)(InitParams);
     void (*ggml_free)(void *);
     size_t (*ggml_tensor_overhead)();
@@ -70,7 +70,7 @@ struct Abi {
     void * (*ggml_backend_alloc_ctx_tensors_from_buft)(void *, void *);
     void (*ggml_backend_buffer_free)(void *);
 
-    // ggml_op values, read off real nodes of the loaded library because the enumeration moves between versions.
+    // ggml_op values, read from nodes that the loaded library made: the enumeration differs between versions.
     int32_t op_none;
     int32_t op_add;
     int32_t op_mul;
@@ -78,9 +78,9 @@ struct Abi {
     int32_t op_mul_mat;
 };
 
-// Fills the table from the shared library with this handle (dlopen's, or an HMODULE). `library_folder` is searched for
-// ggml's own libraries where the handle does not reach them (Windows). Throws std::runtime_error that names what is
-// missing or what does not match. Calling it again is free.
+// Fills the table from the shared library with this handle (dlopen's, or an HMODULE). On Windows, where the handle does
+// not reach ggml's own libraries, they are searched for in `library_folder`. Throws std::runtime_error that names the
+// missing functions or the fields that do not match. Free after the first call.
 void load_abi(std::uintptr_t library_handle, const std::string & library_folder);
 
 // The table; throws std::runtime_error before a successful load_abi().

@@ -9,7 +9,7 @@
 namespace pysteer {
 namespace {
 
-// In several partial sums, which a compiler may keep in vector registers.
+// Takes several partial sums, which the compiler can keep in vector registers.
 double dot(const float * a, const float * b, std::size_t width) noexcept {
     constexpr std::size_t lanes = 8;
     std::array<double, lanes> sums{};
@@ -56,8 +56,8 @@ void rotate(const Operator & op, const float * rows, float strength, float * h, 
 }  // namespace
 
 float largest(const float * values, std::size_t count) noexcept {
-    // The bits of floats without their sign are in the order of the values, infinity and NaN last; and a maximum of
-    // integers can be taken in vector registers.
+    // Without the sign, the bits of floats have the order of the values, infinity and NaN last; and compilers vectorise
+    // a maximum of integers.
     int32_t most = 0;
     for (std::size_t i = 0; i < count; ++i) {
         int32_t bits = 0;

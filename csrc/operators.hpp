@@ -1,7 +1,7 @@
-// What one row of activations undergoes. Floats in, floats out; no knowledge of llama.cpp.
+// The operators: what directions do to one row of activations. Floats in, floats out; no knowledge of llama.cpp.
 //
-// h is the row, s the strength, d the directions as they come, e unit directions. Every operator equals the formula
-// beside it to float32 rounding; sums are taken in double precision.
+// h is the row, s the strength, d a direction, e a unit direction. Every operator equals the formula beside it to
+// float32 rounding; dot products are summed in double precision.
 #pragma once
 
 #include <cstddef>
@@ -13,25 +13,25 @@ enum class OperatorKind : int32_t {
     add,       // h + s d
     ablate,    // h - s (h.e) e; one_sided: only where h.e > 0
     clamp,     // h + s (clip(h.e, low, high) - h.e) e
-    rotate,    // turns h's part in the plane of e1 and e2 by s angle; target: to s angle. Keeps the norm
+    rotate,    // turns h's part in the plane of e1 and e2 by s a; target: to s a, from e1; a: angle. Keeps the norm
     low_rank,  // h + s U (V^T h): the rows are the columns of U, then those of V
 };
 
 struct Operator {
     OperatorKind kind = OperatorKind::add;
-    bool keep_norm = false;  // afterwards the row is scaled to the norm it had
+    bool keep_norm = false;  // scale the row to its former norm afterwards
     bool one_sided = false;
     bool target = false;
     float low = 0.0f;
     float high = 0.0f;
     float angle = 0.0f;  // radians
 
-    // Additions without a norm to keep can be summed before they are applied.
+    // Additions can be summed before they are applied, unless they keep the norm.
     bool sums() const noexcept { return kind == OperatorKind::add && !keep_norm; }
 };
 
-// row += direction, element by element, in the order and precision of ggml's own ADD on float32, so that the result is
-// bit-identical to llama.cpp's control vector.
+// row += direction, in the precision of ggml's own ADD on float32: the result is bit-identical to llama.cpp's control
+// vector.
 inline void add(float * row, const float * direction, std::size_t width) noexcept {
     for (std::size_t i = 0; i < width; ++i) {
         row[i] += direction[i];
@@ -58,11 +58,11 @@ inline void accumulate(double * sums, const float * row, std::size_t width) noex
     }
 }
 
-// The largest absolute value; infinity or NaN if any value is.
+// The largest absolute value; infinity or NaN if there is one among the values.
 float largest(const float * values, std::size_t count) noexcept;
 
-// Applies any operator to h. `rows` holds n_rows rows of `width` values: unit rows for ablate and clamp, two
-// orthonormal ones for rotate. `scratch` has room for n_rows values.
+// Applies an operator to h. `rows` holds n_rows rows of `width` values: unit rows for ablate and clamp, two orthonormal
+// rows for rotate. `scratch` has room for n_rows values.
 void apply(const Operator & op, const float * rows, std::size_t n_rows, float strength, float * h, std::size_t width,
            double * scratch) noexcept;
 

@@ -9,7 +9,7 @@
 namespace pysteer {
 namespace {
 
-// Whether the postfix expression leaves exactly one value, and names gates below n.
+// Whether a postfix expression leaves exactly one value and names only gates below n.
 bool well_formed(const std::vector<int32_t> & rule, std::size_t n) noexcept {
     std::size_t depth = 0;
     for (const int32_t code : rule) {
@@ -29,8 +29,8 @@ void Plan::add(Term term, Site site, const int32_t * layers, std::size_t n_layer
                std::size_t n_rows, std::shared_ptr<const void> owner) {
     for (std::size_t k = 0; k < n_layers; ++k) {
         if (layers[k] < 0 || static_cast<std::size_t>(layers[k]) >= n_layer_) {
-            throw std::invalid_argument("layer " + std::to_string(layers[k]) + " is not one of the model's " +
-                                        std::to_string(n_layer_) + " layers");
+            throw std::invalid_argument("the model has no layer " + std::to_string(layers[k]) + ", only layers 0 to " +
+                                        std::to_string(n_layer_ - 1));
         }
         const std::size_t place = place_index({site, static_cast<std::size_t>(layers[k])}, n_layer_);
         ops_[place].push_back({terms_.size(), rows + k * n_rows * n_embd_, n_rows});
@@ -55,13 +55,21 @@ void Plan::add(Term term, Site site, const int32_t * layers, std::size_t n_layer
 void Plan::set_gate(std::shared_ptr<const Gate> gate, std::vector<double> thresholds, std::vector<uint8_t> above,
                     ConflictRule conflict, int64_t recheck) {
     const std::size_t n = gate->n_categories();
-    if (gate->n_embd() != n_embd_ || gate->layer() >= n_layer_ || thresholds.size() != n || above.size() != n ||
-        recheck < 0) {
-        throw std::invalid_argument("the gate does not fit the plan");
+    if (gate->n_embd() != n_embd_ || gate->layer() >= n_layer_) {
+        throw std::invalid_argument("the router reads up to layer " + std::to_string(gate->layer()) + " of width " +
+                                    std::to_string(gate->n_embd()) + "; the plan is for " + std::to_string(n_layer_) +
+                                    " layers of width " + std::to_string(n_embd_));
+    }
+    if (thresholds.size() != n || above.size() != n || recheck < 0) {
+        throw std::invalid_argument("expected a threshold and a direction of comparison for each of " +
+                                    std::to_string(n) + " categories and recheck >= 0, found " +
+                                    std::to_string(thresholds.size()) + ", " + std::to_string(above.size()) + " and " +
+                                    std::to_string(recheck));
     }
     for (const Term & term : terms_) {
         if (term.gated() && (!well_formed(term.rule, n) || term.own_gate >= static_cast<int32_t>(n))) {
-            throw std::invalid_argument("a rule names a gate that does not exist");
+            throw std::invalid_argument("a rule is malformed or names a gate beyond the " + std::to_string(n) +
+                                        " of the router");
         }
     }
     uses_products_ = uses_products_ || gate->site() != Site::residual;
@@ -111,7 +119,7 @@ void Plan::check_finite() const {
         }
         if (!first && !std::all_of(row.begin(), row.end(), [](float value) { return std::isfinite(value); })) {
             throw std::invalid_argument("the direction of layer " + std::to_string(place_at(place, n_layer_).layer) +
-                                        " times its strength is not finite");
+                                        " times its strength is not finite; lower the strength");
         }
     }
 }

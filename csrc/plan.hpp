@@ -1,5 +1,5 @@
-// What a request asks for, compiled: which operators act at which site and layer, on which tokens, and what a gate has
-// to find before they do. Immutable once built, so that any number of sequences share it without locks.
+// A compiled request: which operators act at which site and layer, on which tokens, and which gates must open before
+// they do. Immutable once built, so that any number of sequences share a plan without locks.
 #pragma once
 
 #include <cstddef>
@@ -29,12 +29,12 @@ struct Term {
     float strength = 1.0f;
     Scope scope;
     uint64_t digest = 0;              // of the steering vector
-    int32_t exclude_bit = -1;         // rows whose mask has this bit are left alone
-    std::vector<int32_t> rule;        // gated; empty: forced
-    int32_t own_gate = -1;            // the category's own column of the gate, or -1
-    bool only_control_vector = true;  // it adds to the residual of layers >= 1 and nothing else
-    bool only_last_block = true;      // no key or value of the KV cache depends on it
-    std::vector<std::size_t> places;
+    int32_t exclude_bit = -1;         // tokens whose mask has this bit are left alone; -1: none
+    std::vector<int32_t> rule;        // when the term fires; empty: forced
+    int32_t own_gate = -1;            // the gate of the term's own category; -1: none
+    bool only_control_vector = true;  // adds to the residual of layers >= 1 and does nothing else
+    bool only_last_block = true;      // no key or value of the KV cache depends on the term
+    std::vector<std::size_t> places;  // place_index() of each
 
     bool gated() const noexcept { return !rule.empty(); }
 };
@@ -44,21 +44,21 @@ class Plan {
     Plan(std::size_t n_layer, std::size_t n_embd, Injection injection)
         : n_layer_(n_layer), n_embd_(n_embd), injection_(injection), ops_(n_sites * n_layer) {}
 
-    // What a term does at one place: n_rows rows of n_embd values.
+    // A term at one place: n_rows rows of n_embd values.
     struct Op {
         std::size_t term;
         const float * rows;
         std::size_t n_rows;
     };
 
-    // Appends a term that acts at a site's layers[k] with the rows at rows[k]; rows is row-major, n_layers x n_rows x
-    // n_embd, and lives as long as the plan holds `owner`. Throws std::invalid_argument for a layer out of range.
+    // Appends a term that acts at layers[k] of a site with rows[k]; `rows` is n_layers x n_rows x n_embd and lives as
+    // long as the plan holds `owner`. Throws std::invalid_argument for a layer out of range.
     void add(Term term, Site site, const int32_t * layers, std::size_t n_layers, const float * rows, std::size_t n_rows,
              std::shared_ptr<const void> owner);
 
-    // Gives gated terms what they wait for: category i's gate is open where its score is at least (above) or at most
-    // thresholds[i]. recheck: decide anew every so many response tokens; 0 is never. Throws std::invalid_argument for
-    // sizes or rules that do not fit.
+    // Sets the gates that the rules of the terms name: gate i is open where the score of category i is at least (above)
+    // or at most thresholds[i]. recheck: decide anew after so many response tokens; 0: never. Throws
+    // std::invalid_argument for sizes or rules that do not fit.
     void set_gate(std::shared_ptr<const Gate> gate, std::vector<double> thresholds, std::vector<uint8_t> above,
                   ConflictRule conflict, int64_t recheck);
 
@@ -73,27 +73,27 @@ class Plan {
     const std::vector<Op> & ops(Place place) const noexcept { return ops_[place_index(place, n_layer_)]; }
     std::size_t most_rows() const noexcept { return most_rows_; }
 
-    // Null where no term is gated.
+    // Null if no term is gated.
     const Gate * gate() const noexcept { return gate_.get(); }
     const std::vector<double> & thresholds() const noexcept { return thresholds_; }
     const std::vector<uint8_t> & above() const noexcept { return above_; }
     ConflictRule conflict() const noexcept { return conflict_; }
     int64_t recheck() const noexcept { return recheck_; }
-    // Whether a place comes before the one where the gate decides.
+    // Whether the graph computes a place before the gate decides.
     bool before_gate(Place place) const noexcept { return gate_ && graph_order(place) < graph_order(gate_->place()); }
-    // Whether a term acts at such a place.
+    // Whether a term acts at a place before the gate decides.
     bool acts_before_gate(const Term & term) const noexcept;
 
-    // Whether every token of every sequence gets the same: nothing gated, excluded or limited to some tokens.
+    // Whether every token of every sequence gets the same: no term is gated, excluded or limited to some tokens.
     bool uniform() const noexcept { return uniform_; }
     bool fits_resident() const noexcept;
-    // Whether additions alone, however many layers they meet in, cannot take an activation past float32.
+    // Whether additions alone, summed over all layers, cannot take an activation past float32.
     bool stays_finite() const noexcept { return bound_ < 1e38; }
-    // Whether a term acts, or the gate looks, at the sites attention or mlp.
+    // Whether a term or the gate uses the sites attention or mlp.
     bool uses_products() const noexcept { return uses_products_; }
 
-    // Writes the sum of what the ops at a place add, each times its factor; n_embd values. The ops are additions. Zeros
-    // where no factor differs from 0.
+    // Writes the sum of the directions at a place, each times its factor; n_embd values, zeros if all factors are 0.
+    // Ops whose factor is not 0 must be additions.
     void sum(Place place, const float * factors, float * out) const noexcept;
 
   private:
@@ -102,9 +102,9 @@ class Plan {
     Injection injection_;
     std::vector<Term> terms_;
     std::vector<std::shared_ptr<const void>> owners_;
-    std::vector<std::vector<Op>> ops_;  // per place, in the order of the terms
+    std::vector<std::vector<Op>> ops_;  // by place, in the order of the terms
     std::size_t most_rows_ = 0;
-    double bound_ = 0.0;  // of what all additions together add to a value
+    double bound_ = 0.0;  // of the absolute value that all additions together add
     bool uniform_ = true;
     bool uses_products_ = false;
     std::shared_ptr<const Gate> gate_;

@@ -47,8 +47,8 @@ bool fits_control_vector(const Batch & batch) {
     });
     if (insists && !fits) {
         throw std::invalid_argument(
-            "llama.cpp's control vector holds the same residual of layers >= 1 for all rows, of less than 1e38, and "
-            "nothing else");
+            "injection 'resident' cannot express these rows: llama.cpp's control vector adds to the residual of layers "
+            ">= 1, the same to every row, less than 1e38; use 'auto' or 'hooked'");
     }
     return fits;
 }

@@ -1,7 +1,7 @@
-// Which tokens of a sequence are steered, and how strongly.
+// The factor of the strength for each token of a sequence.
 //
-// p is a token's position from 0, n the number of prompt tokens, and r = p - (n - 1) the response index: the row of the
-// last prompt token (r = 0) decides the first response token.
+// p is the token's position from 0, n the number of prompt tokens, and r = p - (n - 1) the response index: the row of
+// the last prompt token (r = 0) produces the first response token.
 #pragma once
 
 #include <cstddef>
@@ -24,7 +24,7 @@ struct Scope {
     int64_t stop = 0;
     std::vector<float> values;
 
-    // What the strength is multiplied by; 0 where the scope leaves the token alone.
+    // 0 where the scope leaves the token alone.
     float factor(int64_t p, int64_t n) const noexcept;
 };
 

@@ -46,7 +46,7 @@ bool holds(const std::vector<int32_t> & rule, const uint8_t * open, uint8_t * st
 Sequence::Sequence(std::shared_ptr<const Plan> plan, int64_t n_prompt, std::vector<Span> spans, int64_t n_positions)
     : plan_(std::move(plan)), has_gate_(plan_->gate() != nullptr), n_prompt_(n_prompt) {
     if (n_prompt < 0) {
-        throw std::invalid_argument("a prompt of " + std::to_string(n_prompt) + " tokens");
+        throw std::invalid_argument("expected n_prompt >= 0, found " + std::to_string(n_prompt));
     }
     if (!has_gate_) {
         return;
@@ -54,12 +54,14 @@ Sequence::Sequence(std::shared_ptr<const Plan> plan, int64_t n_prompt, std::vect
     const std::vector<Gate::Read> & reads = plan_->gate()->reads();
     spans_ = std::move(spans);
     if (spans_.size() != reads.size()) {
-        throw std::invalid_argument("the router looks at " + std::to_string(reads.size()) + " places, and there are " +
-                                    std::to_string(spans_.size()) + " spans");
+        throw std::invalid_argument("expected a span for each of the router's " + std::to_string(reads.size()) +
+                                    " reads, found " + std::to_string(spans_.size()));
     }
     for (std::size_t k = 0; k < spans_.size(); ++k) {
         if (!(0 <= spans_[k].start && spans_[k].start < spans_[k].stop && spans_[k].stop <= n_prompt)) {
-            throw std::invalid_argument("the router has no token of the prompt to look at");
+            throw std::invalid_argument("the router needs a prompt token to read: its span [" +
+                                        std::to_string(spans_[k].start) + ", " + std::to_string(spans_[k].stop) +
+                                        ") is empty or outside the prompt of " + std::to_string(n_prompt) + " tokens");
         }
         if (!reads[k].pools) {
             spans_[k] = {n_prompt - 1, n_prompt};
@@ -83,7 +85,7 @@ Sequence::Sequence(std::shared_ptr<const Plan> plan, int64_t n_prompt, std::vect
 float Sequence::factor(std::size_t term, int64_t position, bool before_gate) const noexcept {
     const Term & what = plan_->terms()[term];
     if (what.gated()) {
-        // The last decision before this row is computed here.
+        // The last decision that was made before this row is computed at the place.
         std::size_t decision = decided_at_.size();
         while (decision > 0 &&
                (decided_at_[decision - 1] > position || (decided_at_[decision - 1] == position && before_gate))) {
@@ -117,7 +119,7 @@ uint64_t Sequence::key(int64_t position, bool cached) const noexcept {
         }
         key = mixed(key ^ plan_->terms()[term].digest);
         key = mixed(key ^ (bits(after) << 32 | bits(before)));
-        if (bits(before) != bits(after)) {  // steered in some layers only: which, depends on where the gate reads
+        if (bits(before) != bits(after)) {  // steered in the layers after the gate only
             key = mixed(key ^ graph_order(plan_->gate()->place()));
         }
     }
@@ -146,7 +148,7 @@ int64_t Sequence::tokens_steered(int64_t n_tokens) const noexcept {
 
 bool Sequence::decides(int64_t position) const noexcept {
     if (!has_gate_ || (!decided_at_.empty() && decided_at_.back() >= position)) {
-        return false;  // decided already: this token is computed once more
+        return false;  // decided already: this token is computed again
     }
     const int64_t r = response_index(position);
     return r == 0 || (r > 0 && plan_->recheck() > 0 && r % plan_->recheck() == 0);
@@ -163,7 +165,7 @@ int64_t Sequence::next_decision() const noexcept {
     return recheck > 0 ? n_prompt_ - 1 + (response_index(decided_at_.back()) / recheck + 1) * recheck : -1;
 }
 
-// Whether a read takes the row of a position that no decision has been made at yet.
+// Whether a read takes the row of a position after the last decision.
 bool Sequence::counts(std::size_t read, int64_t position) const noexcept {
     if (decided_at_.empty()) {
         return spans_[read].holds(position);
@@ -199,8 +201,8 @@ bool Sequence::read(Place place, int64_t position, const float * row) {
     for (std::size_t k = 0; k < spans_.size() && first; ++k) {
         const int64_t due = spans_[k].stop - spans_[k].start;
         if (summed_[k].count != due) {
-            throw std::runtime_error("the router saw " + std::to_string(summed_[k].count) + " of the " +
-                                     std::to_string(due) + " tokens it looks at");
+            throw std::runtime_error("the router read " + std::to_string(summed_[k].count) + " of the " +
+                                     std::to_string(due) + " tokens that it averages over");
         }
     }
     decide(position);
@@ -209,7 +211,7 @@ bool Sequence::read(Place place, int64_t position, const float * row) {
 
 void Sequence::accumulate_row(std::size_t read, int64_t position, const float * row) noexcept {
     double * sum = sums_.data() + read * plan_->n_embd();
-    if (position <= summed_[read].to) {  // the same tokens again
+    if (position <= summed_[read].to) {  // the tokens are computed again
         std::fill(sum, sum + plan_->n_embd(), 0.0);
         summed_[read].count = 0;
     }
@@ -219,45 +221,53 @@ void Sequence::accumulate_row(std::size_t read, int64_t position, const float * 
 }
 
 void Sequence::decide(int64_t position) {
-    const Gate & gate = *plan_->gate();
     for (std::size_t i = 0; i < sums_.size(); ++i) {
         sums_[i] /= static_cast<double>(summed_[i / plan_->n_embd()].count);
         if (!std::isfinite(sums_[i])) {
-            throw std::runtime_error("the hidden state that the router looks at is not finite");
+            throw std::runtime_error("the hidden state that the router reads is not finite");
         }
     }
-    gate.scores(sums_.data(), scores_.data(), ranks_.data());
-    for (std::size_t k = 0; k < gate.n_categories(); ++k) {
+    plan_->gate()->scores(sums_.data(), scores_.data(), ranks_.data());
+    open_gates();
+    fire_terms();
+    decided_at_.push_back(position);
+    restart();
+}
+
+void Sequence::open_gates() noexcept {
+    for (std::size_t k = 0; k < open_.size(); ++k) {
         const double threshold = plan_->thresholds()[k];
         open_[k] = plan_->above()[k] != 0 ? scores_[k] >= threshold : scores_[k] <= threshold;
     }
+}
+
+double Sequence::excess(const Term & term) const noexcept {
+    if (term.own_gate < 0) {
+        return 0.0;
+    }
+    const auto own = static_cast<std::size_t>(term.own_gate);
+    return (ranks_[own] - plan_->thresholds()[own]) * (plan_->above()[own] != 0 ? 1.0 : -1.0);
+}
+
+// Appends to fired_ the terms whose rules hold, or, by the plan's rule of conflict, one of them.
+void Sequence::fire_terms() {
     const std::vector<Term> & terms = plan_->terms();
     const std::size_t start = fired_.size();
     std::size_t chosen = terms.size();
-    double furthest = 0.0;
     for (std::size_t t = 0; t < terms.size(); ++t) {
         const bool fires = terms[t].gated() && holds(terms[t].rule, open_.data(), stack_.data());
         fired_.push_back(fires ? 1 : 0);
-        if (!fires || plan_->conflict() == ConflictRule::sum) {
-            continue;
-        }
-        double past = 0.0;  // how far past its threshold
-        if (terms[t].own_gate >= 0) {
-            const auto own = static_cast<std::size_t>(terms[t].own_gate);
-            past = (ranks_[own] - plan_->thresholds()[own]) * (plan_->above()[own] != 0 ? 1.0 : -1.0);
-        }
-        if (chosen == terms.size() || (plan_->conflict() == ConflictRule::strongest && past > furthest)) {
+        if (fires && (chosen == terms.size() ||
+                      (plan_->conflict() == ConflictRule::strongest && excess(terms[t]) > excess(terms[chosen])))) {
             chosen = t;
-            furthest = past;
         }
     }
-    if (plan_->conflict() != ConflictRule::sum) {
-        for (std::size_t t = 0; t < terms.size(); ++t) {
-            fired_[start + t] = t == chosen ? 1 : 0;
-        }
+    if (plan_->conflict() == ConflictRule::sum) {
+        return;
     }
-    decided_at_.push_back(position);
-    restart();
+    for (std::size_t t = 0; t < terms.size(); ++t) {
+        fired_[start + t] = t == chosen ? 1 : 0;
+    }
 }
 
 bool Sequence::wants_reprocess() const noexcept {

@@ -1,3 +1,10 @@
+"""The native part (csrc/): the hook on llama.cpp's graphs, and the plans it carries out.
+
+Use `pysteer.SteeredLlama` or `pysteer.HookedLlama` instead. Arrays must be C-contiguous; a wrong
+shape raises ValueError, a wrong dtype TypeError. Positions count the tokens of a sequence from 0,
+layers count the blocks of the model from 0.
+"""
+
 import enum
 from collections.abc import Iterable
 from typing import overload
@@ -6,32 +13,58 @@ import numpy as np
 import numpy.typing as npt
 
 callback_address: int
+"""Address of the C function for `llama_context_params.cb_eval`."""
 
-class NotOnHost(NotImplementedError): ...
+def load_abi(library_handle: int, library_folder: str) -> None:
+    """Look up llama.cpp's functions and check the layout of its tensors. Free after the first call.
+
+    Args:
+        library_handle: of the loaded libllama: dlopen's, or an HMODULE.
+        library_folder: where ggml's own libraries are; used on Windows only.
+
+    Raises:
+        RuntimeError: a function is missing, or a tensor is laid out in another way.
+    """
+
+def ggml_version() -> str:
+    """Return the version of the loaded ggml.
+
+    Raises:
+        RuntimeError: before `load_abi`.
+    """
+
+class NotOnHost(NotImplementedError):
+    """A tensor is in memory that the host cannot reach."""
+
+# ---- sites
 
 class Site(enum.Enum):
+    """Where in a block: the block's output, or what its attention or MLP adds to the residual."""
+
     residual = 0
     attention = 1
     mlp = 2
 
 class SiteNode:
+    """The node of the probed graph that computes a site of a layer.
+
+    Attributes:
+        node: its name.
+        backend: name of the buffer that holds its values.
+        on_host: whether the host can read that buffer.
+    """
+
     site: Site
     layer: int
     node: str
     backend: str
     on_host: bool
 
-class Injection(enum.Enum):
-    automatic = 0
-    resident = 1
-    hooked = 2
-
-class ConflictRule(enum.Enum):
-    sum = 0
-    strongest = 1
-    first = 2
+# ---- plan
 
 class OperatorKind(enum.Enum):
+    """The formulas of csrc/operators.hpp."""
+
     add = 0
     ablate = 1
     clamp = 2
@@ -39,6 +72,8 @@ class OperatorKind(enum.Enum):
     low_rank = 4
 
 class Operator:
+    """What the directions do to a row of activations; see `pysteer.pack.operators`."""
+
     def __init__(
         self,
         kind: OperatorKind,
@@ -49,12 +84,22 @@ class Operator:
         low: float,
         high: float,
         angle: float,
-    ) -> None: ...
+    ) -> None:
+        """Arguments that the kind does not use are ignored; `angle` is in radians."""
+
     def apply(
         self, rows: npt.NDArray[np.float32], strength: float, h: npt.NDArray[np.float32]
-    ) -> npt.NDArray[np.float32]: ...
+    ) -> npt.NDArray[np.float32]:
+        """Return the activations h, (n, n_embd), after the operator; for tests.
+
+        Args:
+            rows: prepared directions, (rows, n_embd): unit rows for ablate and clamp, two
+                orthonormal rows for rotate, the columns of U and then of V for low_rank.
+        """
 
 class ScopeKind(enum.Enum):
+    """The formulas of csrc/scope.hpp."""
+
     all = 0
     positions = 1
     response = 2
@@ -63,12 +108,19 @@ class ScopeKind(enum.Enum):
     values = 5
 
 class Scope:
+    """The factor of the strength for each token of a sequence."""
+
     def __init__(
         self, kind: ScopeKind, start: int = 0, stop: int = 0, values: Iterable[float] = ()
-    ) -> None: ...
-    def factor(self, position: int, n_prompt: int) -> float: ...
+    ) -> None:
+        """Arguments that the kind does not use are ignored."""
+
+    def factor(self, position: int, n_prompt: int) -> float:
+        """Return the factor for a token of a sequence whose prompt has `n_prompt` tokens."""
 
 class GateKind(enum.Enum):
+    """The formulas of csrc/gate.hpp."""
+
     margin = 0
     multinomial = 1
     probe = 2
@@ -76,6 +128,8 @@ class GateKind(enum.Enum):
     cast = 4
 
 class Gate:
+    """A router's scores of its categories for a hidden state, in double precision. Immutable."""
+
     def __init__(
         self,
         site: Site,
@@ -85,25 +139,94 @@ class Gate:
         offsets: Iterable[float],
         origin: Iterable[float],
         allowances: Iterable[float],
-    ) -> None: ...
-    def scores(self, h: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]: ...
-    def ranks(self, h: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]: ...
+    ) -> None:
+        """Make a gate over the hidden state h: the reads end to end.
+
+        Args:
+            reads: the layers read, each with whether it is averaged over a span of tokens.
+            weights: (rows, reads x n_embd); margin and multinomial have a first row for
+                prompts of no category, the others one row a category.
+            offsets: one for each row, for the linear kinds; otherwise empty.
+            origin: reads x n_embd values for centroid; otherwise empty.
+            allowances: one for each category for margin; otherwise empty.
+
+        Raises:
+            ValueError: the sizes do not fit each other.
+        """
+
+    def scores(self, h: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Return the score of each category, (categories,).
+
+        Args:
+            h: (reads x n_embd,).
+        """
+
+    def ranks(self, h: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Return what open gates are compared by, (categories,); for most kinds, the scores.
+
+        Args:
+            h: (reads x n_embd,).
+        """
+
+class Injection(enum.Enum):
+    """How directions get in: llama.cpp's control vector, the hook, or whichever can."""
+
+    automatic = 0
+    resident = 1
+    hooked = 2
+
+class ConflictRule(enum.Enum):
+    """What happens when several gated terms fire: all act, the strongest, or the first."""
+
+    sum = 0
+    strongest = 1
+    first = 2
+
+class Term:
+    """One category of a plan: an operator with its strength, scope and gate."""
+
+    def __init__(
+        self,
+        *,
+        operator: Operator,
+        strength: float,
+        scope: Scope,
+        digest: int,
+        exclude_bit: int = -1,
+        rule: Iterable[int] = (),
+        own_gate: int = -1,
+    ) -> None:
+        """Make a term.
+
+        Args:
+            digest: of the steering vector, below 2**64; goes into `Sequence.keys`.
+            exclude_bit: the term leaves tokens alone whose mask has this bit; -1: none.
+            rule: when the term fires, in postfix: n >= 0 is gate n, -1 and, -2 or, -3 not;
+                empty: always.
+            own_gate: the gate of the term's own category, which conflicts are decided by; -1: none.
+        """
 
 class Plan:
+    """What happens at each site, layer and token. Immutable once sequences use it."""
+
     def __init__(self, n_layer: int, n_embd: int, injection: Injection) -> None: ...
     def add(
         self,
         site: Site,
         layers: npt.NDArray[np.int32],
         rows: npt.NDArray[np.float32],
-        operator: Operator,
-        strength: float,
-        scope: Scope,
-        digest: int,
-        exclude_bit: int,
-        rule: Iterable[int],
-        own_gate: int,
-    ) -> None: ...
+        term: Term,
+    ) -> None:
+        """Append a term, which acts after those before it.
+
+        Args:
+            layers: (layers,).
+            rows: prepared directions, (layers, rows, n_embd); kept, not copied.
+
+        Raises:
+            ValueError: a layer that the model lacks.
+        """
+
     def set_gate(
         self,
         gate: Gate,
@@ -111,9 +234,21 @@ class Plan:
         above: Iterable[int],
         conflict: ConflictRule,
         recheck: int,
-    ) -> None: ...
+    ) -> None:
+        """Set what the rules of the terms refer to.
+
+        Args:
+            thresholds: one for each category of the gate.
+            above: for each category, 1 if its gate opens at scores of at least the threshold, 0 if
+                at scores of at most that.
+            recheck: decide anew after so many response tokens; 0: never.
+
+        Raises:
+            ValueError: sizes or rules that do not fit the gate or the plan.
+        """
+
     def check_finite(self) -> None:
-        """Check that what the terms together add is finite at every layer and site.
+        """Check that what the terms together add is finite at every site and layer.
 
         Call it for every plan: a bound kept while terms are added makes it free for all but
         extreme strengths.
@@ -121,54 +256,173 @@ class Plan:
         Raises:
             ValueError: a direction times its strength is not finite.
         """
+
     @property
-    def fits_resident(self) -> bool: ...
+    def fits_resident(self) -> bool:
+        """Whether llama.cpp's control vector can hold the plan: the same additions to the residual
+        of layers >= 1 for every token."""
+
+# ---- sequence
 
 class Sequence:
+    """A plan at work on one sequence: the decisions of its gate, and the factor of each token."""
+
     def __init__(
         self, plan: Plan, n_prompt: int, spans: Iterable[tuple[int, int]], n_positions: int
-    ) -> None: ...
-    def keys(self, start: int, stop: int) -> npt.NDArray[np.uint64]: ...
-    def logits_key(self, position: int) -> int: ...
+    ) -> None:
+        """Start a sequence.
+
+        Args:
+            n_prompt: number of prompt tokens.
+            spans: for each read of the gate, the prompt tokens [start, stop) that it averages
+                over; ignored for reads that do not, and for plans without a gate.
+            n_positions: the most tokens that the sequence can have.
+
+        Raises:
+            ValueError: a wrong number of spans, or a span that is empty or outside the prompt.
+        """
+
+    def keys(self, start: int, stop: int) -> npt.NDArray[np.uint64]:
+        """Return fingerprints of the steering of the tokens [start, stop), (stop - start,).
+
+        They cover what the KV cache depends on, which excludes terms of the last block alone. Equal
+        fingerprints mean equal steering; 0 means none.
+        """
+
+    def logits_key(self, position: int) -> int:
+        """Return a fingerprint of the whole steering of one token."""
+
     @property
-    def next_decision(self) -> int: ...
+    def next_decision(self) -> int:
+        """The position where the gate decides next; -1: never."""
+
     @property
-    def wants_reprocess(self) -> bool: ...
+    def wants_reprocess(self) -> bool:
+        """Whether a term fired that steers prompt tokens which were computed without it."""
+
     @property
-    def held(self) -> bool: ...
-    def hold(self) -> None: ...
-    def restart(self) -> None: ...
-    def set_excluded(self, start: int, masks: npt.NDArray[np.uint32]) -> None: ...
+    def held(self) -> bool:
+        """Whether the first decision holds from the first token on."""
+
+    def hold(self) -> None:
+        """Make the first decision hold from the first token on, and forget later decisions."""
+
+    def restart(self) -> None:
+        """Forget what the gate has read since its last decision."""
+
+    def set_excluded(self, start: int, masks: npt.NDArray[np.uint32]) -> None:
+        """Set which terms leave tokens alone: one mask for each token from `start` on."""
+
     @property
-    def decided_at(self) -> list[int]: ...
+    def decided_at(self) -> list[int]:
+        """The positions of the decisions so far, ascending."""
+
     @property
-    def scores(self) -> list[float]: ...
+    def scores(self) -> list[float]:
+        """The scores of the last decision, one for each category; empty without a gate."""
+
     @property
-    def ranks(self) -> list[float]: ...
-    def fired(self, decision: int, term: int) -> bool: ...
+    def ranks(self) -> list[float]:
+        """The ranks of the last decision, one for each category; empty without a gate."""
+
+    def fired(self, decision: int, term: int) -> bool:
+        """Whether a term of the plan fired at a decision; both count from 0."""
+
     @overload
-    def tokens_steered(self, n_tokens: int) -> int: ...
+    def tokens_steered(self, n_tokens: int) -> int:
+        """Return how many of the first `n_tokens` tokens any term acts on."""
+
     @overload
-    def tokens_steered(self, term: int, n_tokens: int) -> int: ...
+    def tokens_steered(self, term: int, n_tokens: int) -> int:
+        """Return how many of the first `n_tokens` tokens a term acts on."""
+
+# ---- hook
 
 class Capture:
-    def read(self, site: Site, layer: int) -> npt.NDArray[np.float32]: ...
+    """Means of activations, taken while a decode ran."""
+
+    def read(self, site: Site, layer: int) -> npt.NDArray[np.float32]:
+        """Return the means of each slot, (n_slots, n_embd).
+
+        Raises:
+            RuntimeError: the place was not captured, or not every token came by.
+        """
 
 class Hook:
+    """The eval callback of one llama_context, and its account of each decode.
+
+    For one thread at a time. Detach it before the context is freed; it must outlive the context.
+    """
+
     def __init__(self) -> None: ...
     @property
-    def address(self) -> int: ...
-    def begin_probe(self, n_layer: int, n_embd: int) -> None: ...
-    def end_probe(self) -> None: ...
+    def address(self) -> int:
+        """The value for `llama_context_params.cb_eval_user_data`."""
+
+    def begin_probe(self, n_layer: int, n_embd: int) -> None:
+        """Start looking for the sites in the next decode.
+
+        Meanwhile the control vector of layer N must hold the value N in all its elements.
+        """
+
+    def end_probe(self) -> None:
+        """Learn the sites from what was decoded, and set the control vectors to zero.
+
+        Raises:
+            RuntimeError: the probe failed.
+        """
+
     @property
-    def sites(self) -> list[SiteNode]: ...
-    def set_sequence(self, slot: int, sequence: Sequence | None) -> None: ...
-    def next_decision(self, slot: int) -> int: ...
-    def begin_decode(self, runs: npt.NDArray[np.int32]) -> None: ...
-    def end_decode(self) -> None: ...
+    def sites(self) -> list[SiteNode]:
+        """The sites of the model.
+
+        Raises:
+            RuntimeError: before a probe.
+        """
+
+    def set_sequence(self, slot: int, sequence: Sequence | None) -> None:
+        """Steer the sequence with llama.cpp's number `slot` from the next decode on; None: stop.
+
+        Raises:
+            ValueError: the plan is for another shape of model, or for a site that it lacks; the
+                sequence before stays in force.
+            RuntimeError: a decode is running, or after `detach`.
+        """
+
+    def next_decision(self, slot: int) -> int:
+        """Return the position where the gate of a sequence decides next; -1: never.
+
+        That token must be the last of its decode.
+        """
+
+    def begin_decode(self, runs: npt.NDArray[np.int32]) -> None:
+        """Announce the rows of one or several llama_decode calls, in their order.
+
+        Args:
+            runs: (n, 4): slot, position of the first token, number of tokens, and whose logits are
+                asked for: 0 no token's, 1 the last token's, 2 every token's.
+
+        Raises:
+            NotOnHost: a place that must be hooked is not in host memory.
+            ValueError: a plan insists on the control vector, which cannot express it; or tokens
+                beyond the gate's next decision.
+            RuntimeError: a decode is running, or after `detach`.
+        """
+
+    def end_decode(self) -> None:
+        """End the decode, and check that steering reached every token.
+
+        Raises:
+            RuntimeError: it did not, or the callback met something that it cannot handle.
+        """
+
     @property
-    def was_resident(self) -> bool: ...
-    def abandon_decode(self) -> None: ...
+    def was_resident(self) -> bool:
+        """Whether the last decode was steered through llama.cpp's control vector."""
+
+    def abandon_decode(self) -> None:
+        """End a decode that failed, without checks."""
+
     def begin_capture(
         self,
         *,
@@ -177,9 +431,24 @@ class Hook:
         n_slots: int,
         n_layer: int,
         n_embd: int,
-    ) -> None: ...
-    def end_capture(self) -> Capture: ...
-    def detach(self) -> None: ...
+    ) -> None:
+        """Capture the activations of the next decodes, up to `end_capture`.
 
-def load_abi(library_handle: int, library_folder: str) -> None: ...
-def ggml_version() -> str: ...
+        Where nothing is steered, graphs end with the last wanted place, and logits are undefined.
+
+        Args:
+            wanted: (sites x n_layer,) flags, site by site in the order of `Site`.
+            slots: for each token of the decodes the mean that it counts towards, -1: none.
+            n_slots: number of means; each needs a token.
+
+        Raises:
+            ValueError: sizes or slots that do not fit, or a place that the model lacks.
+            NotOnHost: a wanted place is not in host memory.
+            RuntimeError: a decode is running, or after `detach`.
+        """
+
+    def end_capture(self) -> Capture:
+        """Return what was captured since `begin_capture`."""
+
+    def detach(self) -> None:
+        """Touch no tensor any more: the context is about to be freed."""

@@ -285,13 +285,15 @@ class PlanCompiler:
                 SITES[vector.site],
                 vector.layer_indices,
                 vector.prepared,
-                native_operator(vector.operator),
-                term.strength,
-                native_scope(settings.scope),
-                int(vector.digest[:16], 16),
-                -1 if exclude is None else markers.index(exclude),
-                settings.rule.postfix(gates) if term.gated else [],
-                gates.get(term.category, -1),
+                _native.Term(
+                    operator=native_operator(vector.operator),
+                    strength=term.strength,
+                    scope=native_scope(settings.scope),
+                    digest=int(vector.digest[:16], 16),
+                    exclude_bit=-1 if exclude is None else markers.index(exclude),
+                    rule=settings.rule.postfix(gates) if term.gated else [],
+                    own_gate=gates.get(term.category, -1),
+                ),
             )
         except ValueError as error:
             raise SteeringError(f"category {quoted(term.category)}: {error}") from None
