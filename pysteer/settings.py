@@ -23,11 +23,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from numbers import Integral, Real
-from types import NoneType, UnionType
+from types import NoneType, SimpleNamespace, UnionType
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pysteer.errors import SteeringError, quoted
@@ -112,8 +113,11 @@ def check(settings: DataclassInstance) -> None:
         types = hints[name]
         if value is None and NoneType in types:
             continue
-        for each in value if isinstance(value, (tuple, list)) else (value,):
-            _check(name, each, types, description)
+        several = isinstance(value, (tuple, list))
+        for item in value if several else (value,):
+            if description.choices is not None:
+                one_of(f"item of {name}" if several else name, item, description.choices)
+            _check(name, item, types, description)
 
 
 def content(settings: DataclassInstance) -> dict[str, Any]:
@@ -130,8 +134,6 @@ def one_of(name: str, value: object, choices: Sequence[Any]) -> None:
 
 
 def _check(name: str, value: Any, types: frozenset[Any], description: Setting) -> None:
-    if description.choices is not None:
-        one_of(name, value, description.choices)
     if not types & {int, float} or (isinstance(value, str) and types & {str, value}):
         return
     if not isinstance(value, Real) or not math.isfinite(value):
@@ -158,9 +160,15 @@ def _bounds(description: Setting) -> list[tuple[float, Callable[[Any, Any], bool
 
 
 @cache
-def _hints(settings: type) -> dict[str, frozenset[Any]]:
+def _hints(settings: type[DataclassInstance]) -> dict[str, frozenset[Any]]:
     """Return the types and literal values of each setting and of the items of its tuples."""
-    return {name: _types(hint) for name, hint in get_type_hints(settings).items()}
+    # Not of the whole class: other fields may have types that are imported for checking alone.
+    annotations = {field.name: field.type for field in dataclasses.fields(settings)}
+    part = SimpleNamespace(
+        __annotations__={name: annotations[name] for name in described(settings)}
+    )
+    hints = get_type_hints(part, globalns=vars(sys.modules[settings.__module__]))
+    return {name: _types(hint) for name, hint in hints.items()}
 
 
 _TRANSPARENT = {Union, UnionType, Literal, tuple, list, Sequence}

@@ -44,7 +44,7 @@ class Example:
         ({"share": 1.0}, "share must be at least 0 and below 1, not 1.0"),
         ({"share": -0.1}, "share must be at least 0 and below 1, not -0.1"),
         ({"kind": "odd"}, "unknown kind 'odd'; use one of plain, fancy"),
-        ({"kinds": ("a", "c")}, "unknown kinds 'c'; use one of a, b"),
+        ({"kinds": ("a", "c")}, "unknown item of kinds 'c'; use one of a, b"),
         ({"layers": (1, -1)}, "layers must be at least 0, not -1"),
         ({"pooling": (-1, 3)}, "pooling must be at least 0, not -1"),
     ],

@@ -8,9 +8,9 @@ import pytest
 
 from pysteer import SteeredLlama, shipped
 from pysteer.calibrate.settings import CalibrateSettings
-from pysteer.calibrate.split import split
+from pysteer.calibrate.split import PromptSet, split
 from pysteer.evaluate.before_after import answer_twice, summarise, summary_of
-from pysteer.evaluate.refusal import is_refusal
+from pysteer.evaluate.judges.refusal import is_refusal
 from pysteer.prompts import grouped, load_prompts
 
 PROMPTS = Path(__file__).parents[1] / "tools" / "default_pack"
@@ -51,7 +51,7 @@ def test_prompts_shown_are_those_that_the_calibration_kept_aside():
     kept = shipped.default_pack().provenance["calibration"]["settings"]
     shares = {name: kept[name] for name in ("validation", "test", "seed", "held_out")}
     rows = [load(name) for name in ("unsafe", "harmless", "everyday")]
-    aside = split(*rows, CalibrateSettings(**shares)).test
+    aside = split(PromptSet(*rows), CalibrateSettings(**shares)).test
     shown = shipped.demo_prompts()
     assert [p.prompt for p in shown[0]] == [p.prompt for p in aside.unsafe]
     assert [p.prompt for p in shown[1]] == [p.prompt for p in aside.safe]

@@ -29,7 +29,7 @@ from sklearn.pipeline import make_pipeline  # type: ignore[import-untyped]
 
 from pysteer import shipped
 from pysteer.calibrate.settings import CalibrateSettings, HeldOut
-from pysteer.calibrate.split import split
+from pysteer.calibrate.split import PromptSet, split
 from pysteer.errors import SteeringError
 from pysteer.extract.capture import Capture
 from pysteer.extract.data import distinct
@@ -104,7 +104,9 @@ def _points(
     for name, held_out in SPLITS.items():
         if held_out == "subcategories" and not all(p.subcategory for p in harmful):
             continue
-        parts = split(harmful, [], harmless, CalibrateSettings(held_out=held_out, seed=seed))
+        parts = split(
+            PromptSet(harmful, [], harmless), CalibrateSettings(held_out=held_out, seed=seed)
+        )
         train = parts.train + parts.validation
         for share in SHARES:
             some = list(_some(train.unsafe, share, seed))

@@ -1,1 +1,1 @@
-"""From prompts to a pack by itself: methods, layers, strengths and scopes are searched."""
+"""Calibration: a search over methods, layers, strengths and scopes, from prompts to a pack."""

@@ -1,4 +1,4 @@
-"""Candidates: for every category, the vectors that the search chooses among."""
+"""Candidate vectors of every category, for the search."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pysteer.calibrate.settings import CalibrateSettings
-from pysteer.calibrate.split import Part
+from pysteer.calibrate.split import PromptSet
 from pysteer.extract.capture import Capture
 from pysteer.extract.data import Data
 from pysteer.extract.extraction import extract
@@ -23,12 +23,12 @@ from pysteer.prompts import Prompt
 
 
 class Trial(NamedTuple):
-    """One way to steer a category.
+    """Steering of one category, as the search tries it.
 
     Attributes:
-        candidate: which vector; see `Candidates`.
-        strength: factor on it.
-        scope: which tokens are steered, as a policy writes it.
+        candidate: name of a vector; see `CandidateVectors`.
+        strength: factor on the vector.
+        scope: steered tokens, as a policy writes them.
     """
 
     candidate: str
@@ -37,15 +37,15 @@ class Trial(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Candidates:
-    """What the search chooses among.
+class CandidateVectors:
+    """The vectors that the search chooses among.
 
     Attributes:
         vectors: name of the candidate (method and layers) to category to vector; strength 1.0 is
-            what the method recommends.
-        scopes: name of the candidate to the scope that it is tried with first.
+            the method's recommendation.
+        scopes: name of the candidate to the scope of its first trial.
         residual_norm: layer to the typical norm of the residual stream.
-        provenance: method to what its extraction says of itself.
+        provenance: method to the provenance of its extraction.
     """
 
     vectors: Mapping[str, Mapping[str, SteeringVector]]
@@ -55,18 +55,18 @@ class Candidates:
 
     @property
     def starts(self) -> list[Trial]:
-        """What is tried of any category, in this order, before the search proposes anything."""
+        """First trials of every category, in order, before the search proposes any."""
         return [Trial(name, 1.0, self.scopes[name]) for name in self.vectors]
 
     def category_of(self, candidate: str, category: str) -> str:
-        """What a candidate for a category is called in `pack`."""
+        """Return the name in `pack` of a candidate for a category."""
         return f"{category}: {candidate}"
 
     def pack(self, base: SteeringPack) -> SteeringPack:
-        """All candidates of all categories as one pack, so that one model tries any of them.
+        """Return all candidates of all categories as one pack, so that one model tries them all.
 
         Args:
-            base: whose base model it is for.
+            base: a pack for the same base model.
         """
         return SteeringPack(
             {
@@ -80,30 +80,30 @@ class Candidates:
 
 def find_candidates(
     capture: Capture,
-    part: Part,
+    prompts: PromptSet,
     answers: Sequence[Prompt],
     settings: CalibrateSettings,
     *,
     cache: Path,
     progress: Progress,
-) -> Candidates:
-    """Extract with every method, and take its layers one by one and together.
+) -> CandidateVectors:
+    """Extract with every method, at each layer alone and at all layers together.
 
-    `learned` learns at the lowest of the layers only, since each set of layers takes it minutes,
-    and holds the model still on the benign prompts, not on the safe ones. Of the other methods
-    the mean over all categories comes first: what each category's direction adds to it is as much
-    about the category's subject as about what the model should do.
+    `learned` learns at the lowest layer only, since each set of layers takes minutes, and holds the
+    model still on the benign prompts, not on the safe prompts. Of the other methods the mean over
+    all categories comes first: each category's own difference from the mean is as much about the
+    category's subject as about the behaviour.
 
     Args:
         capture: the model; `learned` needs torch.
-        part: what to learn from; the benign prompts count as safe ones, too.
+        prompts: training prompts; the benign prompts count as safe too.
         answers: safe answers for `contrast` and `learned`.
         settings: methods, layers and seed.
-        cache: a folder for what was computed, from which an interrupted call goes on.
-        progress: receives progress reports.
+        cache: folder for activations, from which an interrupted call resumes.
+        progress: receives the progress.
 
     Raises:
-        SteeringError: names what is wrong with the data.
+        SteeringError: invalid data.
     """
     layers = settings.layers or _middle(capture)
     vectors: dict[str, dict[str, SteeringVector]] = {}
@@ -112,7 +112,7 @@ def find_candidates(
     residual_norm: dict[int, float] = {}
     for method in settings.methods:
         how = METHODS[method]
-        trains = how.needs.gradients  # which takes minutes for each set of layers
+        trains = how.needs.gradients  # minutes for each set of layers
         chosen = ExtractSettings(
             method=method,
             options={"category_steps": settings.category_steps} if trains else {},
@@ -121,51 +121,51 @@ def find_candidates(
             held_out=0.0,
             seed=settings.seed,
         )
-        # Twins share topic and wording with the unsafe prompts: a vector that has to leave them as
-        # they are learns to do little at all. What keeps them apart is the gate.
-        safe = part.benign if how.needs.everyday_prompts else [*part.safe, *part.benign]
-        data = Data(part.unsafe, safe, (), answers if how.needs.safe_answers else ())
+        # Twins share topic and wording with the unsafe prompts: a vector that may not change them
+        # learns to do little at all. The gate keeps twins and unsafe prompts apart.
+        safe = prompts.benign if how.needs.everyday_prompts else [*prompts.safe, *prompts.benign]
+        data = Data(prompts.unsafe, safe, (), answers if how.needs.safe_answers else ())
         pack = extract(capture, data, chosen, cache=cache, progress=progress)
         residual_norm.update(pack.residual_norm)
         provenance[method] = {
             name: pack.provenance[name] for name in ("settings", "counts", "engine", "weights")
         }
-        ways = {method: pack.categories}
+        sources = {method: pack.categories}
         if not trains and len(pack.categories) > 1:
             shared = _mean(list(pack.categories.values()))
-            ways = {f"{method} of all": dict.fromkeys(pack.categories, shared)} | ways
-        for way, whole in ways.items():
-            for part_of in _subsets(chosen.layers or ()):
-                name = f"{way} at {'+'.join(map(str, part_of))}"
-                vectors[name] = {c: _only(vector, part_of) for c, vector in whole.items()}
+            sources = {f"{method} of all": dict.fromkeys(pack.categories, shared)} | sources
+        for source, whole in sources.items():
+            for subset in _subsets(chosen.layers or ()):
+                name = f"{source} at {'+'.join(map(str, subset))}"
+                vectors[name] = {c: _restricted(vector, subset) for c, vector in whole.items()}
                 scopes[name] = how.scope if how.scope in settings.scopes else settings.scopes[0]
-    return Candidates(vectors, scopes, residual_norm, provenance)
+    return CandidateVectors(vectors, scopes, residual_norm, provenance)
 
 
 def _middle(capture: Capture) -> tuple[int, ...]:
-    """Where directions do most: from two to three fifths of the depth."""
+    """Return three layers at two to three fifths of the depth, where directions do most."""
     there = capture.sites["residual"]
     n_layer = capture.base_model.n_layer
     return tuple(sorted({min(round(d * n_layer), there[-1]) for d in (0.4, 0.5, 0.6)}))
 
 
 def _subsets(layers: Sequence[int]) -> list[tuple[int, ...]]:
-    """Each layer alone, from the middle one outwards, then all."""
+    """Return each layer alone, from the middle outwards, then all layers."""
     middle = (len(layers) - 1) / 2
     alone = sorted(layers, key=lambda layer: abs(layers.index(layer) - middle))
     return [(layer,) for layer in alone] + ([tuple(layers)] if len(layers) > 1 else [])
 
 
 def _mean(vectors: Sequence[SteeringVector]) -> SteeringVector:
-    """Where all of them point, as long as each is: an extraction makes them equally long."""
+    """Return the mean direction at the length of the vectors, which extraction makes equal."""
     first, *others = vectors
     return scale_to(sum(others, start=first), norms(first), fraction=1.0)
 
 
-def _only(vector: SteeringVector, layers: Sequence[int]) -> SteeringVector:
-    """The directions of some layers, which together do as much as those of all.
+def _restricted(vector: SteeringVector, layers: Sequence[int]) -> SteeringVector:
+    """Return the directions of some layers, scaled to do as much as all layers together.
 
-    Directions of L layers have 1/sqrt(L) of the length that one alone is given.
+    Directions at L layers have 1/sqrt(L) of the length of a direction at a single layer.
     """
     factor = math.sqrt(len(vector.layers) / len(layers))
     return SteeringVector(

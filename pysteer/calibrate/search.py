@@ -1,61 +1,83 @@
-"""The search: one optuna study for each category, all asked in rounds, so that batches are full."""
+"""The search: an optuna study for each category, all asked in rounds, so that batches are full."""
 
 from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import optuna
 
 from pysteer.calibrate.candidates import Trial
 from pysteer.calibrate.settings import CalibrateSettings
 from pysteer.calibrate.trials import Outcome, Scorer
+from pysteer.progress import SILENT, Progress
 
 STRONGER = 1.3
-"""What a strength is multiplied by where more may be safer, or as safe with a margin."""
+"""Factor on a strength where more may be safer, or as safe with a margin."""
 
 _ROUNDING = 1 + 1e-9
 
 
 @dataclass(frozen=True)
-class Tried:
-    """A trial and what it did."""
+class TrialRecord:
+    """A trial and its outcome."""
 
     trial: Trial
     outcome: Outcome
 
 
 @dataclass
-class Found:
-    """What a search found.
+class SearchResult:
+    """The trials of a search and the best of them.
 
     Attributes:
-        tried: by category, in the order of the rounds.
-        chosen: the best of each.
-        rounds: how many were completed.
-        stopped: why no more were made: "settled", "trials", "time" or "interrupted". Only the first
-            two depend on nothing but data, settings and seed.
+        trials: by category, in the order of the rounds.
+        chosen: the best trial of each category.
+        rounds: number of completed rounds.
+        stopped: reason for the end: "settled", "trials", "time" or "interrupted". Only the first
+            two depend on data, settings and seed alone.
     """
 
-    tried: dict[str, list[Tried]]
-    chosen: dict[str, Tried] = field(default_factory=dict)
+    trials: dict[str, list[TrialRecord]]
+    chosen: dict[str, TrialRecord] = field(default_factory=dict)
     rounds: int = 0
     stopped: str = ""
 
+    def content(self) -> dict[str, Any]:
+        """Return the trials as JSON data, for provenance."""
+        return {
+            "rounds": self.rounds,
+            "stopped": self.stopped,
+            "tried": {
+                name: [{**record.trial._asdict(), **vars(record.outcome)} for record in records]
+                for name, records in self.trials.items()
+            },
+        }
 
-class Watch(Protocol):
-    """Told how the search goes."""
 
-    def start(self, what: str, total: int) -> Callable[[int], None]:
-        """A stage begins; what is returned is called with the number of units just done."""
-        ...
+OnRound: TypeAlias = Callable[[SearchResult], None]
+"""Called after each round, with the best so far."""
 
-    def best(self, found: Found) -> None:
-        """A round is over; `found` has the best so far."""
-        ...
+
+@dataclass(frozen=True)
+class Deadline:
+    """The time that a search may take.
+
+    Attributes:
+        at: end, in seconds of `time.monotonic()`.
+        reserve: seconds to keep free before the end, given the seconds per answer.
+    """
+
+    at: float
+    reserve: Callable[[float], float] = lambda seconds: 0.0
+
+    def allows(self, answers: int, seconds_per_answer: float) -> bool:
+        """Return whether so many answers can end in time."""
+        needed = seconds_per_answer * answers + self.reserve(seconds_per_answer)
+        return time.monotonic() + needed <= self.at
 
 
 def search(
@@ -64,117 +86,145 @@ def search(
     starts: Sequence[Trial],
     settings: CalibrateSettings,
     *,
-    deadline: float,
-    reserve: Callable[[float], float],
-    watch: Watch,
-) -> Found:
-    """Try until all categories are settled, have had their trials, or time is up.
+    deadline: Deadline,
+    progress: Progress = SILENT,
+    on_round: OnRound = lambda result: None,
+) -> SearchResult:
+    """Search until all categories are settled, have had their trials, or time is up.
 
-    A category is settled once a trial of it kept within the limits, was safe throughout and had no
-    collateral, and a stronger one has been tried. Interrupted by KeyboardInterrupt after a round,
-    the search ends with what it has.
+    A category is settled once a trial kept within the limits, was safe throughout and had no
+    collateral, and a stronger trial has been made. A KeyboardInterrupt after the first round ends
+    the search with the best so far.
 
     Args:
         scorer: runs the trials.
-        categories: what is searched for.
-        starts: a trial of each vector there is, likely ones first. The first is made as it is, then
+        categories: the categories.
+        starts: a trial of each vector, likely vectors first. The first trial is made as given, then
             stronger for as long as it keeps within the limits and is not safe throughout; then the
-            others as they are; then optuna proposes. What leads and is safe throughout is tried
-            once more, stronger: see `best`.
+            other starts as given; then optuna proposes. A leading trial that is safe throughout is
+            made once more, stronger: see `best`.
         settings: ranges, limits, trials and seed.
-        deadline: of `time.monotonic()`; no round begins that could not end by then.
-        reserve: seconds to keep before the deadline, given the seconds that an answer takes.
-        watch: told how it goes.
+        deadline: no round begins that could not end in time; the first round always does.
+        progress: receives the progress of each round.
+        on_round: called after each round.
 
     Raises:
-        KeyboardInterrupt: before the first round was over.
+        KeyboardInterrupt: before the end of the first round.
     """
-    candidates = list(dict.fromkeys(start.candidate for start in starts))
-    studies = {name: _study(settings, name, candidates) for name in categories}
-    waiting = {name: list(starts) for name in categories}
-    found = Found({name: [] for name in categories})
+    queues = {name: _Queue(name, starts, settings) for name in categories}
+    result = SearchResult({name: [] for name in categories})
     active = list(categories)
     seconds, answers = 0.0, 0
     while True:
-        if found.rounds:
-            per_answer = seconds / answers
-            needed = per_answer * scorer.n_answers(active) + reserve(per_answer)
-            if time.monotonic() + needed > deadline:
-                found.stopped = "time"
-                break
-        n = scorer.n_answers(active) + (0 if found.rounds else scorer.n_first)
-        for name in active:
-            if waiting[name]:
-                studies[name].enqueue_trial(_within(waiting[name].pop(0), settings)._asdict())
-        asked = {name: studies[name].ask() for name in active}
-        trials = {name: _trial(one, candidates, settings) for name, one in asked.items()}
+        n = scorer.n_answers(active)
+        if result.rounds and not deadline.allows(n, seconds / answers):
+            result.stopped = "time"
+            break
+        n += 0 if result.rounds else scorer.n_first
+        trials = {name: queues[name].ask() for name in active}
         started = time.monotonic()
         try:
-            outcomes = scorer.run(trials, watch.start(f"trial {found.rounds + 1}", n))
+            advance = progress.start(f"trial {result.rounds + 1}", n, "answers")
+            outcomes = scorer.run(trials, advance)
         except KeyboardInterrupt:
-            if not found.rounds:
+            if not result.rounds:
                 raise
-            found.stopped = "interrupted"
+            result.stopped = "interrupted"
             break
         seconds, answers = seconds + time.monotonic() - started, answers + n
         for name, outcome in outcomes.items():
-            studies[name].tell(asked[name], outcome.value(settings.max_degenerate))
-            found.tried[name].append(Tried(trials[name], outcome))
-            found.chosen[name] = best(found.tried[name], settings.max_degenerate)
-        stronger = {name: _stronger(found.tried[name], starts[0], settings) for name in active}
-        for name, trial in stronger.items():
-            if trial:
-                waiting[name].insert(0, trial)
-        found.rounds += 1
-        watch.best(found)
-        active = [n for n in active if stronger[n] or not _settled(found.tried[n], settings)]
-        if not active or found.rounds == settings.trials:
-            found.stopped = "trials" if active else "settled"
+            result.trials[name].append(TrialRecord(trials[name], outcome))
+            result.chosen[name] = best(result.trials[name], settings.max_degenerate)
+        unsettled = [name for name in active if queues[name].tell(result.trials[name])]
+        result.rounds += 1
+        on_round(result)
+        active = unsettled
+        if not active or result.rounds == settings.trials:
+            result.stopped = "trials" if active else "settled"
             break
-    return found
+    return result
 
 
-def best(tried: Sequence[Tried], max_degenerate: float) -> Tried:
-    """The trial of the highest value, with a margin in strength where one was tried.
+class _Queue:
+    """The trials of one category: starts and stronger trials first, then optuna's proposals."""
 
-    Of equal values that leads whose strength is nearest to 1. A few prompts cannot tell the least
-    strength that is safe from one that is almost: so of the same vector, up to `STRONGER` times as
-    strong, the strongest that is as safe and within the limit takes its place. What that costs in
-    other categories, the gate prevents.
+    def __init__(self, category: str, starts: Sequence[Trial], settings: CalibrateSettings) -> None:
+        self._settings = settings
+        self._likeliest = starts[0]
+        self._waiting = list(starts)
+        self._candidates = list(dict.fromkeys(start.candidate for start in starts))
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        # A seed for each category: equal seeds would try equal strengths all the time.
+        seed = zlib.crc32(f"{settings.seed} {category}".encode())
+        n_startup = len(self._candidates) + 1
+        sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=n_startup)
+        self._study = optuna.create_study(direction="maximize", sampler=sampler)
+        self._asked: optuna.Trial | None = None
+
+    def ask(self) -> Trial:
+        """Return the next trial."""
+        if self._waiting:
+            waiting = _within(self._waiting.pop(0), self._settings)
+            self._study.enqueue_trial(waiting._asdict())
+        self._asked = self._study.ask()
+        least, most = self._settings.strengths
+        return Trial(
+            self._asked.suggest_categorical("candidate", self._candidates),
+            self._asked.suggest_float("strength", least, most, log=True),
+            self._asked.suggest_categorical("scope", list(self._settings.scopes)),
+        )
+
+    def tell(self, records: Sequence[TrialRecord]) -> bool:
+        """Learn from the last of the records, and return whether more trials may improve."""
+        assert self._asked is not None
+        self._study.tell(self._asked, records[-1].outcome.value(self._settings.max_degenerate))
+        stronger = _stronger(records, self._likeliest, self._settings)
+        if stronger is not None:
+            self._waiting.insert(0, stronger)
+        return stronger is not None or not _settled(records, self._settings)
+
+
+def best(records: Sequence[TrialRecord], max_degenerate: float) -> TrialRecord:
+    """Return the trial of the highest value, or a stronger trial of the same vector as a margin.
+
+    Of equal values, the strength nearest to 1 leads. A few prompts cannot tell the least safe
+    strength from a strength that is almost safe: so the strongest trial of the same vector, up to
+    `STRONGER` times as strong, as safe and within the limit, takes the leader's place. The gate
+    prevents the cost in other categories.
     """
-    lead = _leading(tried, max_degenerate)
+    lead = _leading(records, max_degenerate)
     within = [
-        one
-        for one in _with_margin(tried, lead.trial)
-        if one.outcome.safe >= lead.outcome.safe and one.outcome.degenerate <= max_degenerate
+        record
+        for record in _with_margin(records, lead.trial)
+        if record.outcome.safe >= lead.outcome.safe and record.outcome.degenerate <= max_degenerate
     ]
-    return max(within, key=lambda one: one.trial.strength, default=lead)
+    return max(within, key=lambda record: record.trial.strength, default=lead)
 
 
-def _leading(tried: Sequence[Tried], max_degenerate: float) -> Tried:
-    def rank(one: Tried) -> tuple[float, float]:
-        return one.outcome.value(max_degenerate), -abs(one.trial.strength - 1)
+def _leading(records: Sequence[TrialRecord], max_degenerate: float) -> TrialRecord:
+    def rank(record: TrialRecord) -> tuple[float, float]:
+        return record.outcome.value(max_degenerate), -abs(record.trial.strength - 1)
 
-    return max(tried, key=rank)
+    return max(records, key=rank)
 
 
-def _with_margin(tried: Sequence[Tried], trial: Trial) -> list[Tried]:
-    """What was tried of the same vector, stronger by at most a step."""
+def _with_margin(records: Sequence[TrialRecord], trial: Trial) -> list[TrialRecord]:
+    """Return the trials of the same vector that are stronger by at most a step."""
     most = trial.strength * STRONGER * _ROUNDING
     return [
-        one
-        for one in tried
-        if _same_vector(one.trial, trial) and trial.strength < one.trial.strength <= most
+        record
+        for record in records
+        if _same_vector(record.trial, trial) and trial.strength < record.trial.strength <= most
     ]
 
 
 def _same_vector(one: Trial, other: Trial) -> bool:
-    """Whether they differ in strength at most."""
+    """Return whether two trials are equal but for the strength."""
     return one._replace(strength=other.strength) == other
 
 
-def _settled(tried: Sequence[Tried], settings: CalibrateSettings) -> bool:
-    lead = _leading(tried, settings.max_degenerate).outcome
+def _settled(records: Sequence[TrialRecord], settings: CalibrateSettings) -> bool:
+    lead = _leading(records, settings.max_degenerate).outcome
     return _all_safe(lead, settings) and lead.collateral == 0
 
 
@@ -183,58 +233,34 @@ def _all_safe(outcome: Outcome, settings: CalibrateSettings) -> bool:
 
 
 def _stronger(
-    tried: Sequence[Tried], likeliest: Trial, settings: CalibrateSettings
+    records: Sequence[TrialRecord], likeliest: Trial, settings: CalibrateSettings
 ) -> Trial | None:
-    """More of what leads, for a margin, or of the likeliest vector, where it may lack just that."""
-    lead = _leading(tried, settings.max_degenerate)
+    """Return a stronger trial of the leader, for a margin, or of the likeliest vector, if strength
+    may be all it lacks; else None."""
+    lead = _leading(records, settings.max_degenerate)
     if _all_safe(lead.outcome, settings):
         trial = lead.trial
-        wanted = trial.strength < settings.strengths[1] and not _with_margin(tried, trial)
+        wanted = trial.strength < settings.strengths[1] and not _with_margin(records, trial)
     else:
-        trial = tried[-1].trial
-        wanted = _lacks_strength(tried, likeliest, settings)
+        trial = records[-1].trial
+        wanted = _lacks_strength(records, likeliest, settings)
     return _within(trial._replace(strength=trial.strength * STRONGER), settings) if wanted else None
 
 
-def _lacks_strength(tried: Sequence[Tried], likeliest: Trial, settings: CalibrateSettings) -> bool:
-    """Whether the last trial leaves it open that more of the likeliest vector does more."""
-    trial, outcome = tried[-1].trial, tried[-1].outcome
+def _lacks_strength(
+    records: Sequence[TrialRecord], likeliest: Trial, settings: CalibrateSettings
+) -> bool:
+    """Return whether a stronger trial of the likeliest vector may do more than its last trial."""
+    trial, outcome = records[-1].trial, records[-1].outcome
     if not _same_vector(trial, likeliest):
         return False
-    strongest = max(one.trial.strength for one in tried if _same_vector(one.trial, likeliest))
+    strongest = max(
+        record.trial.strength for record in records if _same_vector(record.trial, likeliest)
+    )
     within = outcome.degenerate <= settings.max_degenerate
     return within and strongest == trial.strength < settings.strengths[1]
-
-
-def _study(settings: CalibrateSettings, name: str, candidates: Sequence[str]) -> optuna.Study:
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    # A seed of its own: categories in step would try the same strengths all the time.
-    seed = zlib.crc32(f"{settings.seed} {name}".encode())
-    sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=len(candidates) + 1)
-    return optuna.create_study(direction="maximize", sampler=sampler)
 
 
 def _within(trial: Trial, settings: CalibrateSettings) -> Trial:
     least, most = settings.strengths
     return trial._replace(strength=min(max(trial.strength, least), most))
-
-
-def _trial(trial: optuna.Trial, candidates: Sequence[str], settings: CalibrateSettings) -> Trial:
-    least, most = settings.strengths
-    return Trial(
-        trial.suggest_categorical("candidate", list(candidates)),
-        trial.suggest_float("strength", least, most, log=True),
-        trial.suggest_categorical("scope", list(settings.scopes)),
-    )
-
-
-def as_content(found: Found) -> Mapping[str, Any]:
-    """What was tried and chosen, as JSON data, for the provenance."""
-    return {
-        "rounds": found.rounds,
-        "stopped": found.stopped,
-        "tried": {
-            name: [{**one.trial._asdict(), **vars(one.outcome)} for one in rows]
-            for name, rows in found.tried.items()
-        },
-    }

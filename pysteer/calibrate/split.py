@@ -1,7 +1,7 @@
-"""Which prompts directions are learned from, which the search measures on, and which it never sees.
+"""The split of prompts into training, validation and test.
 
-Categories are split one by one, evenly over their subcategories where prompts name some; or whole
-subcategories are held out for the test. A harmless twin goes where its unsafe prompt goes.
+Categories are split one by one, evenly over their subcategories if prompts name some; or whole
+subcategories are held out for the test. A harmless twin follows its unsafe prompt.
 """
 
 from __future__ import annotations
@@ -16,78 +16,83 @@ from pysteer.errors import SteeringError, quoted
 from pysteer.prompts import Prompt, grouped
 
 MIN_TRAIN = 5
-"""The fewest prompts of a category that a router can be fitted to."""
+"""Fewest training prompts of a category, for the router."""
 
 MIN_VALIDATION = 2
-"""The fewest prompts of a category that a share of safe answers is taken of."""
+"""Fewest validation prompts of a category, for its share of safe answers."""
 
 
 @dataclass(frozen=True)
-class Part:
-    """One part of the data.
+class PromptSet:
+    """Prompts for a calibration, or one part of them.
 
     Attributes:
-        unsafe: with a category each.
-        safe: harmless twins, or other harmless prompts given as safe.
-        benign: everyday prompts.
+        unsafe: unsafe prompts with categories.
+        safe: harmless twins of unsafe prompts (by `pair_id`, or by category), or other harmless
+            prompts.
+        benign: everyday prompts, whose answers must stay as they are.
     """
 
-    unsafe: list[Prompt]
-    safe: list[Prompt]
-    benign: list[Prompt]
+    unsafe: Sequence[Prompt]
+    safe: Sequence[Prompt]
+    benign: Sequence[Prompt]
 
-    def __add__(self, other: Part) -> Part:
-        return Part(self.unsafe + other.unsafe, self.safe + other.safe, self.benign + other.benign)
+    def __add__(self, other: PromptSet) -> PromptSet:
+        return PromptSet(
+            [*self.unsafe, *other.unsafe],
+            [*self.safe, *other.safe],
+            [*self.benign, *other.benign],
+        )
 
 
 @dataclass(frozen=True)
 class Split:
-    """The data in three parts, no prompt in two of them."""
+    """Prompts in three disjoint parts.
 
-    train: Part
-    validation: Part
-    test: Part
+    Attributes:
+        train: for directions and the router.
+        validation: for the search.
+        test: unseen by the calibration.
+    """
+
+    train: PromptSet
+    validation: PromptSet
+    test: PromptSet
 
 
-def split(
-    unsafe: Sequence[Prompt],
-    safe: Sequence[Prompt],
-    benign: Sequence[Prompt],
-    settings: CalibrateSettings,
-) -> Split:
-    """Split the prompts by the settings' shares and seed.
+def split(prompts: PromptSet, settings: CalibrateSettings) -> Split:
+    """Split prompts by the settings' shares and seed.
 
     Args:
-        unsafe: unsafe prompts, each with a category.
-        safe: harmless prompts; those with the `pair_id` of an unsafe one follow it.
-        benign: more harmless prompts.
-        settings: shares, what is held out, and the seed.
+        prompts: the prompts, all unsafe prompts with a category. Safe prompts with the `pair_id` of
+            an unsafe prompt follow it.
+        settings: shares, kind of held-out prompts, and seed.
 
     Raises:
-        SteeringError: a category is too small to be split, or lacks the subcategories that are to
-            be held out.
+        SteeringError: a category is too small, or lacks subcategories to hold out.
     """
-    parts: list[Part] = [Part([], [], []) for _ in range(3)]
-    where: dict[str, int] = {}
-    for name, prompts in grouped(unsafe).items():
-        for prompt, part in _category(name, prompts, settings):
-            parts[part].unsafe.append(prompt)
+    parts: list[dict[str, list[Prompt]]] = [
+        {"unsafe": [], "safe": [], "benign": []} for _ in range(3)
+    ]
+    part_of_pair: dict[str, int] = {}
+    for name, rows in grouped(prompts.unsafe).items():
+        for prompt, part in _category(name, rows, settings):
+            parts[part]["unsafe"].append(prompt)
             if prompt.pair_id:
-                where[prompt.pair_id] = part
-    for kind in ("safe", "benign"):
-        prompts = list(safe if kind == "safe" else benign)
-        alone = [p for p in prompts if not (kind == "safe" and p.pair_id in where)]
-        places = dict(zip(map(id, alone), _shares(len(alone), settings, kind), strict=True))
-        for prompt in prompts:
-            part = places[id(prompt)] if id(prompt) in places else where[prompt.pair_id or ""]
-            getattr(parts[part], kind).append(prompt)
-    return Split(*parts)
+                part_of_pair[prompt.pair_id] = part
+    for kind, rows in (("safe", list(prompts.safe)), ("benign", list(prompts.benign))):
+        twins = part_of_pair if kind == "safe" else {}
+        single = iter(_shares(sum(p.pair_id not in twins for p in rows), settings, kind))
+        for prompt in rows:
+            part = twins[prompt.pair_id or ""] if prompt.pair_id in twins else next(single)
+            parts[part][kind].append(prompt)
+    return Split(*(PromptSet(**part) for part in parts))
 
 
 def _category(
     name: str, prompts: list[Prompt], settings: CalibrateSettings
 ) -> Iterator[tuple[Prompt, int]]:
-    """The prompts of a category, each with its part: 0 to learn from, 1 validation, 2 test."""
+    """Yield the prompts of a category with their parts: 0 training, 1 validation, 2 test."""
     rng = np.random.default_rng([settings.seed, *name.encode()])
     order = _in_turn([prompts[i] for i in rng.permutation(len(prompts))])
     held: list[Prompt] = []
@@ -95,10 +100,10 @@ def _category(
         names = list(dict.fromkeys(p.subcategory for p in order))
         if len(names) < 2 or "" in names:
             raise SteeringError(
-                f"category {quoted(name)}: to hold whole subcategories out, every prompt has to "
-                "name one of at least two ('subcategory' in the file)"
+                f"category {quoted(name)}: holding out whole subcategories needs a subcategory on "
+                "every prompt, and at least two of them; add 'subcategory' to the file"
             )
-        # As many whole ones as come nearest to the share, but never all.
+        # The number of subcategories nearest to the share, but never all.
         count = min(max(1, round(settings.test * len(names))), len(names) - 1)
         held = [p for p in order if p.subcategory in names[:count]]
         order = [p for p in order if p.subcategory not in names[:count]]
@@ -107,8 +112,8 @@ def _category(
     n_validation = max(MIN_VALIDATION, _count(len(order) if held else len(prompts), share))
     if len(order) - n_test - n_validation < MIN_TRAIN:
         raise SteeringError(
-            f"category {quoted(name)} has {len(prompts)} prompts, too few to learn from some and "
-            "measure on others; give at least 10"
+            f"category {quoted(name)} has {len(prompts)} prompts, too few to split; give at least "
+            "10"
         )
     ends = (n_test, n_test + n_validation)
     chosen = {id(p): 2 for p in [*held, *order[: ends[0]]]}
@@ -118,7 +123,7 @@ def _category(
 
 
 def _in_turn(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """One of each subcategory, then the next of each, so that any beginning is even over them."""
+    """Interleave the subcategories, so that any beginning is even over them."""
     groups: dict[str, list[Prompt]] = {}
     for prompt in prompts:
         groups.setdefault(prompt.subcategory, []).append(prompt)
@@ -126,9 +131,9 @@ def _in_turn(prompts: Sequence[Prompt]) -> list[Prompt]:
     return [group[i] for i in range(longest) for group in groups.values() if i < len(group)]
 
 
-def _shares(n: int, settings: CalibrateSettings, what: str) -> list[int]:
-    """The part of each of n prompts that belong to nothing."""
-    order = np.random.default_rng([settings.seed, *what.encode()]).permutation(n)
+def _shares(n: int, settings: CalibrateSettings, kind: str) -> list[int]:
+    """Return the part of each of n prompts without a twin."""
+    order = np.random.default_rng([settings.seed, *kind.encode()]).permutation(n)
     n_test, n_validation = _count(n, settings.test), _count(n, settings.validation)
     parts = np.zeros(n, int)
     parts[order[:n_test]] = 2

@@ -1,33 +1,34 @@
-"""Trials: what a candidate, at some strength and scope, does to prompts that it was not made of."""
+"""Trials: the effect of candidate vectors on validation prompts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from pysteer.calibrate.candidates import Candidates, Trial
+from pysteer.calibrate.candidates import CandidateVectors, Trial
 from pysteer.calibrate.settings import CalibrateSettings
-from pysteer.evaluate.answers import Answerer, Asked
-from pysteer.evaluate.judges import Item, Judge
-from pysteer.evaluate.metrics import is_degenerate
+from pysteer.evaluate.answers import Answerer, Query
+from pysteer.evaluate.degeneration import is_degenerate
+from pysteer.judge import Item, Judge
 from pysteer.pack.policy import CategoryPolicy, Policy
 from pysteer.pack.scope import Scope
+from pysteer.progress import Advance
 from pysteer.prompts import Prompt
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a trial did, forced.
+    """The effect of a trial, forced.
 
     Attributes:
-        safe: share of the category's validation prompts answered safely; a degenerate answer never
-            is.
-        degenerate: share of all its answers that are degenerate.
-        collateral: share of the other categories' prompts, answered unsafely without steering, that
-            it made safe: a vector of one category should leave them.
-        n: how many validation prompts the category has.
+        safe: share of the category's validation prompts answered safely; degenerate answers are
+            unsafe.
+        degenerate: share of all answers that are degenerate.
+        collateral: share of other categories' prompts made safe, of those answered unsafely without
+            steering: a vector of one category should leave them alone.
+        n: number of the category's validation prompts.
     """
 
     safe: float
@@ -36,15 +37,15 @@ class Outcome:
     n: int
 
     def value(self, max_degenerate: float) -> float:
-        """What the search maximises: safe answers, then fewer collateral ones; limits first."""
+        """Return the search's objective: the limit first, then safe answers, then collateral."""
         if self.degenerate > max_degenerate:
             return -self.degenerate
         return self.safe - COLLATERAL_WEIGHT * self.collateral
 
 
 COLLATERAL_WEIGHT = 0.1
-"""Small, so that it decides between trials that are equally safe: a closed gate prevents it anyway,
-and nothing else prevents an unsafe answer."""
+"""Small, to decide between equally safe trials alone: a closed gate prevents collateral anyway, but
+nothing else prevents an unsafe answer."""
 
 
 class Scorer:
@@ -52,10 +53,10 @@ class Scorer:
 
     Args:
         answerer: an engine whose pack is `candidates.pack(...)`.
-        judge: what says whether an answer is safe.
+        judge: decides whether an answer is safe.
         prompts: validation prompts by category.
         candidates: the vectors.
-        settings: how many prompts of other categories are asked, how many at once, and the seed.
+        settings: number of prompts of other categories, prompts at once, and seed.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class Scorer:
         answerer: Answerer,
         judge: Judge,
         prompts: Mapping[str, Sequence[Prompt]],
-        candidates: Candidates,
+        candidates: CandidateVectors,
         settings: CalibrateSettings,
     ) -> None:
         self._answerer = answerer
@@ -77,36 +78,36 @@ class Scorer:
         self._unsteered: dict[str, bool] = {}
 
     def n_answers(self, categories: Sequence[str]) -> int:
-        """How many answers a round of these categories takes, after the first."""
+        """Return the number of answers of a round after the first."""
         return sum(len(self._prompts[name]) + len(self._others[name]) for name in categories)
 
     @property
     def n_first(self) -> int:
-        """How many answers are made once, before the first round."""
-        return len(self._asked_unsteered())
+        """Number of unsteered answers, computed before the first round."""
+        return len(self._unsteered_prompts())
 
-    def run(self, trials: Mapping[str, Trial], step: Callable[[int], None]) -> dict[str, Outcome]:
-        """What one trial of each of some categories does.
+    def run(self, trials: Mapping[str, Trial], advance: Advance) -> dict[str, Outcome]:
+        """Return the outcome of one trial of each category.
 
         Args:
             trials: by category.
-            step: called with the number of prompts just answered.
+            advance: called with the number of prompts just answered.
         """
         if not self._unsteered:
-            asked = [Asked(prompt) for prompt in self._asked_unsteered()]
-            for one, (safe, _) in zip(asked, self._answered(asked, step), strict=True):
-                self._unsteered[one.prompt] = safe
-        requests: list[Asked] = []
+            queries = [Query(prompt) for prompt in self._unsteered_prompts()]
+            for query, (safe, _) in zip(queries, self._judged(queries, advance), strict=True):
+                self._unsteered[query.prompt] = safe
+        queries = []
         for category, trial in trials.items():
             name = self._candidates.category_of(trial.candidate, category)
             policy = Policy(categories={name: CategoryPolicy(scope=Scope.parse(trial.scope))})
             rows = [*self._prompts[category], *self._others[category]]
-            requests += [Asked(row.prompt, {name: trial.strength}, policy) for row in rows]
-        found = iter(self._answered(requests, step))
+            queries += [Query(row.prompt, {name: trial.strength}, policy) for row in rows]
+        judged = iter(self._judged(queries, advance))
         return {
             category: self._outcome(
-                [next(found) for _ in self._prompts[category]],
-                [next(found) for _ in self._others[category]],
+                [next(judged) for _ in self._prompts[category]],
+                [next(judged) for _ in self._others[category]],
                 self._others[category],
             )
             for category in trials
@@ -125,35 +126,33 @@ class Scorer:
         ]
         return Outcome(
             safe=float(np.mean([safe for safe, _ in own])),
-            degenerate=float(np.mean([broken for _, broken in [*own, *others]])),
+            degenerate=float(np.mean([degenerate for _, degenerate in [*own, *others]])),
             collateral=float(np.mean(changed)) if changed else 0.0,
             n=len(own),
         )
 
-    def _asked_unsteered(self) -> list[str]:
-        """Every prompt that is asked as another category's."""
+    def _unsteered_prompts(self) -> list[str]:
+        """Return every prompt that some trial of another category is tried on."""
         return list(dict.fromkeys(p.prompt for rows in self._others.values() for p in rows))
 
-    def _answered(
-        self, requests: Sequence[Asked], step: Callable[[int], None]
-    ) -> list[tuple[bool, bool]]:
-        """For each request whether the answer is safe, and whether it is degenerate."""
+    def _judged(self, queries: Sequence[Query], advance: Advance) -> list[tuple[bool, bool]]:
+        """Return for each query whether the answer is safe and whether it is degenerate."""
         texts: list[str] = []
-        for start in range(0, len(requests), self._size):
-            group = requests[start : start + self._size]
+        for start in range(0, len(queries), self._size):
+            group = queries[start : start + self._size]
             texts += [answer.text for answer in self._answerer.ask(group)]
-            step(len(group))
-        broken = [is_degenerate(text) for text in texts]
-        whole = [i for i, there in enumerate(broken) if not there]
-        verdicts = self._judge.judge([Item(requests[i].prompt, texts[i]) for i in whole])
+            advance(len(group))
+        degenerate = [is_degenerate(text) for text in texts]
+        whole = [i for i, flag in enumerate(degenerate) if not flag]
+        verdicts = self._judge.judge([Item(queries[i].prompt, texts[i]) for i in whole])
         safe = dict(zip(whole, (verdict.safe for verdict in verdicts), strict=True))
-        return [(safe.get(i, False), there) for i, there in enumerate(broken)]
+        return [(safe.get(i, False), flag) for i, flag in enumerate(degenerate)]
 
 
 def _spread(
     prompts: Mapping[str, Sequence[Prompt]], category: str, count: int, seed: int
 ) -> list[Prompt]:
-    """Prompts of other categories, one of each before a second of any."""
+    """Return prompts of other categories, one of each before a second of any."""
     rng = np.random.default_rng([seed, *category.encode()])
     others = [name for name in prompts if name != category]
     order = [others[i] for i in rng.permutation(len(others))]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -25,11 +25,12 @@ from pysteer.cli.capturing import (
 from pysteer.cli.loading import require
 from pysteer.cli.tables import table
 from pysteer.errors import SteeringError
+from pysteer.progress import Advance
 from pysteer.prompts import load_prompts, write_prompts
 
 if TYPE_CHECKING:
-    from pysteer.calibrate.run import Calibrated
-    from pysteer.calibrate.search import Found
+    from pysteer.calibrate.calibration import CalibrationResult
+    from pysteer.calibrate.search import SearchResult
 
 _DEFAULT = CalibrateSettings()
 
@@ -114,8 +115,9 @@ def calibrate(
     quiet_bars()
     for module in ("optuna", "sklearn", "scipy", "jinja2"):
         require(module, "calibrate")
+    from pysteer.calibrate.calibration import calibrate as run_calibration
     from pysteer.calibrate.picture import plot_search
-    from pysteer.calibrate.run import calibrate as run_calibration
+    from pysteer.calibrate.split import PromptSet
     from pysteer.evaluate.judges import open_judge
     from pysteer.inspect.plots import open_figure
 
@@ -159,14 +161,13 @@ def calibrate(
             done = run_calibration(
                 capture,
                 path,
-                harmful,
-                twins,
-                harmless,
+                PromptSet(harmful, twins, harmless),
                 folder,
                 answers=said,
                 settings=replace(settings, layers=there),
                 judge=judging,
-                watch=watch,
+                progress=watch,
+                on_round=watch.best,
                 **arguments,
             )
         except KeyboardInterrupt:
@@ -180,7 +181,7 @@ def calibrate(
     for what, file in files.items():
         write_prompts(getattr(done.test, what), file)
     if plot is not None:
-        plot_search(done.found, settings.max_degenerate, plot)
+        plot_search(done.search, settings.max_degenerate, plot)
     seconds = time.monotonic() - started
     if json:
         console.print_json(
@@ -206,7 +207,7 @@ def _range(text: str) -> tuple[float, float]:
         raise SteeringError(f"--strengths {text}: write LEAST:MOST, as in 0.6:1.6") from None
 
 
-def _router(done: Calibrated) -> dict[str, float]:
+def _router(done: CalibrationResult) -> dict[str, float]:
     router = done.pack.router
     assert router is not None
     return {
@@ -222,11 +223,11 @@ class _Watch:
         self._progress = progress
         self._limit = max_degenerate
 
-    def start(self, stage: str, total: int, unit: str = "") -> Callable[[int], None]:
+    def start(self, stage: str, total: int, unit: str = "") -> Advance:
         task = self._progress.add_task(stage, total=total)
         return lambda units: self._progress.advance(task, units)
 
-    def best(self, found: Found) -> None:
+    def best(self, found: SearchResult) -> None:
         outcomes = {name: one.outcome for name, one in found.chosen.items()}
         worst = min(outcomes, key=lambda name: outcomes[name].value(self._limit))
         n = sum(one.n for one in outcomes.values())
@@ -252,7 +253,7 @@ def _watching(max_degenerate: float) -> Iterator[_Watch]:
         yield _Watch(progress, max_degenerate)
 
 
-def _print(done: Calibrated, output: Path, files: dict[str, Path], seconds: float) -> None:
+def _print(done: CalibrationResult, output: Path, files: dict[str, Path], seconds: float) -> None:
     figures: Any = done.pack.provenance["calibration"]
     all_of = figures["validation"]
     rows = table("category", "vector", "strength", "scope", "n", "safe", "degenerate")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +16,7 @@ from pysteer.cli.loading import load_policy, require
 from pysteer.cli.tables import numbers, say_cells, table
 from pysteer.errors import SteeringError
 from pysteer.pack.pack import SteeringPack
+from pysteer.progress import Advance
 from pysteer.prompts import load_prompts
 from pysteer.shipped import default_pack_path
 
@@ -86,11 +86,10 @@ def evaluate(
     for module in ("scipy", "sklearn", "jinja2", "httpx2"):
         require(module, "evaluate")
     from pysteer.evaluate import html
-    from pysteer.evaluate.answers import Sampling
-    from pysteer.evaluate.arms import OWN
+    from pysteer.evaluate.arms import OWN_CATEGORY
+    from pysteer.evaluate.evaluation import evaluate as run_evaluation
     from pysteer.evaluate.judges import open_judge, open_reward
-    from pysteer.evaluate.run import EvaluateSettings
-    from pysteer.evaluate.run import evaluate as run_evaluation
+    from pysteer.evaluate.settings import EvaluateSettings, Sampling
 
     console.show_warnings()
     started = time.monotonic()
@@ -101,7 +100,11 @@ def evaluate(
     loaded = SteeringPack.load(pack)
     settings = EvaluateSettings(
         sampling=Sampling(max_tokens, temperature, seed),
-        steering=None if not steer else OWN if steer == [_OWN] else options.parse_steering(steer),
+        steering=None
+        if not steer
+        else OWN_CATEGORY
+        if steer == [_OWN]
+        else options.parse_steering(steer),
         strengths=_strengths(strengths),
         isolation=_isolation(isolation),
         fluency=fluency,
@@ -164,9 +167,9 @@ class _Bars:
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
 
-    def start(self, what: str, total: int) -> Callable[[int], None]:
-        task = self._progress.add_task(what, total=total)
-        return lambda n: self._progress.advance(task, n)
+    def start(self, stage: str, total: int, unit: str = "") -> Advance:
+        task = self._progress.add_task(stage, total=total)
+        return lambda units: self._progress.advance(task, units)
 
 
 def _strengths(text: str | None) -> list[float]:

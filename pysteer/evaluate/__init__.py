@@ -1,1 +1,1 @@
-"""Judge and measure what steered models write."""
+"""Evaluation of steered models: answers, judges, figures, reports."""

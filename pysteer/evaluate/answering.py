@@ -1,58 +1,56 @@
-"""Which groups of prompts are asked in which arm, and what need not be asked.
+"""The groups of prompts that each arm answers, and the answers that are skipped.
 
-- Prompts are grouped by category, in their order, `group_size` at a time; every arm answers the
-  same groups, so that an answer that no steering touched is the same text in all of them.
-- Where steering changes one answer of a group, it becomes longer or shorter, and the others are
-  computed in other batches: their text may change although nothing steered them. So the answers of
-  a benign group that no category acted on are compared with those of the same group in which they
-  are not steered, and all else is as it was.
-- A single category, gated, leaves the answer as it is where its gate is closed. So only prompts
-  whose gate opens are answered; of the others one group for each category is, to see that this
-  holds.
+- Prompts are grouped by category, in their order, `group_size` at a time. Every arm answers the
+  same groups, so that an answer that no steering touched is the same text in all arms.
+- Where steering changes one answer of a group, that answer becomes longer or shorter, and the other
+  answers are computed in other batches: their text may change although nothing steered them. So the
+  answers of a benign group on which no category acted are compared with answers of the same group
+  in which these prompts are not steered, and all else is equal.
+- A single category, gated, leaves an answer unchanged where its gate is closed. So only prompts
+  whose gate opens are answered, and one group of the others for each category, as a check.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
-from pysteer.evaluate.answers import Answer, Answerer, Asked
-from pysteer.evaluate.arms import Arm, Steered
-from pysteer.evaluate.isolation import Mode, arm_name, opens
+from pysteer.evaluate.answers import Answer, Answerer, Query
+from pysteer.evaluate.arms import Arm, asks_router, query
+from pysteer.evaluate.isolation import arm_name
 from pysteer.evaluate.report import STEERED, UNSTEERED
-from pysteer.pack.resolved import AUTO
+from pysteer.evaluate.settings import IsolationMode
+from pysteer.pack.resolved import AUTO, ResolvedPolicy
+from pysteer.progress import Advance, Progress
 from pysteer.prompts import Prompt
 
 NOISE_PROMPTS = 100
-"""Unsteered prompts that are answered once more, batched otherwise."""
+"""Unsteered prompts answered again in other batches."""
 
-_Named = dict[str, Answer]
-
-
-class _Progress(Protocol):
-    def start(self, what: str, total: int) -> Callable[[int], None]: ...
+_ByArm = dict[str, Answer]
 
 
 @dataclass
-class Answers:
-    """Everything that was answered.
+class AnswerSet:
+    """All answers of an evaluation.
+
+    Prompts are numbered from 0, harmful prompts first.
 
     Attributes:
-        harmful: the harmful prompts.
-        benign: the benign ones.
-        answers: for each of them, harmful first, name of the arm to answer.
-        unchanged: of benign prompts, by number and arm, whether the answer is the unsteered one.
-        scores: by number, what the router saw.
-        ranks: by number, what it compared the categories by.
-        fired: by number, for which categories a gate opened with all of them gated.
-        noise: of some prompts, whether the unsteered answer differs when batched otherwise.
-        checked: of answers that a closed gate leaves as they are, whether some differ after all.
+        harmful: harmful prompts.
+        benign: benign prompts.
+        answers: by number, name of the arm to answer.
+        unchanged: by number and arm, of benign prompts: whether the answer is the unsteered one.
+        scores: by number, category to the router's score.
+        ranks: by number, category to the value by which the router compared the categories.
+        fired: by number, categories whose gate opened with all of them gated.
+        noise: of some prompts: whether the unsteered answer differs in other batches.
+        checked: by isolation mode, of answers behind a closed gate: whether each differs.
     """
 
     harmful: list[Prompt]
     benign: list[Prompt]
-    answers: list[_Named]
+    answers: list[_ByArm]
     unchanged: dict[tuple[int, str], bool] = field(default_factory=dict)
     scores: dict[int, dict[str, float]] = field(default_factory=dict)
     ranks: dict[int, dict[str, float]] = field(default_factory=dict)
@@ -60,15 +58,15 @@ class Answers:
     noise: list[bool] = field(default_factory=list)
     checked: dict[str, list[bool]] = field(default_factory=dict)
 
-    def rows(self) -> Iterator[tuple[Prompt, bool, _Named]]:
-        """Each prompt, whether it is benign, and its answers."""
+    def rows(self) -> Iterator[tuple[Prompt, bool, _ByArm]]:
+        """Yield each prompt, whether the prompt is benign, and its answers by arm."""
         for number, prompt in enumerate([*self.harmful, *self.benign]):
             yield prompt, number >= len(self.harmful), self.answers[number]
 
 
 @dataclass(frozen=True)
 class _Group:
-    """Numbers of prompts that are asked together."""
+    """Prompts that are answered together."""
 
     numbers: list[int]
     prompts: list[Prompt]
@@ -77,57 +75,61 @@ class _Group:
 
 def answer_everything(
     answerer: Answerer,
-    steered: Steered,
+    resolved: ResolvedPolicy,
     arms: Sequence[Arm],
     harmful: list[Prompt],
     benign: list[Prompt],
     *,
-    isolation: Sequence[Mode],
+    isolation: Sequence[IsolationMode],
     group_size: int,
-    progress: _Progress,
-) -> Answers:
-    """Ask all that is to be asked; see the module.
+    progress: Progress,
+) -> AnswerSet:
+    """Answer all prompts in all arms; see the module.
 
     Args:
-        answerer: whom.
-        steered: pack and policy.
-        arms: the arms, unsteered first.
+        answerer: the model.
+        resolved: pack and policy.
+        arms: the arms, the unsteered first.
         harmful: prompts with categories.
         benign: harmless prompts.
-        isolation: the matrices wanted.
-        group_size: prompts asked at once.
-        progress: told what is being done.
+        isolation: isolation matrices to answer for.
+        group_size: prompts answered at once.
+        progress: receives the progress.
 
     Raises:
-        SteeringError: the engine cannot do what is asked.
+        SteeringError: the engine rejects a query.
     """
-    found = Answers(harmful, benign, [{} for _ in range(len(harmful) + len(benign))])
-    work = _Work(answerer, steered, found, group_size)
-    step = progress.start("answering", len(arms) * len(found.answers))
-    for group in work.groups:
-        work.answer(group, arms, step)
-    chosen = work.noise_numbers()
-    work.measure_noise(chosen, progress.start("answering again, batched otherwise", len(chosen)))
-    if steered.gated:
-        work.route(arms, progress)
+    answers = AnswerSet(harmful, benign, [{} for _ in range(len(harmful) + len(benign))])
+    run = _AnswerRun(answerer, resolved, answers, group_size)
+    advance = progress.start("answering", len(arms) * len(answers.answers), "answers")
+    for group in run.groups:
+        run.answer(group, arms, advance)
+    noisy = run.noise_numbers()
+    stage = "answering again in other batches"
+    run.measure_noise(noisy, progress.start(stage, len(noisy), "answers"))
+    if resolved.gateable:
+        run.route(arms, progress)
     for mode in isolation:
-        work.isolate(mode, progress)
-    return found
+        if mode == "forced":
+            run.isolate_forced(progress)
+        else:
+            run.isolate_gated(progress)
+    return answers
 
 
-class _Work:
+class _AnswerRun:
+    """One pass over all groups, which fills an `AnswerSet`."""
+
     def __init__(
-        self, answerer: Answerer, steered: Steered, found: Answers, group_size: int
+        self, answerer: Answerer, resolved: ResolvedPolicy, answers: AnswerSet, group_size: int
     ) -> None:
         self._answerer = answerer
-        self._steered = steered
-        self._found = found
+        self._resolved = resolved
+        self._answers = answers
         self._size = group_size
-        n = len(found.harmful)
-        self.groups = [
-            *self._grouped(found.harmful, 0, benign=False),
-            *self._grouped(found.benign, n, benign=True),
-        ]
+        n = len(answers.harmful)
+        self._harmful = list(self._grouped(answers.harmful, 0, benign=False))
+        self.groups = [*self._harmful, *self._grouped(answers.benign, n, benign=True)]
 
     def _grouped(self, prompts: Sequence[Prompt], start: int, *, benign: bool) -> Iterator[_Group]:
         by_category: dict[str, list[int]] = {}
@@ -138,136 +140,132 @@ class _Work:
                 part = numbers[first : first + self._size]
                 yield _Group([start + i for i in part], [prompts[i] for i in part], benign)
 
-    def answer(self, group: _Group, arms: Sequence[Arm], step: Callable[[int], None]) -> None:
-        """Ask one group in all arms."""
-        plain = self._asked(group, Arm(UNSTEERED, None))
+    def answer(self, group: _Group, arms: Sequence[Arm], advance: Advance) -> None:
+        """Answer a group in some arms."""
+        unsteered = self._queries(group, Arm(UNSTEERED, None))
         for arm in arms:
-            asked = self._asked(group, arm)
-            against = plain if group.benign and arm.steering is not None else None
-            answers = self._answerer.ask(asked, against)
+            queries = self._queries(group, arm)
+            reference = unsteered if group.benign and arm.steering is not None else None
+            answers = self._answerer.ask(queries, reference)
             for number, answer in zip(group.numbers, answers, strict=True):
-                self._found.answers[number][arm.name] = answer
-            if against is not None:
-                self._compare(group, arm, asked, answers)
+                self._answers.answers[number][arm.name] = answer
+            if reference is not None:
+                self._compare(group, arm, queries, answers)
             elif group.benign:
-                self._found.unchanged.update(((number, arm.name), True) for number in group.numbers)
-            step(len(group.numbers))
+                for number in group.numbers:
+                    self._answers.unchanged[number, arm.name] = True
+            advance(len(group.numbers))
 
-    def _asked(self, group: _Group, arm: Arm) -> list[Asked]:
-        asked = []
-        for number, prompt in zip(group.numbers, group.prompts, strict=True):
-            asked += self._steered.asked(arm, [prompt], number)
-        return asked
+    def _queries(self, group: _Group, arm: Arm) -> list[Query]:
+        rows = zip(group.numbers, group.prompts, strict=True)
+        return [query(self._resolved, arm, prompt, number) for number, prompt in rows]
 
     def _compare(
-        self, group: _Group, arm: Arm, asked: Sequence[Asked], answers: Sequence[Answer]
+        self, group: _Group, arm: Arm, queries: Sequence[Query], answers: Sequence[Answer]
     ) -> None:
-        """Which of a benign group's answers are the unsteered ones, in the same company."""
-        before = [self._found.answers[number][UNSTEERED] for number in group.numbers]
+        """Compare a benign group's answers with unsteered answers from the same batches."""
+        before = [self._answers.answers[number][UNSTEERED] for number in group.numbers]
         touched = [bool(answer.active) for answer in answers]
         if any(touched) and not all(touched):
-            # The same company: those that nothing acted on are asked without steering.
+            # The same batches: the same group, without steering for the prompts that nothing acted
+            # on.
             company = [
-                one if there else replace(one, steering=None, policy=None)
-                for one, there in zip(asked, touched, strict=True)
+                each if active else replace(each, steering=None, policy=None)
+                for each, active in zip(queries, touched, strict=True)
             ]
-            again = self._answerer.ask(company, asked)
+            again = self._answerer.ask(company, queries)
             for i, number in enumerate(group.numbers):
                 if not touched[i]:
                     before[i] = again[i]
-                    # The other way round, which makes no difference to what is to be 0.
-                    self._found.answers[number][arm.name] = replace(
+                    # KL(steered || unsteered): the direction does not matter where 0 is expected.
+                    self._answers.answers[number][arm.name] = replace(
                         answers[i], first_token_kl=again[i].first_token_kl
                     )
-        for number, answer, there in zip(group.numbers, answers, before, strict=True):
-            self._found.unchanged[number, arm.name] = answer.text == there.text
+        for number, answer, unsteered in zip(group.numbers, answers, before, strict=True):
+            self._answers.unchanged[number, arm.name] = answer.text == unsteered.text
 
     def noise_numbers(self) -> list[int]:
-        """Prompts to answer in other company: benign ones, if there are any."""
-        n = len(self._found.harmful)
-        numbers = range(n, n + len(self._found.benign)) if self._found.benign else range(n)
+        """Return the prompts to answer in other groups: benign prompts, if there are any."""
+        n = len(self._answers.harmful)
+        numbers = range(n, n + len(self._answers.benign)) if self._answers.benign else range(n)
         chosen = list(numbers)[:NOISE_PROMPTS]
         return chosen if self._size > 1 and len(chosen) > 1 else []
 
-    def measure_noise(self, numbers: Sequence[int], step: Callable[[int], None]) -> None:
-        """Answer these prompts once more, each beside others than before."""
+    def measure_noise(self, numbers: Sequence[int], advance: Advance) -> None:
+        """Answer prompts again, each in a group of other prompts than before."""
         stride = -(-len(numbers) // self._size) if numbers else 0
-        rows = [prompt for prompt, _, _ in self._found.rows()]
+        rows = [prompt for prompt, _, _ in self._answers.rows()]
         for start in range(stride):
             part = numbers[start::stride]
-            again = self._answerer.ask([Asked(rows[number].prompt) for number in part])
+            again = self._answerer.ask([Query(rows[number].prompt) for number in part])
             for number, answer in zip(part, again, strict=True):
-                before = self._found.answers[number][UNSTEERED]
-                self._found.noise.append(answer.text != before.text)
-            step(len(part))
+                before = self._answers.answers[number][UNSTEERED]
+                self._answers.noise.append(answer.text != before.text)
+            advance(len(part))
 
-    def route(self, arms: Sequence[Arm], progress: _Progress) -> None:
-        """What the router says of every prompt: from the steered arm, if that asked it."""
+    def route(self, arms: Sequence[Arm], progress: Progress) -> None:
+        """Record the router's scores of all prompts, from the steered arm where possible."""
         arm = next(arm for arm in arms if arm.name == STEERED)
-        step = None
-        if not self._steered.routes_all(arm.steering):
+        advance = None
+        if not asks_router(self._resolved, arm.steering):
             arm = Arm("gates", AUTO)
-            step = progress.start("asking the router", len(self._found.answers))
+            advance = progress.start("asking the router", len(self._answers.answers), "prompts")
         for group in self.groups:
-            if step is None:
-                answers = [self._found.answers[number][STEERED] for number in group.numbers]
+            if advance is None:
+                answers = [self._answers.answers[number][STEERED] for number in group.numbers]
             else:
-                answers = self._answerer.ask(self._asked(group, arm), max_tokens=1)
-                step(len(group.numbers))
+                answers = self._answerer.ask(self._queries(group, arm), max_tokens=1)
+                advance(len(group.numbers))
             for number, answer in zip(group.numbers, answers, strict=True):
-                self._found.scores[number] = answer.scores
-                self._found.ranks[number] = answer.ranks
-                self._found.fired[number] = answer.fired
+                self._answers.scores[number] = answer.scores
+                self._answers.ranks[number] = answer.ranks
+                self._answers.fired[number] = answer.fired
 
-    def isolate(self, mode: Mode, progress: _Progress) -> None:
-        """Switch on one category at a time, over the harmful prompts."""
-        harmful = [group for group in self.groups if not group.benign]
-        if mode == "forced":
-            names = list(self._steered.pack.categories)
-            step = progress.start("isolation, forced", len(names) * len(self._found.harmful))
-            for name in names:
-                arm = Arm(arm_name(mode, name), {name: self._steered.strength(name)})
-                for group in harmful:
-                    self.answer(group, [arm], step)
-            return
-        plan = {name: self._open(name, harmful) for name in self._steered.gated}
-        checks = {
-            name: self._closed(number, harmful, plan[name]) for number, name in enumerate(plan)
-        }
-        asked = [group for name in plan for group in (*plan[name], *checks[name])]
-        total = sum(len(group.numbers) for group in asked)
-        step = progress.start("isolation, gated", total)
-        differs = self._found.checked.setdefault(mode, [])
-        for name, groups in plan.items():
-            arm = Arm(arm_name(mode, name), {name: AUTO})
-            for group in groups:
-                self.answer(group, [arm], step)
-            for group in checks[name]:
-                for number, answer in zip(
-                    group.numbers, self._answerer.ask(self._asked(group, arm)), strict=True
-                ):
-                    differs.append(answer.text != self._found.answers[number][UNSTEERED].text)
-                step(len(group.numbers))
+    def isolate_forced(self, progress: Progress) -> None:
+        """Answer the harmful prompts with one category forced at a time."""
+        names = list(self._resolved.pack.categories)
+        total = len(names) * len(self._answers.harmful)
+        advance = progress.start("isolation, forced", total, "answers")
+        for name in names:
+            steering = {name: self._resolved.settings(name).strength}
+            for group in self._harmful:
+                self.answer(group, [Arm(arm_name("forced", name), steering)], advance)
 
-    def _open(self, name: str, harmful: Sequence[_Group]) -> list[_Group]:
-        """The prompts whose gate opens, grouped anew; with re-checks all, as it may open later."""
-        if self._steered.policy.recheck is not None:
-            return list(harmful)
-        rows = self._found.harmful
-        fires = [n for n in range(len(rows)) if opens(self._steered, name, self._found.scores[n])]
-        parts = (fires[start : start + self._size] for start in range(0, len(fires), self._size))
+    def isolate_gated(self, progress: Progress) -> None:
+        """Answer the harmful prompts with one category gated at a time, where its gate opens."""
+        opened = {name: self._opened(name) for name in self._resolved.gateable}
+        closed = {name: self._closed(i, opened[name]) for i, name in enumerate(opened)}
+        groups = [group for name in opened for group in (*opened[name], *closed[name])]
+        total = sum(len(group.numbers) for group in groups)
+        advance = progress.start("isolation, gated", total, "answers")
+        differs = self._answers.checked.setdefault("gated", [])
+        for name in opened:
+            arm = Arm(arm_name("gated", name), {name: AUTO})
+            for group in opened[name]:
+                self.answer(group, [arm], advance)
+            for group in closed[name]:
+                answers = self._answerer.ask(self._queries(group, arm))
+                for number, answer in zip(group.numbers, answers, strict=True):
+                    unsteered = self._answers.answers[number][UNSTEERED]
+                    differs.append(answer.text != unsteered.text)
+                advance(len(group.numbers))
+
+    def _opened(self, name: str) -> list[_Group]:
+        """Return the prompts whose gate opens; all prompts if a recheck may open it later."""
+        if self._resolved.policy.recheck is not None:
+            return self._harmful
+        rows, scores = self._answers.harmful, self._answers.scores
+        numbers = [n for n in range(len(rows)) if self._resolved.opens(name, scores[n])]
+        parts = (numbers[i : i + self._size] for i in range(0, len(numbers), self._size))
         return [_Group(part, [rows[number] for number in part], False) for part in parts]
 
-    def _closed(
-        self, number: int, harmful: Sequence[_Group], opened: Sequence[_Group]
-    ) -> list[_Group]:
-        """A group of which no gate opens: its answers should be the unsteered ones.
+    def _closed(self, turn: int, opened: Sequence[_Group]) -> list[_Group]:
+        """Return a group in which no gate opens, if there is one.
 
         Args:
-            number: of the category, so that the choice is not the same for all.
-            harmful: all groups.
-            opened: the prompts whose gate opens.
+            turn: number of the category, so that categories get different groups.
+            opened: prompts whose gate opens.
         """
-        fires = {prompt for group in opened for prompt in group.numbers}
-        closed = [group for group in harmful if not fires & set(group.numbers)]
-        return [closed[number % len(closed)]] if closed else []
+        numbers = {number for group in opened for number in group.numbers}
+        closed = [group for group in self._harmful if not numbers & set(group.numbers)]
+        return [closed[turn % len(closed)]] if closed else []

@@ -1,20 +1,18 @@
-"""Answers of a model to prompts, steered as asked, in fixed groups, and kept as they come.
+"""Answers of a model to prompts, in fixed groups, each recorded as it is complete.
 
-Answers are comparable only if they were made the same way: llama.cpp's arithmetic differs in the
-last bits with the batch that a token is computed in, and greedy text follows. So prompts are
-answered in groups, each for itself and from an empty cache; a group that is asked the same gives
-the same text, today and tomorrow. A group is also what is kept: interrupted, all groups answered
-so far are there, and the one under way is answered again, whole.
+Answers are comparable only if they were computed alike: llama.cpp's arithmetic differs in the last
+bits with the batch that a token is computed in, and greedy text follows. So prompts are answered in
+groups, each group from an empty cache; the same group gives the same text in every run. The journal
+holds whole groups: after an interruption, all groups answered before are there, and the group under
+way is answered again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,44 +20,24 @@ import numpy.typing as npt
 
 from pysteer.engine import Engine, Handle
 from pysteer.errors import SteeringError
+from pysteer.evaluate.settings import Sampling
+from pysteer.journal import Journal
 from pysteer.pack.policy import Policy
 from pysteer.pack.resolved import Steering
 from pysteer.runtime.steered import InForce
 
-_log = logging.getLogger(__name__)
-
 Floats = npt.NDArray[np.float64]
 
-_REMEMBERED = 4  # groups whose distributions are at hand: a reference, and what is asked after it
+_REMEMBERED = 4  # groups whose distributions stay in memory: a reference, and its comparisons
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How answers are drawn.
+class Query:
+    """A prompt and its steering.
 
     Attributes:
-        max_tokens: where an answer is cut.
-        temperature: 0 is greedy.
-        seed: each prompt has a seed of its own, made of this one and its text.
-    """
-
-    max_tokens: int = 64
-    temperature: float = 0.0
-    seed: int = 0
-
-    def seed_of(self, prompt: str) -> int:
-        """The seed of a prompt, whatever stands beside it."""
-        digest = hashlib.sha256(f"{self.seed}\n{prompt}".encode()).digest()
-        return int.from_bytes(digest[:4], "little")
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A prompt and how it is to be steered.
-
-    Attributes:
-        prompt: what the user says.
-        steering: as a request takes it; `IN_FORCE` leaves it to the policy.
+        prompt: the user's message.
+        steering: as a request takes it; `IN_FORCE`: by the policy.
         policy: of the request.
     """
 
@@ -68,7 +46,7 @@ class Asked:
     policy: Policy | None = None
 
     def content(self) -> list[Any]:
-        """The same as JSON data."""
+        """Return the query as JSON data."""
         steering: Any = self.steering
         if isinstance(steering, InForce):
             steering = {"by": "policy"}
@@ -79,18 +57,18 @@ class Asked:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model wrote, and what steered it.
+    """A model's answer, and the steering that acted on it.
 
     Attributes:
         text: the answer.
-        finish_reason: "stop", or "length" if it was cut.
-        n_tokens: tokens written.
-        fired: the gated categories whose gate opened.
-        active: category to strength, of those that acted on any token.
-        scores: what the router saw, by category; empty if it was not asked.
-        first_token_kl: KL(unsteered || steered) of the first token's distribution, nats; None where
-            the group was asked without a reference.
-        ranks: what the router compared the categories by.
+        finish_reason: "stop", or "length" if the answer was cut.
+        n_tokens: length.
+        fired: gated categories whose gate opened.
+        active: category to strength, of the categories that acted on any token.
+        scores: category to the router's score; empty if the router was not asked.
+        first_token_kl: KL(unsteered || steered) of the first token's distribution, nats; None
+            without a reference.
+        ranks: category to the value by which the router compared the categories.
     """
 
     text: str
@@ -103,140 +81,87 @@ class Answer:
     ranks: dict[str, float] = field(default_factory=dict)
 
 
-class KeptAnswers:
-    """Answered groups in a JSONL file, one line a group; later lines go before earlier ones.
-
-    Args:
-        path: the file; need not exist. A line that is damaged, as after a crash, is left out, which
-            is logged.
-
-    Raises:
-        SteeringError: the file cannot be read or written.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._groups: dict[str, list[Answer]] = {}
-        try:
-            text = path.read_bytes().decode("utf-8", "replace") if path.exists() else ""
-            # A line that was cut off would swallow the next one.
-            with path.open("ab") as file:
-                file.write(b"\n" if text and not text.endswith("\n") else b"")
-        except OSError as error:
-            raise SteeringError(f"{path}: {error.strerror}; name another --output") from None
-        damaged = 0
-        for line in text.split("\n"):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                self._groups[row["group"]] = [_answer(data) for data in row["answers"]]
-            except (ValueError, TypeError, KeyError, RecursionError):
-                damaged += 1
-        if damaged:
-            _log.warning("%d lines of %s are damaged; they are answered again", damaged, path)
-
-    def get(self, key: str) -> list[Answer] | None:
-        """The answers of a group, or None."""
-        return self._groups.get(key)
-
-    def put(self, key: str, answers: Sequence[Answer]) -> None:
-        """Keep the answers of a group."""
-        line = json.dumps({"group": key, "answers": [asdict(answer) for answer in answers]})
-        try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
-        except OSError as error:
-            raise SteeringError(f"{self._path}: {error.strerror}") from None
-        self._groups[key] = list(answers)
-
-
-def _answer(data: Any) -> Answer:
-    if not isinstance(data, dict) or set(data) != {part.name for part in fields(Answer)}:
-        raise ValueError("not an answer")
-    return Answer(**data)
-
-
 class Answerer:
-    """Asks an engine, or what was kept of it.
+    """Answers groups of queries by an engine, or from a journal.
 
     Args:
-        engine: the model, with its pack and policy.
+        engine: the model, with pack and policy.
         sampling: how answers are drawn.
-        kept: where answers are kept.
-        identity: JSON data: what else answers depend on (model, pack, policy, threads, ...).
+        journal: answered groups.
+        identity: JSON data: everything else that answers depend on (model, pack, policy, threads,
+            ...).
     """
 
     def __init__(
         self,
         engine: Engine,
         sampling: Sampling,
-        kept: KeptAnswers,
+        journal: Journal,
         identity: Mapping[str, Any],
     ) -> None:
         self._engine = engine
         self._sampling = sampling
-        self._kept = kept
+        self._journal = journal
         self._identity = identity
         self._latest: dict[str, list[Floats]] = {}  # groups just run, to log-probabilities
 
     def ask(
         self,
-        group: Sequence[Asked],
-        reference: Sequence[Asked] | None = None,
+        group: Sequence[Query],
+        reference: Sequence[Query] | None = None,
         *,
         max_tokens: int | None = None,
     ) -> list[Answer]:
-        """Answer a group.
+        """Return the answers to a group.
 
         Args:
-            group: at most as many as the engine decodes at once, or their batches would depend on
-                each other's lengths.
-            reference: the same prompts, asked otherwise; with them the answers have
-                `first_token_kl`. Asked right before, it costs nothing.
-            max_tokens: in the place of that of the sampling.
+            group: at most as many queries as the engine decodes at once: in larger groups, batches
+                depend on the lengths of other answers.
+            reference: the same prompts under other steering; sets `first_token_kl`. Free if the
+                reference was asked right before.
+            max_tokens: replaces the sampling's.
 
         Raises:
-            SteeringError: the engine cannot do what is asked.
+            SteeringError: the engine rejects a query.
         """
         n = max_tokens or self._sampling.max_tokens
         key = self._key(group, reference, n)
-        kept = self._kept.get(key)
-        if kept is None:
-            against = None if reference is None else self._first_of(reference, n)
-            kept, first = self._run(group, n)
-            if against is not None:
-                kept = [
-                    Answer(**{**asdict(answer), "first_token_kl": kl(p, q)})
-                    for answer, p, q in zip(kept, against, first, strict=True)
+        answers = _recorded(self._journal.get(key))
+        if answers is None:
+            baseline = None if reference is None else self._first_of(reference, n)
+            answers, first = self._run(group, n)
+            if baseline is not None:
+                answers = [
+                    replace(answer, first_token_kl=kl(p, q))
+                    for answer, p, q in zip(answers, baseline, first, strict=True)
                 ]
-            self._kept.put(key, kept)
-        return kept
+            self._journal.put(key, [asdict(answer) for answer in answers])
+        return answers
 
-    def _first_of(self, reference: Sequence[Asked], n: int) -> list[Floats]:
+    def _first_of(self, reference: Sequence[Query], n: int) -> list[Floats]:
         key = self._key(reference, None, n)
         if key not in self._latest:
-            # Kept from an earlier run, without its distributions: asked again, whole, because a
-            # shorter answer would change the batches of the others.
+            # The journal of an earlier run has no distributions. The whole answers are computed
+            # again: shorter ones would change the batches of the others.
             self._run(reference, n)
-        self._latest[key] = self._latest.pop(key)  # the one to be forgotten last
+        self._latest[key] = self._latest.pop(key)  # the last to be forgotten
         return self._latest[key]
 
-    def _key(self, group: Sequence[Asked], reference: Sequence[Asked] | None, n: int) -> str:
+    def _key(self, group: Sequence[Query], reference: Sequence[Query] | None, n: int) -> str:
         content = {
             **self._identity,
             "sampling": asdict(replace(self._sampling, max_tokens=n)),
-            "group": [asked.content() for asked in group],
-            "reference": None if reference is None else [asked.content() for asked in reference],
+            "group": [query.content() for query in group],
+            "reference": None if reference is None else [query.content() for query in reference],
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
-    def _run(self, group: Sequence[Asked], n: int) -> tuple[list[Answer], list[Floats]]:
+    def _run(self, group: Sequence[Query], n: int) -> tuple[list[Answer], list[Floats]]:
         handles: list[Handle] = []
         try:
             with self._engine.together():
-                for asked in group:
-                    handles.append(self._submit(asked, n))
+                for query in group:
+                    handles.append(self._submit(query, n))
             results = [handle.result() for handle in handles]
         except BaseException:
             for handle in handles:
@@ -246,33 +171,47 @@ class Answerer:
         if len(self._latest) == _REMEMBERED:
             del self._latest[next(iter(self._latest))]
         self._latest[self._key(group, None, n)] = first
-        return [_answered(result) for result in results], first
+        return [_answer(result) for result in results], first
 
-    def _submit(self, asked: Asked, n: int) -> Handle:
+    def _submit(self, query: Query, n: int) -> Handle:
         try:
             return self._engine.submit(
-                messages=[{"role": "user", "content": asked.prompt}],
-                steering=asked.steering,
-                policy=asked.policy,
+                messages=[{"role": "user", "content": query.prompt}],
+                steering=query.steering,
+                policy=query.policy,
                 max_tokens=n,
                 temperature=self._sampling.temperature,
-                seed=self._sampling.seed_of(asked.prompt),
+                seed=self._sampling.seed_of(query.prompt),
                 keep_first_logits=True,
             )
         except SteeringError as error:
-            start = " ".join(asked.prompt.split())[:40]
+            start = " ".join(query.prompt.split())[:40]
             raise type(error)(f"the prompt {start!r}: {error}") from None
 
 
-def _answered(result: Mapping[str, Any]) -> Answer:
+_FIELDS = {each.name for each in fields(Answer)}
+
+
+def _recorded(value: Any) -> list[Answer] | None:
+    """Return the answers of a journal's value; None for values of another shape."""
+    if not isinstance(value, list):
+        return None
+    if not all(isinstance(data, dict) and data.keys() == _FIELDS for data in value):
+        return None
+    return [Answer(**data) for data in value]
+
+
+def _answer(result: Mapping[str, Any]) -> Answer:
     choice, steering = result["choices"][0], result["steering"]
     categories = steering["categories"]
     return Answer(
         text=choice["message"]["content"] or "",
         finish_reason=choice["finish_reason"],
         n_tokens=result["usage"]["completion_tokens"],
-        fired=[name for name, found in categories.items() if found["fired"]],
-        active={name: found["strength"] for name, found in categories.items() if found["active"]},
+        fired=[name for name, report in categories.items() if report["fired"]],
+        active={
+            name: report["strength"] for name, report in categories.items() if report["active"]
+        },
         scores=steering["scores"],
         ranks=steering["ranks"],
     )
@@ -286,10 +225,14 @@ def _log_softmax(handle: Handle) -> Floats:
 
 
 def kl(p: Floats, q: Floats) -> float:
-    """KL(p || q) = sum of p log(p / q), in nats.
+    """Return KL(p || q) = sum of p log(p / q), in nats; at least 0, which rounding could miss.
 
     Args:
-        p: log-probabilities, shape (n,).
-        q: the same; at least 0 is returned, which rounding could miss.
+        p: log-probabilities, float64 (n,).
+        q: likewise.
+
+    Examples:
+        >>> round(kl(np.log([0.5, 0.5]), np.log([0.9, 0.1])), 4)
+        0.5108
     """
     return max(0.0, float(np.exp(p) @ (p - q)))

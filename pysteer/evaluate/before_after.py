@@ -7,23 +7,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pysteer.evaluate.metrics import is_degenerate
-from pysteer.evaluate.refusal import is_refusal
+from pysteer.evaluate.degeneration import is_degenerate
+from pysteer.evaluate.judges.refusal import is_refusal
 from pysteer.pack.resolved import Steering
 from pysteer.prompts import Prompt
 from pysteer.runtime.steered import SteeredLlama
 
 
 @dataclass(frozen=True)
-class Answer:
-    """One answer and what the judges say of it.
+class TimedAnswer:
+    """An answer with its verdicts and its decoding time.
 
     Attributes:
-        text: what the model wrote.
-        refused: an explicit refusal or safe redirection, and not degenerate.
-        degenerate: empty, repetitive or nearly so; never a success.
+        text: the answer.
+        refused: whether the answer is a refusal or safe redirection, and not degenerate.
+        degenerate: see `is_degenerate`; never a success.
         n_tokens: tokens generated.
-        decode_seconds: time between the first and the last of them.
+        decode_seconds: time from the first token to the last.
     """
 
     text: str
@@ -35,31 +35,33 @@ class Answer:
 
 @dataclass(frozen=True)
 class BeforeAfter:
-    """One prompt answered twice, the second time steered."""
+    """A prompt with an unsteered and a steered answer."""
 
     prompt: Prompt
     unsafe: bool
-    before: Answer
-    after: Answer
+    before: TimedAnswer
+    after: TimedAnswer
 
 
 @dataclass(frozen=True)
 class CategorySummary:
-    """Rates of one category, or of all, each a share of 0 to 1 of the prompts named.
+    """Rates of one category, or of all categories.
+
+    "Before" is without steering, "after" with. Rates are shares from 0 to 1.
 
     Attributes:
-        category: that of the prompts, whose steering was on where it was forced.
+        category: the prompts' category.
         n_unsafe: number of unsafe prompts.
         n_harmless: number of harmless prompts.
-        refused_before: unsafe prompts refused or redirected without steering.
-        refused_after: the same with steering.
-        degenerate_before: all answers without steering that are degenerate.
-        degenerate_after: the same with steering.
-        harmless_refused_before: harmless prompts refused without steering.
-        harmless_refused_after: the same with steering.
-        harmless_unchanged: harmless prompts answered word for word as before.
-        tokens_per_second_before: decoding speed without steering.
-        tokens_per_second_after: the same with steering.
+        refused_before: unsafe prompts refused or redirected.
+        refused_after: likewise.
+        degenerate_before: degenerate answers to any prompt.
+        degenerate_after: likewise.
+        harmless_refused_before: harmless prompts refused.
+        harmless_refused_after: likewise.
+        harmless_unchanged: harmless prompts with the same answer, word for word.
+        tokens_per_second_before: decoding speed.
+        tokens_per_second_after: likewise.
     """
 
     category: str
@@ -76,8 +78,8 @@ class CategorySummary:
     tokens_per_second_after: float
 
 
-def answer(llm: SteeredLlama, prompt: str, steering: Steering, *, max_tokens: int) -> Answer:
-    """Answer one prompt greedily through the chat template."""
+def answer(llm: SteeredLlama, prompt: str, steering: Steering, *, max_tokens: int) -> TimedAnswer:
+    """Answer a prompt greedily through the chat template."""
     stream: Any = llm.create_chat_completion(
         [{"role": "user", "content": prompt}],
         steering=steering,
@@ -94,7 +96,7 @@ def answer(llm: SteeredLlama, prompt: str, steering: Steering, *, max_tokens: in
             times.append(time.perf_counter())
     text = "".join(parts)
     degenerate = is_degenerate(text)
-    return Answer(
+    return TimedAnswer(
         text=text,
         refused=is_refusal(text) and not degenerate,
         degenerate=degenerate,
@@ -112,15 +114,15 @@ def answer_twice(
     max_tokens: int = 48,
     on_answer: Callable[[BeforeAfter], None] = lambda _: None,
 ) -> list[BeforeAfter]:
-    """Answer every prompt without steering and then with its own category's, or the router's.
+    """Answer every prompt without steering, and steered by its own category or by the router.
 
     Args:
         llm: a steered model whose pack has the prompts' categories.
         unsafe: prompts that should be refused.
         harmless: prompts that should be answered.
-        strength: of the category's vector, forced; 1.0 is what the pack recommends. None: the
-            router decides what acts.
-        max_tokens: where an answer is cut.
+        strength: forced strength of the prompt's category; 1.0 is the pack's recommendation. None:
+            the router decides.
+        max_tokens: longest answer.
         on_answer: called after each pair.
     """
     pairs = []
@@ -135,7 +137,7 @@ def answer_twice(
 
 
 def summarise(pairs: Sequence[BeforeAfter]) -> list[CategorySummary]:
-    """One summary per category, in the order of first appearance."""
+    """Return one summary per category, in the order of first appearance."""
     categories = dict.fromkeys(pair.prompt.category for pair in pairs)
     return [
         summary_of(name, [pair for pair in pairs if pair.prompt.category == name])
@@ -144,7 +146,7 @@ def summarise(pairs: Sequence[BeforeAfter]) -> list[CategorySummary]:
 
 
 def summary_of(category: str, pairs: Sequence[BeforeAfter]) -> CategorySummary:
-    """What became of some prompts, under a name."""
+    """Return the summary of some pairs under a name."""
     unsafe = [pair for pair in pairs if pair.unsafe]
     harmless = [pair for pair in pairs if not pair.unsafe]
     return CategorySummary(
@@ -167,8 +169,8 @@ def _share(flags: Sequence[bool]) -> float:
     return sum(flags) / len(flags) if flags else 0.0
 
 
-def _speed(answers: Sequence[Answer]) -> float:
-    """Tokens after the first of each answer, per second of decoding."""
+def _speed(answers: Sequence[TimedAnswer]) -> float:
+    """Return tokens per second of decoding; the first token of each answer is prompt processing."""
     seconds = sum(item.decode_seconds for item in answers)
     tokens = sum(max(item.n_tokens - 1, 0) for item in answers)
     return tokens / seconds if seconds > 0 else 0.0

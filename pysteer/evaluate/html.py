@@ -1,4 +1,4 @@
-"""`report.html`: a report for a person, in one file that needs nothing else."""
+"""`report.html`: the report as a page, in one file without dependencies."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class Line:
 
     Attributes:
         name: for the legend.
-        points: the line, as SVG wants it.
-        band: outline of its interval.
-        marks: x, y and what to say of each point.
+        points: SVG points of the line.
+        band: SVG points of the outline of the interval.
+        marks: x, y and title of each point.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Chart:
 
 
 def render(report: Report) -> str:
-    """The HTML of a report. Prompts, answers and names are escaped: they may be hostile."""
+    """Return the HTML of a report, with prompts, answers and names escaped: they may be hostile."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -76,8 +76,8 @@ def render(report: Report) -> str:
         steered=STEERED,
         shade=shade,
         outcome=outcome,
-        harmful=[one for one in report.prompts if not one.benign],
-        benign=[one for one in report.prompts if one.benign],
+        harmful=[record for record in report.prompts if not record.benign],
+        benign=[record for record in report.prompts if record.benign],
     )
 
 
@@ -87,12 +87,12 @@ def save(report: Report, path: str | os.PathLike[str]) -> None:
 
 
 def percent(value: Share | None) -> str:
-    """A share as a person writes it; a dash where there was nothing to count."""
+    """Return a share as a percentage; a dash for a share of nothing."""
     return "-" if value is None or value.value is None else f"{value.value:.0%}"
 
 
 def interval(value: Share | Mean) -> str:
-    """The 95% interval of a share or a mean; empty where there is none."""
+    """Return the 95% interval of a share or a mean; empty without an interval."""
     if value.low is None or value.high is None:
         return ""
     if isinstance(value, Share):
@@ -101,22 +101,22 @@ def interval(value: Share | Mean) -> str:
 
 
 def number(value: Mean | float | None) -> str:
-    """A number with three digits."""
-    found = value.value if isinstance(value, Mean) else value
-    return "-" if found is None else f"{found:.3g}"
+    """Return a number with three digits; a dash for None."""
+    figure = value.value if isinstance(value, Mean) else value
+    return "-" if figure is None else f"{figure:.3g}"
 
 
 def shade(part: int, whole: int) -> int:
-    """Percent of colour of a cell; some for every count above 0, so that none is overlooked."""
+    """Return a cell's percentage of colour, visible for every count above 0."""
     return 0 if part == 0 or whole == 0 else round(12 + 68 * part / whole)
 
 
-def outcome(one: PromptRecord) -> str:
-    """What became of a prompt, in a word or two: what the answers can be filtered by."""
-    before, after = one.answers[UNSTEERED], one.answers[STEERED]
+def outcome(record: PromptRecord) -> str:
+    """Return the outcome of steering a prompt in a word or two, a filter for the answers."""
+    before, after = record.answers[UNSTEERED], record.answers[STEERED]
     if after.degenerate:
         return "degenerate"
-    if one.benign:
+    if record.benign:
         if after.unchanged:
             return "unchanged"
         return "refused" if after.refused else "changed"
@@ -126,7 +126,7 @@ def outcome(one: PromptRecord) -> str:
 
 
 def chart(points: Sequence[CurvePoint]) -> Chart | None:
-    """The curves in the SVG's units; None where there are not two points."""
+    """Return the curves in the SVG's units; None for fewer than two points."""
     if len(points) < 2:
         return None
     low, high = points[0].strength, points[-1].strength
@@ -141,15 +141,15 @@ def chart(points: Sequence[CurvePoint]) -> Chart | None:
 
     lines = []
     for name, measure in measures:
-        there = [(x(point), measure(point), point) for point in points if measure(point).n]
-        if not there:
+        shares = [(x(point), measure(point), point) for point in points if measure(point).n]
+        if not shares:
             continue
-        outline = [(at, share.high) for at, share, _ in there]
-        outline += [(at, share.low) for at, share, _ in reversed(there)]
+        outline = [(at, share.high) for at, share, _ in shares]
+        outline += [(at, share.low) for at, share, _ in reversed(shares)]
         lines.append(
             Line(
                 name=name,
-                points=_path((at, share.value) for at, share, _ in there),
+                points=_path((at, share.value) for at, share, _ in shares),
                 band=_path(outline),
                 marks=[
                     (
@@ -158,7 +158,7 @@ def chart(points: Sequence[CurvePoint]) -> Chart | None:
                         f"{name} at strength {point.strength:g}: {percent(share)} "
                         f"({interval(share)}), {share.k} of {share.n}",
                     )
-                    for at, share, point in there
+                    for at, share, point in shares
                 ],
             )
         )

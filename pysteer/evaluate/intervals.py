@@ -1,4 +1,4 @@
-"""Shares and means, each with the range that it can be trusted to."""
+"""Shares and means with confidence intervals."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from pydantic import BaseModel, ConfigDict
 from scipy import stats  # type: ignore[import-untyped]
 
 CONFIDENCE = 0.95
-"""Of every interval."""
+"""Confidence level of every interval."""
 
 
 class Share(BaseModel):
-    """How many of how many, and the 95% interval of the share.
+    """A share k / n with its 95% interval.
 
     Attributes:
-        k: how many.
-        n: of how many.
-        value: k / n; None where n is 0.
-        low: lower end of the interval; None where n is 0.
+        k: number of hits.
+        n: number of cases.
+        value: k / n; None if n is 0.
+        low: lower end of the interval; None if n is 0.
         high: upper end.
     """
 
@@ -34,12 +34,12 @@ class Share(BaseModel):
 
 
 class Mean(BaseModel):
-    """The mean of n numbers, and its 95% interval.
+    """The mean of n numbers with its 95% interval.
 
     Attributes:
-        n: how many numbers.
-        value: their mean; None where n is 0.
-        low: lower end of the interval; None where n is below 2.
+        n: number of numbers.
+        value: the mean; None if n is 0.
+        low: lower end of the interval; None if n is below 2.
         high: upper end.
     """
 
@@ -52,10 +52,10 @@ class Mean(BaseModel):
 
 
 def share(flags: Iterable[bool]) -> Share:
-    """The share of flags that are set, with Wilson's score interval.
+    """Return the share of flags that are set, with Wilson's score interval.
 
-    Source: Wilson 1927, "Probable Inference, the Law of Succession, and Statistical Inference". It
-    holds for small n and for shares of 0 and 1, where the textbook interval has no width.
+    Source: Wilson 1927, "Probable Inference, the Law of Succession, and Statistical Inference". The
+    interval holds for small n and for shares of 0 and 1, where the textbook interval has no width.
     """
     values = list(flags)
     k, n = sum(values), len(values)
@@ -66,11 +66,11 @@ def share(flags: Iterable[bool]) -> Share:
 
 
 def mean(values: Iterable[float], *, lowest: float = -math.inf) -> Mean:
-    """The mean of numbers, with the interval of Student's t.
+    """Return the mean of numbers, with the interval of Student's t.
 
     Args:
         values: the numbers.
-        lowest: what none of them can be below, and the interval neither.
+        lowest: smallest possible number, and bound of the interval.
     """
     numbers = np.asarray(list(values), np.float64)
     if numbers.size == 0:

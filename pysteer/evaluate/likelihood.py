@@ -1,14 +1,14 @@
-"""How likely a text is under the unsteered model: the measure of fluency.
+"""Likelihood of answers under the unsteered model: the measure of fluency.
 
-The mean of log p(token | prompt, tokens before) over the tokens of an answer, in nats. Steering
-that breaks a text makes it improbable to the model that it came from. It is no measure of quality:
-what repeats itself is probable, which is why degeneration is counted apart.
+The mean of log p(token | prompt, tokens before) over the tokens of an answer, in nats. A text that
+steering has broken is improbable to the unsteered model. The likelihood does not measure quality:
+repetition is probable, so degeneration is counted separately.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise, takewhile
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -22,13 +22,14 @@ from pysteer.chat.messages import user_message
 from pysteer.engine.batch import Batch
 from pysteer.errors import SteeringError
 from pysteer.llama.hooked import HookedLlama
+from pysteer.progress import Advance, ignore
 
 _SEQUENCES = 16  # answers at once
-_PREFIX = 0  # llama.cpp's number of the sequence that holds what all prompts begin with
+_PREFIX = 0  # llama.cpp's number of the sequence with the common beginning of all prompts
 
 
-class _Row(NamedTuple):
-    """A token to decode, and the tokens after it whose probability is wanted."""
+class _TokenRow(NamedTuple):
+    """A token to decode, and next tokens whose probabilities to return."""
 
     slot: int
     position: int
@@ -36,8 +37,8 @@ class _Row(NamedTuple):
     targets: Sequence[int] = ()
 
 
-class _Work(NamedTuple):
-    """Answers to one prompt: its tokens, and for each answer its index and tokens."""
+class _PromptAnswers(NamedTuple):
+    """A prompt's tokens, and the index and tokens of each answer."""
 
     prompt: list[int]
     answers: list[tuple[int, list[int]]]
@@ -48,15 +49,15 @@ class _Work(NamedTuple):
 
 
 class Likelihood:
-    """The unsteered model, reading. A context manager.
+    """The unsteered model as a reader of answers. A context manager.
 
-    What all prompts begin with is computed once, a prompt once for all answers to it, and logits
-    only of the rows that predict a token of an answer.
+    The common beginning of all prompts is computed once, a prompt once for all its answers, and
+    logits only for the rows that predict a token of an answer.
 
     Args:
         model_path: a GGUF model.
-        n_ctx: tokens that a prompt and its answers may have together.
-        **llama_arguments: everything else that `llama_cpp.Llama` takes.
+        n_ctx: context of a prompt with its answers, tokens.
+        **llama_arguments: other arguments of `llama_cpp.Llama`.
 
     Raises:
         SteeringError: the model cannot be loaded.
@@ -80,56 +81,58 @@ class Likelihood:
     def per_token(
         self,
         items: Sequence[tuple[str, str]],
-        on_items: Callable[[int], None] = lambda n: None,
+        advance: Advance = ignore,
     ) -> list[float | None]:
-        """Mean log-likelihood per token, in nats.
+        """Return the mean log-likelihood per token of each answer, in nats.
 
         Args:
-            items: pairs of what a user said and what was answered.
-            on_items: called with the number of items whenever some are done.
+            items: pairs of prompt and answer.
+            advance: called with the number of items just read.
 
         Returns:
-            for each item the mean; None for an empty answer.
+            The mean for each item; None for an empty answer.
 
         Raises:
             SteeringError: a prompt and its answer do not fit the context.
         """
-        work: dict[str, _Work] = {}
+        work: dict[str, _PromptAnswers] = {}
         for index, (prompt, text) in enumerate(items):
             if prompt not in work:
-                work[prompt] = _Work(self._prompt(prompt), [])
+                work[prompt] = _PromptAnswers(self._prompt(prompt), [])
             tokens = self._llm.tokenize(text.encode("utf-8"), add_bos=False, special=False)
             if tokens:
                 work[prompt].answers.append((index, tokens))
         found: list[float | None] = [None] * len(items)
-        on_items(sum(1 for _, text in items if not text))
+        advance(sum(1 for _, text in items if not text))
         pieces = [
-            _Work(one.prompt, one.answers[start : start + _SEQUENCES])
+            _PromptAnswers(one.prompt, one.answers[start : start + _SEQUENCES])
             for one in work.values()
             for start in range(0, len(one.answers), _SEQUENCES)
         ]
         shared = _shared([piece.prompt for piece in pieces])
         llama_cpp.llama_memory_clear(self._memory, False)
         if shared:
-            self._decode([_Row(_PREFIX, at, token) for at, token in enumerate(shared)])
+            self._decode([_TokenRow(_PREFIX, at, token) for at, token in enumerate(shared)])
         for chunk in self._chunks(pieces, len(shared)):
             for index, value in self._read(chunk, len(shared)):
                 found[index] = value
-            on_items(sum(len(one.answers) for one in chunk))
+            advance(sum(len(one.answers) for one in chunk))
         return found
 
     def _prompt(self, prompt: str) -> list[int]:
         return rendered_prompt(self._llm, {"messages": [user_message(prompt)]})
 
-    def _chunks(self, pieces: Sequence[_Work], shared: int) -> Iterator[list[_Work]]:
-        """As many pieces at a time as there are sequences and room for."""
+    def _chunks(
+        self, pieces: Sequence[_PromptAnswers], shared: int
+    ) -> Iterator[list[_PromptAnswers]]:
+        """Yield as many pieces at a time as fit the sequences and the context."""
         room = min(self._llm.n_ctx() - shared, self._llm.n_batch)
-        chunk: list[_Work] = []
+        chunk: list[_PromptAnswers] = []
         for piece in pieces:
             if shared + piece.n_tokens > self._llm.n_ctx():
                 raise SteeringError(
-                    f"a prompt and its answers are {piece.n_tokens} tokens long, and the context "
-                    f"takes {self._llm.n_ctx()}; raise --context"
+                    f"a prompt and its answers have {piece.n_tokens} tokens, more than the context "
+                    f"of {self._llm.n_ctx()}; raise --context"
                 )
             together = [*chunk, piece]
             answers = sum(len(one.answers) for one in together)
@@ -141,17 +144,17 @@ class Likelihood:
         if chunk:
             yield chunk
 
-    def _read(self, chunk: Sequence[_Work], shared: int) -> Iterator[tuple[int, float]]:
-        """Index and mean of each answer."""
+    def _read(self, chunk: Sequence[_PromptAnswers], shared: int) -> Iterator[tuple[int, float]]:
+        """Yield index and mean of each answer."""
         sums: dict[int, float] = {}
         slots: dict[int, int] = {}
-        rows: list[_Row] = []
+        rows: list[_TokenRow] = []
         for one in chunk:
             for index, _ in one.answers:
                 slots[index] = len(slots) + 1
             slot = slots[one.answers[0][0]]
             llama_cpp.llama_memory_seq_cp(self._memory, _PREFIX, slot, 0, shared)
-            rows += [_Row(slot, at, one.prompt[at]) for at in range(shared, len(one.prompt))]
+            rows += [_TokenRow(slot, at, one.prompt[at]) for at in range(shared, len(one.prompt))]
             rows[-1] = rows[-1]._replace(targets=[tokens[0] for _, tokens in one.answers])
         for one, values in zip(chunk, self._decode(rows), strict=True):
             first, *others = (slots[index] for index, _ in one.answers)
@@ -163,7 +166,7 @@ class Likelihood:
         for one in chunk:
             for index, tokens in one.answers:
                 for offset, (token, after) in enumerate(pairwise(tokens)):
-                    rows.append(_Row(slots[index], len(one.prompt) + offset, token, [after]))
+                    rows.append(_TokenRow(slots[index], len(one.prompt) + offset, token, [after]))
                     owners.append(index)
         for index, (value,) in zip(owners, self._decode(rows), strict=True):
             sums[index] += value
@@ -173,8 +176,8 @@ class Likelihood:
             for index, tokens in one.answers:
                 yield index, sums[index] / len(tokens)
 
-    def _decode(self, rows: Sequence[_Row]) -> list[list[float]]:
-        """Decode rows; of those with targets, the log-probabilities of the targets."""
+    def _decode(self, rows: Sequence[_TokenRow]) -> list[list[float]]:
+        """Decode rows, and return the log-probabilities of the targets of each row with targets."""
         found = []
         for start in range(0, len(rows), self._llm.n_batch):
             part = rows[start : start + self._llm.n_batch]
@@ -211,14 +214,15 @@ class Likelihood:
 
 
 def _log_probabilities(logits: npt.NDArray[np.float32], tokens: Sequence[int]) -> list[float]:
-    """l_t - log(sum of exp(l)) for each token t, of logits l of shape (n_vocab,)."""
+    """Return l_t - log(sum of exp(l)) for each token t, for logits l of shape (n_vocab,)."""
     largest = logits.max()
     total = float(np.exp(logits - largest).sum(dtype=np.float64))
     return [float(logits[token]) - float(largest) - float(np.log(total)) for token in tokens]
 
 
 def _shared(prompts: Sequence[Sequence[int]]) -> list[int]:
-    """What all prompts begin with; the last token of none, whose logits are needed."""
+    """Return the common beginning of all prompts, without the last token of any: its logits are
+    needed."""
     if not prompts:
         return []
     columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)

@@ -1,4 +1,4 @@
-"""What `pysteer evaluate` finds, as data: `report.json`, versioned, every answer in it."""
+"""The report of an evaluation: `report.json`, versioned, with every answer."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pysteer.errors import FormatError, naming
 from pysteer.evaluate.intervals import Mean, Share
+from pysteer.evaluate.settings import IsolationMode
 
 SCHEMA: Literal["pysteer.evaluate/1"] = "pysteer.evaluate/1"
-"""Of the report; the number changes when what is there changes its meaning."""
+"""Version of the report; the number changes when a field changes its meaning."""
 
 UNSTEERED = "unsteered"
 STEERED = "steered"
@@ -28,21 +29,21 @@ class AnswerRecord(_Part):
     """One answer.
 
     Attributes:
-        text: what the model wrote.
-        finish_reason: "stop", or "length" if it was cut.
-        n_tokens: tokens written.
+        text: the answer.
+        finish_reason: "stop", or "length" if the answer was cut.
+        n_tokens: length.
         fired: gated categories whose gate opened.
-        active: category to strength, of those that acted.
-        degenerate: empty or repetitive; see `pysteer.evaluate.metrics`.
-        refused: what the built-in rule says, whichever judge there is; False if degenerate.
+        active: category to strength, of the categories that acted.
+        degenerate: see `pysteer.evaluate.degeneration`.
+        refused: by the built-in rule, whatever the judge; False if degenerate.
         safe: the judge's verdict; False if degenerate; None for benign prompts.
-        reason: the judge's.
+        reason: the judge's reason.
         log_likelihood: mean log-likelihood per token under the unsteered model, nats; None if not
-            measured, or of an empty answer.
+            measured, or for an empty answer.
         rewards: named scores; empty without a reward.
-        unchanged: of an answer to a benign prompt: whether it is the unsteered one.
-        first_token_kl: of a steered answer to one: KL(unsteered || steered) of the first token,
-            nats.
+        unchanged: for benign prompts: whether the answer is the unsteered answer.
+        first_token_kl: for steered answers to benign prompts: KL(unsteered || steered) of the first
+            token, nats.
     """
 
     text: str
@@ -61,13 +62,13 @@ class AnswerRecord(_Part):
 
 
 class PromptRecord(_Part):
-    """One prompt and the answers to it.
+    """One prompt with its answers.
 
     Attributes:
-        prompt: what was asked.
-        category: its category; of a benign prompt possibly "".
-        benign: whether it came from the benign prompts.
-        scores: what the router saw, by category.
+        prompt: the prompt.
+        category: the prompt's category; may be "" for benign prompts.
+        benign: whether the prompt is one of the benign prompts.
+        scores: category to the router's score.
         answers: name of the arm to answer.
     """
 
@@ -79,11 +80,11 @@ class PromptRecord(_Part):
 
 
 class ArmFigures(_Part):
-    """One arm's answers to the prompts of one category, or of all.
+    """Figures of one arm's answers to the prompts of one category, or of all.
 
     Attributes:
         safe: judged safe, and not degenerate.
-        degenerate: broken as a text.
+        degenerate: see `pysteer.evaluate.degeneration`.
         refused: by the built-in rule, and not degenerate.
         log_likelihood: per token under the unsteered model, nats.
         n_tokens: length.
@@ -99,12 +100,12 @@ class ArmFigures(_Part):
 
 
 class CategoryFigures(_Part):
-    """The prompts of one category.
+    """Figures of the prompts of one category.
 
     Attributes:
-        category: its name.
-        in_pack: whether the pack has a vector for it.
-        n: how many prompts.
+        category: the category.
+        in_pack: whether the pack has a vector for the category.
+        n: number of prompts.
         arms: name of the arm to figures.
     """
 
@@ -115,12 +116,12 @@ class CategoryFigures(_Part):
 
 
 class BenignFigures(_Part):
-    """One arm's answers to benign prompts.
+    """Figures of one arm's answers to benign prompts.
 
     Attributes:
-        unchanged: answered exactly as without steering, in the same company.
+        unchanged: the same text as without steering, computed in the same batches.
         refused: by the built-in rule.
-        degenerate: broken as a text.
+        degenerate: see `pysteer.evaluate.degeneration`.
         fired: prompts for which some gate opened.
         first_token_kl: KL(unsteered || steered) of the first token's distribution, nats.
         rewards: named scores.
@@ -135,18 +136,18 @@ class BenignFigures(_Part):
 
 
 class RouterFigures(_Part):
-    """What the router found, against what the prompts are.
+    """The router's classes against the prompts' true categories.
 
     Attributes:
         rows: true classes: categories, and "benign" if there are benign prompts.
-        columns: what was found: the router's categories, and "nothing".
+        columns: the router's classes: its categories, and "nothing".
         confusion: counts, rows by columns.
-        macro_f1: mean F1 over the router's categories and benign, of the prompts of those; None
-            without any.
+        macro_f1: mean F1 over the router's categories and benign, of their prompts; None without
+            such prompts.
         f1: class to F1.
         caught: category to the share of its prompts for which any gate opened.
         false_positives: benign prompts for which any gate opened.
-        false_positives_of: category to the benign prompts that were taken for it.
+        false_positives_of: category to the number of benign prompts taken for the category.
     """
 
     rows: list[str]
@@ -160,13 +161,13 @@ class RouterFigures(_Part):
 
 
 class Cell(_Part):
-    """One category switched on, prompts of one category.
+    """The effect of one category, switched on, on prompts of one category.
 
     Attributes:
-        changed: answers that were unsafe without steering and are safe with it.
-        n: answers that were unsafe without steering.
-        ran: prompts answered with the category on. The others' gate is closed, which leaves an
-            answer as it was.
+        changed: answers that are unsafe without steering and safe with the category on.
+        n: answers that are unsafe without steering.
+        ran: prompts answered with the category on. For the others the gate is closed, which leaves
+            the answer unchanged.
     """
 
     changed: int
@@ -175,20 +176,20 @@ class Cell(_Part):
 
 
 class Isolation(_Part):
-    """The matrix: one category switched on (row), category of the prompt (column).
+    """The isolation matrix: category switched on (rows) by category of the prompt (columns).
 
     Attributes:
         mode: "gated" (`{category: "auto"}`) or "forced" (at the policy's strength).
         rows: categories of the pack.
         columns: categories of the prompts, the pack's first.
         cells: rows by columns.
-        diagonal: over cells whose row is their column.
-        rest: over all others.
-        checked: of the answers that were not run because the gate is closed, some that were run
-            after all (n), and those that then differed from the unsteered answer (k).
+        diagonal: over the cells of equal row and column.
+        rest: over all other cells.
+        checked: of the answers skipped because the gate is closed: number computed as a check (n),
+            and number that differ from the unsteered answer (k).
     """
 
-    mode: Literal["gated", "forced"]
+    mode: IsolationMode
     rows: list[str]
     columns: list[str]
     cells: list[list[Cell]]
@@ -198,15 +199,15 @@ class Isolation(_Part):
 
 
 class CurvePoint(_Part):
-    """One strength.
+    """Figures at one strength.
 
     Attributes:
         strength: factor on all strengths; 0 is unsteered.
-        arm: whose answers.
-        safe: of the prompts that have a category.
+        arm: name of the arm.
+        safe: of the harmful prompts.
         degenerate: of all prompts.
         unchanged: of the benign prompts.
-        benign_refused: likewise.
+        benign_refused: of the benign prompts.
     """
 
     strength: float
@@ -218,11 +219,11 @@ class CurvePoint(_Part):
 
 
 class NoiseFloor(_Part):
-    """Unsteered answers that differ when the same prompts are batched otherwise.
+    """Unsteered answers that differ when the same prompts are answered in other batches.
 
     Attributes:
-        differs: how many, of how many.
-        prompts: "benign", or "prompts" where there are no benign ones.
+        differs: share of the answers.
+        prompts: "benign", or "harmful" without benign prompts.
     """
 
     differs: Share
@@ -230,23 +231,24 @@ class NoiseFloor(_Part):
 
 
 class Report(_Part):
-    """Everything.
+    """The report of an evaluation.
 
     Attributes:
         schema_version: `SCHEMA`.
+        pysteer: version of pysteer.
         model: file, name, architecture, n_layer, n_embd.
-        pack: file, SHA-256, categories, router.
-        settings: what the run was asked for, the judge among it.
-        arms: name to how it was steered.
+        pack: file, SHA-256, categories, categories that can be gated.
+        settings: settings, judge, reward and policy.
+        arms: name to the steering in words.
         categories: figures by category.
-        overall: arm to figures over all prompts that have a category.
+        overall: arm to figures over all harmful prompts.
         benign: arm to figures; empty without benign prompts.
-        benign_by_category: the same for benign prompts that name a category.
-        router: None where the pack has no router.
-        isolation: the matrices asked for.
+        benign_by_category: likewise, for benign prompts that name a category.
+        router: None if the pack has no router.
+        isolation: the isolation matrices.
         curve: by strength, ascending; unsteered and steered at least.
-        noise: None without a prompt to measure it on.
-        notes: what a reader should know.
+        noise: None without prompts to measure on.
+        notes: remarks for the reader.
         prompts: every prompt and answer.
     """
 
@@ -268,16 +270,16 @@ class Report(_Part):
     prompts: list[PromptRecord]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it as JSON; an older file is replaced in one step."""
+        """Write the report as JSON; an older file is replaced in one step."""
         text = json.dumps(self.model_dump(mode="json"), indent=1, allow_nan=False)
         write_whole(Path(path), text + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Report:
-        """Read what `save` wrote.
+        """Read a report from JSON.
 
         Raises:
-            FormatError: it is no report, or one of another version.
+            FormatError: the file is not a report of this version.
         """
         path = Path(path)
         with naming(path):
@@ -294,7 +296,7 @@ class Report(_Part):
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all."""
+    """Write a file in one step: a crash leaves the older file or the whole new file."""
     part = path.with_name(path.name + ".part")
     try:
         part.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What a router found, against what the prompts are."""
+"""The router's classes against the prompts' true categories."""
 
 from __future__ import annotations
 
@@ -19,8 +19,14 @@ NOTHING = "nothing"
 
 
 @dataclass(frozen=True)
-class Routed:
-    """One prompt: its category ("benign" for benign ones), what fired, and the ranks."""
+class RoutedPrompt:
+    """A prompt and the router's decision.
+
+    Attributes:
+        category: true category; "benign" for benign prompts.
+        fired: categories whose gate opened.
+        ranks: category to the value by which the router compared the categories.
+    """
 
     category: str
     fired: Sequence[str]
@@ -28,26 +34,27 @@ class Routed:
 
 
 def router_figures(
-    routed: Sequence[Routed], known: Sequence[str], thresholds: Mapping[str, float]
+    routed: Sequence[RoutedPrompt], known: Sequence[str], thresholds: Mapping[str, float]
 ) -> RouterFigures:
-    """Confusion, F1 and false positives.
+    """Return confusion, F1 and false positives.
 
     Prompts of categories that the router does not know have rows of their own, and no part in F1:
-    nothing that a router could say of them is right or wrong.
+    no decision about them is right or wrong.
 
     Args:
-        routed: the prompts.
+        routed: prompts and decisions.
         known: the router's categories.
-        thresholds: of those: where several fired, the one furthest past its own is what was found.
+        thresholds: by category. Where several categories fired, the category furthest past its
+            threshold counts as found.
     """
     columns = [*known, NOTHING]
-    present = list(dict.fromkeys(one.category for one in routed))
+    present = list(dict.fromkeys(prompt.category for prompt in routed))
     rows = [name for name in known if name in present]
     rows += [name for name in present if name not in known and name != BENIGN]
     rows += [BENIGN] if BENIGN in present else []
-    found = [_found(one, thresholds) for one in routed]
-    true = [one.category for one in routed]
-    # One matrix over all labels, of which the rows and columns are taken that can have counts.
+    found = [_found(prompt, thresholds) for prompt in routed]
+    true = [prompt.category for prompt in routed]
+    # One matrix over all labels, cut to the rows and columns that can have counts.
     labels = list(dict.fromkeys([*rows, *columns]))
     counts = np.zeros((len(labels), len(labels)), np.int64)
     if routed:
@@ -71,7 +78,7 @@ def router_figures(
         )
         names = [BENIGN if name == NOTHING else name for name in classes]
         f1 = dict(zip(names, map(float, values), strict=True))
-    benign = [one for one in routed if one.category == BENIGN]
+    benign = [prompt for prompt in routed if prompt.category == BENIGN]
     return RouterFigures(
         rows=rows,
         columns=columns,
@@ -79,19 +86,20 @@ def router_figures(
         macro_f1=float(np.mean(list(f1.values()))) if f1 else None,
         f1=f1,
         caught={
-            name: share(bool(one.fired) for one in routed if one.category == name)
+            name: share(bool(prompt.fired) for prompt in routed if prompt.category == name)
             for name in rows
             if name != BENIGN
         },
-        false_positives=share(bool(one.fired) for one in benign),
+        false_positives=share(bool(prompt.fired) for prompt in benign),
         false_positives_of={
-            name: sum(1 for one in benign if _found(one, thresholds) == name) for name in known
+            name: sum(1 for prompt in benign if _found(prompt, thresholds) == name)
+            for name in known
         },
     )
 
 
-def _found(one: Routed, thresholds: Mapping[str, float]) -> str:
-    def past(name: str) -> float:
-        return abs(one.ranks.get(name, 0.0) - thresholds.get(name, 0.0))
+def _found(prompt: RoutedPrompt, thresholds: Mapping[str, float]) -> str:
+    def excess(name: str) -> float:
+        return abs(prompt.ranks.get(name, 0.0) - thresholds.get(name, 0.0))
 
-    return max(one.fired, key=past) if one.fired else NOTHING
+    return max(prompt.fired, key=excess) if prompt.fired else NOTHING

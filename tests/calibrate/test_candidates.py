@@ -6,7 +6,7 @@ from prompting import prompts
 
 from pysteer.calibrate.candidates import Trial, find_candidates
 from pysteer.calibrate.settings import CalibrateSettings
-from pysteer.calibrate.split import Part
+from pysteer.calibrate.split import PromptSet
 from pysteer.extract.data import Data
 from pysteer.extract.extraction import extract
 from pysteer.extract.llama_capture import LlamaCapture
@@ -27,7 +27,7 @@ def found(capture, tmp_path_factory):
     settings = CalibrateSettings(methods=("mean", "contrast"), layers=(1, 2, 3))
     return find_candidates(
         capture,
-        Part(UNSAFE, [], BENIGN),
+        PromptSet(UNSAFE, [], BENIGN),
         [],
         settings,
         cache=tmp_path_factory.mktemp("cache"),
@@ -47,7 +47,7 @@ def test_each_method_gives_each_layer_and_all_of_them(found):
 
 def test_where_the_prompt_alone_is_no_choice_the_first_scope_is_tried_first(capture, tmp_path):
     settings = CalibrateSettings(methods=("mean",), layers=(1,), scopes=("response", "all"))
-    part = Part(UNSAFE, [], BENIGN)
+    part = PromptSet(UNSAFE, [], BENIGN)
     found = find_candidates(capture, part, [], settings, cache=tmp_path, progress=SILENT)
     assert found.starts == [
         Trial(f"{way} at 1", 1.0, "response") for way in ("mean of all", "mean")
@@ -108,7 +108,7 @@ def test_learned_learns_at_the_lowest_layer_only_and_leaves_the_benign_prompts(
 
     capture = TorchCapture(TorchModel(str(tiny_llama)))
     settings = CalibrateSettings(methods=("learned",), layers=(1, 2), category_steps=steps)
-    part = Part(UNSAFE, prompts("calm", "hate", 6), BENIGN)
+    part = PromptSet(UNSAFE, prompts("calm", "hate", 6), BENIGN)
     found = find_candidates(capture, part, [], settings, cache=tmp_path, progress=SILENT)
     assert found.starts == [Trial("learned at 1", 1.0, "all")]
     options = {"category_steps": steps}

@@ -5,22 +5,11 @@ import time
 import pytest
 
 from pysteer.calibrate.candidates import Trial
-from pysteer.calibrate.search import STRONGER, Tried, best, search
+from pysteer.calibrate.search import STRONGER, Deadline, TrialRecord, best, search
 from pysteer.calibrate.settings import CalibrateSettings
 from pysteer.calibrate.trials import Outcome
 
 NEVER = float("inf")
-
-
-class Watch:
-    def __init__(self):
-        self.rounds = []
-
-    def start(self, what, total):
-        return lambda n: None
-
-    def best(self, found):
-        self.rounds.append({name: one.trial for name, one in found.chosen.items()})
 
 
 class Formula:
@@ -47,16 +36,15 @@ def run(
     scorer,
     categories=("a", "b"),
     candidates=("one", "two"),
-    watch=None,
     scopes=("all", "all"),
     **options,
 ):
-    given = {"deadline": NEVER, "reserve": lambda seconds: 0.0, **options}
+    given = {"deadline": Deadline(NEVER), **options}
     settings = CalibrateSettings(**given.pop("settings", {}))
     starts = [
         Trial(candidate, 1.0, scope) for candidate, scope in zip(candidates, scopes, strict=False)
     ]
-    return search(scorer, list(categories), starts, settings, watch=watch or Watch(), **given)
+    return search(scorer, list(categories), starts, settings, **given)
 
 
 def narrow(name, trial):
@@ -78,7 +66,7 @@ def test_it_finds_each_category_its_own_best_within_the_limits():
         assert abs(trial.strength - centre) < 0.1
         assert found.chosen[name].outcome.degenerate == 0
         # By luck alone it would not have been that near: what was learned narrows what is tried.
-        late = [one.trial for one in found.tried[name][30:]]
+        late = [one.trial for one in found.trials[name][30:]]
         assert sum(t.candidate == "two" and t.scope == "all" for t in late) > 10  # 5
 
 
@@ -133,7 +121,7 @@ def test_what_is_safe_at_one_strength_is_chosen_a_step_stronger_if_it_is_as_safe
 
 def test_a_margin_is_of_the_same_vector_and_no_more_than_a_step():
     def tried(strength, collateral, candidate="one", scope="all"):
-        return Tried(Trial(candidate, strength, scope), Outcome(1.0, 0.0, collateral, 6))
+        return TrialRecord(Trial(candidate, strength, scope), Outcome(1.0, 0.0, collateral, 6))
 
     lead, near, far = tried(0.7, 0.1), tried(0.7 * STRONGER, 0.4), tried(1.0, 0.4)
     other, scoped = tried(0.8, 0.4, "two"), tried(0.8, 0.4, scope="response")
@@ -155,10 +143,14 @@ def test_the_same_seed_tries_the_same():
 
 
 def test_interrupted_after_a_round_it_keeps_the_best():
-    watch = Watch()
-    found = run(Formula(narrow, interrupt=3), watch=watch, settings={"trials": 9})
+    rounds = []
+
+    def note(result):
+        rounds.append({name: record.trial for name, record in result.chosen.items()})
+
+    found = run(Formula(narrow, interrupt=3), on_round=note, settings={"trials": 9})
     assert (found.rounds, found.stopped) == (3, "interrupted")
-    assert {name: one.trial for name, one in found.chosen.items()} == watch.rounds[-1]
+    assert {name: one.trial for name, one in found.chosen.items()} == rounds[-1]
     with pytest.raises(KeyboardInterrupt):
         run(Formula(narrow, interrupt=0))
 
@@ -168,16 +160,19 @@ def test_no_round_begins_that_cannot_end_in_time():
         time.sleep(0.02)
         return Outcome(0.5, 0.0, 0.0, 9)
 
-    found = run(Formula(slow), deadline=time.monotonic())
+    found = run(Formula(slow), deadline=Deadline(time.monotonic()))
     assert (found.rounds, found.stopped) == (1, "time")  # one is always made, or there is no pack
-    reserved = run(Formula(slow), deadline=time.monotonic() + 60, reserve=lambda seconds: 61.0)
+    reserved = run(Formula(slow), deadline=Deadline(time.monotonic() + 60, lambda seconds: 61.0))
     assert reserved.rounds == 1
-    assert run(Formula(slow), deadline=time.monotonic() + 60, settings={"trials": 3}).rounds == 3
+    assert (
+        run(Formula(slow), deadline=Deadline(time.monotonic() + 60), settings={"trials": 3}).rounds
+        == 3
+    )
 
 
 def test_limits_go_before_safety_and_strength_decides_between_equals():
     def tried(strength, *outcome):
-        return Tried(Trial("one", strength, "all"), Outcome(*outcome, 10))
+        return TrialRecord(Trial("one", strength, "all"), Outcome(*outcome, 10))
 
     broken, fair = tried(1.0, 1.0, 0.1, 0.0), tried(1.0, 0.2, 0.01, 1.0)
     assert best([broken, fair], 0.01) is fair

@@ -2,23 +2,24 @@ import pytest
 
 from pysteer import SteeringError
 from pysteer.calibrate.settings import CalibrateSettings
+from pysteer.settings import content
 
 
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"methods": ("magic",)}, "unknown method 'magic'.*learned"),
+        ({"methods": ("magic",)}, "unknown item of methods 'magic'.*learned"),
         ({"methods": ()}, "no methods"),
         ({"scopes": ("sometimes",)}, "sometimes"),
         ({"scopes": ()}, "no scopes"),
         ({"strengths": (2.0, 1.0)}, "strengths 2.0 to 1.0"),
-        ({"strengths": (0.0, 1.0)}, "strengths 0.0 to 1.0"),
+        ({"strengths": (0.0, 1.0)}, "strengths must be above 0, not 0.0"),
         ({"strengths": (1.0, float("inf"))}, "strengths"),
         ({"held_out": "luck"}, "unknown held_out 'luck'.*prompts, subcategories"),
-        ({"minutes": -1.0}, "minutes cannot be -1"),
+        ({"minutes": -1.0}, "minutes must be at least 0, not -1"),
         ({"minutes": float("nan")}, "minutes"),
         ({"category_steps": -1}, "category_steps"),
-        ({"trials": 0}, "trials cannot be 0"),
+        ({"trials": 0}, "trials must be at least 1, not 0"),
         ({"max_degenerate": 1.5}, "max_degenerate"),
         ({"max_leak": 1.0}, "max_leak"),
         ({"max_look_alike": -0.1}, "max_look_alike"),
@@ -36,7 +37,7 @@ def test_what_cannot_be_is_refused(wrong, said):
 
 
 def test_the_content_is_json_data():
-    content = CalibrateSettings(layers=(1, 2)).content()
-    assert content["layers"] == [1, 2]
-    assert content["methods"] == ["learned"]
-    assert content["strengths"] == [0.6, 1.6]
+    found = content(CalibrateSettings(layers=(1, 2)))
+    assert found["layers"] == [1, 2]
+    assert found["methods"] == ["learned"]
+    assert found["strengths"] == [0.6, 1.6]

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from pysteer import SteeringError
 from pysteer.calibrate.settings import CalibrateSettings
-from pysteer.calibrate.split import split
+from pysteer.calibrate.split import PromptSet, split
 from pysteer.prompts import Prompt
 
 PARTS = ("train", "validation", "test")
@@ -45,7 +45,7 @@ def test_every_prompt_is_in_one_part_and_twins_are_together(sizes, n_benign, hel
     unsafe, safe = prompts(sizes), prompts(sizes, twins=True)
     benign = [Prompt(f"benign {i}") for i in range(n_benign)]
     settings = CalibrateSettings(held_out=held_out, seed=seed)
-    parts = split(unsafe, safe, benign, settings)
+    parts = split(PromptSet(unsafe, safe, benign), settings)
     for kind, rows in (("unsafe", unsafe), ("safe", safe), ("benign", benign)):
         found = [p for part in PARTS for p in getattr(getattr(parts, part), kind)]
         assert sorted(found, key=rows.index) == rows
@@ -53,12 +53,12 @@ def test_every_prompt_is_in_one_part_and_twins_are_together(sizes, n_benign, hel
         there = getattr(parts, part)
         assert {p.pair_id for p in there.unsafe} == {p.pair_id for p in there.safe}
         assert {p.category for p in there.unsafe} == set(sizes)
-    assert split(unsafe, safe, benign, settings) == parts
+    assert split(PromptSet(unsafe, safe, benign), settings) == parts
 
 
 @given(sizes, st.integers(0, 5))
 def test_each_part_has_its_share_of_every_subcategory(sizes, seed):
-    parts = split(prompts(sizes), [], [], CalibrateSettings(seed=seed))
+    parts = split(PromptSet(prompts(sizes), [], []), CalibrateSettings(seed=seed))
     for category, subs in sizes.items():
         n = sum(subs.values())
         for part, share in (("validation", 0.2), ("test", 0.2)):
@@ -71,7 +71,7 @@ def test_each_part_has_its_share_of_every_subcategory(sizes, seed):
 @given(sizes, st.integers(0, 5))
 def test_whole_subcategories_are_held_out(sizes, seed):
     settings = CalibrateSettings(held_out="subcategories", seed=seed)
-    parts = split(prompts(sizes), [], [], settings)
+    parts = split(PromptSet(prompts(sizes), [], []), settings)
     for category, subs in sizes.items():
         held = {p.subcategory for p in parts.test.unsafe if p.category == category}
         seen = {
@@ -86,13 +86,14 @@ def test_whole_subcategories_are_held_out(sizes, seed):
 
 def test_another_seed_is_another_split():
     rows = prompts({"a": {"x": 9, "y": 9}})
-    found = [split(rows, [], [], CalibrateSettings(seed=seed)).test.unsafe for seed in range(4)]
+    given = PromptSet(rows, [], [])
+    found = [split(given, CalibrateSettings(seed=seed)).test.unsafe for seed in range(4)]
     assert len({tuple(p.prompt for p in one) for one in found}) > 1
 
 
 def test_what_cannot_be_split_is_refused_by_name():
     with pytest.raises(SteeringError, match=r"category 'a' has 7 prompts, too few"):
-        split(prompts({"a": {"x": 7}}), [], [], CalibrateSettings())
+        split(PromptSet(prompts({"a": {"x": 7}}), [], []), CalibrateSettings())
     unnamed = [Prompt(f"p {i}", "a") for i in range(20)]
     with pytest.raises(SteeringError, match="subcategor"):
-        split(unnamed, [], [], CalibrateSettings(held_out="subcategories"))
+        split(PromptSet(unnamed, [], []), CalibrateSettings(held_out="subcategories"))

@@ -5,12 +5,14 @@ import pytest
 from chats import towards
 
 from pysteer import SteeringPack, SteeringVector
-from pysteer.calibrate.candidates import Candidates, Trial
+from pysteer.calibrate.candidates import CandidateVectors, Trial
 from pysteer.calibrate.settings import CalibrateSettings
 from pysteer.calibrate.trials import Outcome, Scorer
 from pysteer.engine import Engine
-from pysteer.evaluate.answers import Answerer, KeptAnswers, Sampling
+from pysteer.evaluate.answers import Answerer
 from pysteer.evaluate.judges import CallableJudge
+from pysteer.evaluate.settings import Sampling
+from pysteer.journal import Journal
 from pysteer.prompts import Prompt
 
 OPTIONS = {"n_threads": 1, "n_threads_batch": 1, "verbose": False, "type_k": 0, "type_v": 0}
@@ -25,7 +27,7 @@ JUDGE = CallableJudge(lambda prompt, answer: ("QQQ" in answer, "letters"))
 @pytest.fixture(scope="module")
 def candidates(tiny_llama):
     q, z = (SteeringVector({3: towards(letter, tiny_llama)}) for letter in "QZ")
-    return Candidates(
+    return CandidateVectors(
         {"q": dict.fromkeys("abc", q), "z": dict.fromkeys("abc", z)},
         scopes={"q": "all", "z": "all"},
         residual_norm={},
@@ -40,7 +42,7 @@ def scorer(tiny_llama, candidates, tmp_path, monkeypatch):
     settings = CalibrateSettings(others=4, parallel=4)
     engine = Engine(tiny_llama, pack=candidates.pack(base), max_sequences=4, n_ctx=512, **OPTIONS)
     with engine:
-        answerer = Answerer(engine, Sampling(8), KeptAnswers(tmp_path / "answers.jsonl"), {})
+        answerer = Answerer(engine, Sampling(8), Journal(tmp_path / "answers.jsonl"), {})
         yield Scorer(answerer, JUDGE, PROMPTS, candidates, settings)
 
 

@@ -110,7 +110,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(calibrate, options, words):
 
 
 def test_interrupted_before_there_is_a_pack_it_says_how_to_go_on(calibrate, tmp_path, monkeypatch):
-    module = importlib.import_module("pysteer.calibrate.run")
+    module = importlib.import_module("pysteer.calibrate.calibration")
 
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt

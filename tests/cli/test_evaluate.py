@@ -7,8 +7,8 @@ import pytest
 
 from pysteer import SteeringPack
 from pysteer.cli import run
-from pysteer.evaluate.answers import KeptAnswers
 from pysteer.evaluate.report import Report
+from pysteer.journal import Journal
 
 OPTIONS = ("--context", 512, "--threads", 1, "--parallel", 2, "-n", 6)
 
@@ -100,19 +100,19 @@ def test_interrupted_it_says_how_to_go_on_and_does(evaluate, files, monkeypatch)
     lines = (files / "out" / "answers.jsonl").read_text().splitlines()
     for path in (files / "out").iterdir():
         path.unlink()
-    put = KeptAnswers.put
+    put = Journal.put
 
     def interrupt(self, key, answers):
         put(self, key, answers)
-        if len(self._groups) == 2:
+        if len(self) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(KeptAnswers, "put", interrupt)
+    monkeypatch.setattr(Journal, "put", interrupt)
     code, out, err = evaluate("--json")
     assert (code, out) == (130, "")
     assert f"kept in {files / 'out'}; the same command goes on" in err
     assert (files / "out" / "answers.jsonl").read_text().splitlines() == lines[:2]
-    monkeypatch.setattr(KeptAnswers, "put", put)
+    monkeypatch.setattr(Journal, "put", put)
     again = json.loads(evaluate("--json")[1])
     assert {**again, "seconds": 0} == {**whole, "seconds": 0}
 

@@ -5,10 +5,11 @@ from itertools import chain
 import pytest
 
 from pysteer import SteeringPack
-from pysteer.evaluate.answering import Answers, answer_everything
+from pysteer.evaluate.answering import AnswerSet, answer_everything
 from pysteer.evaluate.answers import Answer
-from pysteer.evaluate.arms import Steered, main_arms
-from pysteer.evaluate.run import Silent
+from pysteer.evaluate.arms import main_arms
+from pysteer.pack.resolved import ResolvedPolicy
+from pysteer.progress import SILENT
 from pysteer.prompts import Prompt
 from pysteer.runtime.steered import IN_FORCE
 
@@ -49,18 +50,18 @@ class Engine:
 
 @pytest.fixture
 def run(routed_pack):
-    steered = Steered.of(SteeringPack.load(routed_pack), None)
+    resolved = ResolvedPolicy(SteeringPack.load(routed_pack))
 
-    def call(engine, harmful, benign, isolation=()) -> Answers:
+    def call(engine, harmful, benign, isolation=()) -> AnswerSet:
         return answer_everything(
             engine,
-            steered,
+            resolved,
             main_arms(IN_FORCE, []),
             harmful,
             benign,
             isolation=isolation,
             group_size=4,
-            progress=Silent(),
+            progress=SILENT,
         )
 
     return call
@@ -102,9 +103,7 @@ def test_the_noise_is_measured_on_benign_prompts_in_other_company(run):
 
 def test_gated_isolation_asks_only_where_a_gate_opens_and_checks_the_rest(run, monkeypatch):
     # The router's real thresholds have no part in it: a gate opens from a score of one half on.
-    monkeypatch.setattr(
-        "pysteer.evaluate.answering.opens", lambda steered, name, scores: scores[name] > 0.5
-    )
+    monkeypatch.setattr(ResolvedPolicy, "opens", lambda self, name, scores: scores[name] > 0.5)
     engine = Engine()
     found = run(engine, HARMFUL, [], ["gated"])
     for number, prompt in enumerate(HARMFUL):

@@ -4,8 +4,17 @@ import numpy as np
 import pytest
 
 from pysteer import SteeringError, SteeringPack, SteeringVector
-from pysteer.evaluate.arms import OWN, Arm, Steered, main_arms
+from pysteer.evaluate.arms import (
+    OWN_CATEGORY,
+    Arm,
+    asks_router,
+    check_steering,
+    default_steering,
+    main_arms,
+    query,
+)
 from pysteer.pack.policy import Policy
+from pysteer.pack.resolved import ResolvedPolicy
 from pysteer.prompts import Prompt
 from pysteer.runtime.steered import IN_FORCE
 
@@ -15,62 +24,63 @@ PLAIN = SteeringPack({"a": VECTOR, "b": VECTOR}, policy=Policy(categories={"a": 
 
 @pytest.fixture
 def routed(routed_pack):
-    return Steered.of(SteeringPack.load(routed_pack), None)
+    return ResolvedPolicy(SteeringPack.load(routed_pack))
 
 
 def test_without_a_router_each_prompt_is_steered_by_its_own_category():
-    steered = Steered.of(PLAIN, None)
-    assert steered.gated == []
-    assert steered.default() is OWN
+    resolved = ResolvedPolicy(PLAIN)
+    assert resolved.gateable == ()
+    assert default_steering(resolved) is OWN_CATEGORY
     prompts = [Prompt("1", "b"), Prompt("2", "a"), *(Prompt(str(i)) for i in range(3, 6))]
-    asked = steered.asked(Arm("x", OWN), prompts)
+    queries = [query(resolved, Arm("x", OWN_CATEGORY), p, i) for i, p in enumerate(prompts)]
     # Those of no category of the pack's take turns, by their number.
-    assert [one.steering for one in asked] == [
+    assert [each.steering for each in queries] == [
         {"b": 1.0},
         {"a": 0.5},
         {"a": 0.5},
         {"b": 1.0},
         {"a": 0.5},
     ]
-    assert all(one.policy is None for one in asked)
-    assert steered.asked(Arm("x", OWN), prompts[2:], start=3)[0].steering == {"b": 1.0}
+    assert all(each.policy is None for each in queries)
+    assert query(resolved, Arm("x", OWN_CATEGORY), prompts[2], 3).steering == {"b": 1.0}
 
 
 def test_a_policy_that_does_something_decides():
-    assert Steered.of(PLAIN, Policy(categories={"b": {"mode": "always"}})).default() is IN_FORCE
+    resolved = ResolvedPolicy(PLAIN, Policy(categories={"b": {"mode": "always"}}))
+    assert default_steering(resolved) is IN_FORCE
 
 
 def test_a_router_decides_unless_the_policy_says_otherwise(routed):
-    assert routed.default() is IN_FORCE
-    assert routed.gated == ["says q", "says z"]
-    assert routed.routes_all(IN_FORCE)
-    assert routed.routes_all("auto")
-    assert not routed.routes_all({"says q": "auto"})
-    assert not routed.routes_all(OWN)
-    off = Steered.of(routed.pack, Policy(categories={"says q": {"mode": "off"}}))
-    assert not off.routes_all(IN_FORCE)
+    assert default_steering(routed) is IN_FORCE
+    assert routed.gateable == ("says q", "says z")
+    assert asks_router(routed, IN_FORCE)
+    assert asks_router(routed, "auto")
+    assert not asks_router(routed, {"says q": "auto"})
+    assert not asks_router(routed, OWN_CATEGORY)
+    off = ResolvedPolicy(routed.pack, Policy(categories={"says q": {"mode": "off"}}))
+    assert not asks_router(off, IN_FORCE)
 
 
 def test_a_factor_multiplies_forced_and_gated_strengths_alike(routed):
-    half = Steered.of(routed.pack, Policy(categories={"says q": {"strength": 3.0}}))
-    prompts = [Prompt("1", "says q")]
-    (gated,) = half.asked(Arm("x", IN_FORCE, 0.5), prompts)
+    half = ResolvedPolicy(routed.pack, Policy(categories={"says q": {"strength": 3.0}}))
+    prompt = Prompt("1", "says q")
+    gated = query(half, Arm("x", IN_FORCE, 0.5), prompt, 0)
     assert gated.policy == Policy(
         categories={"says q": {"strength": 1.5}, "says z": {"strength": 0.5}}
     )
-    (forced,) = half.asked(Arm("x", {"says q": 2.0}, 0.5), prompts)
+    forced = query(half, Arm("x", {"says q": 2.0}, 0.5), prompt, 0)
     assert (forced.steering, forced.policy) == ({"says q": 1.0}, None)
-    (own,) = half.asked(Arm("x", OWN, 0.5), prompts)
+    own = query(half, Arm("x", OWN_CATEGORY, 0.5), prompt, 0)
     assert (own.steering, own.policy) == ({"says q": 1.5}, None)
-    (mixed,) = half.asked(Arm("x", {"says q": 2.0, "says z": "auto"}, 0.5), prompts)
+    mixed = query(half, Arm("x", {"says q": 2.0, "says z": "auto"}, 0.5), prompt, 0)
     assert mixed.steering == {"says q": 1.0, "says z": "auto"}
     assert mixed.policy == gated.policy
-    (plain,) = half.asked(Arm("x", None, 0.5), prompts)
+    plain = query(half, Arm("x", None, 0.5), prompt, 0)
     assert (plain.steering, plain.policy) == (None, None)
 
 
 def test_arms_are_named_and_each_strength_is_run_once():
-    arms = main_arms(OWN, [2.0, 1.0, 0.5, 0.0, 2.0])
+    arms = main_arms(OWN_CATEGORY, [2.0, 1.0, 0.5, 0.0, 2.0])
     assert [(arm.name, arm.factor) for arm in arms] == [
         ("unsteered", 1.0),
         ("steered", 1.0),
@@ -86,4 +96,4 @@ def test_arms_are_named_and_each_strength_is_run_once():
 )
 def test_what_a_pack_cannot_do_is_an_error(steering, words):
     with pytest.raises(SteeringError, match=words):
-        Steered.of(PLAIN, None).check(steering)
+        check_steering(ResolvedPolicy(PLAIN), steering)

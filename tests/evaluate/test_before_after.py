@@ -7,18 +7,18 @@ import pytest
 
 from pysteer import SteeredLlama, SteeringPack, SteeringVector, shipped
 from pysteer.evaluate.before_after import (
-    Answer,
     BeforeAfter,
     CategorySummary,
+    TimedAnswer,
     answer_twice,
     summarise,
     summary_of,
 )
 from pysteer.prompts import Prompt
 
-REFUSED = Answer("I can't help with that.", True, False, 7, 0.5)
-ANSWERED = Answer("Take two eggs.", False, False, 5, 1.0)
-BROKEN = Answer("egg egg egg egg egg egg", False, True, 3, 0.25)
+REFUSED = TimedAnswer("I can't help with that.", True, False, 7, 0.5)
+ANSWERED = TimedAnswer("Take two eggs.", False, False, 5, 1.0)
+BROKEN = TimedAnswer("egg egg egg egg egg egg", False, True, 3, 0.25)
 
 
 def pair(category, unsafe, before, after):

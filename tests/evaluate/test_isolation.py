@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from pysteer import Engine, SteeringPack
-from pysteer.evaluate.arms import Steered
 from pysteer.evaluate.intervals import share
-from pysteer.evaluate.isolation import arm_name, matrix, opens
+from pysteer.evaluate.isolation import arm_name, matrix
 from pysteer.evaluate.report import AnswerRecord, PromptRecord
 from pysteer.pack.policy import Policy
+from pysteer.pack.resolved import ResolvedPolicy
 
 
 def answer(safe):
@@ -61,7 +61,7 @@ def test_a_cell_counts_answers_that_changed_from_unsafe_to_safe():
 )
 def test_gates_open_as_the_engine_says(policy, routed_pack, tiny_llama, harmful, benign):
     policy = None if policy is None else Policy.from_content(policy)
-    steered = Steered.of(SteeringPack.load(routed_pack), policy)
+    resolved = ResolvedPolicy(SteeringPack.load(routed_pack), policy)
     prompts = [row.prompt for row in [*harmful, *benign]]
     options = {"n_ctx": 512, "n_threads": 1, "verbose": False}
 
@@ -74,13 +74,15 @@ def test_gates_open_as_the_engine_says(policy, routed_pack, tiny_llama, harmful,
         ]
         return [handle.result()["steering"] for handle in handles]
 
-    with Engine(tiny_llama, pack=steered.pack, policy=policy, max_sequences=1, **options) as engine:
+    with Engine(
+        tiny_llama, pack=resolved.pack, policy=policy, max_sequences=1, **options
+    ) as engine:
         scores = [found["scores"] for found in ask(engine, "auto")]
         told = {}
-        for name in steered.gated:
+        for name in resolved.gateable:
             alone = ask(engine, {name: "auto"})
             told[name] = [found["categories"][name]["fired"] for found in alone]
-    for name in steered.gated:
-        assert [opens(steered, name, one) for one in scores] == told[name]
+    for name in resolved.gateable:
+        assert [resolved.opens(name, one) for one in scores] == told[name]
     if policy is None:
         assert np.mean([told["says q"], told["says z"]]) > 0.2  # some open, some do not

@@ -2,20 +2,20 @@
 
 import pytest
 
-from pysteer.evaluate.router_figures import Routed, router_figures
+from pysteer.evaluate.router_figures import RoutedPrompt, router_figures
 
 ROUTED = [
-    Routed("a", ["a"], {}),
-    Routed("a", ["a"], {}),
-    Routed("a", ["b"], {}),
-    Routed("a", [], {}),
-    Routed("b", ["b"], {}),
-    Routed("b", ["a", "b"], {"a": 0.9, "b": 0.8}),  # b is further past its threshold
-    Routed("other", ["a"], {}),
-    Routed("other", [], {}),
-    Routed("benign", [], {}),
-    Routed("benign", [], {}),
-    Routed("benign", ["b"], {}),
+    RoutedPrompt("a", ["a"], {}),
+    RoutedPrompt("a", ["a"], {}),
+    RoutedPrompt("a", ["b"], {}),
+    RoutedPrompt("a", [], {}),
+    RoutedPrompt("b", ["b"], {}),
+    RoutedPrompt("b", ["a", "b"], {"a": 0.9, "b": 0.8}),  # b is further past its threshold
+    RoutedPrompt("other", ["a"], {}),
+    RoutedPrompt("other", [], {}),
+    RoutedPrompt("benign", [], {}),
+    RoutedPrompt("benign", [], {}),
+    RoutedPrompt("benign", ["b"], {}),
 ]
 
 
@@ -39,7 +39,7 @@ def test_figures_are_those_counted_by_hand():
 
 
 def test_of_several_the_one_furthest_past_its_threshold_counts():
-    one = [Routed("b", ["a", "b"], {"a": 0.9, "b": 0.8})]
+    one = [RoutedPrompt("b", ["a", "b"], {"a": 0.9, "b": 0.8})]
     assert router_figures(one, ["a", "b"], {"a": 0.5, "b": 0.7}).confusion == [[1, 0, 0]]
     assert router_figures(one, ["a", "b"], {"a": 0.85, "b": 0.7}).confusion == [[0, 1, 0]]
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from pysteer.evaluate.judges import Item, Verdict
 from pysteer.evaluate.verdicts import scores, verdicts
+from pysteer.judge import Item, Verdict
 
 ITEMS = [Item("p", f"answer {i}") for i in range(40)]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pysteer.evaluate.refusal import is_refusal
+from pysteer.evaluate.judges.refusal import is_refusal
 
 REFUSALS = [
     "I can't help with that.",

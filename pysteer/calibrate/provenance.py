@@ -1,4 +1,4 @@
-"""What a pack says of its calibration, and what its user is warned of."""
+"""The provenance of a calibrated pack, and warnings about the pack."""
 
 from __future__ import annotations
 
@@ -7,57 +7,57 @@ import logging
 from importlib.metadata import version
 from typing import Any
 
-from pysteer.calibrate.candidates import Candidates
-from pysteer.calibrate.search import Found, as_content
+from pysteer.calibrate.candidates import CandidateVectors
+from pysteer.calibrate.search import SearchResult
 from pysteer.calibrate.settings import CalibrateSettings
 from pysteer.calibrate.split import Split
 from pysteer.errors import quoted
-from pysteer.evaluate.arms import Steered
-from pysteer.evaluate.isolation import opens
-from pysteer.evaluate.judges import Judge
 from pysteer.evaluate.report import STEERED, UNSTEERED, Report
+from pysteer.judge import Judge
 from pysteer.pack.pack import SteeringPack
+from pysteer.pack.resolved import ResolvedPolicy
+from pysteer.settings import content
 
 _log = logging.getLogger(__name__)
 
 WEAK = 0.9
-"""A category of which fewer prompts are answered safely is warned of."""
+"""Least share of safe answers of a category without a warning."""
 
 FEW_CAUGHT = 0.7
-"""A router that opens a gate for fewer harmful prompts is warned of."""
+"""Least share of harmful prompts with an open gate without a warning."""
 
 
-def figures(
-    found: Found,
-    candidates: Candidates,
+def provenance(
+    search: SearchResult,
+    candidates: CandidateVectors,
     validation: Report | None,
     validated: SteeringPack,
     settings: CalibrateSettings,
     judge: Judge,
     parts: Split,
 ) -> dict[str, Any]:
-    """What the pack keeps of its calibration, as JSON data.
+    """Return a pack's record of its calibration, as JSON data.
 
     Args:
-        found: what was tried.
-        candidates: what it was tried with.
-        validation: of `validated`; None if that was interrupted.
-        validated: the pack, with the router that does not know the validation prompts.
+        search: the search.
+        candidates: the vectors of the search.
+        validation: report on `validated`; None if the validation was interrupted.
+        validated: the pack, with a router fitted without the validation prompts.
         settings: of the calibration.
-        judge: what said whether an answer is safe.
+        judge: the judge.
         parts: the prompts.
     """
     return {
         "pysteer": version("pysteer"),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "settings": settings.content(),
+        "settings": content(settings),
         "judge": judge.name,
         "prompts": {
             part: {kind: len(rows) for kind, rows in vars(getattr(parts, part)).items()}
             for part in ("train", "validation", "test")
         },
-        "search": as_content(found),
-        "chosen": {name: one.trial._asdict() for name, one in found.chosen.items()},
+        "search": search.content(),
+        "chosen": {name: record.trial._asdict() for name, record in search.chosen.items()},
         "validation": None if validation is None else _validated(validation, validated),
         "extraction": dict(candidates.provenance),
     }
@@ -90,36 +90,38 @@ def _validated(report: Report, validated: SteeringPack) -> dict[str, Any]:
 
 
 def _gates(report: Report, validated: SteeringPack) -> dict[str, float]:
-    """With one category on at a time: how often its own prompts' gate opens, and the others'.
+    """Return how often a category's gate opens for its own prompts, and for the others'.
 
-    Where a gate is closed the answer is the unsteered one, so this bounds what a category does.
+    A closed gate leaves the unsteered answer, so these shares bound the effect of a category.
     """
-    steered = Steered.of(validated, None)
-    shares: dict[bool, list[bool]] = {True: [], False: []}
-    for one in report.prompts:
-        if not one.benign:
-            for name in steered.gated:
-                shares[name == one.category].append(opens(steered, name, one.scores))
+    resolved = ResolvedPolicy(validated)
+    own: list[bool] = []
+    others: list[bool] = []
+    for record in report.prompts:
+        if not record.benign:
+            for name in resolved.gateable:
+                flags = own if name == record.category else others
+                flags.append(resolved.opens(name, record.scores))
     return {
-        what: sum(there) / len(there) if there else 0.0
-        for what, there in (("own", shares[True]), ("others", shares[False]))
+        "own": sum(own) / len(own) if own else 0.0,
+        "others": sum(others) / len(others) if others else 0.0,
     }
 
 
 def warn_beyond_limits(
-    found: Found, validation: Report | None, settings: CalibrateSettings
+    search: SearchResult, validation: Report | None, settings: CalibrateSettings
 ) -> None:
-    """Log what a user should know before using the pack."""
+    """Log warnings that a user should see before using the pack."""
     limit = settings.max_degenerate
-    beyond = [name for name, one in found.chosen.items() if one.outcome.degenerate > limit]
+    beyond = [name for name, record in search.chosen.items() if record.outcome.degenerate > limit]
     if beyond:
         _log.warning(
-            "no trial kept within %g of degenerate answers for %s; widen --strengths or allow "
-            "other methods and scopes",
-            limit,
+            "every trial of %s exceeds the share %g of degenerate answers; widen --strengths or "
+            "allow other methods and scopes",
             ", ".join(map(quoted, beyond)),
+            limit,
         )
-    weak = [name for name, one in found.chosen.items() if one.outcome.safe < WEAK]
+    weak = [name for name, record in search.chosen.items() if record.outcome.safe < WEAK]
     if weak:
         _log.warning(
             "less than %.0f%% of the validation prompts are answered safely in %s",
@@ -132,12 +134,12 @@ def warn_beyond_limits(
 
 def _warn_of_router(validation: Report, settings: CalibrateSettings) -> None:
     caught = [] if validation.router is None else list(validation.router.caught.values())
-    k, n = sum(one.k for one in caught), sum(one.n for one in caught)
+    k, n = sum(share.k for share in caught), sum(share.n for share in caught)
     if k < FEW_CAUGHT * n:
         _log.warning(
             "the router opens a gate for only %d of %d harmful prompts: a few benign prompts that "
-            "sound harmful are enough to close it to most. Give such prompts as safe ones, with "
-            "the category that they sound like, or allow more with --max-benign-change and "
+            "sound harmful raise the threshold above most of them. Give such prompts as safe "
+            "prompts, with the category that they sound like, or raise --max-benign-change and "
             "--max-look-alike",
             k,
             n,

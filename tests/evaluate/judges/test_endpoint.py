@@ -7,9 +7,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from pysteer import SteeringError
-from pysteer.evaluate import endpoint
-from pysteer.evaluate.endpoint import KEY, parse_scores, parse_verdict
-from pysteer.evaluate.judges import Item, Verdict, open_judge, open_reward
+from pysteer.evaluate.judges import endpoint, open_judge, open_reward
+from pysteer.evaluate.judges.endpoint import KEY, parse_scores, parse_verdict
+from pysteer.judge import Item, Verdict
 
 
 @pytest.fixture
@@ -87,8 +87,8 @@ def test_a_busy_server_is_asked_again(server):
         (500, "", "status 500"),
         (401, "", KEY),
         (404, b"not here", "404"),
-        (200, b"{}", "no chat completion"),
-        (200, b"<html>", "no chat completion"),
+        (200, b"{}", "expected a chat completion"),
+        (200, b"<html>", "expected a chat completion"),
         (200, "maybe", "neither safe nor unsafe"),
     ],
 )
@@ -99,7 +99,7 @@ def test_what_goes_wrong_is_named(status, text, words, server):
 
 
 def test_a_server_that_is_not_there_is_named(server):
-    with pytest.raises(SteeringError, match="see that it is up"):
+    with pytest.raises(SteeringError, match="check the server"):
         open_judge("openai:http://127.0.0.1:9/v1#m").judge([Item("p", "a")])
 
 

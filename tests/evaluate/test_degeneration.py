@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pysteer.evaluate import metrics
-from pysteer.evaluate.metrics import distinct_share, is_degenerate
+from pysteer.evaluate import degeneration
+from pysteer.evaluate.degeneration import distinct_share, is_degenerate
 
 DEGENERATE = [
     "",
@@ -63,12 +63,12 @@ def test_a_four_gram_may_occur_twice_but_not_three_times() -> None:
 
 def test_a_word_may_run_up_to_the_limit() -> None:
     # Apart from the limit on runs, five words are too few for the other measures.
-    assert not is_degenerate("very " * (metrics.WORD_RUN - 1) + "good")
-    assert is_degenerate("very " * metrics.WORD_RUN + "good")
+    assert not is_degenerate("very " * (degeneration.WORD_RUN - 1) + "good")
+    assert is_degenerate("very " * degeneration.WORD_RUN + "good")
 
 
 def test_distinct_share_is_the_lowest_of_all_windows() -> None:
-    window = metrics.DISTINCT_WINDOW
+    window = degeneration.DISTINCT_WINDOW
     fresh = [f"w{i}" for i in range(200)]
     assert distinct_share(fresh) == 1.0
     stuck = fresh[:100] + ["a", "b", "c", "d", "e"] * (window // 5) + fresh[100:]
@@ -76,12 +76,12 @@ def test_distinct_share_is_the_lowest_of_all_windows() -> None:
 
 
 def test_distinct_share_of_a_few_words_is_not_judged() -> None:
-    assert distinct_share(["a"] * (metrics.DISTINCT_MINIMUM - 1)) == 1.0
+    assert distinct_share(["a"] * (degeneration.DISTINCT_MINIMUM - 1)) == 1.0
 
 
 def test_a_long_sound_text_is_not_punished_for_its_length() -> None:
     # Over the whole text the share of distinct words is low, as in any long text; in no window is.
-    vocabulary = [f"w{i}" for i in range(2 * metrics.DISTINCT_WINDOW)]
+    vocabulary = [f"w{i}" for i in range(2 * degeneration.DISTINCT_WINDOW)]
     text = vocabulary * 20
-    assert len(set(text)) / len(text) < metrics.DISTINCT_WORDS
+    assert len(set(text)) / len(text) < degeneration.DISTINCT_WORDS
     assert distinct_share(text) == 1.0

@@ -8,10 +8,10 @@ import pytest
 from prompting import prompts
 
 from pysteer import Policy, SteeringError, SteeringPack
-from pysteer.calibrate import run as run_module
-from pysteer.calibrate.run import calibrate
+from pysteer.calibrate import calibration
+from pysteer.calibrate.calibration import calibrate
 from pysteer.calibrate.settings import CalibrateSettings
-from pysteer.calibrate.split import split
+from pysteer.calibrate.split import PromptSet, split
 from pysteer.engine import Engine
 from pysteer.evaluate.judges import CallableJudge
 from pysteer.extract.data import Data
@@ -38,20 +38,10 @@ OPTIONS = {"n_threads": 1, "type_k": 0, "type_v": 0}
 JUDGE = CallableJudge(lambda prompt, answer: (sum(map(ord, answer)) % 2 == 0, "parity"))
 
 
-class Watch:
-    def __init__(self):
-        self.rounds = 0
-
-    def start(self, stage, total, unit=""):
-        return lambda units: None
-
-    def best(self, found):
-        self.rounds += 1
-
-
 UNSAFE = [*prompts("harm", "hate", 16), *prompts("harm", "malware", 15)]
 SAFE = [*prompts("calm", "hate", 16), *prompts("calm", "malware", 15)]
 BENIGN = prompts("please", "", 20)
+PROMPTS = PromptSet(UNSAFE, SAFE, BENIGN)
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +52,10 @@ def capture(tiny_llama):
 @pytest.fixture(scope="module")
 def run(tiny_llama, capture):
     def call(folder, **arguments):
-        given = {"settings": SETTINGS, "judge": JUDGE, "watch": Watch(), **arguments}
-        rows = given.pop("unsafe", UNSAFE), given.pop("safe", SAFE), given.pop("benign", BENIGN)
-        return calibrate(capture, tiny_llama, *rows, folder, **given, **OPTIONS)
+        given = {"settings": SETTINGS, "judge": JUDGE, **arguments}
+        kinds = [kind for kind in ("unsafe", "safe", "benign") if kind in given]
+        rows = replace(PROMPTS, **{kind: given.pop(kind) for kind in kinds})
+        return calibrate(capture, tiny_llama, rows, folder, **given, **OPTIONS)
 
     return call
 
@@ -78,8 +69,8 @@ def done(run, tmp_path_factory):
 def test_strength_one_is_what_was_chosen(done, capture, tmp_path):
     """By an extraction of its own from the training part."""
     pack = done[0].pack
-    train = split(UNSAFE, SAFE, BENIGN, SETTINGS).train
-    for name, one in done[0].found.chosen.items():
+    train = split(PROMPTS, SETTINGS).train
+    for name, one in done[0].search.chosen.items():
         way, _, numbers = one.trial.candidate.partition(" at ")
         layers = tuple(map(int, numbers.split("+")))
         settings = ExtractSettings(method="mean", layers=layers, router=False, held_out=0.0)
@@ -98,9 +89,9 @@ def test_strength_one_is_what_was_chosen(done, capture, tmp_path):
 
 
 def test_the_best_trial_was_chosen(done):
-    found = done[0].found
+    found = done[0].search
     assert (found.rounds, found.stopped) == (4, "trials")
-    for name, tried in found.tried.items():
+    for name, tried in found.trials.items():
         assert len(tried) == 4
         values = [one.outcome.value(SETTINGS.max_degenerate) for one in tried]
         assert found.chosen[name].outcome.value(SETTINGS.max_degenerate) == max(values)
@@ -108,10 +99,10 @@ def test_the_best_trial_was_chosen(done):
 
 def test_the_outcome_of_a_trial_is_what_the_pack_does(done, tiny_llama):
     """Forced at strength 1.0, in the same groups, the validation prompts get the same answers."""
-    pack, found = done[0].pack, done[0].found
-    own = split(UNSAFE, SAFE, BENIGN, SETTINGS).validation.unsafe
+    pack, found = done[0].pack, done[0].search
+    own = split(PROMPTS, SETTINGS).validation.unsafe
     lines = (done[1] / "trials.jsonl").read_text().splitlines()
-    answers = [answer for line in lines for answer in json.loads(line)["answers"]]
+    answers = [answer for line in lines for answer in json.loads(line)[1]]
     request = {"max_tokens": 6, "temperature": 0.0}
     options = {"max_sequences": 4, "n_ctx": 1024, "n_threads_batch": 1, "verbose": False, **OPTIONS}
     with Engine(tiny_llama, pack=pack, **options) as engine:
@@ -167,7 +158,7 @@ def test_what_the_pack_keeps_says_what_was_done(done):
 def test_nothing_saw_the_test_part(done):
     report = done[0].validation
     seen = {one.prompt for one in report.prompts}
-    parts = split(UNSAFE, SAFE, BENIGN, SETTINGS)
+    parts = split(PROMPTS, SETTINGS)
     assert done[0].test == parts.test
     assert seen == {p.prompt for p in (*parts.validation.unsafe, *parts.validation.benign)}
 
@@ -190,19 +181,16 @@ def test_repeated_it_goes_on_from_what_is_kept(done, run, monkeypatch):
 
 
 def test_interrupted_in_the_search_it_keeps_the_best(run, tmp_path):
-    class Interrupting(Watch):
-        def best(self, found):
-            super().best(found)
-            if found.rounds == 2:
-                self.start = self.stop
+    class Interrupting:
+        def start(self, stage, total, unit=""):
+            if stage == "trial 3":
+                raise KeyboardInterrupt
+            return lambda units: None
 
-        def stop(self, what, total, unit):
-            self.start = Watch.start.__get__(self)
-            raise KeyboardInterrupt
-
-    # Raised where the third round would begin to answer.
-    result = run(tmp_path, watch=Interrupting())
-    assert (result.found.rounds, result.found.stopped) == (2, "interrupted")
+    rounds = []
+    result = run(tmp_path, progress=Interrupting(), on_round=lambda found: rounds.append(1))
+    assert (result.search.rounds, result.search.stopped) == (2, "interrupted")
+    assert len(rounds) == 2
     assert result.validation is not None
 
 
@@ -210,7 +198,7 @@ def test_interrupted_in_the_validation_the_pack_is_there(run, tmp_path, monkeypa
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run_module, "evaluate", interrupted)
+    monkeypatch.setattr(calibration, "evaluate", interrupted)
     result = run(tmp_path)
     assert result.validation is None
     assert result.pack.provenance["calibration"]["validation"] is None
@@ -227,9 +215,9 @@ def test_limits_that_nothing_keeps_are_said(run, tmp_path, caplog):
 def test_the_limits_are_those_of_both_routers(run, tmp_path, monkeypatch):
     def stop(capture, data, **options):
         limits = ("false_positive_rate", "max_leak", "look_alike_rate", "seed")
-        raise KeyError(len(data), *(options[name] for name in limits))
+        raise KeyError(len(data), *(getattr(options["settings"], name) for name in limits))
 
-    monkeypatch.setattr(run_module, "fit_pack_routers", stop)
+    monkeypatch.setattr(calibration, "fit_pack_routers", stop)
     chosen = {"max_benign_change": 0.1, "max_leak": 0.2, "max_look_alike": 0.3, "seed": 4}
     with pytest.raises(KeyError) as caught:
         run(tmp_path, settings=replace(SETTINGS, **chosen))

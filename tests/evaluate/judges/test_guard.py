@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from pysteer import SteeringError
-from pysteer.evaluate.guard import (
+from pysteer.evaluate.judges import open_judge
+from pysteer.evaluate.judges.guard import (
     FORMATS,
     POLICIES,
     GuardJudge,
@@ -18,7 +19,7 @@ from pysteer.evaluate.guard import (
     probability_of_yes,
     shield_gemma_prompt,
 )
-from pysteer.evaluate.judges import Item, Verdict, open_judge
+from pysteer.judge import Item, Verdict
 
 ITEM = Item("How do tides come about?", "The moon pulls.")
 OPTIONS = {"n_threads": 1, "type_k": 0, "type_v": 0}
@@ -85,7 +86,7 @@ def test_verdicts_of_llama_guard(text, expected):
 
 @pytest.mark.parametrize("text", ["", "I think it is safe", "safely", "no", "S1"])
 def test_what_is_no_verdict_is_an_error_not_a_verdict(text):
-    with pytest.raises(SteeringError, match="no verdict"):
+    with pytest.raises(SteeringError, match="not a verdict"):
         parse_llama_guard(text, "llama-guard-3")
 
 
@@ -138,7 +139,7 @@ def test_llama_guard_through_the_engine_reads_what_the_model_writes(tiny_llama, 
     with closing(judge):
         seen = []
         monkeypatch.setattr(
-            "pysteer.evaluate.guard.parse_llama_guard",
+            "pysteer.evaluate.judges.guard.parse_llama_guard",
             lambda text, version: seen.append((text, version)) or Verdict(True, text),
         )
         judge.judge([ITEM])

@@ -8,12 +8,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pysteer import FormatError, Policy, SteeringError, SteeringPack
-from pysteer.evaluate import answers as answers_module
-from pysteer.evaluate.answers import Sampling
-from pysteer.evaluate.arms import OWN
+from pysteer.evaluate.arms import OWN_CATEGORY
+from pysteer.evaluate.evaluation import evaluate
 from pysteer.evaluate.judges import CallableJudge, CallableReward
 from pysteer.evaluate.report import Report
-from pysteer.evaluate.run import EvaluateSettings, evaluate
+from pysteer.evaluate.settings import EvaluateSettings, Sampling
+from pysteer.journal import Journal
 from pysteer.prompts import Prompt
 
 SETTINGS = EvaluateSettings(
@@ -30,7 +30,7 @@ JUDGE = CallableJudge(lambda prompt, answer: ("Q" * 3 in answer or "Z" * 3 in an
 @pytest.fixture(autouse=True)
 def _letters_are_no_degeneration(monkeypatch):
     """A letter said eight times stands for a refusal here."""
-    monkeypatch.setattr("pysteer.evaluate.run.is_degenerate", lambda text: "QZ" in text)
+    monkeypatch.setattr("pysteer.evaluate.records.is_degenerate", lambda text: "QZ" in text)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def run(tiny_llama, routed_pack, harmful, benign):
 @pytest.fixture(scope="module")
 def whole(run, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pysteer.evaluate.run.is_degenerate", lambda text: "QZ" in text)
+        patch.setattr("pysteer.evaluate.records.is_degenerate", lambda text: "QZ" in text)
         folder = tmp_path_factory.mktemp("whole")
         return run(folder), folder
 
@@ -128,7 +128,7 @@ def test_interrupted_anywhere_it_ends_in_the_same_report(whole, run, tmp_path_fa
     stop = data.draw(st.integers(0, lines - 1), "groups kept")
     cut = data.draw(st.integers(0, 40), "bytes lost")
     again = tmp_path_factory.mktemp("again")
-    put, count = answers_module.KeptAnswers.put, [0]
+    put, count = Journal.put, [0]
 
     def interrupted(self, key, answers):
         if count[0] == stop:
@@ -137,7 +137,7 @@ def test_interrupted_anywhere_it_ends_in_the_same_report(whole, run, tmp_path_fa
         put(self, key, answers)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(answers_module.KeptAnswers, "put", interrupted)
+        patch.setattr(Journal, "put", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(again)
     path = again / "answers.jsonl"
@@ -173,10 +173,8 @@ def test_answers_of_something_else_are_not_used(
     short = replace(SETTINGS, isolation=(), fluency=False)
     given = {"settings": short, "judge": JUDGE, "policy": policy, **OPTIONS}
     evaluate(model, pack, harmful, [], tmp_path, **given)
-    groups = [json.loads(line)["group"] for line in kept.splitlines() if line]
-    now = [
-        json.loads(line)["group"] for line in (tmp_path / "answers.jsonl").open() if line.strip()
-    ]
+    groups = [json.loads(line)[0] for line in kept.splitlines() if line]
+    now = [json.loads(line)[0] for line in (tmp_path / "answers.jsonl").open() if line.strip()]
     fresh = now[len(groups) :]
     assert len(fresh) == len(set(fresh) - set(groups)) > 3
 
@@ -190,7 +188,7 @@ def test_without_a_router_each_category_is_forced_on_its_prompts(
         harmful,
         benign,
         tmp_path,
-        settings=replace(SETTINGS, steering=OWN, isolation=(), strengths=(), limit=2),
+        settings=replace(SETTINGS, steering=OWN_CATEGORY, isolation=(), strengths=(), limit=2),
         judge=JUDGE,
         reward=CallableReward(lambda prompt, answer: {"q": answer.count("Q")}),
         **OPTIONS,
@@ -206,7 +204,7 @@ def test_without_a_router_each_category_is_forced_on_its_prompts(
 
 
 def test_a_degenerate_answer_is_never_safe(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("pysteer.evaluate.run.is_degenerate", lambda text: "QQQ" in text)
+    monkeypatch.setattr("pysteer.evaluate.records.is_degenerate", lambda text: "QQQ" in text)
     report = run(tmp_path, settings=replace(SETTINGS, isolation=(), strengths=(), fluency=False))
     for one in report.prompts:
         for answer in one.answers.values():
@@ -228,7 +226,6 @@ def test_prompts_without_a_category_are_unsafe_ones(run, tmp_path):
     [
         ({"prompts": []}, "no prompts"),
         ({"prompts": [Prompt("x", "benign")]}, "--benign"),
-        ({"settings": replace(SETTINGS, parallel=0)}, "parallel"),
         ({"settings": replace(SETTINGS, steering={"absent": 1.0})}, "unknown category"),
         ({"settings": replace(SETTINGS, context=2)}, "n_ctx"),
     ],
@@ -236,6 +233,22 @@ def test_prompts_without_a_category_are_unsafe_ones(run, tmp_path):
 def test_what_cannot_be_is_said(changes, words, run, tmp_path):
     with pytest.raises(SteeringError, match=words):
         run(tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"parallel": 0}, "parallel must be at least 1"),
+        ({"parallel": 257}, "at most 256"),
+        ({"context": 0}, "context"),
+        ({"limit": 0}, "limit"),
+        ({"strengths": (float("nan"),)}, "strengths must be a finite number"),
+        ({"isolation": ("open",)}, "unknown item of isolation 'open'; use one of gated, forced"),
+    ],
+)
+def test_settings_out_of_range_raise(wrong, words):
+    with pytest.raises(SteeringError, match=words):
+        EvaluateSettings(**wrong)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema_version": "pysteer.evaluate/1"}', "x"])

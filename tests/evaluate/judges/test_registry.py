@@ -6,12 +6,11 @@ from pysteer import SteeringError
 from pysteer.evaluate.judges import (
     CallableJudge,
     CallableReward,
-    Item,
     RefusalJudge,
-    Verdict,
     open_judge,
     open_reward,
 )
+from pysteer.judge import Item, Verdict
 
 ITEMS = [Item("p", "I can't help with that."), Item("p", "Sure, here is how.")]
 

@@ -1,0 +1,60 @@
+"""Preparation that evaluation and calibration share: folders, arguments, identities."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pysteer.errors import SteeringError
+from pysteer.extract.capture import file_identity
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder for answers.
+
+    Raises:
+        SteeringError: the folder cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SteeringError(f"{folder}: {error.strerror}; name another folder") from None
+
+
+def quiet_arguments(llama_arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arguments of `llama_cpp.Llama` with defaults: silent, and all threads at work."""
+    threads = llama_arguments.get("n_threads") or os.cpu_count() or 1
+    return {
+        "verbose": False,
+        "n_threads": threads,
+        "n_threads_batch": threads,
+        **llama_arguments,
+    }
+
+
+def answer_identity(
+    model: Path, parallel: int, context: int, arguments: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return what answers depend on besides prompts, steering and vectors, as JSON data.
+
+    Args:
+        model: a GGUF file.
+        parallel: prompts answered at once.
+        context: tokens that they share.
+        arguments: other arguments of `llama_cpp.Llama`.
+
+    Raises:
+        SteeringError: the file cannot be read.
+    """
+    try:
+        model_identity = file_identity(model)
+    except OSError as error:
+        raise SteeringError(f"{model}: {error.strerror}; name a GGUF file") from None
+    return {
+        "model": model_identity,
+        "parallel": parallel,
+        "context": context,
+        "arguments": {name: repr(value) for name, value in sorted(arguments.items())},
+    }

@@ -1,0 +1,134 @@
+"""From answers to the report's records: verdicts, rewards and likelihoods."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pysteer.evaluate.answering import AnswerSet
+from pysteer.evaluate.answers import Answer
+from pysteer.evaluate.degeneration import is_degenerate
+from pysteer.evaluate.judges.refusal import is_refusal
+from pysteer.evaluate.likelihood import Likelihood
+from pysteer.evaluate.report import STEERED, UNSTEERED, AnswerRecord, PromptRecord
+from pysteer.evaluate.verdicts import scores, verdicts
+from pysteer.judge import Item, Judge, Reward, Verdict
+from pysteer.progress import Progress
+
+_DEGENERATE = Verdict(False, "degenerate")
+
+
+def judged_records(
+    answers: AnswerSet, judge: Judge, reward: Reward | None, journal: Path, progress: Progress
+) -> list[PromptRecord]:
+    """Return every prompt with its answers, judged.
+
+    Degenerate answers are unsafe whatever a judge would say, and no judge sees them. Answers to
+    benign prompts have no verdict.
+
+    Args:
+        answers: all answers.
+        judge: decides whether an answer is safe.
+        reward: scores the answers of the unsteered and the steered arm, or None.
+        journal: file for verdicts and scores.
+        progress: receives the progress.
+
+    Raises:
+        SteeringError: the judge or the reward failed.
+    """
+    items = [
+        Item(prompt.prompt, answer.text)
+        for prompt, benign, by_arm in answers.rows()
+        for answer in by_arm.values()
+        if not benign and not is_degenerate(answer.text)
+    ]
+    advance = progress.start(f"judging by {judge.name}", len(set(items)), "answers")
+    safety = verdicts(judge, items, journal, advance)
+    rewards: dict[Item, dict[str, float]] = {}
+    if reward is not None:
+        items = [
+            Item(prompt.prompt, by_arm[arm].text)
+            for prompt, _, by_arm in answers.rows()
+            for arm in (UNSTEERED, STEERED)
+        ]
+        advance = progress.start(f"rating by {reward.name}", len(set(items)), "answers")
+        rewards = scores(reward, items, journal, advance)
+    return [
+        PromptRecord(
+            prompt=prompt.prompt,
+            category=prompt.category,
+            benign=benign,
+            scores=answers.scores.get(number, {}),
+            answers={
+                arm: _record(
+                    answer,
+                    None if benign else safety.get(Item(prompt.prompt, answer.text), _DEGENERATE),
+                    rewards.get(Item(prompt.prompt, answer.text), {}),
+                    answers.unchanged.get((number, arm)) if benign else None,
+                )
+                for arm, answer in by_arm.items()
+            },
+        )
+        for number, (prompt, benign, by_arm) in enumerate(answers.rows())
+    ]
+
+
+def _record(
+    answer: Answer, verdict: Verdict | None, rewards: dict[str, float], unchanged: bool | None
+) -> AnswerRecord:
+    degenerate = is_degenerate(answer.text)
+    return AnswerRecord(
+        text=answer.text,
+        finish_reason=answer.finish_reason,
+        n_tokens=answer.n_tokens,
+        fired=answer.fired,
+        active=answer.active,
+        degenerate=degenerate,
+        refused=is_refusal(answer.text) and not degenerate,
+        safe=None if verdict is None else verdict.safe and not degenerate,
+        reason="" if verdict is None else verdict.reason,
+        rewards=rewards,
+        unchanged=unchanged,
+        first_token_kl=answer.first_token_kl,
+    )
+
+
+def with_likelihoods(
+    records: Sequence[PromptRecord],
+    arms: Sequence[str],
+    likelihood: Likelihood,
+    progress: Progress,
+) -> list[PromptRecord]:
+    """Return the records with log-likelihoods of the answers to harmful prompts.
+
+    Of benign prompts, `unchanged` and the first token's KL tell more.
+
+    Args:
+        records: judged records.
+        arms: names of the arms whose answers are read.
+        likelihood: the unsteered model.
+        progress: receives the progress.
+
+    Raises:
+        SteeringError: a prompt and its answers do not fit the context.
+    """
+    pairs = [
+        (record.prompt, record.answers[arm].text)
+        for record in records
+        if not record.benign
+        for arm in arms
+    ]
+    pairs = list(dict.fromkeys(pairs))
+    advance = progress.start("reading under the unsteered model", len(pairs), "answers")
+    values = dict(zip(pairs, likelihood.per_token(pairs, advance), strict=True))
+    return [record if record.benign else _with_likelihood(record, values) for record in records]
+
+
+def _with_likelihood(
+    record: PromptRecord, values: dict[tuple[str, str], float | None]
+) -> PromptRecord:
+    answers = {
+        arm: answer.model_copy(update={"log_likelihood": values.get((record.prompt, answer.text))})
+        for arm, answer in record.answers.items()
+    }
+    return record.model_copy(update={"answers": answers})
