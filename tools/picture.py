@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.text import Text
 
 from pysteer import shipped
-from pysteer.evaluate.refusal import is_refusal
+from pysteer.evaluate.judges.refusal import is_refusal
 
 PAIR = "mw-08"  # the pair_id of the two prompts
 WIDTH = 96  # columns of the terminal
