@@ -7,16 +7,16 @@ A pack is one GGUF file of architecture "pysteer". Its tensors are called
 `category.<index>.direction.<layer>`, so that llama.cpp, which looks at tensor names only, refuses
 the file instead of adding all categories at once. Metadata:
 
-- `pysteer.format_version`: 2 for a pack with operators or a policy (below), which a pysteer that
-  knows neither has to refuse instead of adding what is not meant to be added; 1 for any other;
+- `pysteer.format_version`: 2 for a pack with operators or a policy (below), so that a pysteer
+  without them refuses the pack instead of adding its directions plainly; 1 for any other;
 - `pysteer.categories` and `pysteer.sites`: one string per category;
 - `pysteer.base_model.*`: `architecture`, `name`, `n_layer`, `n_embd`, `n_vocab`, if known;
 - `pysteer.residual_norm.layers`, `pysteer.residual_norm.values` (float64): typical L2 norms, if
   known;
 - `pysteer.provenance`: a JSON object;
-- `pysteer.operators`: a JSON list of objects, one per category: `pysteer.pack.operators.Operator`
-  says what they mean. Without it all categories are plainly added. The tensors of operators that
-  need several rows per layer have the shape (rows, n_embd) instead of (n_embd,);
+- `pysteer.operators`: a JSON list of objects, one per category, which
+  `pysteer.pack.operators.Operator` reads. Without it all categories are plainly added. The tensors
+  of operators with several rows per layer have the shape (rows, n_embd) instead of (n_embd,);
 - `pysteer.policy`: a JSON object, if the pack has a policy; `pysteer.pack.policy.Policy` reads it.
 
 A pack with a router also has the tensors of each kind of gate that the router has (margin:
@@ -24,12 +24,12 @@ A pack with a router also has the tensors of each kind of gate that the router h
 and `router.bias`; probe: `router.probe.weight` and `router.probe.bias`; centroid:
 `router.centroids`; cast: `router.conditions`), and the metadata
 
-- `pysteer.router.site`, `pysteer.router.layers` (uint32), `pysteer.router.poolings`: what the
-  router looks at, one layer and pooling for each part of its tensors' rows;
+- `pysteer.router.site`, `pysteer.router.layers` (uint32), `pysteer.router.poolings`: the places
+  that the router reads, one layer and pooling for each part of its tensors' rows;
 - `pysteer.router.categories`: the categories it knows, in the order of its tensors' rows;
 - `pysteer.router.tables`: a JSON object with thresholds, rates and the confusion table.
 
-`pysteer.pack.router.Router` says what they mean.
+`pysteer.pack.router.Router` gives them their meaning.
 """
 
 from __future__ import annotations
@@ -55,37 +55,27 @@ Directions: TypeAlias = dict[int, npt.NDArray[np.float32]]
 
 VECTOR_ARCHITECTURE = "controlvector"
 PACK_ARCHITECTURE = "pysteer"
-PACK_VERSION = 2  # the newest that is read, and written where version 1 cannot say it
+PACK_VERSION = 2  # the newest that is read; version 1 is written where it suffices
 
 _OPERATORS = "pysteer.operators"
 _POLICY = "pysteer.policy"
 _BASE_MODEL = {"architecture": str, "name": str, "n_layer": int, "n_embd": int, "n_vocab": int}
 _DIRECTION = re.compile(r"direction\.(0|[1-9][0-9]{0,5})")
 _ROUTER = "pysteer.router."
-_ROUTER_TENSORS = (
-    "margin.weight",
-    "margin.bias",
-    "allowances",
-    "weight",
-    "bias",
-    "probe.weight",
-    "probe.bias",
-    "centroids",
-    "conditions",
-)
+_ROUTER_TENSOR = "router."
 _PACK_DIRECTION = re.compile(r"category\.(0|[1-9][0-9]{0,5})\.direction\.(0|[1-9][0-9]{0,5})")
 
 
 @dataclass(frozen=True)
 class RouterContent:
-    """What a pack file says of its router, as plain data; `Router` gives it its meaning.
+    """The router of a pack file as plain data; `Router` gives it its meaning.
 
     Attributes:
-        site: where in a block the router looks.
-        layers: and at which layers.
-        poolings: for each of these, which tokens' activations are averaged.
-        categories: the categories it knows.
-        tensors: its arrays by name, without `router.`; those that are there.
+        site: where in a block the router reads.
+        layers: the layers that it reads.
+        poolings: for each of these layers, the tokens whose activations are averaged.
+        categories: the categories that the router knows.
+        tensors: the arrays that the file holds, by name without `router.`.
         tables: numbers and text as JSON holds them.
     """
 
@@ -99,10 +89,10 @@ class RouterContent:
 
 @dataclass(frozen=True)
 class CategoryContent:
-    """What a pack file says of one category.
+    """One category of a pack file.
 
     Attributes:
-        site: where in a block it acts.
+        site: where in a block the category acts.
         directions: its tensors.
         operator: a JSON object, {} for a plain addition.
     """
@@ -114,14 +104,14 @@ class CategoryContent:
 
 @dataclass(frozen=True)
 class PackContent:
-    """What a pack file says, as plain data; `SteeringPack` gives it its meaning.
+    """A pack file as plain data; `SteeringPack` gives it its meaning.
 
     Attributes:
-        categories: what is said of each category, by name.
+        categories: the categories by name.
         base_model: the fields of `BaseModel`, or None.
         residual_norm: layer to typical L2 norm.
         provenance: a JSON object.
-        router: what tells the categories apart, or None.
+        router: the router, or None.
         policy: a JSON object, or None.
     """
 
@@ -134,7 +124,7 @@ class PackContent:
 
     @property
     def version(self) -> int:
-        """The lowest format version that can say this."""
+        """The lowest format version that can hold this content."""
         operators = any(category.operator for category in self.categories.values())
         return 2 if operators or self.policy is not None else 1
 
@@ -155,7 +145,7 @@ def read_vector(path: Path) -> Directions:
     """Read a plain control vector.
 
     Raises:
-        FormatError: the file is something else, or damaged.
+        FormatError: the file is damaged, or not a control vector.
     """
     container = read(path, architectures=(VECTOR_ARCHITECTURE, PACK_ARCHITECTURE))
     with naming(path):
@@ -206,7 +196,7 @@ def read_pack(path: Path) -> PackContent:
     """Read a pack, or a plain control vector as a pack of one category named by the file's stem.
 
     Raises:
-        FormatError: the file is neither, or damaged.
+        FormatError: the file is damaged, or neither of the two.
     """
     container = read(path, architectures=(VECTOR_ARCHITECTURE, PACK_ARCHITECTURE))
     with naming(path):
@@ -240,17 +230,16 @@ def _pack(container: Container) -> PackContent:
     if (version == 2) != bool(newer):
         raise FormatError(
             f"the pack has format version {version}, which "
-            + (f"has no {newer[0]}" if newer else "needs operators or a policy")
+            + (f"does not allow {newer[0]}" if newer else "requires operators or a policy")
         )
     names = _strings(container, "pysteer.categories")
     sites = _strings(container, "pysteer.sites")
     if len(names) != len(sites) or len(set(names)) != len(names):
-        raise FormatError("the lists of categories and sites do not belong together")
+        raise FormatError("the lists of categories and sites do not match")
     directions: list[Directions] = [{} for _ in names]
     router = _router(container)
-    known = {f"router.{name}" for name in router.tensors} if router is not None else set()
     for tensor_name, tensor in container.tensors.items():
-        if tensor_name in known:
+        if router is not None and tensor_name.startswith(_ROUTER_TENSOR):
             continue
         match = _PACK_DIRECTION.fullmatch(tensor_name)
         if match is None or int(match[1]) >= len(names):
@@ -318,7 +307,7 @@ def _residual_norm(container: Container) -> dict[int, float]:
 
 def _router(container: Container) -> RouterContent | None:
     if not any(key.startswith(_ROUTER) for key in container.metadata):
-        return None  # and tensors that look like a router's belong to no category
+        return None  # so that tensors named like a router's belong to no category
     site = container.metadata.get(_ROUTER + "site")
     if not isinstance(site, str):
         raise FormatError(f"metadata value {_ROUTER + 'site'!r} is missing or wrong")
@@ -327,16 +316,16 @@ def _router(container: Container) -> RouterContent | None:
         raise FormatError(f"metadata value {_ROUTER + 'layers'!r} is not a list of whole numbers")
     poolings = _strings(container, _ROUTER + "poolings")
     if len(layers) != len(poolings):
-        raise FormatError("the router's layers and poolings do not belong together")
+        raise FormatError("the router's layers and poolings do not match")
     return RouterContent(
         site=site,
         layers=[int(layer) for layer in layers],
         poolings=poolings,
         categories=_strings(container, _ROUTER + "categories"),
         tensors={
-            name: container.tensors[f"router.{name}"]
-            for name in _ROUTER_TENSORS
-            if f"router.{name}" in container.tensors
+            name.removeprefix(_ROUTER_TENSOR): tensor
+            for name, tensor in container.tensors.items()
+            if name.startswith(_ROUTER_TENSOR)
         },
         tables=_json(container, _ROUTER + "tables"),
     )
@@ -351,7 +340,7 @@ def _add_router(writer: GGUFWriter, router: RouterContent) -> None:
     writer.add_array(_ROUTER + "categories", router.categories)
     _add_json(writer, _ROUTER + "tables", router.tables)
     for name, tensor in router.tensors.items():
-        writer.add_tensor(f"router.{name}", np.ascontiguousarray(tensor))
+        writer.add_tensor(_ROUTER_TENSOR + name, np.ascontiguousarray(tensor))
 
 
 def _json(container: Container, key: str) -> dict[str, Any]:
@@ -362,7 +351,7 @@ def _json(container: Container, key: str) -> dict[str, Any]:
 
 
 def _parsed(container: Container, key: str) -> Any:
-    """The JSON in a metadata value; None also for what is no JSON."""
+    """Return the JSON of a metadata value; None also for text that is not JSON."""
     text = container.metadata.get(key)
     try:
         return json.loads(text) if isinstance(text, str) else None
@@ -375,12 +364,12 @@ def _add_json(writer: GGUFWriter, key: str, value: object) -> None:
 
 
 def _add_string(writer: GGUFWriter, key: str, value: str) -> None:
-    """Unlike `GGUFWriter.add_string`, also when it is empty."""
+    """Add a string; unlike `GGUFWriter.add_string`, an empty one as well."""
     writer.add_key_value(key, value, GGUFValueType.STRING)
 
 
 def _write(path: Path, architecture: str, fill: Callable[[GGUFWriter], None]) -> None:
-    """Write beside the target and move into place, so that a failure never costs an older file."""
+    """Write beside the target and move into place, so that a failure keeps an older file whole."""
     try:
         target = path.resolve()  # write through a symbolic link, not over it
         part = target.parent / f".{secrets.token_hex(8)}.part"
@@ -402,5 +391,5 @@ def _write(path: Path, architecture: str, fill: Callable[[GGUFWriter], None]) ->
         raise SteeringError(f"cannot write {path}: {error.strerror or error}") from None
     except SteeringError:
         raise
-    except ValueError as error:  # a path, or a text, that cannot be one
+    except ValueError as error:  # an invalid path or text
         raise SteeringError(f"cannot write {quoted(str(path))}: {error}") from None

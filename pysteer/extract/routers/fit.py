@@ -41,7 +41,8 @@ from pysteer.extract.routers.settings import (
     RouterSettings,
 )
 from pysteer.extract.routers.split import folds_of, sample, split
-from pysteer.pack.router import GATES, Floats, Gate, Read, Router
+from pysteer.pack.arrays import Floats
+from pysteer.pack.router import GATES, Gate, Read, Router
 
 _log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from scipy.linalg import cho_factor, cho_solve  # type: ignore[import-untyped]
 from sklearn.metrics import roc_auc_score  # type: ignore[import-untyped]
 
 from pysteer.extract.routers.settings import FALSE_POSITIVE_RATE, LOOK_ALIKE_RATE, MAX_LEAK
-from pysteer.pack.router import Floats
+from pysteer.pack.arrays import Floats
 
 Indices: TypeAlias = npt.NDArray[np.intp]
 Fold: TypeAlias = tuple[Indices, Indices]

@@ -16,7 +16,7 @@ from sklearn.preprocessing import StandardScaler  # type: ignore[import-untyped]
 
 from pysteer.errors import SteeringError
 from pysteer.extract.routers.margin import SMALLEST_SCALE, Indices
-from pysteer.pack.router import Floats
+from pysteer.pack.arrays import Floats
 
 _log = logging.getLogger(__name__)
 
