@@ -28,22 +28,23 @@ if TYPE_CHECKING:
 
 
 _MAX_COUNT = 2**32 - 1
-_MAX_DEPTH = 16  # of the provenance: far more than anyone needs, far less than breaks a reader
+_MAX_DEPTH = 16  # of the provenance: ample, and far from the limits of JSON readers
 
 
 @dataclass(frozen=True)
 class BaseModel:
-    """What a pack remembers of the model it was made for. Quantisation does not change it.
+    """Identity of the model that a pack was made for. Quantisation does not change it.
 
     Attributes:
         architecture: `general.architecture` of the GGUF, such as "llama".
-        name: `general.name` of the GGUF; may be empty. Not compared: fine-tunes share a base.
+        name: `general.name` of the GGUF; may be empty. Ignored by `check_fits`, because fine-tunes
+            share a base.
         n_layer: number of blocks.
         n_embd: width of the residual stream.
         n_vocab: number of tokens.
 
     Raises:
-        SteeringError: text that is not Unicode, or a size that is not a 32-bit count.
+        SteeringError: a text that is not Unicode, or a size that is not a 32-bit count.
     """
 
     architecture: str
@@ -69,20 +70,33 @@ class SteeringPack:
     Attributes:
         categories: category to steering vector; any names. Strength 1.0 is the strength
             recommended for that category.
-        base_model: the model the pack fits, or None where the file does not say (a plain
-            control-vector file).
+        base_model: the model that the pack fits, or None if unknown (a plain control-vector file
+            does not say).
         residual_norm: layer to typical (median) L2 norm of the residual stream there, in the units
             of the model's activations, as measured when the pack was made. May be empty.
-        provenance: where the pack came from: method, parameters, data, versions. Whatever JSON can
-            say: text, finite numbers, True, False, None, and lists and mappings (with text as
-            keys) of those, at most 16 deep. A read-only copy of what was given.
-        router: what tells the categories apart in a prompt's hidden state, or None. It may know
-            fewer categories than the pack has.
-        policy: what acts when, for requests that do not say so themselves, or None.
+        provenance: origin of the pack: method, parameters, data, versions. JSON data (text, finite
+            numbers, True, False, None, lists, and mappings with text as keys) at most 16 deep; a
+            read-only copy of the argument.
+        router: tells the categories apart in a prompt's hidden state, or None. It may know fewer
+            categories than the pack has.
+        policy: which categories act when, for requests that do not say so themselves, or None.
 
     Raises:
         SteeringError: no categories, or vectors, a router or a policy that do not fit each other or
             the base model.
+
+    Examples:
+        >>> import numpy as np
+        >>> from pysteer import SteeringPack, SteeringVector
+        >>> pack = SteeringPack({"malware": SteeringVector({8: np.ones(4)})})
+        >>> pack["malware"].layers
+        (8,)
+        >>> pack.save("pack.gguf")
+        >>> SteeringPack.load("pack.gguf") == pack
+        True
+        >>> pack["fraud"]  # doctest: +IGNORE_EXCEPTION_DETAIL
+        Traceback (most recent call last):
+        UnknownCategoryError: unknown category 'fraud'; this pack has malware
     """
 
     categories: Mapping[str, SteeringVector]
@@ -116,7 +130,7 @@ class SteeringPack:
     def _check_residual_norm(self) -> None:
         for layer, norm in self.residual_norm.items():
             if type(layer) is not int or not 0 <= layer <= MAX_LAYER:
-                raise SteeringError(f"there is no layer {quoted(layer)} to have a residual norm")
+                raise SteeringError(f"a residual norm is given for the layer {quoted(layer)}")
             what = f"the residual norm of layer {layer}"
             if not isinstance(norm, Real) or finite(norm, f"{what} must be") < 0:
                 raise SteeringError(f"{what} is {quoted(norm)}")
@@ -139,9 +153,7 @@ class SteeringPack:
     def _check_policy(self) -> None:
         if self.policy is None:
             return
-        from pysteer.pack.policy import Policy  # with pydantic: only for packs that have one
-
-        if not isinstance(self.policy, Policy):
+        if not isinstance(self.policy, _policy_class()):
             raise SteeringError(f"{quoted(self.policy)} is not a pysteer.pack.policy.Policy")
         self.check_policy(self.policy)
 
@@ -170,10 +182,10 @@ class SteeringPack:
         return next(iter(self.categories.values())).n_embd
 
     def check_policy(self, policy: Policy) -> None:
-        """Hold a policy against the categories and the router; see `Policy.check`.
+        """Check that a policy fits the categories and the router; see `Policy.check`.
 
         Raises:
-            SteeringError: it does not fit.
+            SteeringError: the policy does not fit.
         """
         router = self.router
         policy.check(
@@ -235,7 +247,7 @@ class SteeringPack:
         """Read a pack, or a plain control-vector file as a pack of one category named by its stem.
 
         Raises:
-            FormatError: the file is neither, or is damaged.
+            FormatError: the file is damaged, or neither of the two.
         """
         path = Path(path)
         content = gguf.read_pack(path)
@@ -243,9 +255,7 @@ class SteeringPack:
             model, router = content.base_model, content.router
             policy = None
             if content.policy is not None:
-                from pysteer.pack.policy import Policy
-
-                policy = Policy.from_content(content.policy)
+                policy = _policy_class().from_content(content.policy)
             return cls(
                 {
                     name: SteeringVector(
@@ -263,6 +273,13 @@ class SteeringPack:
             )
 
 
+def _policy_class() -> type[Policy]:
+    """Return `Policy`, with pydantic, which takes long to import and most packs do not need."""
+    from pysteer.pack.policy import Policy
+
+    return Policy
+
+
 def _check_text(value: object, what: str) -> None:
     try:
         if isinstance(value, str):
@@ -274,7 +291,7 @@ def _check_text(value: object, what: str) -> None:
 
 
 def _refuse(self: object, *_: object, **__: object) -> NoReturn:
-    raise TypeError("a pack is read-only; build another with what should differ")
+    raise TypeError("a pack is read-only; build another pack")
 
 
 class _FrozenDict(dict[str, Any]):
@@ -299,7 +316,7 @@ class _FrozenList(list[Any]):
 
 
 def _frozen(value: object, what: str, depth: int = 0) -> Any:
-    """A read-only copy of JSON data; SteeringError names the part that is none."""
+    """Return a read-only copy of JSON data; SteeringError names the part that is not JSON."""
     if depth > _MAX_DEPTH:
         raise SteeringError(f"{what} is more than {_MAX_DEPTH} deep")
     if value is None or isinstance(value, (bool, int)):
@@ -318,10 +335,10 @@ def _frozen(value: object, what: str, depth: int = 0) -> Any:
     if isinstance(value, (list, tuple)):
         return _FrozenList(_frozen(part, _part(what, i), depth + 1) for i, part in enumerate(value))
     raise SteeringError(
-        f"{what} is {quoted(value)}, which JSON cannot say; give text, numbers, lists or mappings"
+        f"{what} is {quoted(value)}, not JSON data; give text, numbers, lists or mappings"
     )
 
 
 def _part(what: str, key: object) -> str:
-    # The names of hostile keys may be long, and as many as the data is deep.
+    # Hostile keys may be long, and there are as many as the data is deep.
     return what if len(what) > 200 else f"{what}[{quoted(key)}]"

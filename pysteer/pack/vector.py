@@ -1,4 +1,4 @@
-"""`SteeringVector`: a site, an operator and, for some layers, the directions it acts along."""
+"""`SteeringVector`: a site, an operator, and a direction for each of some layers."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ MAX_LAYER = 999_999
 
 
 class SteeringVector:
-    """Directions for several layers of one model, all used in the same way at the same site.
+    """Directions for some layers of one model, all used by the same operator at the same site.
 
     Immutable. Arithmetic (`+`, `-`, `*`, `/`, unary `-`) gives new vectors; layers that only one
-    operand has count as zero in the other. It is there for the operator `add` alone: the others do
-    not depend on a direction's length, or not in this way.
+    operand has count as zero in the other. Arithmetic is for the operator `add` alone, because the
+    others do not scale with the length of a direction.
 
     Args:
         directions: layer (block index from 0, as in `l_out-N`, `direction.N` and transformers'
@@ -41,13 +41,25 @@ class SteeringVector:
             layer.
         site: where in a block: "residual" (block output) or "attention" (attention output after
             its projection), or "mlp" (output of the feed-forward part after its projection).
-        operator: what is done to the activations there; `pysteer.pack.operators` has the formulas.
+        operator: changes the activations there; `pysteer.pack.operators` has the formulas.
 
     Raises:
-        SteeringError: no layers, a layer that is no index, an unknown site, differing widths, a
-            shape that the operator cannot use, values that are not finite, or directions that give
-            the operator nothing to act along (0 for `ablate`, `clamp` and `rotate`, and two on one
-            line for `rotate`).
+        SteeringError: no layers, an invalid layer, an unknown site, differing widths, a shape that
+            the operator cannot use, values that are not finite, or directions that the operator
+            cannot act along (zero for `ablate`, `clamp` and `rotate`, two on one line for
+            `rotate`).
+
+    Examples:
+        >>> import numpy as np
+        >>> from pysteer import SteeringVector
+        >>> vector = SteeringVector({8: np.ones(4), 9: np.zeros(4)})
+        >>> vector
+        SteeringVector(site='residual', layers=[8, 9], n_embd=4)
+        >>> (0.5 * vector + SteeringVector({9: np.ones(4)})).direction(9)
+        array([1., 1., 1., 1.], dtype=float32)
+        >>> vector.save("vector.gguf")  # for llama.cpp's --control-vector too
+        >>> SteeringVector.load("vector.gguf") == vector
+        True
     """
 
     __slots__ = ("__dict__", "_layers", "_matrix", "_operator", "_site")
@@ -81,7 +93,7 @@ class SteeringVector:
                 raise SteeringError(f"the direction of layer {layer} holds NaN or infinity")
         self._matrix = np.stack(rows)
         self._matrix.setflags(write=False)
-        _ = self.prepared  # refuses what the operator cannot act along
+        _ = self.prepared  # raises for directions that the operator cannot act along
 
     @property
     def site(self) -> str:
@@ -90,7 +102,7 @@ class SteeringVector:
 
     @property
     def operator(self) -> Operator:
-        """What is done to the activations there."""
+        """The operator that changes the activations there."""
         return self._operator
 
     @property
@@ -113,9 +125,9 @@ class SteeringVector:
 
     @cached_property
     def prepared(self) -> npt.NDArray[np.float32]:
-        """What the native part reads: shape (len(layers), rows, n_embd), as `matrix` otherwise.
+        """The rows that the native part reads: `matrix` in shape (len(layers), rows, n_embd).
 
-        The directions as they are for `add` and `low_rank`, unit vectors for `ablate` and `clamp`,
+        The directions themselves for `add` and `low_rank`, unit vectors for `ablate` and `clamp`,
         orthonormal pairs for `rotate`.
         """
         stored = self._matrix.reshape(len(self._layers), -1, self.n_embd)
@@ -143,7 +155,7 @@ class SteeringVector:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of all that `==` compares, in hex: equal for equal vectors, in any process."""
+        """SHA-256 in hex of all that `==` compares: equal for equal vectors, in any process."""
         content = self._operator.content()
         operator = f" {json.dumps(content, sort_keys=True)}" if content else ""
         sha = hashlib.sha256(f"{self._site} {self._layers} {self.n_embd}{operator}".encode())
@@ -151,7 +163,7 @@ class SteeringVector:
         return sha.hexdigest()
 
     def direction(self, layer: int) -> npt.NDArray[np.float32]:
-        """The direction of one layer, read-only; KeyError if it has none.
+        """Return the direction of one layer, read-only; KeyError for a layer without one.
 
         Shape (n_embd,), or (rows, n_embd) for `rotate` and `low_rank`.
         """
@@ -161,20 +173,20 @@ class SteeringVector:
         return row
 
     def items(self) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
-        """Pairs of layer and direction, by ascending layer."""
+        """Return pairs of layer and direction, by ascending layer."""
         return zip(self._layers, self._matrix, strict=True)
 
     def save(self, path: str | os.PathLike[str], *, model_hint: str = "") -> None:
         """Write a file that llama.cpp's `--control-vector` accepts.
 
         Args:
-            path: where to; replaced in one step, so that a failure leaves an older file whole.
+            path: the file; replaced in one step, so that a failure leaves an older file whole.
             model_hint: the base model's architecture, kept as `controlvector.model_hint`.
 
         Raises:
-            SteeringError: for layer 0, a site other than the residual stream or an operator other
-                than plain addition, which llama.cpp would refuse or, worse, add (in the wrong
-                place). A `SteeringPack` can hold those.
+            SteeringError: layer 0, which llama.cpp refuses, or another site than the residual
+                stream or operator than plain addition, which llama.cpp would take for a plain
+                addition to the residual stream. A `SteeringPack` holds such vectors.
         """
         if self.operator != ADD:
             raise SteeringError(
@@ -208,8 +220,8 @@ class SteeringVector:
     def _check_arithmetic(self) -> None:
         if self._operator.kind != "add":
             raise SteeringError(
-                f"arithmetic is for vectors that are added; the operator {self._operator.kind} "
-                "does not scale with its directions: change the strength instead"
+                f"arithmetic needs the operator add; the operator {self._operator.kind} does not "
+                "scale with its directions: change the strength instead"
             )
 
     def _combine(self, other: SteeringVector, sign: float) -> SteeringVector:
@@ -225,7 +237,7 @@ class SteeringVector:
                 f"with one of site {other.site}, width {other.n_embd}"
             )
         total = dict(self.items())
-        with np.errstate(over="ignore"):  # an overflow is refused by the constructor
+        with np.errstate(over="ignore"):  # the constructor raises for an overflow
             for layer, row in other.items():
                 total[layer] = total.get(layer, np.zeros(self.n_embd, np.float32)) + sign * row
         return SteeringVector(total, site=self.site, operator=self.operator)
@@ -240,7 +252,7 @@ class SteeringVector:
         if not isinstance(factor, Real):
             return NotImplemented
         self._check_arithmetic()
-        with np.errstate(over="ignore"):  # an overflow is refused by the constructor
+        with np.errstate(over="ignore"):  # the constructor raises for an overflow
             scale = np.float32(finite(factor, "cannot scale a steering vector by it"))
             scaled = {layer: scale * row for layer, row in self.items()}
         return SteeringVector(scaled, site=self.site, operator=self.operator)
@@ -284,7 +296,7 @@ class SteeringVector:
 
 
 def finite(value: Real | float, otherwise: str) -> float:
-    """`value` as a float; SteeringError with `otherwise` if it is too large, infinite or NaN."""
+    """Return `value` as a float; SteeringError with `otherwise` if it is not finite."""
     try:
         number = float(value)
     except OverflowError:
@@ -324,7 +336,7 @@ def _shape_for(operator: Operator) -> str:
 
 def _row(layer: int, direction: npt.ArrayLike) -> npt.NDArray[np.float32]:
     try:
-        with np.errstate(over="ignore", invalid="ignore"):  # the constructor looks for itself
+        with np.errstate(over="ignore", invalid="ignore"):  # the constructor checks
             # Plus zero: no negative zeros, so that equal vectors have equal bits.
             return np.asarray(direction, dtype=np.float32) + np.float32(0)
     except (TypeError, ValueError, OverflowError):

@@ -353,7 +353,7 @@ NAN, INFINITY = float("nan"), float("inf")
         ({"reads": "user"}, "at least one place"),
         ({"reads": [(3, "user"), (1, "suffix")]}, "not a pysteer.pack.router.Read"),
         ({"reads": [Read(3, "user"), Read(3, "user")]}, "twice"),
-        ({"reads": [Read(i, "user") for i in range(4)]}, "width 6, which is not a multiple of .* 4$"),
+        ({"reads": [Read(i, "user") for i in range(4)]}, "width 6, which is not .* 4$"),
         ({"allowances": [0.5, -0.5]}, "allowance .* negative"),
         ({"categories": []}, "at least one"),
         ({"categories": "ab"}, "list"),
