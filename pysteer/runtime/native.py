@@ -1,4 +1,4 @@
-"""The pieces of a plan in the native part's own terms."""
+"""Conversion of operators, scopes and routers to their native counterparts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LARGEST = float(np.finfo(np.float32).max)
 
 @lru_cache(maxsize=64)
 def native_operator(operator: Operator) -> _native.Operator:
-    """What csrc/operators applies to a row."""
+    """Return the operator for csrc/operators."""
     return _native.Operator(
         _native.OperatorKind.__members__[operator.kind],
         keep_norm=operator.keep_norm,
@@ -34,7 +34,7 @@ def native_operator(operator: Operator) -> _native.Operator:
 
 @lru_cache(maxsize=64)
 def native_scope(scope: Scope) -> _native.Scope:
-    """What csrc/scope gives each token a factor by. Exclusion is not part of it."""
+    """Return the scope for csrc/scope, without its exclusion."""
     kind = _native.ScopeKind
     if scope.kind == "all":
         return _native.Scope(kind.all)
@@ -54,17 +54,17 @@ def native_scope(scope: Scope) -> _native.Scope:
 
 
 def native_gate(router: Router, kind: str) -> _native.Gate:
-    """What csrc/gate computes the scores of `router.scores(kind, h)` with."""
+    """Return the gate whose scores equal `router.scores(kind, h)`, for csrc/gate."""
     offsets: npt.ArrayLike = ()
     origin: npt.ArrayLike = ()
     allowances: npt.ArrayLike = ()
     weights = np.asarray(getattr(router, WEIGHTS[kind]), np.float64)
     if kind == "margin":
-        offsets, allowances = _there(router.margin_bias), _there(router.allowances)
+        offsets, allowances = _present(router.margin_bias), _present(router.allowances)
     elif kind == "multinomial":
-        offsets = _there(router.bias)
+        offsets = _present(router.bias)
     elif kind == "probe":
-        offsets = _there(router.probe_bias)
+        offsets = _present(router.probe_bias)
     elif kind == "centroid":
         mean = weights.mean(axis=0)
         weights, origin = weights[1:] - mean, mean
@@ -81,7 +81,7 @@ def native_gate(router: Router, kind: str) -> _native.Gate:
     )
 
 
-def _there(values: npt.NDArray[np.float32] | None) -> npt.NDArray[np.float32]:
-    """An array of a kind of gate that the router has."""
+def _present(values: npt.NDArray[np.float32] | None) -> npt.NDArray[np.float32]:
+    """Return an array that the router has for its kind of gate."""
     assert values is not None
     return values

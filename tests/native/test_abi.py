@@ -1,4 +1,4 @@
-"""The llama.cpp that is loaded is checked before anything relies on it."""
+"""The check of the loaded llama.cpp before anything relies on it."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ def run(program):
     )
 
 
-def test_an_untested_version_is_refused_unless_asked_for(tiny_llama, monkeypatch):
+def test_untested_version_raises_unless_overridden(tiny_llama, monkeypatch):
     monkeypatch.setattr(llama_cpp, "__version__", "9.9.9")
     with pytest.raises(HookError, match=r"9\.9\.9 is untested.*0\.3\.36.*UNTESTED_LLAMA_CPP=1"):
         HookedLlama(tiny_llama, verbose=False)
@@ -26,8 +26,8 @@ def test_an_untested_version_is_refused_unless_asked_for(tiny_llama, monkeypatch
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names a library of the system")
-def test_missing_functions_are_named():
-    """A library that is no llama.cpp: the C library itself."""
+def test_library_without_ggml_raises_with_missing_functions():
+    """The library is a part of the C library."""
     result = run(
         "import ctypes, llama_cpp\n"
         "llama_cpp.llama_cpp._lib = ctypes.CDLL('libm.so.6')\n"
@@ -43,9 +43,8 @@ def test_missing_functions_are_named():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="builds a stand-in with the GNU linker")
-def test_another_layout_of_tensors_is_refused(tmp_path):
-    """A llama.cpp that keeps the data pointer elsewhere: its accessor says one thing, the field
-    that is read directly another."""
+def test_other_tensor_layout_raises_with_field(tmp_path):
+    """In this stand-in the accessor of the data pointer and the field differ."""
     library = Path(llama_cpp.llama_cpp._lib._name)
     (tmp_path / "other.c").write_text(
         "void * ggml_get_data(const void * tensor) { return (char *) tensor + 1; }"
@@ -69,8 +68,8 @@ def test_another_layout_of_tensors_is_refused(tmp_path):
     assert "not laid out as expected (data)" in last
 
 
-def test_the_native_part_is_the_one_under_test():
-    """Under `make asan` and `make tsan` the suite must not fall back to another build."""
+def test_native_part_is_the_sanitized_build():
+    """`make asan` and `make tsan` must not fall back to another build."""
     sanitizer = os.environ.get("PYSTEER_EXPECT_SANITIZER")
     if sanitizer:
         assert sanitizer in _native.__file__

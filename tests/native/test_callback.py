@@ -1,7 +1,6 @@
-"""The native callback on hand-made graphs: what no model at hand produces.
+"""The native callback on hand-made graphs, for cases that no model at hand produces.
 
-The tensors are llama.cpp's own, made through its C interface; the callback is called as llama.cpp
-calls it.
+The tensors are made through llama.cpp's C interface, and the callback is called as llama.cpp does.
 """
 
 import ctypes
@@ -53,7 +52,7 @@ P, S, I64, TENSOR = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64, ctypes.POI
 
 
 class Graph:
-    """A context whose tensors live in ordinary CPU memory, and a hook that sees them."""
+    """A ggml context with tensors in CPU memory, and a hook that sees them."""
 
     def __init__(self):
         load_native()
@@ -103,7 +102,7 @@ class Graph:
         return np.frombuffer(raw, like.dtype).reshape(like.shape)
 
     def probe(self, *, alter=lambda tensor: None):
-        """What a model's first decode shows: block outputs, from layer 1 on with a vector added."""
+        """Probe block outputs, from layer 1 on with a vector added, as a first decode has them."""
         self.vectors = {}
         nodes = [self.tensor("l_out-0", (N_ROWS, N_EMBD))]
         for layer in range(1, N_LAYER):
@@ -178,7 +177,7 @@ def rows(dtype=np.float32, shape=(N_ROWS, N_EMBD)):
     return np.random.default_rng(1).standard_normal(shape).astype(dtype)
 
 
-def test_the_probe_finds_layers_and_clears_the_vectors(graph):
+def test_probe_finds_layers_and_zeroes_vectors(graph):
     graph.probe()
     assert [(f.site, f.layer, f.node, f.on_host) for f in graph.hook.sites] == [
         (_native.Site.residual, layer, f"l_out-{layer}", True) for layer in range(N_LAYER)
@@ -187,7 +186,7 @@ def test_the_probe_finds_layers_and_clears_the_vectors(graph):
         assert not graph.read(vector, np.empty(N_EMBD, np.float32)).any()
 
 
-def test_resident_plans_are_written_and_cleared(graph):
+def test_resident_plan_is_written_and_cleared(graph):
     graph.probe()
     made, directions = plan(1, strength=2.0)
     empty = np.empty(N_EMBD, np.float32)
@@ -220,7 +219,7 @@ def bf16_values(bits):
 
 
 @pytest.mark.parametrize("type_", [F32, F16, BF16])
-def test_adds_in_place_for_every_float_type(graph, type_):
+def test_addition_is_exact_for_every_float_type(graph, type_):
     graph.probe()
     directions = steer(graph, 1)
     node = graph.tensor("l_out-1", (N_ROWS, N_EMBD), type_)
@@ -239,7 +238,7 @@ def test_adds_in_place_for_every_float_type(graph, type_):
     np.testing.assert_array_equal(graph.read(node, stored), expected)
 
 
-def test_three_dimensional_and_padded_rows(graph):
+def test_padded_rows_in_three_dimensions_are_all_steered(graph):
     """Rows of a view lie apart, and batches by sequence have a third dimension."""
     graph.probe()
     directions = steer(graph, 1)
@@ -258,7 +257,7 @@ def test_three_dimensional_and_padded_rows(graph):
     np.testing.assert_array_equal(graph.read(backing, values), expected)
 
 
-def test_other_nodes_are_left_alone(graph):
+def test_other_nodes_are_not_asked_for(graph):
     graph.probe()
     steer(graph, 1)
     begin(graph)
@@ -284,7 +283,7 @@ def test_other_nodes_are_left_alone(graph):
     ("shape", "type_", "message"),
     [((N_ROWS, N_EMBD), I32, "has type i32"), ((N_ROWS, 2 * N_EMBD), F32, "contiguous row of 8")],
 )
-def test_what_cannot_be_handled_is_reported_not_touched(graph, shape, type_, message):
+def test_unsupported_node_is_reported_and_untouched(graph, shape, type_, message):
     graph.probe()
     steer(graph, 1)
     node = graph.tensor("l_out-1", shape, type_)
@@ -298,7 +297,23 @@ def test_what_cannot_be_handled_is_reported_not_touched(graph, shape, type_, mes
     np.testing.assert_array_equal(graph.read(node, values), values)
 
 
-def test_too_few_rows_are_noticed(graph):
+def test_unexpected_row_count_in_last_block_is_reported_and_untouched(graph):
+    """The last block has one row with logits, or all five; three rows cannot be mapped."""
+    graph.probe()
+    steer(graph, 2)
+    first, last = (graph.tensor(f"l_out-{i}", (n, N_EMBD)) for i, n in ((0, N_ROWS), (2, 3)))
+    values = rows(shape=(3, N_EMBD))
+    graph.fill(last, values)
+    begin(graph, outputs=1)
+    assert not graph.ask(first)
+    assert graph.ask(last)
+    graph.computed(last)
+    with pytest.raises(RuntimeError, match="which tokens the 3 rows of site residual, layer 2"):
+        graph.hook.end_decode()
+    np.testing.assert_array_equal(graph.read(last, values), values)
+
+
+def test_missing_rows_raise_with_place_and_counts(graph):
     graph.probe()
     steer(graph, 0, 1)
     node = graph.tensor("l_out-0", (N_ROWS, N_EMBD))
@@ -314,8 +329,8 @@ def test_too_few_rows_are_noticed(graph):
 
 
 @pytest.mark.parametrize(("outputs", "kept"), [(0, []), (1, [4]), (2, [0, 1, 2, 3, 4])])
-def test_rows_of_the_last_block_are_those_whose_logits_are_asked_for(graph, outputs, kept):
-    """Two sequences in one batch, in two graphs: each row is told from its number alone."""
+def test_last_block_rows_map_to_rows_with_logits(graph, outputs, kept):
+    """Two sequences in a batch of two micro-batches: the row number alone tells the token."""
     graph.probe()
     made, directions = plan(0, 2, injection="hooked")
     scope = _native.Scope(_native.ScopeKind.positions, 4, 5)
@@ -331,7 +346,7 @@ def test_rows_of_the_last_block_are_those_whose_logits_are_asked_for(graph, outp
     outputs_of = [row + at for at, n in ((0, 5), (5, 5), (10, 2)) for row in range(n)]
     asked = [i for i in outputs_of if outputs == 2 or (outputs == 1 and i in (4, 9, 11))]
     assert [i for i in asked if i < 5] == kept
-    for start, stop in ((0, 7), (7, 12)):  # two micro-batches
+    for start, stop in ((0, 7), (7, 12)):  # micro-batches
         whole = graph.tensor("l_out-0", (stop - start, N_EMBD))
         graph.fill(whole, np.zeros((stop - start, N_EMBD), np.float32))
         assert graph.ask(whole)
@@ -350,7 +365,7 @@ def test_rows_of_the_last_block_are_those_whose_logits_are_asked_for(graph, outp
     graph.hook.end_decode()
 
 
-def test_resident_steering_that_the_graph_does_not_add_is_noticed(graph):
+def test_graph_without_control_vector_raises(graph):
     nodes = graph.probe()
     steer(graph, 1, injection="resident")
     begin(graph)
@@ -363,9 +378,9 @@ def test_resident_steering_that_the_graph_does_not_add_is_noticed(graph):
 
 
 @pytest.mark.parametrize("steered", [False, True])
-def test_a_graph_ends_with_the_last_node_that_is_captured(graph, steered):
+def test_graph_ends_after_last_captured_node_unless_steered(graph, steered):
     graph.probe()
-    if steered:  # then what comes after is wanted too
+    if steered:  # the rest of the graph is needed, too
         steer(graph, 2)
     wanted = np.zeros(len(_native.Site.__members__) * N_LAYER, np.uint8)
     wanted[:2] = 1  # the residual of layers 0 and 1
@@ -391,7 +406,7 @@ def test_a_graph_ends_with_the_last_node_that_is_captured(graph, steered):
         captured.read(_native.Site.residual, 2)
 
 
-def test_nothing_changes_during_a_decode_or_after_the_end(graph):
+def test_hook_refuses_changes_during_decode_and_after_detach(graph):
     graph.probe()
     begin(graph)
     with pytest.raises(RuntimeError, match="while a decode is running"):
@@ -408,7 +423,7 @@ def test_nothing_changes_during_a_decode_or_after_the_end(graph):
     assert not graph.ask(graph.tensor("l_out-1", (N_ROWS, N_EMBD)))
 
 
-def test_plans_that_do_not_fit_leave_the_former_in_force(graph):
+def test_misfit_plan_raises_and_keeps_former_plan(graph):
     graph.probe()
     steer(graph, 1)
     node = graph.tensor("l_out-1", (N_ROWS, N_EMBD))
@@ -432,7 +447,7 @@ def test_plans_that_do_not_fit_leave_the_former_in_force(graph):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_directions_that_are_not_finite_are_refused(value):
+def test_invalid_directions_raise(value):
     made = _native.Plan(N_LAYER, N_EMBD, _native.Injection.automatic)
     directions = np.zeros((1, N_EMBD), np.float32)
     directions[0, 3] = value
@@ -447,7 +462,7 @@ def test_directions_that_are_not_finite_are_refused(value):
 
 @pytest.fixture
 def device_buffer():
-    """A buffer that the host is not to read: the CPU backend's own for repacked weights."""
+    """A buffer that the host must not read: the CPU backend's own for repacked weights."""
     device = ggml("ggml_backend_dev_by_type", P, ctypes.c_int)(0)
     registry = ggml("ggml_backend_dev_backend_reg", P, P)(device)
     address = ggml("ggml_backend_reg_get_proc_address", P, P, S)(
@@ -462,7 +477,7 @@ def device_buffer():
     ggml("ggml_backend_buffer_free", None, P)(buffer)
 
 
-def test_memory_that_is_not_the_hosts_is_named(graph, device_buffer):
+def test_device_memory_raises_with_its_name(graph, device_buffer):
     name = ggml("ggml_backend_buffer_name", S, P)(device_buffer).decode()
 
     def move(node):
@@ -478,7 +493,7 @@ def test_memory_that_is_not_the_hosts_is_named(graph, device_buffer):
     begin(graph)
     graph.hook.abandon_decode()
     steer(graph, 1)
-    nodes[1].contents.buffer = device_buffer  # it moves after all
+    nodes[1].contents.buffer = device_buffer  # moved after the probe
     begin(graph)
     graph.ask(nodes[1])
     graph.computed(nodes[1])

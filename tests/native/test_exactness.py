@@ -1,4 +1,4 @@
-"""Both ways in give llama.cpp's own logits, to the last bit."""
+"""Both injections give the logits of llama.cpp's own control vector, to the last bit."""
 
 import ctypes
 from contextlib import closing
@@ -22,7 +22,7 @@ def random_vector(n_layer, n_embd, scale, *, layers=None, site="residual", seed=
 
 
 def native_control_vector(llm, vector, n_layer):
-    """llama.cpp's own call, written out here so that it owes nothing to pysteer."""
+    """Set llama.cpp's control vector through its own call, independently of pysteer."""
     buffer = np.zeros((n_layer - 1, vector.n_embd), np.float32)
     for layer, direction in vector.items():
         buffer[layer - 1] = direction
@@ -38,7 +38,7 @@ def native_control_vector(llm, vector, n_layer):
 
 
 def all_logits(llm, tokens):
-    """Logits of a prompt, of one more token, and of several more at once."""
+    """Logits of a prompt, of one more token, and of several more at once, (tokens, n_vocab)."""
     llm.reset()
     llm.eval(tokens[:N_PROMPT])
     llm.eval(tokens[N_PROMPT : N_PROMPT + 1])
@@ -62,14 +62,14 @@ def check_exact(path, *, scale, **arguments):
     assert np.isfinite(steered).all()
     assert np.abs(steered - unsteered).max() > 1e-3
     pack = SteeringPack({"c": vector})
-    for mode in ("resident", "hooked"):
-        with closing(SteeredLlama(path, pack=pack, injection=mode, **arguments)) as llm:
-            assert same_bits(all_logits(llm, tokens), unsteered), mode
+    for injection in ("resident", "hooked"):
+        with closing(SteeredLlama(path, pack=pack, injection=injection, **arguments)) as llm:
+            assert same_bits(all_logits(llm, tokens), unsteered), injection
             with llm.steering({"c": 1.0}):
-                assert same_bits(all_logits(llm, tokens), steered), mode
+                assert same_bits(all_logits(llm, tokens), steered), injection
             with llm.steering({"c": 0.0}):
-                assert same_bits(all_logits(llm, tokens), unsteered), mode
-            assert same_bits(all_logits(llm, tokens), unsteered), mode
+                assert same_bits(all_logits(llm, tokens), unsteered), injection
+            assert same_bits(all_logits(llm, tokens), unsteered), injection
 
 
 def same_bits(a, b):
@@ -79,27 +79,27 @@ def same_bits(a, b):
 @pytest.mark.parametrize("kind", ["Q4_K_M", "Q8_0", "F16"])
 @pytest.mark.parametrize("flash_attn", [False, True])
 @pytest.mark.parametrize("n_ubatch", [16, 512])
-def test_exact_for_quantisations(tiny_model, kind, flash_attn, n_ubatch):
+def test_logits_are_exact_for_quantisations(tiny_model, kind, flash_attn, n_ubatch):
     path = tiny_model("llama", kind, n_embd=256)
     check_exact(path, scale=0.3, flash_attn=flash_attn, n_ubatch=n_ubatch)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2", "mamba"])
-def test_exact_for_families(tiny_model, family):
+def test_logits_are_exact_for_families(tiny_model, family):
     check_exact(tiny_model(family), scale=0.3, n_ubatch=16)
 
 
-def test_exact_when_n_batch_splits_the_prompt(tiny_model):
+def test_logits_are_exact_when_n_batch_splits_the_prompt(tiny_model):
     check_exact(tiny_model("llama"), scale=0.3, n_batch=24, n_ubatch=16, n_ctx=64)
 
 
 @pytest.mark.parametrize("flash_attn", [False, True])
-def test_exact_on_the_default_model(default_model, flash_attn):
+def test_logits_are_exact_on_the_default_model(default_model, flash_attn):
     check_exact(default_model, scale=0.5, flash_attn=flash_attn, n_ubatch=16)
 
 
-def test_exact_without_logits_of_every_row(tiny_model):
-    """The last layer then holds one row only; llama.cpp's own result is the judge again."""
+def test_last_logits_are_exact_without_logits_of_every_row(tiny_model):
+    """The last layer then holds one row only."""
     path = tiny_model("llama")
     arguments = {"n_ctx": 128, "verbose": False}
     last = []
@@ -109,10 +109,10 @@ def test_exact_without_logits_of_every_row(tiny_model):
         tokens = tokens_for(plain.n_vocab())
         plain.eval(tokens)
         last.append(np.ctypeslib.as_array(plain._ctx.get_logits(), (plain.n_vocab(),)).copy())
-    for mode in ("resident", "hooked"):
+    for injection in ("resident", "hooked"):
         pack = SteeringPack({"c": vector})
         with (
-            closing(SteeredLlama(path, pack=pack, injection=mode, **arguments)) as llm,
+            closing(SteeredLlama(path, pack=pack, injection=injection, **arguments)) as llm,
             llm.steering({"c": 1.0}),
         ):
             llm.eval(tokens)
@@ -121,8 +121,7 @@ def test_exact_without_logits_of_every_row(tiny_model):
     assert same_bits(last[0], last[2])
 
 
-def test_last_layer_only(tiny_model):
-    """llama.cpp's control vector on the last layer alone is reached by both ways too."""
+def test_logits_are_exact_for_the_last_layer_alone(tiny_model):
     path = tiny_model("llama")
     arguments = {"n_ctx": 128, "logits_all": True, "verbose": False}
     vector = random_vector(4, 64, 0.5, layers=[3])
@@ -130,17 +129,16 @@ def test_last_layer_only(tiny_model):
         tokens = tokens_for(plain.n_vocab())
         native_control_vector(plain, vector, 4)
         expected = all_logits(plain, tokens)
-    for mode in ("resident", "hooked"):
+    for injection in ("resident", "hooked"):
         pack = SteeringPack({"c": vector})
         with (
-            closing(SteeredLlama(path, pack=pack, injection=mode, **arguments)) as llm,
+            closing(SteeredLlama(path, pack=pack, injection=injection, **arguments)) as llm,
             llm.steering({"c": 1.0}),
         ):
             assert same_bits(all_logits(llm, tokens), expected)
 
 
-def test_strength_and_sum_of_categories(tiny_model):
-    """Two categories at their strengths equal one control vector with the sum."""
+def test_two_categories_equal_the_control_vector_of_their_sum(tiny_model):
     path = tiny_model("llama")
     arguments = {"n_ctx": 128, "logits_all": True, "verbose": False}
     a, b = random_vector(4, 64, 0.3, seed=1), random_vector(4, 64, 0.3, layers=[2, 3], seed=2)
@@ -152,9 +150,9 @@ def test_strength_and_sum_of_categories(tiny_model):
         native_control_vector(plain, SteeringVector(total), 4)
         expected = all_logits(plain, tokens)
     pack = SteeringPack({"a": a, "b": b})
-    for mode in ("resident", "hooked"):
+    for injection in ("resident", "hooked"):
         with (
-            closing(SteeredLlama(path, pack=pack, injection=mode, **arguments)) as llm,
+            closing(SteeredLlama(path, pack=pack, injection=injection, **arguments)) as llm,
             llm.steering({"a": 0.5, "b": -1.5}),
         ):
             np.testing.assert_allclose(all_logits(llm, tokens), expected, atol=1e-5)

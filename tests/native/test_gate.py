@@ -1,4 +1,4 @@
-"""The native gate against `pysteer.pack.router.Router`, which computes the same in numpy."""
+"""The native gate against `pysteer.pack.router.Router`, its counterpart in numpy."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from pysteer.runtime.native import native_gate
 
 
 def router(k, n, seed, n_reads=1):
-    """n is the width of everything that it looks at."""
+    """Router over hidden states of width n, all reads together."""
     rng = np.random.default_rng(seed)
     return Router(
         site="residual",
@@ -38,7 +38,7 @@ def router(k, n, seed, n_reads=1):
 @given(k=st.integers(1, 12), n=st.integers(2, 200), seed=st.integers(0, 99))
 @pytest.mark.parametrize("n_reads", [1, 8])
 @pytest.mark.parametrize("kind", GATES)
-def test_scores_and_ranks_are_those_of_the_router(kind, n_reads, k, n, seed):
+def test_scores_and_ranks_equal_those_of_the_router(kind, n_reads, k, n, seed):
     made = router(k, n_reads * n, seed, n_reads)
     gate = native_gate(made, kind)
     for h in np.random.default_rng(seed + 1).standard_normal((3, n_reads * n)) * 3:
@@ -46,7 +46,7 @@ def test_scores_and_ranks_are_those_of_the_router(kind, n_reads, k, n, seed):
         np.testing.assert_allclose(gate.ranks(h), made.ranks(kind, h), rtol=1e-9, atol=1e-12)
 
 
-def test_two_categories_that_are_both_ahead_are_tied():
+def test_categories_with_equal_leads_have_equal_ranks():
     made = router(3, 4, 0)
     weight = np.array(made.margin_weight)
     weight[2] = weight[1]
@@ -59,12 +59,12 @@ def test_two_categories_that_are_both_ahead_are_tied():
 
 
 @pytest.mark.parametrize("kind", GATES)
-def test_a_hidden_state_of_zeros_has_scores_too(kind):
+def test_zero_hidden_state_has_finite_scores(kind):
     made = router(3, 8, 0)
     zeros = np.zeros(8)
     np.testing.assert_allclose(native_gate(made, kind).scores(zeros), made.scores(kind, zeros))
 
 
-def test_another_width_is_refused():
+def test_wrong_width_raises():
     with pytest.raises(ValueError, match="8 values"):
         native_gate(router(2, 8, 0), "probe").scores(np.zeros(9))

@@ -1,4 +1,4 @@
-"""Every operator against its formula in numpy, on its own and inside a model."""
+"""Every operator against its formula in numpy, on rows and inside a model."""
 
 from contextlib import closing
 
@@ -77,7 +77,7 @@ def relative_error(found, expected):
 @pytest.mark.parametrize("keep_norm", [False, True])
 @pytest.mark.parametrize("strength", [1.0, -0.4, 2.5])
 @pytest.mark.parametrize("name", OPERATORS)
-def test_an_operator_equals_its_formula(name, strength, keep_norm, n_rows):
+def test_operator_equals_its_formula(name, strength, keep_norm, n_rows):
     operator = Operator(**{**vars(OPERATORS[name]), "keep_norm": keep_norm})
     d = directions(operator)
     vector = SteeringVector({1: d}, operator=operator)
@@ -88,7 +88,7 @@ def test_an_operator_equals_its_formula(name, strength, keep_norm, n_rows):
     assert relative_error(expected, h.astype(np.float64)) > 1e-3 or n_rows == 1
 
 
-def test_a_row_of_zeros_keeps_its_norm():
+def test_zero_row_stays_zero_when_norm_is_kept():
     operator = Operator("ablate", keep_norm=True)
     d = SteeringVector({1: directions(operator)}, operator=operator).prepared[0]
     assert not native_operator(operator).apply(d, 1.0, np.zeros((2, WIDTH), np.float32)).any()
@@ -100,7 +100,7 @@ TOKENS = list(range(10, 30))
 
 @pytest.mark.parametrize("site", ["residual", "attention", "mlp"])
 @pytest.mark.parametrize("name", OPERATORS)
-def test_an_operator_in_a_model_does_what_it_does_to_the_rows(tiny_llama, site, name):
+def test_operator_in_a_model_equals_operator_on_captured_rows(tiny_llama, site, name):
     operator = OPERATORS[name]
     d = directions(operator, width=64, scale=0.3)
     pack = SteeringPack({"c": SteeringVector({2: d}, site=site, operator=operator)})
@@ -114,7 +114,7 @@ def test_an_operator_in_a_model_does_what_it_does_to_the_rows(tiny_llama, site, 
     assert not np.array_equal(after, before)
 
 
-def test_several_operators_on_one_layer_act_in_the_order_of_the_pack(tiny_llama):
+def test_operators_on_one_layer_act_in_pack_order(tiny_llama):
     names = ["add", "rotate", "ablate", "low_rank", "clamp to a value"]
     d = [directions(OPERATORS[n], seed, 64, 0.3) for seed, n in enumerate(names)]
     categories = {

@@ -1,4 +1,4 @@
-"""Each scope's factor against its formula, written out here."""
+"""Each scope's factor against its formula."""
 
 import math
 
@@ -24,7 +24,7 @@ FORMULAS = {
 
 @pytest.mark.parametrize("text", FORMULAS)
 @given(position=st.integers(0, 40), n_prompt=st.integers(1, 30))
-def test_a_scope_gives_the_factor_of_its_formula(text, position, n_prompt):
+def test_scope_factor_equals_its_formula(text, position, n_prompt):
     r = position - (n_prompt - 1)
     factor = native_scope(Scope.parse(text)).factor(position, n_prompt)
     assert factor == pytest.approx(FORMULAS[text](position, r), abs=1e-7)

@@ -1,4 +1,4 @@
-"""Each family's sites are where transformers has them: captured and steered alike."""
+"""Sites of each family against transformers, captured and steered."""
 
 from contextlib import closing, contextmanager
 
@@ -25,7 +25,7 @@ ARGUMENTS = {"n_ctx": 64, "n_ubatch": 8, "logits_all": True, "verbose": False, *
 
 
 class Reference:
-    """The same file in transformers, with forward hooks on the blocks and attention modules."""
+    """A GGUF file in transformers, with forward hooks on blocks, attention and MLP."""
 
     def __init__(self, path):
         import torch
@@ -90,7 +90,7 @@ def reference(tiny_model):
 @pytest.mark.torch
 @pytest.mark.parametrize("site", ["residual", "attention", "mlp"])
 @pytest.mark.parametrize("family", ATTENTION_FAMILIES)
-def test_captured_rows_are_those_of_transformers(tiny_model, reference, family, site):
+def test_captured_rows_equal_those_of_transformers(tiny_model, reference, family, site):
     with closing(HookedLlama(tiny_model(family), **ARGUMENTS)) as llm:
         assert llm.sites[site] == tuple(range(N_LAYER))
         captured = llm.capture(TOKENS, sites=[site], pool="all")[site]
@@ -107,7 +107,7 @@ def test_captured_rows_are_those_of_transformers(tiny_model, reference, family, 
     [("residual", 0), ("residual", 3), ("attention", 0), ("attention", 3), ("mlp", 0), ("mlp", 3)],
 )
 @pytest.mark.parametrize("family", ATTENTION_FAMILIES)
-def test_steered_logits_are_those_of_transformers(tiny_model, reference, family, site, layer):
+def test_steered_logits_equal_those_of_transformers(tiny_model, reference, family, site, layer):
     direction = np.random.default_rng(layer).standard_normal(N_EMBD).astype(np.float32)
     pack = SteeringPack({"c": SteeringVector({layer: direction}, site=site)})
     with closing(SteeredLlama(tiny_model(family), pack=pack, **ARGUMENTS)) as llm:
@@ -143,7 +143,7 @@ def _median_cosine(a, b):
     return np.median((a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1))
 
 
-def test_mamba_has_a_residual_and_nothing_else(tiny_model):
+def test_mamba_has_only_the_residual(tiny_model):
     with closing(HookedLlama(tiny_model("mamba"), **ARGUMENTS)) as llm:
         assert llm.sites == {"residual": (0, 1, 2, 3), "attention": (), "mlp": ()}
         with pytest.raises(HookError, match="no attention"):
@@ -157,8 +157,8 @@ def test_mamba_has_a_residual_and_nothing_else(tiny_model):
         assert llm.n_tokens == len(TOKENS)
 
 
-def test_a_lora_is_part_of_the_attention_output(tiny_model, tmp_path):
-    """The site is the whole projection: weight, LoRA term and all."""
+def test_lora_is_part_of_the_attention_output(tiny_model, tmp_path):
+    """The site is the whole projection: weight, bias and LoRA term."""
     base = tiny_model("gpt2")  # has a bias behind the product as well
     lora = tmp_path / "lora.gguf"
     rng = np.random.default_rng(0)
@@ -204,7 +204,7 @@ def _write_lora(path, architecture, weight, a, b):
         ({"tokens": [7] * 999}, "cannot capture 999 tokens"),
     ],
 )
-def test_impossible_captures_are_refused(tiny_llama, arguments, message):
+def test_invalid_capture_raises(tiny_llama, arguments, message):
     with closing(HookedLlama(tiny_llama, **ARGUMENTS)) as llm:
         with pytest.raises(SteeringError, match=message):
             llm.capture(arguments.pop("tokens", TOKENS), **arguments)
@@ -213,7 +213,7 @@ def test_impossible_captures_are_refused(tiny_llama, arguments, message):
 
 @pytest.mark.parametrize("n_ubatch", [1, 5, 64])
 @pytest.mark.parametrize("span", [None, (0, 1), (4, 17), (20, 21)])
-def test_pooling_is_numpy_on_all_rows(tiny_llama, n_ubatch, span):
+def test_pooling_equals_numpy_on_all_rows(tiny_llama, n_ubatch, span):
     arguments = {**ARGUMENTS, "n_ubatch": n_ubatch}
     sites = ["residual", "attention"]
     with closing(HookedLlama(tiny_llama, **arguments)) as llm:
@@ -235,7 +235,7 @@ def test_pooling_is_numpy_on_all_rows(tiny_llama, n_ubatch, span):
 
 @pytest.mark.parametrize("layers", [None, [1], [3]])
 @pytest.mark.parametrize("family", ATTENTION_FAMILIES)
-def test_sequences_of_a_batch_are_captured_as_alone(tiny_model, family, layers):
+def test_sequences_in_a_batch_are_captured_as_alone(tiny_model, family, layers):
     tolerance = TOLERANCE.get(family, 2e-5)
     sites = ["residual", "attention", "mlp"]
     sequences = [TOKENS, TOKENS[:1], TOKENS[3:12], TOKENS[::-1]]
@@ -258,8 +258,8 @@ def test_sequences_of_a_batch_are_captured_as_alone(tiny_model, family, layers):
 
 @pytest.mark.parametrize("layers", [None, [1], [3]])
 @pytest.mark.parametrize("family", ATTENTION_FAMILIES)
-def test_a_start_that_sequences_share_is_decoded_once(tiny_model, family, layers):
-    """In several micro-batches too, the border of which may lie anywhere in it."""
+def test_shared_start_is_captured_as_alone(tiny_model, family, layers):
+    """The borders of micro-batches lie anywhere in the shared start."""
     tolerance = TOLERANCE.get(family, 2e-5)
     sites = ["residual", "attention", "mlp"]
     ends = [TOKENS[:1], TOKENS[3:12], TOKENS[::-1]]
@@ -284,13 +284,13 @@ def test_a_start_that_sequences_share_is_decoded_once(tiny_model, family, layers
 
 
 @pytest.mark.parametrize("sizes", [{"n_batch": 4}, {"n_ctx": 4}])
-def test_a_batch_too_small_for_its_sequences_is_refused(tiny_llama, sizes):
-    """llama.cpp itself would end the process."""
+def test_batch_smaller_than_its_sequences_raises(tiny_llama, sizes):
+    """Without the check llama.cpp would end the process."""
     with pytest.raises(SteeringError, match="has no room"):
         HookedLlama(tiny_llama, max_sequences=8, **{**ARGUMENTS, **sizes})
 
 
-def test_recurrent_models_take_one_sequence_at_a_time(tiny_model):
+def test_recurrent_model_captures_one_sequence_at_a_time(tiny_model):
     with closing(HookedLlama(tiny_model("mamba"), max_sequences=2, **ARGUMENTS)) as llm:
         assert not llm.batches_sequences
         with pytest.raises(HookError, match="one sequence at a time"):
@@ -298,7 +298,7 @@ def test_recurrent_models_take_one_sequence_at_a_time(tiny_model):
         assert llm.capture_means([TOKENS], [(0, 2)])
 
 
-def test_n_batch_does_not_change_what_is_captured(tiny_llama):
+def test_n_batch_does_not_change_the_capture(tiny_llama):
     with closing(HookedLlama(tiny_llama, **{**ARGUMENTS, "n_batch": 6, "n_ubatch": 4})) as split:
         parts = split.capture(TOKENS, pool="all")["residual"]
     with closing(HookedLlama(tiny_llama, **{**ARGUMENTS, "n_ubatch": 64})) as whole:
@@ -307,12 +307,12 @@ def test_n_batch_does_not_change_what_is_captured(tiny_llama):
         np.testing.assert_allclose(parts[layer], at_once[layer], atol=1e-5)
 
 
-def test_capture_sees_what_steering_did(tiny_llama):
-    """At the steered layer the rows move by exactly the direction; before it not at all."""
+def test_capture_includes_steering(tiny_llama):
+    """At the steered layer rows move by exactly the direction, before that layer not at all."""
     direction = np.random.default_rng(1).standard_normal(N_EMBD).astype(np.float32)
-    for layer, mode in [(0, "hooked"), (2, "hooked"), (2, "resident"), (3, "resident")]:
+    for layer, injection in [(0, "hooked"), (2, "hooked"), (2, "resident"), (3, "resident")]:
         pack = SteeringPack({"c": SteeringVector({layer: direction})})
-        with closing(SteeredLlama(tiny_llama, pack=pack, injection=mode, **ARGUMENTS)) as llm:
+        with closing(SteeredLlama(tiny_llama, pack=pack, injection=injection, **ARGUMENTS)) as llm:
             plain = llm.capture(TOKENS, pool="all")["residual"]
             with llm.steering({"c": 1.0}):
                 steered = llm.capture(TOKENS, pool="all")["residual"]
