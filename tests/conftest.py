@@ -12,14 +12,14 @@ from pysteer import shipped
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-# How long an example takes says how busy a machine is, not whether the code is right.
+# The duration of an example depends on the load of the machine, not on the code.
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
-    """A function from family and dtype or quantisation to the path of a tiny random model."""
+    """Function from family and dtype or quantisation to the path of a tiny random model."""
     folder = tmp_path_factory.mktemp("models")
 
     def get(family: str, kind: str = "F32", **sizes: int) -> Path:

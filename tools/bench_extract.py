@@ -1,15 +1,15 @@
-"""How fast activations are captured, in prompt tokens per second, and the memory it takes.
+"""Measure the capture of activations: prompt tokens per second, and peak memory.
 
-Each variant is a process of its own, so that its peak memory is its own. Every round runs every
-variant once over the same prompts, one after the other, in an order that changes from round to
-round; what is printed are medians and their ratios.
+Each variant has a process of its own, and so a peak memory of its own. Every round runs all
+variants once over the same prompts, in an order that changes from round to round. Prints medians
+and their ratios.
 
 - one by one: a loop over `AutoModelForCausalLM` in float32 with `output_hidden_states`;
-- torch: `pysteer.extract`'s torch capture, in the precision it chooses for the processor;
-- llama.cpp: its own prompt processing of the same tokens, 512 at a time, with nothing captured;
-- llama: `pysteer.extract`'s capture from the GGUF file;
-- cvector-generator: llama.cpp's program of that name, where a build of it is given: the first half
-  of the prompts held against the second, `--method mean`, the whole run of it, loading included.
+- torch: pysteer's torch capture, in the precision that it chooses for the processor;
+- llama.cpp: plain prompt processing of the same tokens, 512 at a time, without a capture;
+- llama: pysteer's capture from the GGUF file;
+- cvector-generator: llama.cpp's program, if a build is given: the first half of the prompts against
+  the second, `--method mean`, including the time to load the model.
 
 Both captures take the residual stream of every layer, averaged over the user's message.
 
@@ -51,24 +51,24 @@ CVECTOR = "cvector-generator"
 _CHUNK = 512
 
 Loaded = tuple[Callable[[], None], int]
-"""What runs all prompts once, and how many tokens they have."""
+"""A function that runs all prompts once, and their number of tokens."""
 
 Variant = Callable[[str, list[str]], Loaded]
-"""From a model file and prompts."""
+"""Loads a model file and tokenizes prompts."""
 
 Variants = dict[str, Variant]
 
 
 def main(
     model: Annotated[Path | None, typer.Argument(help="A GGUF model; SmolLM2 by default.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="JSONL; the demonstration's.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="JSONL; by default the demo's.")] = None,
     rounds: int = 5,
-    limit: Annotated[int, typer.Option(help="At most so many prompts.")] = 160,
-    ftype: Annotated[str | None, typer.Option(help="Quantise to this first.")] = None,
-    cvector_generator: Annotated[Path | None, typer.Option(help="A build of it.")] = None,
+    limit: Annotated[int, typer.Option(help="Use at most this many prompts.")] = 160,
+    ftype: Annotated[str | None, typer.Option(help="Quantise the model first.")] = None,
+    cvector_generator: Annotated[Path | None, typer.Option(help="Path of the program.")] = None,
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
-    """Measure both captures against a plain loop and against llama.cpp itself."""
+    """Measure both captures against a plain loop in torch and against llama.cpp."""
     path = model or shipped.default_model()
     rows = load_prompts(prompts) if prompts else list(chain(*shipped.demo_prompts()))
     texts = [row.prompt for row in rows][:limit]
@@ -131,7 +131,7 @@ def _measure(variants: Variants, path: str, texts: list[str], rounds: int) -> di
 
 
 def _work(variant: Variant, path: str, texts: list[str], pipe: Any) -> None:
-    """A worker process: load, then run on request."""
+    """Load in a worker process, then run on request."""
     run, tokens = variant(path, texts)
     pipe.send("loaded")
     while pipe.recv() == "go":

@@ -1,10 +1,10 @@
-"""What steering costs: ratios of medians against an unsteered llama_cpp.Llama, in one run.
+"""Measure the cost of steering: ratios of medians against an unsteered llama_cpp.Llama.
 
-Every round measures every variant once, in an order that changes from round to round, so that
-whatever else the machine does meets all of them alike. The steered variants add a direction at
-every layer that llama.cpp's control vector reaches; one SteeredLlama serves them all, so that they
-differ in nothing but the way in. Where a context happens to lie in memory makes a difference of a
-few percent; so there are two sets of contexts, which take turns.
+Every round measures all variants once, in an order that changes from round to round, so that other
+load on the machine meets all variants alike. The steered variants add a direction at every layer
+that llama.cpp's control vector reaches. One SteeredLlama serves all steered variants, so that they
+differ in their injection only. The position of a context in memory makes a difference of a few
+percent, so two sets of contexts take turns.
 
 usage: python tools/bench_hook.py MODEL.gguf [--rounds 10] [--decode 24] [--prompt 512] [--json]
 """
@@ -115,7 +115,7 @@ def _measure(
     decode: int,
     rounds: int,
 ) -> dict[str, dict[str, list[float]]]:
-    """Seconds of each single decode and of each prompt, per variant; each set warms up once."""
+    """Return the seconds of each single decode and of each prompt; each set warms up once."""
     times: dict[str, dict[str, list[float]]] = {
         kind: {name: [] for name in sets[0]} for kind in ("decode", "prompt")
     }
@@ -128,7 +128,7 @@ def _measure(
         for name, seconds in found.items():
             if number >= 0:
                 times["prompt"][name].append(seconds)
-        for token in tokens[:decode]:  # token by token in turn: the finest interleaving there is
+        for token in tokens[:decode]:  # interleaved token by token
             shuffle(order)
             for name in order:
                 seconds = _timed(lambda v=variants[name], t=token: _eval(v, [t]))
@@ -147,7 +147,7 @@ def _eval(variant: tuple[llama_cpp.Llama, object], tokens: list[int]) -> None:
     if plan is None:
         llm.eval(tokens)
     else:
-        with llm._under(Request(plan)):  # insists on one way in, where `steering` would choose
+        with llm._under(Request(plan)):  # where `steering` would choose the injection
             llm.eval(tokens)
 
 
@@ -160,10 +160,10 @@ def _timed(call: Callable[[], None]) -> float:
 def _measure_switches(
     steered: SteeredLlama, native: llama_cpp.Llama, rows: np.ndarray, tokens: list[int]
 ) -> dict[str, float]:
-    """Median milliseconds to change all layers' directions between two tokens.
+    """Return the median milliseconds to change the directions of all layers between two tokens.
 
-    For pysteer: from a mapping of strengths to tensors written. For llama.cpp: its call, and
-    what its next decode takes longer because the scheduler reserves again.
+    For pysteer: from a mapping of strengths to the written tensors. For llama.cpp: the call, and
+    the delay of the next decode, whose scheduler reserves memory again.
     """
     seconds: dict[str, list[float]] = {
         kind: [] for kind in ("known", "new", "call", "after", "usual")
@@ -186,8 +186,8 @@ def _measure_switches(
         seconds["usual"].append(_timed(lambda t=token: native.eval([t])))
     median = {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
     return {
-        "pysteer, to a steering among the last 16": median["known"],
-        "pysteer, to a new one": median["new"],
+        "pysteer, to one of the last 16 steerings": median["known"],
+        "pysteer, to a new steering": median["new"],
         "llama.cpp, call": median["call"],
         "llama.cpp, next decode longer by": median["after"] - median["usual"],
     }

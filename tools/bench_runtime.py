@@ -1,12 +1,12 @@
-"""What the runtime costs: ratios of medians, all variants interleaved in one run.
+"""Measure the cost of the runtime: ratios of medians, all variants interleaved in one run.
 
-Every step decodes the same batch at the same positions under every variant, in an order that
-changes from step to step. Where a context happens to lie in memory makes a difference of a few
-percent; so there are two of each kind, which take turns.
+Every step decodes the same batch at the same positions under all variants, in an order that changes
+from step to step. The position of a context in memory makes a difference of a few percent, so two
+contexts of each kind take turns.
 
 - sixteen sequences, one token each: unsteered, with sixteen different steerings, with a router that
-  finds nothing, with every layer ablated; and what one would do without pysteer: llama.cpp's own
-  control vector changed for each request, and the requests decoded one after another;
+  finds nothing, with every layer ablated; and, without pysteer, one request after another with
+  llama.cpp's control vector changed for each;
 - one sequence: a token, and a prompt;
 - the engine: tokens per second of eight requests against a bare loop over llama_decode with
   llama.cpp's samplers.
@@ -118,7 +118,7 @@ def main(
 
 
 class Bench:
-    """Two sets of a plain and a hooked context, and the plans that run on the latter."""
+    """Two sets of a plain and a hooked context, and the plans for the hooked contexts."""
 
     def __init__(self, sets: Sequence[tuple[PlainLlama, HookedLlama]], *, prompt: int) -> None:
         self.sets = sets
@@ -152,7 +152,7 @@ class Bench:
         self._started: dict[str, list[Any]] = {}
 
     def measure(self, rounds: int, decode: int) -> list[dict[str, list[float]]]:
-        """Seconds of each decode by variant: sixteen sequences, one token, a prompt."""
+        """Return the seconds of each decode by variant: sixteen sequences, one token, a prompt."""
         names = [PLAIN, *self.plans]
         times: list[dict[str, list[float]]] = [{n: [] for n in names} for _ in range(3)]
         times[0][SWAPPED] = []
@@ -195,7 +195,7 @@ class Bench:
             llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(llm.ctx), slot, position, -1)
 
     def _start(self, name: str, n_prompt: int) -> list[Any]:
-        """New sequences of a variant, as many as there can be."""
+        """Return new sequences of a variant, `SEQUENCES` in number."""
         plans = self.plans[name]
         if plans is None:
             return [None] * SEQUENCES
@@ -221,7 +221,7 @@ class Bench:
         self._fill(position, n)
         if name == PLAIN:
             return _seconds(lambda: self.batch.decode(plain.ctx))
-        # Tokens of a response, whose gate has been asked before, and stayed shut.
+        # Tokens of a response: the gate has decided before, and stayed shut.
         for slot, sequence in enumerate(self._started[name]):
             hooked._set_sequence(slot, sequence if slot < n else None)
         runs = [(slot, position + 8, 1, LAST_ROW) for slot in range(n)]
@@ -245,7 +245,7 @@ class Bench:
 
         seconds = _seconds(swapped)
         set_native_control_vector(plain, np.zeros_like(self.rows))
-        self._fill(position)  # and the scheduler reserves again, which is not the next variant's
+        self._fill(position)  # here the scheduler reserves memory again, not in the next variant
         self._forget(plain, position)
         self.batch.decode(plain.ctx)
         return seconds
@@ -267,7 +267,7 @@ class Bench:
 
 
 def _closed_router(categories: list[str], hooked: HookedLlama) -> Router:
-    """One of the usual size, which takes every prompt for harmless."""
+    """Return a router of the usual size that takes every prompt for harmless."""
     rng = np.random.default_rng(1)
     reads = default_reads(hooked.n_layer)
     k, n = len(categories), len(reads) * hooked.n_embd()
@@ -286,7 +286,7 @@ def _closed_router(categories: list[str], hooked: HookedLlama) -> Router:
 
 
 def measure_engine(path: str, threads: int, rounds: int) -> dict[str, float]:
-    """Tokens per second of eight requests in the engine, and of a bare loop, taking turns."""
+    """Return the tokens per second of eight requests in the engine and in a bare loop, in turns."""
     prompt, n_tokens = list(range(100, 132)), 32
     arguments = {"n_threads": threads, "n_threads_batch": threads, "verbose": False}
     context = {"n_ctx": 2048, **arguments}
@@ -296,7 +296,7 @@ def measure_engine(path: str, threads: int, rounds: int) -> dict[str, float]:
         closing(PlainLlama(path, **context)) as plain,
     ):
         for number in range(-1, rounds):
-            # Another beginning in each round, so that nothing comes from the cache of prompts.
+            # A new beginning in each round, so that no prompt comes from the cache.
             tokens = [(number + 50 + 7 * k, *prompt) for k in range(ENGINE_SEQUENCES)]
             seconds = {
                 "engine": _seconds(lambda t=tokens: _with_engine(engine, t, n_tokens)),
@@ -324,11 +324,14 @@ def _with_engine(engine: Engine, prompts: Sequence[Sequence[int]], n_tokens: int
     for handle in handles:
         usage = handle.result()["usage"]
         if usage["completion_tokens"] < n_tokens:
-            raise typer.Exit("a request ended early, and the rates would not compare")
+            raise RuntimeError(
+                f"rates do not compare: a request ended after {usage['completion_tokens']} tokens, "
+                f"not {n_tokens}"
+            )
 
 
 def _with_loop(plain: PlainLlama, prompts: Sequence[Sequence[int]], n_tokens: int) -> None:
-    """What a program that knows llama.cpp would write, with one sampler for each sequence."""
+    """Decode with plain llama.cpp, with one sampler for each sequence."""
     plain._ctx.kv_cache_clear()
     samplers = [plain._init_sampler(temp=0.0, repeat_penalty=1.1) for _ in prompts]
     batch = Batch(512)

@@ -1,8 +1,8 @@
-"""Whether directions from the GGUF agree with those from torch, at each quantisation.
+"""Compare directions extracted by llama.cpp and by torch, at each quantisation.
 
-Extracts `mean` directions with torch (the file de-quantised), with llama.cpp from the file itself,
-and from F16, Q8_0 and Q4_K_M versions of the same weights, which it writes to a temporary folder,
-and prints the cosine between the two over the layers asked for: lowest, and median.
+Extracts `mean` directions with torch from the de-quantised file, and with llama.cpp from the file
+and from F16, Q8_0 and Q4_K_M versions of its weights, written to a temporary folder. Prints the
+lowest and the median cosine between the two over the chosen layers.
 
 usage: python tools/compare_engines.py [--unsafe U.jsonl] [--safe S.jsonl] [--layers 5-25]
 """
@@ -32,8 +32,8 @@ from pysteer.prompts import load_prompts
 
 def main(
     model: Annotated[Path | None, typer.Argument(help="A GGUF model; SmolLM2 by default.")] = None,
-    unsafe: Annotated[Path | None, typer.Option(help="JSONL; the demonstration's.")] = None,
-    safe: Annotated[Path | None, typer.Option(help="JSONL; the demonstration's.")] = None,
+    unsafe: Annotated[Path | None, typer.Option(help="JSONL; by default the demo's.")] = None,
+    safe: Annotated[Path | None, typer.Option(help="JSONL; by default the demo's.")] = None,
     layers: Annotated[str, typer.Option(help="First and last, as in 5-25.")] = "5-25",
 ) -> None:
     """Print one row for each version of the weights."""

@@ -10,8 +10,8 @@ FTYPES = {"F16": 1, "Q8_0": 7, "Q4_K_M": 15}  # enum llama_ftype
 
 
 def quantize(source: Path, target: Path, ftype: str) -> Path:
-    """Write a file's weights as one of `FTYPES`, those that are quantised already a second time."""
-    import llama_cpp  # here, because writing a model does not need it
+    """Write the weights of a model as one of `FTYPES`; quantised weights are quantised again."""
+    import llama_cpp  # late: writing a tiny model does not need llama.cpp
 
     if ftype not in FTYPES:
         raise ValueError(f"unknown ftype {ftype!r}; known: {', '.join(FTYPES)}")

@@ -1,13 +1,13 @@
-"""How well a router tells categories apart, by how many prompts it learned from.
+"""Measure the category accuracy of a router by its number of training prompts.
 
-Prompts are split as `pysteer calibrate` does it, once with every subcategory on both sides, once
-with whole subcategories that are only tested with. A router is fitted to a growing share of the
-training part of each category and asked for the category of the test part; beside it stands a
-logistic regression over the words of the same prompts (TF-IDF), which knows nothing of a model.
-What is printed are means over the seeds of the splits, each with the least and the largest.
+Splits the prompts as `pysteer calibrate` does, once with every subcategory on both sides, once with
+whole subcategories held out for the test. Fits a router to a growing share of the training part of
+each category and scores it on the test part, beside a logistic regression over the words of the
+same prompts (TF-IDF), which uses no model. Prints means over the seeds of the splits, with the
+least and the largest.
 
-A curve that has flattened says that more prompts of the same kind will not help; one over unseen
-subcategories far below the other says that the router has learned subjects, not categories.
+A flat curve means that more prompts of the same kind will not help. A curve for unseen
+subcategories far below the other means that the router has learned subjects, not categories.
 
 usage: python tools/router_curve.py UNSAFE.jsonl BENIGN.jsonl [MODEL.gguf] [--seeds 5] [--json]
 """
@@ -42,11 +42,11 @@ from pysteer.extract.routers.settings import MIN_PROMPTS, RouterSettings
 from pysteer.prompts import Prompt, grouped, load_prompts
 
 SHARES = (0.25, 0.5, 0.75, 1.0)
-SPLITS: dict[str, HeldOut] = {"all seen": "prompts", "whole ones unseen": "subcategories"}
+SPLITS: dict[str, HeldOut] = {"seen": "prompts", "unseen": "subcategories"}
 
 
 class Point(NamedTuple):
-    """One fit, and the share of test prompts whose category it found."""
+    """Accuracy of one fit: the shares of test prompts whose category was found."""
 
     subcategories: str
     share: float
@@ -55,8 +55,8 @@ class Point(NamedTuple):
     words: float
 
 
-class Seen:
-    """What a router sees of each prompt, each run once."""
+class PromptReads:
+    """Activations that a router reads, of each prompt; each prompt runs once."""
 
     def __init__(self, capture: Capture, prompts: Sequence[Prompt]) -> None:
         with tempfile.TemporaryDirectory() as cache:
@@ -74,15 +74,15 @@ def main(
     unsafe: Annotated[Path, typer.Argument(help="JSONL: prompts with categories.")],
     benign: Annotated[Path, typer.Argument(help="JSONL or text: everyday prompts.")],
     model: Annotated[Path | None, typer.Argument(help="A GGUF model; SmolLM2 by default.")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="So many splits.")] = 5,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of splits.")] = 5,
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
-    """Fit routers to a growing share of the prompts, and see what they make of others."""
+    """Fit routers to a growing share of the prompts and score them on held-out prompts."""
     try:
         harmful = distinct(load_prompts(unsafe), "unsafe")
         harmless = distinct(load_prompts(benign), "benign")
-        seen = Seen(LlamaCapture(model or shipped.default_model()), [*harmful, *harmless])
-        points = [p for seed in range(seeds) for p in _points(harmful, harmless, seen, seed)]
+        reads = PromptReads(LlamaCapture(model or shipped.default_model()), [*harmful, *harmless])
+        points = [p for seed in range(seeds) for p in _points(harmful, harmless, reads, seed)]
     except SteeringError as error:
         raise typer.BadParameter(str(error)) from None
     rows = list(_means(points))
@@ -99,7 +99,7 @@ def main(
 
 
 def _points(
-    harmful: Sequence[Prompt], harmless: Sequence[Prompt], seen: Seen, seed: int
+    harmful: Sequence[Prompt], harmless: Sequence[Prompt], reads: PromptReads, seed: int
 ) -> Iterator[Point]:
     for name, held_out in SPLITS.items():
         if held_out == "subcategories" and not all(p.subcategory for p in harmful):
@@ -113,13 +113,13 @@ def _points(
             fitted = [*some, *train.benign]
             labels = [*(p.category for p in some), *("" for _ in train.benign)]
             router = fit_router(
-                seen.of(fitted),
+                reads.of(fitted),
                 labels,
-                reads=seen.reads,
+                reads=reads.reads,
                 site="residual",
                 settings=RouterSettings(seed=seed),
             )
-            h = seen.of(parts.test.unsafe).reshape(len(parts.test.unsafe), -1)
+            h = reads.of(parts.test.unsafe).reshape(len(parts.test.unsafe), -1)
             names = np.array(["", *router.categories])
             words = make_pipeline(
                 TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True),
@@ -136,7 +136,7 @@ def _points(
 
 
 def _some(prompts: Sequence[Prompt], share: float, seed: int) -> Iterator[Prompt]:
-    """The same share of each category, at least what a router needs."""
+    """Yield the same share of each category, at least the prompts that a router needs."""
     for name, rows in grouped(prompts).items():
         order = np.random.default_rng([seed, *name.encode()]).permutation(len(rows))
         for i in order[: max(MIN_PROMPTS, round(share * len(rows)))]:

@@ -1,17 +1,13 @@
-"""Write small random-weight GGUF models for tests and benchmarks: no download, no vocabulary file.
+"""Write small random-weight GGUF models for tests and benchmarks, without any download.
 
 The models have the real structure of their family (grouped-query attention, biases, post-norms,
-sliding windows, fused projections), so a test that passes on them has met every tensor the family
-has. Norm weights and biases are random too: leaving one out changes the logits.
+sliding windows, fused projections), so that tests meet every tensor of the family. Norm weights and
+biases are random too: leaving a tensor out changes the logits.
 
 For each family in ``TRANSFORMERS_FAMILIES`` an F32 file gives the same logits in llama.cpp (CPU,
 F32 KV cache) and in transformers (``from_pretrained(folder, gguf_file=name)``). Logits of size 1
 differ by 1e-5 in llama, qwen2, qwen3, phi3, mamba and lfm2, and by 2e-3 in gemma2, gemma3 and gpt2,
 whose GELU llama.cpp's CPU backend reads from a table in half precision.
-
-The vocabulary is sentencepiece-shaped and synthetic: control tokens, 256 byte tokens, "▁" and
-short lower-case pieces. Any UTF-8 text goes through it unchanged, except a literal U+2581, which
-sentencepiece itself turns into a space.
 
 usage: python tools/tiny_models.py tiny llama out.gguf --n-embd 64 --dtype F32
        python tools/tiny_models.py bench out.gguf --shape 1.1b --ftype Q4_K_M
@@ -19,27 +15,25 @@ usage: python tools/tiny_models.py tiny llama out.gguf --n-embd 64 --dtype F32
 
 from __future__ import annotations
 
-import itertools
-import string
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cache
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import typer
-from gguf import GGUFReader, GGUFWriter, LlamaFileType, TokenType
+from gguf import GGUFWriter, LlamaFileType
 from quantized import FTYPES, quantize
+from tiny_vocabulary import CONTROL, Vocabulary, copied_vocabulary, synthetic_vocabulary
 
 Array = npt.NDArray[np.float16 | np.float32]
 
 
 @dataclass(frozen=True)
 class Family:
-    """What sets one architecture apart from a Llama. The defaults are Llama's own."""
+    """Architecture, by its differences from Llama; the defaults are Llama's."""
 
     rope_base: float | None = 10_000.0  # None: no rotary embedding
     head_dim: int | None = None  # None: n_embd / n_head
@@ -54,15 +48,15 @@ class Family:
     window: int | None = None  # sliding window, tokens; the pattern over layers is llama.cpp's own
     softcap: bool = False  # of attention scores and of logits
     recurrent: bool = False  # Mamba blocks: no attention and no FFN
-    hybrid: bool = False  # a short convolution for attention, but in every third block
+    hybrid: bool = False  # a short convolution in place of attention, except in every third block
 
     def has_attention(self, layer: int) -> bool:
-        """Whether a block has one; a convolution in its place is followed by an FFN, too."""
+        """Whether a block has attention; a block with a convolution instead has an FFN, too."""
         return not self.recurrent and (not self.hybrid or layer % 3 == 2)
 
 
-# Transformers 5.23 does not read these from the file but takes the real models' values, so they
-# are what the table and _metadata have: Qwen 3's head_dim, Gemma's attention scale 1/sqrt(256),
+# Transformers 5.23 takes these values from the real models, not from the file, so the table and
+# _metadata have the real values: Qwen 3's head_dim, Gemma's attention scale 1/sqrt(256),
 # Gemma 2's softcaps, Gemma 3's rope base of sliding layers, GPT-2's n_ff and number of positions.
 # Gemma 2 slides on even layers; Gemma 3 on all but every sixth: a full one needs n_layer >= 6.
 # The window is far shorter than a real one so that a short prompt outgrows it.
@@ -90,19 +84,12 @@ BENCH_SHAPES: dict[str, tuple[int, int, int, int, int]] = {
 
 _SSM_CONV, _SSM_STATE = 4, 16  # Mamba's own kernel width and state size
 _SHORT_CONV = 3  # LFM2's own kernel width
-_CONTROL = ("<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>")
-_COMMON = (
-    "th he in er an re on at en nd ti es or te of ed is it al ar st the and ing "
-    "▁t ▁a ▁th ▁the ▁s ▁w ▁o ▁of ▁to ▁in ▁is"
-)
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-_MIN_VOCAB = len(_CONTROL) + 256 + 1  # without "▁" a space would not survive
-
-# Larger tensors repeat this many random values. It is prime, so that rows do not line up with the
-# repeats; at 1.1B it makes the file a matter of disk speed.
+# Larger tensors repeat this many random values, so that only the disk limits writing at 1.1B. The
+# number is prime: rows do not line up with the repeats.
 _BLOCK = 1_000_003
 
 
@@ -132,7 +119,7 @@ class Tensor:
 
 
 def _matrix(name: str, rows: int, cols: int, gain: float = 1.0) -> Tensor:
-    """Give a projection whose output has about ``gain`` times its input's standard deviation."""
+    """Projection whose output has about ``gain`` times the standard deviation of its input."""
     return Tensor(f"{name}.weight", (rows, cols), gain / cols**0.5)
 
 
@@ -148,7 +135,7 @@ def _attention(p: str, fam: Family, d: Dims) -> Iterator[Tensor]:
     """Attention tensors of one block; ``p`` is the name's prefix, "blk.N."."""
     q, kv = d.n_head * d.head_dim, d.n_kv * d.head_dim
     yield _norm(p + "attn_norm", d.n_embd)
-    # Scores of size 2 or so: from random weights, smaller ones leave attention almost uniform.
+    # Scores of size 2 or so: with smaller scores, random weights leave attention almost uniform.
     for name, rows in [("qkv", q + 2 * kv)] if fam.fused_qkv else [("q", q), ("k", kv), ("v", kv)]:
         yield _matrix(f"{p}attn_{name}", rows, d.n_embd, 1.0 if name == "v" else 1.5)
         if fam.qkv_bias or fam.gpt:
@@ -165,7 +152,7 @@ def _attention(p: str, fam: Family, d: Dims) -> Iterator[Tensor]:
 
 
 def _short_convolution(p: str, d: Dims) -> Iterator[Tensor]:
-    """What LFM2's other blocks have for attention."""
+    """Short convolution, LFM2's replacement of attention in most blocks."""
     yield _norm(p + "attn_norm", d.n_embd)
     yield _matrix(p + "shortconv.in_proj", 3 * d.n_embd, d.n_embd)
     yield Tensor(p + "shortconv.conv.weight", (d.n_embd, _SHORT_CONV), 0.5, f32=True)
@@ -235,9 +222,9 @@ def _numpy_type(t: Tensor, dtype: str) -> type[np.float16 | np.float32]:
 
 
 def _values(t: Tensor, dtype: str, seed: int, head: str) -> Array:
-    """Draw the tensor's values, which depend on its name and on the seed but not on other tensors.
+    """Draw the values of a tensor from its name and the seed, independently of other tensors.
 
-    ``head`` names the output matrix; its control-token rows are made small, so that their logits
+    ``head`` names the output matrix. Its rows for control tokens are small, so that their logits
     are never the largest and a random model does not end its text by accident.
     """
     rng = np.random.default_rng([seed, zlib.crc32(t.name.encode())])
@@ -246,82 +233,8 @@ def _values(t: Tensor, dtype: str, seed: int, head: str) -> Array:
     block = block * np.float32(t.std) + np.float32(t.mean)
     out: Array = np.resize(block.astype(_numpy_type(t, dtype)), t.shape)
     if t.name == head:
-        out[: len(_CONTROL)] *= 0.01
+        out[: len(CONTROL)] *= 0.01
     return out
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """The tokenizer of a model: token texts and types, and how texts are split into tokens."""
-
-    texts: list[bytes]
-    types: list[int]
-    scores: list[float] | None = None  # sentencepiece: higher merges first
-    merges: list[str] | None = None  # byte-level BPE
-    pre: str = "default"  # llama.cpp's name for the pattern that splits a text into words
-
-    def write(self, w: GGUFWriter) -> None:
-        """Write the tokenizer's metadata. BOS is token 1, EOS token 2."""
-        w.add_tokenizer_model("llama" if self.merges is None else "gpt2")
-        w.add_tokenizer_pre(self.pre)
-        w.add_token_list(self.texts)
-        w.add_token_types(self.types)
-        if self.scores is not None:
-            w.add_token_scores(self.scores)
-        if self.merges is not None:
-            w.add_token_merges(self.merges)
-        w.add_unk_token_id(0)
-        w.add_bos_token_id(1)
-        w.add_eos_token_id(2)
-        w.add_pad_token_id(0)  # transformers' Phi-3 would otherwise pad with token 32000
-        w.add_add_bos_token(self.merges is None)
-        w.add_add_space_prefix(False)  # a prefix would not survive the round trip
-
-
-def _synthetic_vocabulary(n_vocab: int, control: Sequence[str]) -> Vocabulary:
-    """Make a sentencepiece vocabulary that ends in the control tokens given."""
-    least = _MIN_VOCAB + len(control)
-    if n_vocab < least:
-        raise ValueError(f"n_vocab must be at least {least}, not {n_vocab}")
-    letters = string.ascii_lowercase
-    runs = (
-        start + "".join(run)
-        for length in itertools.count(1)
-        for start in ("", "▁")
-        for run in itertools.product(letters, repeat=length)
-    )
-    # A piece is only reached by joining shorter ones, so the letters come first.
-    normal: dict[str, None] = {}  # as an ordered set
-    for piece in itertools.chain("▁" + letters, _COMMON.split(), runs):
-        if len(normal) == n_vocab - least + 1:
-            break
-        normal[piece] = None
-    texts = [*_CONTROL, *(f"<0x{byte:02X}>" for byte in range(256)), *normal, *control]
-    types = [TokenType.UNKNOWN] + [TokenType.CONTROL] * (len(_CONTROL) - 1)
-    types += [TokenType.BYTE] * 256 + [TokenType.NORMAL] * len(normal)
-    types += [TokenType.CONTROL] * len(control)
-    scores = [0.0] * (len(_CONTROL) + 256) + [-float(i) for i in range(len(normal))]
-    scores += [0.0] * len(control)
-    return Vocabulary([text.encode() for text in texts], [int(kind) for kind in types], scores)
-
-
-@cache
-def _vocabulary_of(path: Path) -> Vocabulary:
-    fields = GGUFReader(path).fields
-
-    def contents(name: str) -> Any:
-        return fields[f"tokenizer.ggml.{name}"].contents()
-
-    texts = [text.encode() for text in contents("tokens")]
-    return Vocabulary(texts, contents("token_type"), merges=contents("merges"), pre=contents("pre"))
-
-
-def _copied_vocabulary(path: Path, control: Sequence[str]) -> Vocabulary:
-    """Read the byte-level vocabulary of a model, and add control tokens at its end."""
-    found = _vocabulary_of(path)
-    added = [text.encode() for text in control]
-    types = [*found.types, *[int(TokenType.CONTROL)] * len(added)]
-    return replace(found, texts=[*found.texts, *added], types=types)
 
 
 def _metadata(w: GGUFWriter, fam: Family, d: Dims, dtype: str) -> None:
@@ -343,7 +256,7 @@ def _metadata(w: GGUFWriter, fam: Family, d: Dims, dtype: str) -> None:
         w.add_ssm_state_size(_SSM_STATE)
         w.add_ssm_time_step_rank(d.n_embd // 16)
     else:
-        if fam.hybrid:  # which also says which blocks have attention
+        if fam.hybrid:  # the zeros tell which blocks have no attention
             w.add_head_count_kv([d.n_kv * fam.has_attention(i) for i in range(d.n_layer)])
             w.add_shortconv_l_cache(_SHORT_CONV)
         else:
@@ -401,23 +314,25 @@ def write_tiny(
     control: list[str] | None = None,
     vocabulary_of: Path | None = None,
 ) -> Path:
-    """Write a tiny model of one of ``FAMILIES``, 4 heads wide, with a context of 1024 tokens.
+    """Write a tiny model of one of ``FAMILIES``, with 4 heads and a context of 1024 tokens.
 
     ``n_embd`` must be a multiple of 32 (which Q8_0 needs), and of 256 for K-quants.
 
-    ``chat_template`` is Jinja; "" leaves it out. ``control`` are more control tokens, at the end of
-    the vocabulary. ``vocabulary_of`` is a GGUF model whose byte-level vocabulary is copied;
-    ``n_vocab`` then counts for nothing.
+    ``chat_template`` is Jinja; "" leaves it out. ``control`` adds control tokens at the end of the
+    vocabulary. ``vocabulary_of`` is a GGUF model to copy the byte-level vocabulary of; ``n_vocab``
+    is then ignored.
     """
     if family not in _TABLE:
         raise ValueError(f"unknown family {family!r}; known: {', '.join(FAMILIES)}")
     if n_layer < 1 or n_embd < 32 or n_embd % 32:
-        raise ValueError(f"n_layer {n_layer} must be >= 1, n_embd {n_embd} a multiple of 32")
+        raise ValueError(
+            f"expected n_layer >= 1 and n_embd a multiple of 32, found {n_layer} and {n_embd}"
+        )
     fam = _TABLE[family]
     if vocabulary_of is None:
-        vocabulary = _synthetic_vocabulary(n_vocab, control or [])
+        vocabulary = synthetic_vocabulary(n_vocab, control or [])
     else:
-        vocabulary = _copied_vocabulary(vocabulary_of, control or [])
+        vocabulary = copied_vocabulary(vocabulary_of, control or [])
     dims = Dims(
         n_layer=n_layer,
         n_embd=n_embd,
@@ -432,15 +347,15 @@ def write_tiny(
 
 
 def write_bench(path: Path, *, shape: str = "1.1b", seed: int = 0) -> Path:
-    """Write an F16 Llama of a benchmark's shape, a key of ``BENCH_SHAPES``: for timing only.
+    """Write an F16 Llama for timing; ``shape`` is a key of ``BENCH_SHAPES``.
 
-    It has 32000 tokens and a context of 4096. "1.1b" takes 1.7 GB on disk, "small" 0.25 GB.
+    The model has 32000 tokens and a context of 4096. "1.1b" takes 1.7 GB on disk, "small" 0.25 GB.
     """
     if shape not in BENCH_SHAPES:
         raise ValueError(f"unknown shape {shape!r}; known: {', '.join(BENCH_SHAPES)}")
     n_layer, n_embd, n_ff, n_head, n_kv = BENCH_SHAPES[shape]
     dims = Dims(n_layer, n_embd, n_ff, n_head, n_kv, n_embd // n_head, 32_000, 4096)
-    vocabulary = _synthetic_vocabulary(dims.n_vocab, [])
+    vocabulary = synthetic_vocabulary(dims.n_vocab, [])
     return _write(path, "llama", dims, "F16", seed, vocabulary, CHAT_TEMPLATE)
 
 
