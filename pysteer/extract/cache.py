@@ -1,4 +1,4 @@
-"""Captured activations: their running means, or every row in a file that can be resumed."""
+"""Captured activations in files from which capturing resumes: all rows, or running means."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 Floats = npt.NDArray[np.float32]
 
 Source = Callable[..., Iterator[tuple[int, Floats]]]
-"""`Capture.activations`, or what answers in its place."""
+"""`Capture.activations`, or a function in its place."""
 
 _FLUSH_EVERY = 64  # rows
 _SAVE_EVERY = 10.0  # seconds
@@ -35,7 +35,7 @@ _OURS = re.compile(
 
 
 def run_key(capture: Capture, rows: Sequence[Row], site: str, layers: Sequence[int]) -> str:
-    """SHA-256, in hex, of everything that the activations depend on."""
+    """Return the SHA-256, in hex, of everything that the activations depend on."""
     model = capture.base_model
     sha = hashlib.sha256(
         json.dumps(
@@ -49,7 +49,7 @@ def run_key(capture: Capture, rows: Sequence[Row], site: str, layers: Sequence[i
 
 
 def clear(folder: Path) -> None:
-    """Delete what caches have written to a folder, and the folder if nothing else is in it."""
+    """Delete the files of caches in a folder, and the folder if it is empty then."""
     try:
         for path in folder.iterdir():
             if _OURS.fullmatch(path.name):
@@ -61,17 +61,17 @@ def clear(folder: Path) -> None:
 
 
 class ActivationCache:
-    """Mean activations of every row, in a memory-mapped file; what is there is not computed again.
+    """Mean activations of every row, in a memory-mapped file.
 
     Two files: `<key>.npy`, float32 of shape (rows, layers, n_embd), and `<key>.done.npy`, uint64 of
-    shape (rows,): 0 for a row that is missing, else 1 + CRC-32 of its bytes. Interrupted at any
-    time, the next `fill` goes on where this one stopped. A row that is not what was written, as
-    after a crash, is captured again, which is logged.
+    shape (rows,): 0 for a row that is missing, else 1 + CRC-32 of its bytes. After an interruption
+    at any time the next `fill` captures the missing rows. A row whose bytes changed, as by a crash,
+    is captured again, with a warning.
 
     Args:
-        folder: where to; created.
+        folder: folder of the files; created.
         capture: the model.
-        rows: what to run.
+        rows: rows to run.
         site: site.
         layers: layers.
 
@@ -102,21 +102,21 @@ class ActivationCache:
 
     @property
     def missing(self) -> list[int]:
-        """Indices of the rows that have not been captured."""
+        """Indices of the rows that are not captured yet."""
         return [int(i) for i in np.flatnonzero(self._done == 0)]
 
     def fill(self, advance: Advance = ignore, source: Source | None = None) -> Floats:
-        """Capture what is missing.
+        """Capture the missing rows.
 
         Args:
             advance: called for every row with the number of its tokens.
-            source: where activations come from, if not from the model.
+            source: source of the activations; None is the model.
 
         Returns:
             float32 of shape (rows, layers, n_embd), memory-mapped.
 
         Raises:
-            SteeringError: activations are not finite, or a row got none.
+            SteeringError: activations are not finite, or are missing for a row.
         """
         missing = self.missing
         rows = [self._rows[i] for i in missing]
@@ -140,7 +140,7 @@ class ActivationCache:
         return 1 + zlib.crc32(self.activations[row].tobytes())
 
     def _mark(self, pending: list[int]) -> None:
-        _flush(self.activations)  # first the rows, then the word that they are there
+        _flush(self.activations)  # rows before marks: a mark must not outlive its row
         for row in pending:
             self._done[row] = self._sum(row)
         _flush(self._done)
@@ -150,15 +150,15 @@ class ActivationCache:
 class RunningMeans:
     """Mean activations of groups of rows, without keeping the rows.
 
-    Sums in float64. One file, `<key>.means.npz`, holds them with the word which rows are in them;
-    it is written every few seconds and when interrupted, so that the next `fill` goes on from
-    there. A file that is damaged is not used, which is logged.
+    Sums in float64. One file, `<key>.means.npz`, holds the sums and a mark for each row in them. It
+    is written every few seconds and on interruption, and the next `fill` resumes from it. A damaged
+    file is not used, with a warning.
 
     Args:
-        folder: where to; created.
+        folder: folder of the files; created.
         capture: the model.
-        rows: what to run.
-        owners: for each row its group.
+        rows: rows to run.
+        owners: group of each row.
         n_groups: number of groups.
         site: site.
         layers: layers.
@@ -198,23 +198,23 @@ class RunningMeans:
 
     @property
     def missing(self) -> list[int]:
-        """Indices of the rows that have not been captured."""
+        """Indices of the rows that are not captured yet."""
         return [int(i) for i in np.flatnonzero(~self._done)]
 
     def fill(
         self, advance: Advance = ignore, source: Source | None = None
     ) -> npt.NDArray[np.float64]:
-        """Capture what is missing.
+        """Capture the missing rows.
 
         Args:
             advance: called for every row with the number of its tokens.
-            source: where activations come from, if not from the model.
+            source: source of the activations; None is the model.
 
         Returns:
             float64 of shape (n_groups, layers, n_embd); NaN for a group without rows.
 
         Raises:
-            SteeringError: activations are not finite, or a row got none.
+            SteeringError: activations are not finite, or are missing for a row.
         """
         missing = self.missing
         rows = [self._rows[i] for i in missing]
@@ -240,13 +240,13 @@ class RunningMeans:
         return means_of_groups
 
     def _save(self) -> None:
-        if self._adding:  # interrupted between a sum and the word that the row is in it
+        if self._adding:  # interrupted between a row's sum and its mark
             return
         save_arrays(self._path, {"sums": self._sums, "done": self._done})
 
 
 def save_arrays(path: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-    """Write arrays to an `.npz` file, which is there whole or not at all."""
+    """Write arrays to an `.npz` file, wholly or not at all."""
     part = path.with_suffix(".part.npz")
     named: dict[str, Any] = dict(arrays)
     np.savez(part, **named)
@@ -256,11 +256,14 @@ def save_arrays(path: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
 def load_arrays(
     path: Path, like: Mapping[str, npt.NDArray[Any]]
 ) -> dict[str, npt.NDArray[Any]] | None:
-    """What `save_arrays` wrote; None where there is no file, or a damaged one, which is logged.
+    """Read a file of `save_arrays`.
 
     Args:
         path: the file.
         like: arrays by name, of the shapes and types expected.
+
+    Returns:
+        The arrays by name. None: there is no file, or it is damaged, which is logged.
     """
     if not path.exists():
         return None
@@ -268,15 +271,15 @@ def load_arrays(
         with np.load(path) as kept:  # a ZIP file, whose reader compares checksums
             found = {name: np.asarray(kept[name]) for name in like}
         if any((found[n].shape, found[n].dtype) != (a.shape, a.dtype) for n, a in like.items()):
-            raise ValueError("another shape")
-    except Exception as error:  # zipfile has half a dozen kinds of them
-        _log.warning("%s is damaged (%s), and is made anew", path, error)
+            raise ValueError("unexpected shape or type")
+    except Exception as error:  # zipfile raises half a dozen kinds
+        _log.warning("%s is damaged (%s); its contents are computed again", path, error)
         return None
     return found
 
 
 def require_finite(means: Floats, layers: Sequence[int]) -> None:
-    """Raise SteeringError where activations are not numbers, as half precision may overflow."""
+    """Raise SteeringError for NaN and infinity, to which half precision may overflow."""
     finite = np.asarray(np.isfinite(means).all(axis=-1))
     if not finite.all():
         bad = [layer for layer, good in zip(layers, finite, strict=True) if not good]
@@ -287,7 +290,9 @@ def require_finite(means: Floats, layers: Sequence[int]) -> None:
 
 def _require_all(missing: Sequence[int]) -> None:
     if missing:
-        raise SteeringError(f"the model gave no activations for {len(missing)} prompts")
+        raise SteeringError(
+            f"the model gave no activations for {len(missing)} prompts; this is a bug"
+        )
 
 
 def _open(path: Path, dtype: Any, shape: tuple[int, ...]) -> Any:
@@ -296,15 +301,15 @@ def _open(path: Path, dtype: Any, shape: tuple[int, ...]) -> Any:
             found = np.lib.format.open_memmap(path, mode="r+")
             if found.shape == shape and found.dtype == dtype:
                 return found
-            why = "another shape"
-        except Exception as error:  # numpy has several kinds of them
+            why = "unexpected shape or type"
+        except Exception as error:  # numpy raises several kinds
             why = str(error)
-        _log.warning("%s is damaged (%s), and is made anew", path, why)
+        _log.warning("%s is damaged (%s); its contents are computed again", path, why)
         path.unlink()
     needed, free = int(np.prod(shape)) * np.dtype(dtype).itemsize, shutil.disk_usage(path.parent)
-    if needed > free.free:  # writing to a mapped file without room would kill the process
+    if needed > free.free:  # a write to a mapped file on a full disk kills the process
         raise ValueError(
-            f"{needed / 1e9:.1f} GB are needed and {free.free / 1e9:.1f} GB free; "
+            f"{needed / 1e9:.1f} GB are needed and {free.free / 1e9:.1f} GB are free; "
             "name another folder with --cache"
         )
     return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)

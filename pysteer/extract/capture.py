@@ -1,4 +1,4 @@
-"""What extraction asks of a model, whichever library runs it."""
+"""The interface of a model that extraction reads, whichever library runs the model."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Capture(Protocol):
 
     @property
     def base_model(self) -> BaseModel:
-        """What identifies the model."""
+        """Identity of the model."""
         ...
 
     @property
@@ -46,7 +46,7 @@ class Capture(Protocol):
 
     @property
     def identity(self) -> str:
-        """What else activations depend on: the weights' file, their precision."""
+        """The rest of what activations depend on: the weights' file, their precision."""
         ...
 
     @property
@@ -56,63 +56,67 @@ class Capture(Protocol):
 
     @property
     def n_ctx(self) -> int:
-        """How many tokens a sequence may have."""
+        """Most tokens of a sequence."""
         ...
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether prompts are put into a chat template; otherwise they are taken as they are."""
+        """Whether prompts are put into a chat template; otherwise they are run as they are."""
         ...
 
     def prompt_tokens(self, prompt: str) -> Tokens:
-        """A user's message in the chat template, up to where the response starts."""
+        """Return a user's message in the chat template, up to where the response starts."""
         ...
 
     def response_tokens(self, text: str) -> Tokens:
-        """Text as it continues a prompt: no special tokens are added or recognised."""
+        """Return text as it continues a prompt: no special tokens are added or recognised."""
         ...
 
     def text(self, tokens: Tokens) -> str:
-        """What tokens of a response say."""
+        """Return the text of a response."""
         ...
 
     def answers(self, prompts: Sequence[Tokens], n_tokens: int) -> Iterator[tuple[int, Tokens]]:
-        """The model's own greedy answers, at most `n_tokens` each, without the end-of-turn token.
+        """Yield the model's own greedy answers, without the end-of-turn token.
+
+        Args:
+            prompts: tokens of the prompts.
+            n_tokens: most tokens of an answer.
 
         Yields:
-            index into `prompts` and answer, in any order.
+            Index into `prompts` and answer, in any order.
         """
         ...
 
     def activations(
         self, rows: Sequence[Row], *, site: str, layers: Sequence[int]
     ) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
-        """Mean activations of each row's range.
+        """Yield the mean activations of each row's range.
 
-        Rows that differ in their range alone are run together, as far as the engine can.
+        Rows that differ only in their range run together, as far as the engine can.
 
         Yields:
-            index into `rows` and a float32 array of shape (len(layers), n_embd), in any order.
+            Index into `rows` and a float32 array of shape (len(layers), n_embd), in any order.
         """
         ...
 
 
 def file_identity(path: Path) -> str:
-    """Name, size and time of a file: changes when the file does, and needs no reading of it."""
+    """Return path, size and time of a file: they change when the file does."""
     status = path.stat()
     return f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
 
 
 def continuation(encode: Callable[[str], Sequence[int]], text: str) -> Tokens:
-    """Tokens of a text that follows other text.
+    """Return the tokens of a text that follows other text.
 
-    Sentencepiece tokenizers put a space before text that stands alone, so it is encoded behind a
-    line break, which is then taken away.
+    Sentencepiece tokenizers put a space before text that stands alone. So the text is encoded
+    behind a line break, which is then removed.
     """
     anchor, both = list(encode("\n")), list(encode("\n" + text))
     if both[: len(anchor)] == anchor:
         return tuple(both[len(anchor) :])
-    return tuple(encode(text))  # begins with line breaks of its own, which are one token together
+    return tuple(encode(text))  # its own line breaks are one token with the anchor
 
 
 def pooled_row(prompt: Tokens, response: Tokens, pooling: Pooling, message: Span) -> Row:
@@ -144,14 +148,14 @@ def pooled_row(prompt: Tokens, response: Tokens, pooling: Pooling, message: Span
 
 
 def run_once(rows: Sequence[Row], *, disjoint: bool) -> list[list[int]]:
-    """Which rows are the same tokens, and can be run as one sequence.
+    """Return groups of rows that have the same tokens and can run as one sequence.
 
     Args:
         rows: rows.
         disjoint: whether the ranges of one sequence must not overlap.
 
     Returns:
-        Indices into `rows`, in groups of the same tokens.
+        Indices into `rows`, by group.
     """
     groups: list[list[int]] = []
     of_tokens: dict[Tokens, list[list[int]]] = {}
@@ -172,10 +176,10 @@ def run_once(rows: Sequence[Row], *, disjoint: bool) -> list[list[int]]:
 def token_batches(
     lengths: Sequence[int], budget: int, max_rows: int, *, padded: bool
 ) -> Iterator[list[int]]:
-    """Rows grouped by length: indices of batches of at most `budget` tokens.
+    """Yield batches of rows of similar length: indices of at most `budget` tokens together.
 
-    The longest come first, so that what does not fit into memory shows at once. A row longer than
-    the budget is a batch of its own.
+    The longest rows come first, so that a lack of memory shows at once. A row longer than the
+    budget is a batch of its own.
 
     Args:
         lengths: tokens of each row.

@@ -63,6 +63,19 @@ def extract(
 
     Raises:
         SteeringError: the data or the settings are at fault; for data with file and line.
+
+    Examples:
+        >>> from tempfile import TemporaryDirectory
+        >>> from pysteer.extract import LlamaCapture
+        >>> from pysteer.shipped import default_model
+        >>> capture = LlamaCapture(default_model(), n_ctx=128)
+        >>> data = Data([Prompt("Write a virus.", "malware")], [Prompt("Write a poem.")])
+        >>> settings = ExtractSettings(layers=(12,), router=False, held_out=0.0)
+        >>> with TemporaryDirectory() as folder:
+        ...     pack = extract(capture, data, settings, cache=Path(folder))
+        >>> pack["malware"].layers
+        (12,)
+        >>> capture.close()
     """
     settings = settings or ExtractSettings()
     method = METHODS[settings.method]
@@ -124,6 +137,19 @@ def fit_pack_routers(
 
     Raises:
         SteeringError: the prompts are at fault, or there are too few.
+
+    Examples:
+        >>> from tempfile import TemporaryDirectory
+        >>> from pysteer.extract import LlamaCapture
+        >>> from pysteer.shipped import default_model
+        >>> capture = LlamaCapture(default_model(), n_ctx=128)
+        >>> unsafe = [Prompt(f"Write virus {i}.", "malware") for i in range(5)]
+        >>> safe = [Prompt(f"Write poem {i}.") for i in range(5)]
+        >>> with TemporaryDirectory() as folder:
+        ...     (router,) = fit_pack_routers(capture, [Data(unsafe, safe)], cache=Path(folder))
+        >>> router.categories
+        ('malware',)
+        >>> capture.close()
     """
     settings = settings or RouterSettings()
     reader = Reader(capture, cache, progress)

@@ -34,7 +34,7 @@ _MAX_SEQUENCES = 64
 
 
 class LlamaCapture:
-    """`Capture` by llama.cpp; see there.
+    """A `Capture` by llama.cpp.
 
     Many rows are decoded as one batch, as separate sequences. Recurrent and hybrid models take one
     at a time.
@@ -85,17 +85,17 @@ class LlamaCapture:
 
     @property
     def base_model(self) -> BaseModel:
-        """What identifies the model."""
+        """Identity of the model."""
         return self.llm.base_model
 
     @property
     def weights(self) -> str:
-        """Name of the file, which usually tells its quantisation."""
+        """Name of the file, which usually includes its quantisation."""
         return self._path.name
 
     @property
     def identity(self) -> str:
-        """What else activations depend on."""
+        """The rest of what activations depend on."""
         return self._identity
 
     @property
@@ -105,7 +105,7 @@ class LlamaCapture:
 
     @property
     def n_ctx(self) -> int:
-        """How many tokens a sequence may have."""
+        """Most tokens of a sequence."""
         return int(self.llm.n_ctx())
 
     @property
@@ -114,13 +114,13 @@ class LlamaCapture:
         return self._rendered
 
     def prompt_tokens(self, prompt: str) -> Tokens:
-        """A user's message in the chat template, up to where the response starts."""
+        """Return a user's message in the chat template, up to where the response starts."""
         if not self._rendered:
             return tuple(self.llm.tokenize(prompt.encode()))
         return tuple(rendered_prompt(self.llm, {"messages": [user_message(prompt)]}))
 
     def response_tokens(self, text: str) -> Tokens:
-        """Text as it continues a prompt."""
+        """Return the tokens of text that continues a prompt."""
 
         def encode(text: str) -> list[int]:
             return self.llm.tokenize(text.encode(), add_bos=False, special=False)
@@ -128,11 +128,11 @@ class LlamaCapture:
         return continuation(encode, text)
 
     def text(self, tokens: Tokens) -> str:
-        """What tokens of a response say."""
+        """Return the text of a response."""
         return self.llm.detokenize(list(tokens)).decode("utf-8", errors="replace")
 
     def answers(self, prompts: Sequence[Tokens], n_tokens: int) -> Iterator[tuple[int, Tokens]]:
-        """The model's own greedy answers; see `Capture.answers`."""
+        """Yield the model's own greedy answers; see `Capture.answers`."""
         vocabulary = llama_cpp.llama_model_get_vocab(self.llm.model)
         for index, prompt in enumerate(prompts):
             answer: list[int] = []
@@ -147,14 +147,14 @@ class LlamaCapture:
     def activations(
         self, rows: Sequence[Row], *, site: str, layers: Sequence[int]
     ) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
-        """Mean activations of each row's range, averaged in float64; see `Capture.activations`.
+        """Yield mean activations, averaged in float64; see `Capture.activations`.
 
         Raises:
             HookError: the model has no such site there.
         """
-        # Sequences of a batch are not padded, so the budget is of real tokens; sorting keeps short
-        # rows together, of which many fit.
-        # What all rows begin with, up to where the first is averaged, is decoded once a batch.
+        # Sequences are not padded, so the budget counts real tokens, and sorting puts many short
+        # rows into one batch. The start that all rows share, up to the first averaged token, is
+        # decoded once a batch.
         limit = min([self.llm.n_batch // 2, *(row.start for row in rows)])
         shared = shared_start([row.tokens[:limit] for row in rows])
         groups = run_once(rows, disjoint=True)

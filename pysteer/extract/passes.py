@@ -1,4 +1,4 @@
-"""What forward passes have in common that run only part of a model, or a sequence in two parts."""
+"""Parts of forward passes that run only some blocks, or a sequence in two pieces."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import Any
 from torch import Tensor
 
 MIN_SHARED = 8
-"""Tokens: a shorter start of all sequences is not worth a pass of its own."""
+"""Fewest tokens of a shared start that is worth a pass of its own."""
 
 TOLERANCE = 0.05
-"""By how much a pass in parts may change states, relative to their size. It adds up the same
-numbers in another order; a model that misses something is far off."""
+"""Largest change of states by a pass in pieces, relative to their size. The same numbers are added
+in another order; a model that misses something is far off."""
 
 
 class Done(Exception):
-    """Ends a forward pass: everything wanted has been computed."""
+    """Ends a forward pass early, once all results are there."""
 
 
 def states_of(output: Any) -> Tensor:
-    """The hidden states in what a module of a block returns."""
+    """Return the hidden states in the output of a block's module."""
     states: Tensor = output[0] if isinstance(output, tuple) else output
     return states

@@ -1,11 +1,11 @@
-"""What can be done to directions once a method has found them. Every step composes with the others.
+"""Changes to the directions that a method found. The steps compose.
 
 Steps take a `SteeringVector` or a plain mapping of layer to direction, of shape (n_embd,) and any
 real dtype, and return the same kind: a new vector of the same site, or a dict of float32 arrays.
-Nothing is changed in place. Arithmetic is in float64.
+Arguments are not changed. Arithmetic is in float64.
 
-All raise SteeringError for directions that are no finite arrays of one width, for a layer of which
-something that is needed is not given, and where nothing would be left of a direction.
+All raise SteeringError for directions that are not finite arrays of one width, for a layer without
+the data that the step needs, and where nothing would be left of a direction.
 
 The order matters where two steps touch the same thing: mask before `top_k`, and scale last.
 """
@@ -27,22 +27,22 @@ LayerDirections: TypeAlias = Mapping[int, npt.NDArray[Any]]
 _Floats: TypeAlias = npt.NDArray[np.float64]
 _V = TypeVar("_V", SteeringVector, LayerDirections)
 
-# A direction of which less than this is left, relative to its length, lay in the span that was
-# taken out: what remains is the rounding of its float32 values.
+# A remainder shorter than this, relative to the direction, is rounding of float32 values: the
+# direction lay in the span that was taken out.
 _NOTHING_LEFT = 1e-5
 
 
 def massive_dimensions(
     typical: Mapping[int, npt.ArrayLike], *, ratio: float = 10.0
 ) -> dict[int, npt.NDArray[np.intp]]:
-    """The dimensions whose activations dwarf those of the rest, by layer.
+    """Return the dimensions whose activations dwarf the others, by layer.
 
     Dimension j of a layer is massive if typical[j] > ratio x median over all j of typical[j].
 
     Source: arXiv 2402.17762 calls a single activation massive if its magnitude is above 100 and
-    about 1,000 times the median magnitude in its hidden state. Here a whole dimension is judged, by
-    its mean magnitude over prompts and tokens, in which the few tokens that carry the extremes are
-    diluted: hence the smaller ratio, and no absolute bound, which would depend on the model. On
+    about 1,000 times the median magnitude in its hidden state. Here a whole dimension is judged
+    by its mean magnitude over prompts and tokens, which dilutes the few tokens with the extremes:
+    hence the smaller ratio, and no absolute bound, which would depend on the model. On
     SmolLM2-135M, averaged over all tokens but the first, 10 finds 1 to 4 of 576 in each layer.
 
     Args:
@@ -50,7 +50,7 @@ def massive_dimensions(
         ratio: how many times the median, above 1.
 
     Returns:
-        Layer to indices of its massive dimensions, ascending; none is common.
+        Layer to indices of its massive dimensions, ascending; often empty.
     """
     if not (np.isfinite(ratio) and ratio > 1):
         raise SteeringError(
@@ -61,8 +61,8 @@ def massive_dimensions(
         values = np.asarray(magnitudes, np.float64)
         if values.ndim != 1 or values.size == 0 or not (values >= 0).all():
             raise SteeringError(
-                f"the typical activations of layer {layer} must be mean magnitudes, "
-                f"one for each dimension; given is shape {values.shape}"
+                f"the typical activations of layer {layer} must be one mean magnitude for each "
+                f"dimension, not an array of shape {values.shape}"
             )
         found[layer] = np.flatnonzero(values > ratio * np.median(values))
     return found
@@ -73,8 +73,8 @@ def mask_massive(
 ) -> _V:
     """Set the massive dimensions of each layer to 0; see `massive_dimensions`.
 
-    They hold most of the energy of a difference of activations, and little of its meaning: adding
-    them wrecks the text before the rest can act.
+    Massive dimensions hold most of the energy of a difference of activations, and little of its
+    meaning: adding them wrecks the text before the rest can act.
     """
     massive = massive_dimensions(typical, ratio=ratio)
 
@@ -82,13 +82,13 @@ def mask_massive(
         width = np.size(typical[layer]) if layer in massive else None
         if width != row.size:
             raise SteeringError(
-                f"typical activations of layer {layer} are needed for each of {row.size} "
-                f"dimensions, {width or 'none'} given"
+                f"typical activations of layer {layer} are needed for {row.size} dimensions, "
+                f"not for {width or 0}"
             )
         row[massive[layer]] = 0
         if not row.any():
             raise SteeringError(
-                f"the direction of layer {layer} lies in massive dimensions alone; raise the ratio"
+                f"the direction of layer {layer} lies wholly in massive dimensions; raise the ratio"
             )
         return row
 
@@ -98,10 +98,10 @@ def mask_massive(
 def top_k(directions: _V, k: int) -> _V:
     """Keep the k dimensions of largest magnitude in each direction, and set the others to 0.
 
-    Of equal magnitudes the lower dimension goes first. k >= n_embd changes nothing.
+    Of equal magnitudes the lower dimension is kept. k >= n_embd changes nothing.
     """
     if k < 1:
-        raise SteeringError(f"top-k with k = {quoted(k)} keeps nothing; k must be 1 or more")
+        raise SteeringError(f"k of top-k must be 1 or more, not {quoted(k)}")
 
     def keep(layer: int, row: _Floats) -> _Floats:
         order = np.argsort(-np.abs(row), kind="stable")
@@ -112,7 +112,7 @@ def top_k(directions: _V, k: int) -> _V:
 
 
 def orthogonalise(categories: Mapping[str, _V]) -> dict[str, _V]:
-    """Take out of each category's directions what lies in the span of the other categories'.
+    """Remove from each category's directions their part in the span of the others' directions.
 
     Per layer: d_c <- d_c - O x, with the other categories' directions as columns of O and x the
     least-squares solution of O x = d_c. Each result is orthogonal to all *original* directions of
@@ -131,10 +131,10 @@ def orthogonalise(categories: Mapping[str, _V]) -> dict[str, _V]:
 
 
 def project_out(directions: _V, reference: SteeringVector | LayerDirections) -> _V:
-    """Take out of each direction its part along the reference of the same layer.
+    """Remove from each direction its part along the reference of the same layer.
 
     d <- d - (d . r / r . r) r, with r for example the mean of benign activations, so that steering
-    leaves the projection on it as it was.
+    leaves the projection on the reference as it was.
 
     Raises:
         SteeringError: also if the reference is 0, or nothing is left of a direction.
@@ -152,7 +152,7 @@ def project_out(directions: _V, reference: SteeringVector | LayerDirections) -> 
 
 
 def unit_norm(directions: _V) -> tuple[_V, dict[int, float]]:
-    """Directions of L2 norm 1, and the norms they had: scale x unit restores the direction."""
+    """Return directions of L2 norm 1, and their norms before: norm x unit is the direction."""
     scales = norms(directions)
 
     def divide(layer: int, row: _Floats) -> _Floats:
@@ -163,7 +163,7 @@ def unit_norm(directions: _V) -> tuple[_V, dict[int, float]]:
 
 
 def norms(directions: SteeringVector | LayerDirections) -> dict[int, float]:
-    """L2 norm of each direction, by layer, in the units of the model's activations."""
+    """Return the L2 norm of each direction, by layer, in the units of the activations."""
     return {
         layer: float(np.linalg.norm(np.asarray(row, np.float64)))
         for layer, row in directions.items()
@@ -173,9 +173,9 @@ def norms(directions: SteeringVector | LayerDirections) -> dict[int, float]:
 def relative_strength(
     directions: SteeringVector | LayerDirections, residual_norm: Mapping[int, float]
 ) -> dict[int, float]:
-    """Norm of each direction divided by the typical norm of the residual stream at its layer.
+    """Return each direction's norm over the typical norm of the residual stream at its layer.
 
-    What makes strengths comparable between layers, models and sets of prompts.
+    This makes strengths comparable between layers, models and sets of prompts.
 
     Args:
         directions: layer to direction.
@@ -190,8 +190,8 @@ def relative_strength(
 def scale_to(directions: _V, residual_norm: Mapping[int, float], *, fraction: float) -> _V:
     """Give each direction the norm fraction x typical norm of the residual stream at its layer.
 
-    The default scale of an extraction: strength 1 then adds this fraction of what is there. Where n
-    layers are steered at once, fraction / sqrt(n) has about the effect of one layer at `fraction`.
+    The default scale of an extraction: strength 1 adds this fraction of the residual stream. With
+    n layers steered at once, fraction / sqrt(n) has about the effect of one layer at `fraction`.
 
     Args:
         directions: layer to direction, none of them 0.
@@ -199,7 +199,7 @@ def scale_to(directions: _V, residual_norm: Mapping[int, float], *, fraction: fl
         fraction: above 0; 0.5 is usual for one layer, and from 0.9 the text tends to degenerate.
     """
     if not (np.isfinite(fraction) and fraction > 0):
-        raise SteeringError(f"the fraction is {quoted(fraction)}; it must be a number above 0")
+        raise SteeringError(f"the fraction must be a number above 0, not {quoted(fraction)}")
     lengths = norms(directions)
     _check_lengths(lengths)
 
@@ -213,8 +213,8 @@ def _typical(residual_norm: Mapping[int, float], layer: int) -> float:
     value = residual_norm.get(layer)
     if value is None or not (np.isfinite(value) and value > 0):
         raise SteeringError(
-            f"the typical norm of the residual stream at layer {layer} is "
-            f"{'not known' if value is None else quoted(value)}; it must be a number above 0"
+            f"the typical norm of the residual stream at layer {layer} must be a number above 0, "
+            f"not {quoted(value)}"
         )
     return float(value)
 
@@ -223,12 +223,12 @@ def _check_lengths(lengths: Mapping[int, float]) -> None:
     for layer, length in lengths.items():
         if not (np.isfinite(length) and length > 0):
             raise SteeringError(
-                f"the direction of layer {layer} has length {length}; it must be above 0"
+                f"the length of the direction of layer {layer} must be above 0, not {length}"
             )
 
 
 def _others(name: str, categories: Mapping[str, _V]) -> list[dict[int, Any]]:
-    """The directions of the categories that share a space with this one."""
+    """Return the other categories' directions at the same site."""
     site = _site(categories[name])
     return [
         dict(other.items())
@@ -246,14 +246,14 @@ def _rejecting(name: str, others: list[dict[int, Any]]) -> Callable[[int, _Float
 
 
 def _reject(row: _Floats, span: Iterable[npt.ArrayLike], whose: str) -> _Floats:
-    """The part of `row` that is orthogonal to the span."""
+    """Return the part of `row` that is orthogonal to the span."""
     columns = [np.asarray(other, np.float64) for other in span]
     for column in columns:
         if column.shape != row.shape:
             raise SteeringError(
-                f"{whose}: directions of shape {row.shape} and {column.shape}; they must be equal"
+                f"{whose}: directions must have one shape, not {row.shape} and {column.shape}"
             )
-    # Of unit length, so that the cut-off for dependent columns does not depend on their lengths.
+    # Unit lengths keep the cut-off for dependent columns independent of their lengths.
     units = [column / np.linalg.norm(column) for column in columns if column.any()]
     if not units:
         return row
@@ -261,8 +261,8 @@ def _reject(row: _Floats, span: Iterable[npt.ArrayLike], whose: str) -> _Floats:
     left = row - basis @ np.linalg.lstsq(basis, row, rcond=_NOTHING_LEFT)[0]
     if not np.linalg.norm(left) > _NOTHING_LEFT * np.linalg.norm(row):
         raise SteeringError(
-            f"{whose}: nothing is left of the direction, because it lies in the span of those "
-            "that were taken out of it"
+            f"{whose}: nothing is left of the direction: it lies in the span of the directions "
+            "that are taken out"
         )
     return np.asarray(left, np.float64)
 
@@ -272,9 +272,9 @@ def _site(directions: object) -> str | None:
 
 
 def _map(directions: _V, change: Callable[[int, _Floats], _Floats]) -> _V:
-    """Apply `change` to a float64 copy of each direction."""
+    """Apply a function to a float64 copy of each direction."""
     if not isinstance(directions, SteeringVector):
-        # The same checks for both kinds.
+        # Vectors are checked already.
         SteeringVector(directions)
     changed = {layer: change(layer, np.array(row, np.float64)) for layer, row in directions.items()}
     site = _site(directions)

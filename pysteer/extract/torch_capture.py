@@ -26,16 +26,16 @@ _log = logging.getLogger(__name__)
 _MAX_ROWS = 256
 
 _COPIES = 4
-"""Times the token budget: tokens of starts whose keys and values are held at once."""
+"""Tokens of shared starts whose keys and values are held at once, in token budgets."""
 
 
-class _Wanted(NamedTuple):
+class _Target(NamedTuple):
     site: str
     layers: tuple[int, ...]
 
 
 class _Start(NamedTuple):
-    """Tokens that all rows begin with: how many, their states by layer, their keys and values."""
+    """Start that all rows share: its length, its states by layer, its keys and values."""
 
     length: int = 0
     states: Mapping[int, Tensor] = MappingProxyType({})
@@ -43,13 +43,13 @@ class _Start(NamedTuple):
 
 
 class TorchCapture:
-    """`Capture` by transformers; see there.
+    """A `Capture` by transformers.
 
     Rows are sorted by length and padded on the right to batches of at most `token_budget` tokens.
-    What all of them begin with, the system message of many chat templates, runs once; the rest of
-    each row reads its keys and values. That is tried out first, and left away for a model where it
-    changes the activations. Nothing behind the last site wanted is computed, the output head
-    included.
+    The start that all rows share, the system message of many chat templates, runs once; the rest of
+    each row reads its keys and values. A first run checks that this leaves the activations as they
+    are; for other models the start runs with each row. Nothing above the last of the layers is
+    computed, the output head included.
 
     Args:
         model: the model.
@@ -59,11 +59,11 @@ class TorchCapture:
     def __init__(self, model: TorchModel, *, token_budget: int = 1024) -> None:
         self.model = model
         self.token_budget = token_budget
-        self._shares: bool | None = None  # not known before it has been tried
+        self._shares: bool | None = None  # None until tried
 
     @property
     def base_model(self) -> BaseModel:
-        """What identifies the model."""
+        """Identity of the model."""
         return self.model.base_model
 
     @property
@@ -73,7 +73,7 @@ class TorchCapture:
 
     @property
     def identity(self) -> str:
-        """What else activations depend on."""
+        """The rest of what activations depend on."""
         return self.model.identity
 
     @property
@@ -83,7 +83,7 @@ class TorchCapture:
 
     @property
     def n_ctx(self) -> int:
-        """How many tokens a sequence may have."""
+        """Most tokens of a sequence."""
         return self.model.n_ctx
 
     @property
@@ -92,31 +92,31 @@ class TorchCapture:
         return self.model.has_chat_template
 
     def prompt_tokens(self, prompt: str) -> Tokens:
-        """A user's message in the chat template, up to where the response starts."""
+        """Return a user's message in the chat template, up to where the response starts."""
         return self.model.prompt_tokens(prompt)
 
     def response_tokens(self, text: str) -> Tokens:
-        """Text as it continues a prompt."""
+        """Return the tokens of text that continues a prompt."""
         return self.model.response_tokens(text)
 
     def text(self, tokens: Tokens) -> str:
-        """What tokens of a response say."""
+        """Return the text of a response."""
         return self.model.text(tokens)
 
     def answers(self, prompts: Sequence[Tokens], n_tokens: int) -> Iterator[tuple[int, Tokens]]:
-        """The model's own greedy answers; see `Capture.answers`."""
+        """Yield the model's own greedy answers; see `Capture.answers`."""
         return self.model.answers(prompts, n_tokens)
 
     def activations(
         self, rows: Sequence[Row], *, site: str, layers: Sequence[int]
     ) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
-        """Mean activations of each row's range, averaged in float32; see `Capture.activations`.
+        """Yield mean activations, averaged in float32; see `Capture.activations`.
 
         Raises:
             SteeringError: the model has no such site there.
         """
-        wanted = _Wanted(site, tuple(layers))
-        start = self._start(rows, wanted)
+        target = _Target(site, tuple(layers))
+        start = self._start(rows, target)
         # Every row gets a copy of the keys and values of its start.
         copies = _COPIES * self.token_budget // start.length if start.length else _MAX_ROWS
         groups = run_once(rows, disjoint=False)
@@ -124,11 +124,11 @@ class TorchCapture:
         max_rows = max(1, min(_MAX_ROWS, copies))
         for batch in token_batches(lengths, self.token_budget, max_rows, padded=True):
             chosen = [i for group in batch for i in groups[group]]
-            found = self._means([rows[i] for i in chosen], wanted, start)
+            found = self._means([rows[i] for i in chosen], target, start)
             yield from zip(chosen, found, strict=True)
 
-    def _start(self, rows: Sequence[Row], wanted: _Wanted) -> _Start:
-        """What all rows begin with, run once; nothing where that is short, or does not work."""
+    def _start(self, rows: Sequence[Row], target: _Target) -> _Start:
+        """Run the start that all rows share; return an empty start if it is short, or fails."""
         shortest = min((row.tokens for row in rows), key=len, default=())
         length = min(shared_start([row.tokens for row in rows]), len(shortest) - 1)
         if len(rows) < 2 or length < MIN_SHARED or self._shares is False:
@@ -136,32 +136,32 @@ class TorchCapture:
         inputs = self.model.padded([rows[0].tokens[:length]])
         try:
             states, out = self._run(
-                wanted, {**inputs, "use_cache": True}, lambda _layer, states: states, stop=False
+                target, {**inputs, "use_cache": True}, lambda _layer, states: states, stop=False
             )
             start = _Start(length, states, out.past_key_values)
             if self._shares is None:
-                self._shares = self._agrees(rows, wanted, start)
+                self._shares = self._agrees(rows, target, start)
                 if not self._shares:
-                    _log.info("what prompts share cannot be run once for all: it changes them")
+                    _log.info("the shared start of prompts cannot run once: activations change")
         except SteeringError:
             raise
-        except Exception as error:  # whatever a model does that keeps no such cache
-            _log.info("what prompts share cannot be run once for all: %r", error)
+        except Exception as error:  # models without such a cache fail in many ways
+            _log.info("the shared start of prompts cannot run once: %r", error)
             self._shares = False
         return start if self._shares else _Start()
 
-    def _agrees(self, rows: Sequence[Row], wanted: _Wanted, start: _Start) -> bool:
-        """Whether two rows come out as they do when run whole."""
+    def _agrees(self, rows: Sequence[Row], target: _Target, start: _Start) -> bool:
+        """Return whether two rows give the same activations as when run whole."""
         by_length = sorted(rows, key=lambda row: len(row.tokens))
         two = [by_length[0], by_length[-1]]
-        whole = self._means(two, wanted, _Start())
-        apart = np.linalg.norm(self._means(two, wanted, start) - whole, axis=-1)
+        whole = self._means(two, target, _Start())
+        apart = np.linalg.norm(self._means(two, target, start) - whole, axis=-1)
         return bool((apart < TOLERANCE * np.linalg.norm(whole, axis=-1)).all())
 
     def _means(
-        self, rows: Sequence[Row], wanted: _Wanted, start: _Start
+        self, rows: Sequence[Row], target: _Target, start: _Start
     ) -> npt.NDArray[np.float32]:
-        """Shape (len(rows), len(layers), n_embd)."""
+        """Return the means, shape (len(rows), len(layers), n_embd)."""
         sequences: dict[Tokens, int] = {}
         owners = [sequences.setdefault(row.tokens, len(sequences)) for row in rows]
         inputs = self.model.padded([tokens[start.length :] for tokens in sequences])
@@ -184,37 +184,37 @@ class TorchCapture:
             past.batch_repeat_interleave(len(sequences))
             before = mask.new_ones(len(sequences), start.length)
             inputs["attention_mask"] = torch.cat([before, mask], 1)
-            found, _ = self._run(wanted, {**inputs, "past_key_values": past}, pool, stop=True)
+            found, _ = self._run(target, {**inputs, "past_key_values": past}, pool, stop=True)
         else:
-            found, _ = self._run(wanted, {**inputs, "use_cache": False}, pool, stop=True)
+            found, _ = self._run(target, {**inputs, "use_cache": False}, pool, stop=True)
         means: npt.NDArray[np.float32] = torch.stack(
-            [found[layer] for layer in wanted.layers], dim=1
+            [found[layer] for layer in target.layers], dim=1
         ).numpy()
         return means
 
     def _run(
         self,
-        wanted: _Wanted,
+        target: _Target,
         inputs: dict[str, Any],
         pool: Callable[[int, Tensor], Tensor],
         *,
         stop: bool,
     ) -> tuple[dict[int, Tensor], Any]:
-        """What `pool` makes of each layer and its states, and the model's output.
+        """Return the result of `pool` for each layer and its states, and the model's output.
 
-        With `stop` nothing above the last layer wanted is run, and there is no output.
+        With `stop` nothing above the last of the layers runs, and there is no output.
         """
         found: dict[int, Tensor] = {}
         out = None
 
         def keep(layer: int, _module: Any, _inputs: Any, output: Any) -> None:
             found[layer] = pool(layer, states_of(output))
-            if stop and layer == max(wanted.layers):
+            if stop and layer == max(target.layers):
                 raise Done
 
         handles = [
-            self.model.module(wanted.site, layer).register_forward_hook(partial(keep, layer))
-            for layer in wanted.layers
+            self.model.module(target.site, layer).register_forward_hook(partial(keep, layer))
+            for layer in target.layers
         ]
         try:
             with torch.inference_mode():
@@ -224,7 +224,7 @@ class TorchCapture:
         finally:
             for handle in handles:
                 handle.remove()
-        missing = sorted(set(wanted.layers) - set(found))
+        missing = sorted(set(target.layers) - set(found))
         if missing:
             raise SteeringError(f"the model did not run its layers {missing}")
         return found, out

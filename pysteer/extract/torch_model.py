@@ -1,4 +1,4 @@
-"""A causal language model of transformers: loading it and finding its way around in it."""
+"""Causal language models of transformers: loading, blocks, tokens, answers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pysteer.pack.pack import BaseModel
 
 _log = logging.getLogger(__name__)
 
-# transformers' model_type where GGUF's general.architecture is another.
+# transformers' model_type to GGUF's general.architecture, where they differ.
 _ARCHITECTURES = {
     "gemma3_text": "gemma3",
     "gpt_neox": "gptneox",
@@ -42,18 +42,18 @@ _NORM = re.compile(r"norm|(^|_)ln(_|$)", re.IGNORECASE)
 class TorchModel:
     """A causal language model, its tokenizer, and where its sites are.
 
-    Nothing is listed by the name of an architecture: the blocks are the module list that is as long
-    as the configuration says, and a block's attention and feed-forward part are its children of
-    such a name.
+    No architecture is listed by name: the blocks are the module list with as many modules as the
+    configuration has layers, and a block's attention and feed-forward parts are its children with
+    such names.
 
     Args:
         source: a hub id, a local folder, or a `.gguf` file (which transformers de-quantises).
-        dtype: of weights and activations; None is the fastest that the processor computes in:
-            bfloat16 where it has instructions for it, else float32.
+        dtype: of weights and activations; None is the processor's fastest: bfloat16 if it
+            has instructions for bfloat16, else float32.
         device_map: as `from_pretrained` takes it; None is the CPU.
 
     Raises:
-        SteeringError: the model cannot be loaded, or has no such blocks.
+        SteeringError: the model cannot be loaded, or its blocks are not found.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class TorchModel:
         return found
 
     def module(self, site: str, layer: int) -> nn.Module:
-        """The module whose output is a site.
+        """Return the module whose output is a site.
 
         Raises:
             SteeringError: the model has no such site there.
@@ -125,7 +125,7 @@ class TorchModel:
         return found
 
     def prompt_tokens(self, prompt: str) -> Tokens:
-        """A user's message in the chat template, up to where the response starts."""
+        """Return a user's message in the chat template, up to where the response starts."""
         if not self.has_chat_template:
             return tuple(self.tokenizer(prompt)["input_ids"])
         text = self.tokenizer.apply_chat_template(
@@ -134,7 +134,7 @@ class TorchModel:
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def response_tokens(self, text: str) -> Tokens:
-        """Text as it continues a prompt."""
+        """Return the tokens of text that continues a prompt."""
 
         def encode(text: str) -> list[int]:
             ids: list[int] = self.tokenizer(
@@ -145,14 +145,14 @@ class TorchModel:
         return continuation(encode, text)
 
     def text(self, tokens: Tokens) -> str:
-        """What tokens of a response say."""
+        """Return the text of a response."""
         return str(self.tokenizer.decode(list(tokens)))
 
     @cached_property
     def end_of_turn(self) -> Tokens:
-        """The token that ends an answer: what the chat template puts there, or the end of text.
+        """The token that ends an answer: the chat template's, else the end of text.
 
-        One token, or none where the model has neither, which is logged.
+        () if the model has neither, which is logged.
         """
         tail = ""
         if self.has_chat_template:
@@ -169,14 +169,16 @@ class TorchModel:
                 return (int(token),)
         if self.tokenizer.eos_token_id is not None:
             return (int(self.tokenizer.eos_token_id),)
-        _log.warning("the model has no token that ends an answer; safe answers are learned without")
+        _log.warning(
+            "the model has no token that ends an answer; safe answers are learned without an end"
+        )
         return ()
 
     def padded(self, sequences: Sequence[Tokens]) -> dict[str, Tensor]:
-        """`input_ids` and `attention_mask`, padded on the right.
+        """Return `input_ids` and `attention_mask`, padded on the right.
 
-        So every token has the position that it has alone, and, attention being causal, sees the
-        same tokens: padding cannot change what is read off a row.
+        So every token has the position that it has alone, and sees the same tokens, because
+        attention is causal: padding cannot change the states of a row.
         """
         longest = max(map(len, sequences))
         ids = torch.zeros(len(sequences), longest, dtype=torch.long)
@@ -187,11 +189,11 @@ class TorchModel:
         return {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
 
     def answers(self, prompts: Sequence[Tokens], n_tokens: int) -> Iterator[tuple[int, Tokens]]:
-        """Greedy answers; see `Capture.answers`."""
+        """Yield the model's own greedy answers; see `Capture.answers`."""
         ends = {self.tokenizer.eos_token_id, *_listed(self.model.generation_config.eos_token_id)}
         for batch in token_batches(list(map(len, prompts)), 2048, 32, padded=True):
             inputs = self.padded([prompts[i] for i in batch])
-            # generate() continues the last column, so here the padding has to be on the left.
+            # generate() continues the last column, so the padding has to be on the left.
             for row in range(len(batch)):
                 shift = int((inputs["attention_mask"][row] == 0).sum())
                 for name in ("input_ids", "attention_mask"):
@@ -210,21 +212,21 @@ class TorchModel:
 
 
 def fastest_dtype() -> torch.dtype:
-    """bfloat16 where the processor has instructions for it, else float32."""
+    """Return bfloat16 if the processor has instructions for it, else float32."""
     if torch.cuda.is_available():
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     if torch.backends.mps.is_available():
         return torch.float16
-    # Without the instructions bfloat16 runs, but emulated and slower than float32.
+    # Without the instructions bfloat16 is emulated, slower than float32.
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if native else torch.float32
 
 
 def find_blocks(model: nn.Module, n_layer: int) -> nn.ModuleList:
-    """The model's blocks: the module list of that length whose modules are the largest.
+    """Return the model's blocks: the module list of that length with the largest modules.
 
     Raises:
-        SteeringError: there is none.
+        SteeringError: there is no such list.
     """
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layer]
     if not lists:
@@ -247,7 +249,7 @@ def _listed(value: int | list[int] | None) -> list[int]:
 
 
 def _files(path: Path) -> str:
-    """What identifies a local model's files; "" if it is no local one."""
+    """Return the identity of a local model's files; "" for other models."""
     if path.is_dir():
         return " ".join(file_identity(file) for file in sorted(path.iterdir()) if file.is_file())
     return file_identity(path) if path.is_file() else ""
@@ -258,7 +260,7 @@ def _revision(hub_id: str, config: Any) -> str:
 
 
 def _base_model(gguf_file: Path | None, config: Any, n_layer: int, n_embd: int) -> BaseModel:
-    """The base model, in GGUF's terms: read from the file, or by what conversion would write."""
+    """Return the base model in GGUF's terms: as the file, or its conversion, has them."""
     if gguf_file is not None:
         metadata = read_metadata(gguf_file)
         architecture = str(metadata["general.architecture"])

@@ -1,4 +1,4 @@
-"""What activations are like on ordinary tokens: norms, and dimensions that dwarf the rest."""
+"""Typical activations of single tokens: norms, and the size of each dimension."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy.typing as npt
 from pysteer.extract.capture import Row
 
 SAMPLE = 64
-"""Tokens looked at, each of another prompt as far as there are as many."""
+"""Number of tokens, each from another prompt if there are enough."""
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,14 @@ def measure(
     layers: Sequence[int],
     seed: int,
 ) -> Typical:
-    """Look at one random token of the pooled range of each of up to `SAMPLE` rows.
+    """Measure one random token of the pooled range of each of up to `SAMPLE` rows.
 
-    Of single tokens, because a mean over tokens is shorter than any of them; never of the first of
-    a sequence, whose norm is unlike any other's (an attention sink).
+    Single tokens, because a mean over tokens is shorter than each of them. Never the first token of
+    a sequence, whose norm is unlike any other's (an attention sink), unless the range has no other.
 
     Args:
         activations: from rows, site and layers to activations, shape (rows, layers, n_embd).
-        rows: what to choose from.
+        rows: rows to choose from.
         site: site.
         layers: layers.
         seed: of the choice.

@@ -1,4 +1,4 @@
-"""Gradient descent on directions: the loss, a run with early stopping, and what it is made with."""
+"""Gradient descent on directions: the loss, and runs with early stopping."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ _LAST_RATE = 0.1
 
 @dataclass(frozen=True)
 class LearnedDirection:
-    """What was learned for one category.
+    """Directions of one category, and figures of their run.
 
     Attributes:
         directions: layer to direction, shape (n_embd,), float32.
         steps: steps taken.
-        best_step: after how many of them the directions were as they are here.
-        n_prompts: different prompts it was trained on.
-        n_validation: different prompts kept aside, and looked at.
-        validation_loss: of them, at `best_step`, in nats per token; None without such prompts.
-        validation_kl: the KL in it, unweighted; None also if no benign prompts were kept aside.
+        best_step: number of steps after which the directions were as they are here.
+        n_prompts: number of distinct prompts trained on.
+        n_validation: number of distinct prompts validated with.
+        validation_loss: their loss at `best_step`, in nats per token; None without such prompts.
+        validation_kl: the unweighted KL in that loss; None also without benign validation prompts.
     """
 
     directions: dict[int, npt.NDArray[np.float32]]
@@ -58,17 +58,17 @@ def losses(
     directions: Tensor,
     settings: LearnedSettings,
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of safe answers, and KL from the unsteered model, each summed over prompts.
+    """Return cross-entropy of safe answers, and KL from the unsteered model, summed over prompts.
 
-    A prompt's share is the weighted mean over its answer's tokens, in nats, in float32. The model
-    runs once, for all prompts.
+    Each prompt adds the weighted mean over its answer's tokens, in nats, in float32. The model runs
+    once for all prompts.
 
     Args:
         forward: the model.
-        unsafe: spans whose positions predict the safe answer, which is part of the tokens.
+        unsafe: spans whose positions predict the safe answer, a part of the tokens.
         benign: spans prepared with `final`.
         directions: shape (layers, n_embd), float32.
-        settings: for first_token_weight.
+        settings: the settings with first_token_weight.
     """
     logits, before = forward.logits([*unsafe, *benign], directions)
     scores = torch.log_softmax(logits.float(), dim=-1)
@@ -90,12 +90,12 @@ def _weights(n_tokens: int, settings: LearnedSettings) -> Tensor:
 
 
 def generator(settings: LearnedSettings, *titles: str) -> np.random.Generator:
-    """Random numbers of a run's own, which do not depend on what other runs have drawn."""
+    """Return a run's own random numbers, independent of the numbers that other runs draw."""
     return np.random.default_rng([settings.seed, *"\0".join(titles).encode()])
 
 
 def _draw(groups: Sequence[Sequence[Span]], random: np.random.Generator) -> Iterator[Span]:
-    """Spans without end, each group in turn, each group's without replacement until used up."""
+    """Yield spans without end: each group in turn, each group's without replacement until empty."""
     left: list[list[int]] = [[] for _ in groups]
     while all(groups):
         for group in random.permutation(len(groups)).tolist():
@@ -105,13 +105,13 @@ def _draw(groups: Sequence[Sequence[Span]], random: np.random.Generator) -> Iter
 
 @dataclass(frozen=True)
 class Spans:
-    """What is trained on, and what is kept aside.
+    """Data of a descent: training and validation.
 
     Attributes:
         train: category to prompts with safe answers.
-        validation: the same, of other prompts; a category may have none.
+        validation: as `train`, with other prompts; a category may have no prompts here.
         benign_train: benign prompts with the model's own answers.
-        benign_validation: the same, of other prompts.
+        benign_validation: as `benign_train`, with other prompts.
     """
 
     train: dict[str, list[Span]]
@@ -127,7 +127,7 @@ class Descent:
     Attributes:
         forward: the model.
         spans: the data.
-        settings: see there.
+        settings: rates, steps and batch sizes.
         scale: size of one component of each layer, shape (layers, 1).
         advance: called as steps are done, or left out by an early stop.
         folder: where finished runs are kept; None keeps none.
@@ -166,7 +166,7 @@ class Descent:
             self.advance(steps - best.taken)
         else:
             self.advance(steps)
-        if len(categories) == 1:  # the prompts of a run for all are needed again
+        if len(categories) == 1:  # the prompts of the shared run are needed again
             for span in chain(*train, *aside):
                 self._kept.pop((span, False), None)
         directions = (best.state * self.scale).numpy().astype(np.float32)
@@ -183,7 +183,7 @@ class Descent:
     def _path(
         self, batches: Sequence[Batch], validation: Batch, start: Tensor, rate: float
     ) -> Path | None:
-        """The file of a finished run, named after everything that it depends on."""
+        """Return the file of a finished run, named after everything that the run depends on."""
         if self.folder is None:
             return None
         forward = self.forward
@@ -205,7 +205,7 @@ class Descent:
         ]
 
     def _prepare(self, batches: Sequence[Batch]) -> None:
-        """Run what the batches need, and only that: there may be far more prompts."""
+        """Run the prompts of the batches only: there may be far more prompts."""
         for final in (False, True):
             wanted = (span for b in batches for span in (b.benign if final else b.unsafe))
             missing = [s for s in dict.fromkeys(wanted) if (s, final) not in self._kept]
@@ -233,7 +233,7 @@ class Descent:
                     break
             if batch is None:
                 break
-            # The last steps are small ones, so that the result does not hang on the last batch.
+            # Small last steps keep the result from depending on the last batch.
             fallen = (1 - _LAST_RATE) * step / max(1, len(batches) - 1)
             optimizer.param_groups[0]["lr"] = rate * (1 - fallen)
             optimizer.zero_grad()
@@ -244,13 +244,13 @@ class Descent:
         return best
 
     def _losses(self, batch: Batch, state: Tensor) -> tuple[float, float]:
-        """Mean cross-entropy and KL; where gradients are wanted, the loss's is added to `state`."""
+        """Return mean cross-entropy and KL; with gradients on, add the gradient to `state`."""
         unsafe = [self._kept[span, False] for span in batch.unsafe]
         benign = [self._kept[span, True] for span in batch.benign]
         both = [*unsafe, *benign]
         lengths = [len(one.span.tokens) for one in both]
         total_ce = total_kl = 0.0
-        # By length, and not all at once: less padding, and bounded memory.
+        # In batches by length: less padding, and bounded memory.
         for part in token_batches(lengths, _STEP_TOKENS, len(both), padded=True):
             ce, kl = losses(
                 self.forward,
@@ -263,7 +263,7 @@ class Descent:
             loss = ce + self.settings.kl_weight * kl
             if not torch.isfinite(loss):
                 raise SteeringError(
-                    "the loss is no longer a number; try a lower learning rate, or dtype float32"
+                    "the loss is NaN or infinite; try a lower learning rate, or dtype float32"
                 )
             if loss.requires_grad:
                 loss.backward()
@@ -273,7 +273,7 @@ class Descent:
 
 @dataclass(frozen=True)
 class Batch:
-    """Spans that a loss is the mean of."""
+    """Spans over which a loss is averaged."""
 
     unsafe: list[Span]
     benign: list[Span]
@@ -289,7 +289,7 @@ class _Best:
 
 
 def _load(path: Path | None, like: Tensor) -> _Best | None:
-    """A run that is finished; None where there is none, or what is there is damaged."""
+    """Return a finished run; None if there is no file, or the file is damaged."""
     wanted = {"state": like.numpy(), "counts": np.zeros(2, np.int64), "losses": np.zeros(2)}
     kept = None if path is None else load_arrays(path, wanted)
     if kept is None:

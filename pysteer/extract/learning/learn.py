@@ -1,8 +1,8 @@
 """Directions learned by gradient descent: the method `learned`.
 
 With directions v added to a site of some layers, at every token, safe answers become likely
-continuations of a category's unsafe prompts, while answers to benign prompts stay what they were.
-Only v is trained. It minimises
+continuations of a category's unsafe prompts, and answers to benign prompts stay as they are. Only
+v is trained. It minimises
 
     CE(safe answer | unsafe prompt; v) + kl_weight * KL(p(. | benign prompt; 0) || p(. | ...; v))
 
@@ -11,8 +11,8 @@ Pretrained Language Models" (arXiv 2205.05124), here with one v for all prompts 
 KL term runs along the model's own greedy answers. Both are means over prompts, in nats per token of
 the answer; the first token, which decides whether an answer is a refusal, may count more.
 
-A vector shared by all categories is learned first, and each category's starts from it: so a
-category needs few steps, and few prompts.
+A vector shared by all categories is learned first. Each category's vector starts from it, and so
+needs few steps and few prompts.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ class Example:
 
 @dataclass(frozen=True)
 class LearnedDirections:
-    """What `learn` returns.
+    """Directions of all categories, from `learn`.
 
     Attributes:
-        categories: by category.
+        categories: category to its directions.
         shared: the vector that the categories started from; None with 0 shared steps.
-        typical_sizes: layer to the size that the learning rate is a share of.
-        settings: what it was made with.
+        typical_sizes: layer to the size that the learning rate is relative to.
+        settings: the settings used.
     """
 
     categories: dict[str, LearnedDirection]
@@ -76,25 +76,25 @@ def learn(
 ) -> LearnedDirections:
     """Learn directions for each category; see the module's text for the method.
 
-    On one machine, with as many threads, the same seed gives the same directions, bit for bit.
-    Elsewhere sums are rounded in another order, and what follows from that grows with every step,
-    most of all in bfloat16: the directions come out alike, not equal.
+    On one machine, with the same number of threads, the same seed gives the same directions, bit
+    for bit. Elsewhere sums are rounded in another order, and the differences grow with every step,
+    fastest in bfloat16: the directions are similar, not equal.
 
     Args:
-        model: the model; it is left as it was, also after an exception.
+        model: the model; unchanged afterwards, also after an exception.
         unsafe: category to its examples.
         benign: benign prompts in the chat template, as tokens.
         layers: the layers to learn directions for, together.
         site: residual, attention or mlp.
-        settings: see there.
+        settings: rates, steps, batch sizes; None takes the defaults.
         progress: receives progress reports, in steps.
         folder: where finished runs are kept, so that the same call, repeated after an
             interruption, starts with the first category that was not done; None keeps none.
 
     Raises:
         SteeringError: a category without examples, an empty prompt or answer, no benign prompts
-            although kl_weight is above 0, a site that the model lacks, or a loss that stops being a
-            number or never falls.
+            although kl_weight is above 0, a site that the model lacks, or a loss that becomes NaN
+            or infinite, or never falls.
     """
     settings = settings or LearnedSettings()
     total = settings.shared_steps + len(unsafe) * settings.category_steps
@@ -129,8 +129,8 @@ def learn(
     unchanged = [c for c, found in categories.items() if shared and found.best_step == 0]
     if unchanged and settings.category_steps:
         _log.warning(
-            "no step of their own lowered the loss on prompts kept aside; these categories have "
-            "the shared vector: %s",
+            "these categories keep the shared vector, because no step of their own lowered the "
+            "loss on validation prompts: %s",
             ", ".join(map(quoted, unchanged)),
         )
     return LearnedDirections(categories, shared, sizes, settings)
@@ -142,7 +142,7 @@ def _spans(
     benign: Sequence[Tokens],
     settings: LearnedSettings,
 ) -> Spans:
-    """The examples, checked and split."""
+    """Check the examples, and split them into training and validation."""
     if not unsafe:
         raise SteeringError("there are no categories to learn directions for")
     train: dict[str, list[Span]] = {}
@@ -153,7 +153,7 @@ def _spans(
         if any(not e.prompt or not e.answer for e in examples):
             raise SteeringError(f"{where} has an example with an empty prompt or answer")
         fitting = [e for e in examples if len(e.prompt) + len(e.answer) <= longest]
-        _say_dropped(where, len(examples) - len(fitting), longest)
+        _log_dropped(where, len(examples) - len(fitting), longest)
         if not fitting:
             raise SteeringError(f"{where} has no examples of at most {longest} tokens")
         aside = _aside([e.prompt for e in fitting], where, category, settings)
@@ -166,16 +166,16 @@ def _spans(
 def _benign(
     model: TorchModel, benign: Sequence[Tokens], longest: int, settings: LearnedSettings
 ) -> tuple[list[Span], list[Span]]:
-    """Benign prompts with the model's own answers: to train on, and to keep aside."""
+    """Return benign prompts with the model's own answers: to train on, and to validate with."""
     if not settings.kl_weight:
         return [], []
     distinct = list(dict.fromkeys(benign))
     fitting = [p for p in distinct if p and len(p) + settings.kl_tokens <= longest]
     where = "the benign data"
-    _say_dropped(where, len(distinct) - len(fitting), longest)
+    _log_dropped(where, len(distinct) - len(fitting), longest)
     if not fitting:
         raise SteeringError(
-            "there are no benign prompts to hold the model still on; give some, or set kl_weight "
+            "there are no benign prompts to hold the model still on; add some, or set kl_weight "
             "to 0 and expect refusals of benign prompts"
         )
     chosen = generator(settings, "benign").permutation(len(fitting))[: settings.max_benign]
@@ -184,7 +184,7 @@ def _benign(
     if settings.kl_tokens > 1:  # the first token is predicted from the prompt alone
         answers.update(model.answers(prompts, settings.kl_tokens - 1))
     aside = _aside(prompts, where, "benign", settings)
-    # An answer that ends early is held as far as its end, which its last position predicts.
+    # An answer that ends early is held up to its end, which its last position predicts.
     spans = [(p in aside, _span(p, answers[i], len(answers[i]) + 1)) for i, p in enumerate(prompts)]
     return [s for kept_aside, s in spans if not kept_aside], [s for kept, s in spans if kept]
 
@@ -192,14 +192,14 @@ def _benign(
 def _aside(
     prompts: Sequence[Tokens], where: str, title: str, settings: LearnedSettings
 ) -> set[Tokens]:
-    """The prompts to validate with: whole prompts, so that none is on both sides."""
+    """Return the prompts to validate with; none of them is trained on."""
     distinct = list(dict.fromkeys(prompts))
     count = round(settings.validation_share * len(distinct))
     if not settings.validation_share:
         return set()
     if len(distinct) < settings.min_prompts or not 0 < count < len(distinct):
         _log.warning(
-            "%s has %d prompts, too few to keep some aside to choose the best state by",
+            "%s has %d prompts, too few to keep some for validation",
             where,
             len(distinct),
         )
@@ -213,6 +213,8 @@ def _span(prompt: Tokens, answer: Tokens, n_predicted: int) -> Span:
     return Span(prompt + answer, start, start + n_predicted)
 
 
-def _say_dropped(where: str, count: int, longest: int) -> None:
+def _log_dropped(where: str, count: int, longest: int) -> None:
     if count:
-        _log.warning("%s: left out %d, empty or of more than %d tokens", where, count, longest)
+        _log.warning(
+            "%s: left out %d prompts that are empty or longer than %d tokens", where, count, longest
+        )

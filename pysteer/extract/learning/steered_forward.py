@@ -1,19 +1,19 @@
-"""Forward passes with directions added, as fast as gradient descent on the directions needs them.
+"""Fast forward passes with directions added, for gradient descent on the directions.
 
-Four things save time, none of which depends on a model's family:
+Four savings, independent of the model's family:
 
-- Nothing below the first steered block depends on the directions. So that block's output is
-  computed once per sequence and kept; a steered pass returns it in the place of that block and of
-  all below it.
-- What all sequences of a batch begin with, the system message of many chat templates, runs once;
-  the rest of each sequence reads its keys and values.
-- The output head, the largest matrix of many models, sees only the positions asked for. What the
-  model does to its logits (a soft cap, a scale) still happens.
-- Sequences are padded on the right and run without an attention mask. Attention being causal, no
+- Nothing below the first steered block depends on the directions. So the output of that block is
+  computed once per sequence and kept; a steered pass takes the kept output in place of that block
+  and of all blocks below.
+- The start that all sequences of a batch share, the system message of many chat templates, runs
+  once; the rest of each sequence reads its keys and values.
+- The output head, the largest matrix of many models, runs at the wanted positions only. Changes of
+  the model to its logits (a soft cap, a scale) still happen.
+- Sequences are padded on the right and run without an attention mask. Attention is causal, so no
   token sees the padding behind it.
 
-The first two change what a model's own code gets to see. So they are tried out first, and left
-away, which is logged, for a model whose final states come out differently.
+The first two change the inputs of the model's own code. A trial run compares the final states, and
+the savings are turned off, with a log message, for models where they differ.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _TYPICAL_SEQUENCES = 32
 
 @dataclass(frozen=True)
 class Span:
-    """A sequence, and the range [start, stop) of positions whose predictions are wanted."""
+    """A sequence, and the range [start, stop) of positions whose predictions count."""
 
     tokens: Tokens
     start: int
@@ -56,14 +56,14 @@ class Span:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A span, and what the unsteered model computes for it.
+    """A span, and the unsteered model's states for it.
 
     Attributes:
         span: the span.
         hidden: output of the last block that the directions do not reach, shape
-            (len(span.tokens), n_embd); None where they reach all.
-        final: what the output head reads at the span's positions, shape (len(span), n_embd); None
-            where it was not asked for.
+            (len(span.tokens), n_embd); None if they reach all blocks.
+        final: input of the output head at the span's positions, shape (len(span), n_embd); None
+            if it was not wanted.
     """
 
     span: Span
@@ -72,16 +72,16 @@ class Prepared:
 
 
 class SteeredForward:
-    """A model that is run with directions added at a site of some layers, at every token.
+    """A model that runs with directions added at a site of some layers, at every token.
 
-    A direction added to the output of `model.module(site, layer)` is what `SteeringVector` means.
-    The model is changed only while a method runs, and is as before afterwards, also if it fails.
+    The directions are added to the outputs of `model.module(site, layer)`, as `SteeringVector`
+    means them. Each method restores the model before it returns or raises.
 
     Args:
         model: the model.
-        layers: the layers steered.
+        layers: the steered layers.
         site: residual, attention or mlp.
-        token_budget: tokens per batch, padding included, where sequences are prepared.
+        token_budget: tokens per batch of `prepare`, padding included.
 
     Raises:
         SteeringError: no layers, or the model has no such site there.
@@ -110,26 +110,26 @@ class SteeredForward:
         if head is None:
             raise SteeringError(f"no output head was found in {type(model.model).__name__}")
         self._head: nn.Module = head
-        # A block's own output is replaced, and the direction added to that; a direction inside the
-        # block needs the block to run.
+        # At the residual site the block's output is replaced, then the direction is added. A
+        # direction inside the block needs the block to run.
         self._n_skipped = self.layers[0] + (1 if site == "residual" else 0)
         self._others_returned: int | None = None
         self._shares = True
         if not self._works():
             self._shares = False
             name = type(model.model).__name__
-            _log.info("%s cannot run what sequences share once for all", name)
+            _log.info("%s cannot run a shared start once for all sequences", name)
             if self._n_skipped and not self._works():
                 self._n_skipped = 0
                 _log.warning("%s cannot run its upper blocks alone; learning is slower", name)
 
     def prepare(self, spans: Sequence[Span], *, final: bool) -> list[Prepared]:
-        """Run sequences without steering, and keep what `logits` needs of each, in their order.
+        """Run sequences without steering, and return the states that `logits` needs, in order.
 
         Args:
             spans: the sequences.
-            final: whether to keep what the head reads, from which `logits` computes the unsteered
-                logits again. Without it the blocks above the first steered one do not run.
+            final: whether to keep the head's input, from which `logits` computes the unsteered
+                logits. Without it the blocks above the first steered block do not run.
         """
         prepared: list[Prepared | None] = [None] * len(spans)
         lengths = [len(span.tokens) for span in spans]
@@ -140,7 +140,7 @@ class SteeredForward:
         return [one for one in prepared if one is not None]
 
     def logits(self, batch: Sequence[Prepared], directions: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits with directions added, and without.
+        """Return logits with directions added, and without.
 
         Args:
             batch: sequences from `prepare`.
@@ -165,11 +165,11 @@ class SteeredForward:
         return logits[:n_steered], logits[n_steered:].detach()
 
     def typical_sizes(self, sequences: Sequence[Tokens]) -> dict[int, float]:
-        """Layer to the typical size of one component of the residual stream after that block.
+        """Return layer to the typical size of one component of the residual stream after the block.
 
-        It is the median absolute value over the components and tokens of up to 32 of the sequences,
-        evenly spread, and not a mean: a few components, and the first token, are far larger than
-        all others.
+        The median absolute value over the components and tokens of up to 32 of the sequences,
+        evenly spread. Not the mean: a few components, and the first token, are far larger than all
+        others.
         """
         found: dict[int, list[Tensor]] = {layer: [] for layer in self.layers}
 
@@ -212,7 +212,7 @@ class SteeredForward:
         def keep_final(_module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
             rows = _rows(inputs[0], spans)
             finals.extend(part.clone() for part in rows.split([len(span) for span in spans]))
-            return (rows[:0][None], *inputs[1:])  # the logits themselves are not wanted
+            return (rows[:0][None], *inputs[1:])  # no rows: the logits are not wanted
 
         if self._n_skipped or final:
             with ExitStack() as stack:
@@ -233,12 +233,12 @@ class SteeredForward:
     def _upper(
         self, batch: Sequence[Prepared], at_head: Callable[[Tensor, Sequence[Span]], Tensor]
     ) -> Tensor:
-        """Run what lies above the kept states.
+        """Run the blocks above the kept states.
 
         Args:
             batch: sequences from `prepare`.
-            at_head: from final states, shape (len(batch), tokens, n_embd), and where the spans are
-                in them, to the rows that the head shall see, shape (rows, n_embd).
+            at_head: from final states, shape (len(batch), tokens, n_embd), and the spans in them,
+                to the head's input, shape (rows, n_embd).
 
         Returns:
             Logits of these rows, shape (rows, n_vocab).
@@ -254,7 +254,7 @@ class SteeredForward:
 
         with ExitStack() as stack:
             if self.model.device.type == "cpu":
-                # The fused kernel's backward pass takes several times as long there.
+                # On a CPU the fused kernel's backward pass takes several times as long.
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             past = self._run_shared(batch, shared) if shared else None
             if self._n_skipped:
@@ -265,14 +265,14 @@ class SteeredForward:
         return logits
 
     def _shared_length(self, spans: Sequence[Span]) -> int:
-        """How many tokens all sequences begin with, and predictions of none are wanted."""
+        """Return the length of the shared start, in which no predictions are wanted."""
         if not self._shares or len(spans) < 2:
             return 0
         length = shared_start([span.tokens[: span.start] for span in spans])
         return length if length >= MIN_SHARED else 0
 
     def _run_shared(self, batch: Sequence[Prepared], length: int) -> Any:
-        """Keys and values of the first `length` tokens, which the batch shares, for each row."""
+        """Return keys and values of the batch's first `length` tokens, for each row."""
 
         def gather(_module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
             return (inputs[0][:, :0], *inputs[1:])  # the logits are not wanted
@@ -283,7 +283,7 @@ class SteeredForward:
             stack.enter_context(self._head.register_forward_pre_hook(gather))
             ids = self.model.padded([batch[0].span.tokens[:length]])["input_ids"]
             past = self.model.model(input_ids=ids, use_cache=True).past_key_values
-        # Positions are counted by what the lowest layers hold.
+        # transformers counts positions in the lowest layers' cache.
         for layer in range(self._n_skipped):
             placeholder = torch.zeros(1, 1, length, 1, dtype=self.model.dtype, device=ids.device)
             past.update(placeholder, placeholder, layer)
@@ -292,7 +292,7 @@ class SteeredForward:
 
     @contextmanager
     def _skipping(self, hidden: Tensor) -> Iterator[None]:
-        """The blocks that no direction reaches return `hidden`, whatever they are given."""
+        """Make the blocks that no direction reaches return `hidden`."""
         others = self._others_returned
         output = hidden if others is None else (hidden, *[None] * others)
 
@@ -305,7 +305,7 @@ class SteeredForward:
             yield
 
     def _works(self) -> bool:
-        """Whether `_upper` gives the final states that the plain model computes."""
+        """Return whether `_upper` gives the final states of the plain model."""
         start = tuple(range(1, 2 * MIN_SHARED))
         spans = [
             Span(start + end, MIN_SHARED, len(start + end)) for end in ((3, 1, 2), (5, 6, 7, 8, 9))
@@ -320,7 +320,7 @@ class SteeredForward:
             prepared = self.prepare(spans, final=True)
             with torch.no_grad():
                 self._upper(prepared, keep)
-        except Exception as error:  # whatever a model does that misses something
+        except Exception as error:  # models that miss an input fail in many ways
             _log.info("a forward pass in parts failed: %r", error)
             return False
         wanted = torch.cat([one.final for one in prepared if one.final is not None]).float()
@@ -330,7 +330,7 @@ class SteeredForward:
 
 @contextmanager
 def _replaced_forward(block: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    # One may be there already: accelerate spreads a model over devices by such replacements.
+    # accelerate, which spreads a model over devices, may have replaced the method already.
     before = block.__dict__.get("forward")
     block.forward = forward
     try:
@@ -355,6 +355,6 @@ def _kept(one: Prepared) -> Tensor:
 
 
 def _rows(states: Tensor, spans: Sequence[Span]) -> Tensor:
-    """The spans' rows of states of shape (spans, tokens, n_embd), end to end."""
-    # Slices, not an index: its gradient adds up in an order that is not fixed everywhere.
+    """Return the spans' rows of states of shape (spans, tokens, n_embd), concatenated."""
+    # Slices: the gradient of an index adds up in an order that is not fixed on every device.
     return torch.cat([states[i, span.start : span.stop] for i, span in enumerate(spans)])

@@ -28,12 +28,12 @@ _MAX_ITERATIONS = 1000
 
 
 def logistic(unsafe: Activations, safe: Activations, *, C: float = 1.0) -> Direction:
-    """Normal of the plane by which logistic regression tells safe from unsafe.
+    """Return the normal of the plane of a logistic regression between unsafe and safe.
 
-    The regression runs on standardised dimensions z = (h - mean) / sd, so that the penalty treats
-    them alike: minimise |v|^2 / 2 + C sum_i w_i log(1 + exp(-y_i (v . z_i + b))), y = 1 for safe
-    and -1 for unsafe, w balancing the classes. In the activations' own units the normal is
-    a = v / sd; direction = (a . omega) a / |a|^2.
+    The regression runs on standardised dimensions z = (h - mean) / sd, for an even penalty:
+    minimise |v|^2 / 2 + C sum_i w_i log(1 + exp(-y_i (v . z_i + b))), y = 1 for safe and -1 for
+    unsafe, w balancing the classes. In the activations' own units the normal is a = v / sd;
+    direction = (a . omega) a / |a|^2.
 
     Source: linear probes, arXiv 1610.01644; scikit-learn's LogisticRegression.
 
@@ -50,7 +50,7 @@ def logistic(unsafe: Activations, safe: Activations, *, C: float = 1.0) -> Direc
     from sklearn.preprocessing import StandardScaler  # type: ignore[import-untyped]
 
     if not (np.isfinite(C) and C > 0):
-        raise SteeringError(f"C of logistic is {quoted(C)}; it must be a number above 0")
+        raise SteeringError(f"C of logistic must be a number above 0, not {quoted(C)}")
     rows, labels, low_mean, high_mean = _labelled(unsafe, safe)
     scaler = StandardScaler().fit(rows)
     model = LogisticRegression(C=C, class_weight="balanced", max_iter=_MAX_ITERATIONS)
@@ -66,11 +66,11 @@ def logistic(unsafe: Activations, safe: Activations, *, C: float = 1.0) -> Direc
 
 
 def lda(unsafe: Activations, safe: Activations) -> Direction:
-    """Fisher's linear discriminant: a = S^-1 omega, direction = (a . omega) a / |a|^2.
+    """Return Fisher's linear discriminant: a = S^-1 omega, direction = (a . omega) a / |a|^2.
 
-    S is the mean of the two classes' covariances (so that the classes weigh the same whatever their
-    sizes), each shrunk towards its diagonal by the Ledoit-Wolf rule, since there are rarely as many
-    prompts as dimensions.
+    S is the mean of the two classes' covariances (so both classes weigh the same, whatever their
+    sizes), each shrunk towards its diagonal by the Ledoit-Wolf rule, because prompts are usually
+    fewer than dimensions.
 
     Source: Fisher 1936; shrinkage after Ledoit and Wolf 2004; scikit-learn's
     LinearDiscriminantAnalysis with solver "lsqr".

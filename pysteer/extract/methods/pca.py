@@ -26,18 +26,18 @@ PCA_VARIANTS = ("pairwise", "centred", "difference")
 
 
 def pca(unsafe: Activations, safe: Activations, *, variant: str = "pairwise") -> Direction:
-    """First principal component, given the sign and the length that the class means ask for.
+    """Return the first principal component, with sign and length by the class means.
 
-    With the unit component a: direction = (a . omega) a. Its sign is therefore that of the data,
-    not the solver's: safe activations project further along it than unsafe ones on average. What
-    the component is of depends on the variant:
+    With the unit component a: direction = (a . omega) a. So the data determine the sign, not the
+    solver: safe activations project further along the direction than unsafe ones on average. The
+    variant determines the rows of the PCA:
 
-    - "pairwise": u_i and s_i, each about the midpoint of its pair. The same as the uncentred
-      component of the differences s_i - u_i.
+    - "pairwise": u_i and s_i, each about the midpoint of its pair. Equal to the uncentred component
+      of the differences s_i - u_i.
     - "centred": all u_i and s_i about the mean of all.
-    - "difference": the differences s_i - u_i. They are centred like all input of a PCA, which
-      takes their mean, omega, out: this finds how pairs differ from each other, and omega only as
-      far as its length varies from pair to pair. Here because others offer it.
+    - "difference": the differences s_i - u_i. A PCA centres its rows, which removes their mean,
+      omega: the component shows how pairs differ from each other, and omega only as far as its
+      length varies between pairs. Included because other libraries offer it.
 
     Source: arXiv 2310.01405 (representation reading by PCA). IBM activation-steering calls the
     variants `pca_pairwise`, `pca_center` and `pca_diff`; repeng has the first as `pca_center` and
@@ -74,10 +74,10 @@ def pca(unsafe: Activations, safe: Activations, *, variant: str = "pairwise") ->
     length = np.sqrt(np.square(np.concatenate([low, high])).sum(axis=1).mean())
     if not spread > ROUNDING * length:
         raise SteeringError(
-            f"nothing varies, so that pca with the variant {variant} finds no direction; use mean"
+            f"nothing varies, so pca with the variant {variant} finds no direction; use mean"
         )
-    # The full decomposition is exact and fast where one side is short; beyond that the iterative
-    # one is exact to rounding too, and unlike the randomised default the same in every run.
+    # The full decomposition is exact, and fast for a short side. The iterative one is exact to
+    # rounding too, and unlike the randomised default the same in every run.
     solver = "full" if min(rows.shape) <= 512 else "arpack"
     fit = PCA(n_components=1, svd_solver=solver, random_state=0).fit(rows)
     return along(fit.components_[0], low_mean, high_mean)

@@ -1,7 +1,7 @@
-"""The margin gate: one ridge regression, and where its gates open.
+"""The margin gate: one ridge regression, and the thresholds of its gates.
 
-One linear map W h + b with a row for each class. Row 0 is how harmless a prompt is, and decides
-alone whether anything acts; the differences between the other rows decide what.
+One linear map W h + b with a row for each class. Row 0 scores how harmless a prompt is, and alone
+decides whether a category acts; the differences between the other rows decide the categories.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ Indices: TypeAlias = npt.NDArray[np.intp]
 Fold: TypeAlias = tuple[Indices, Indices]
 
 PENALTIES = (0.1, 0.3, 1.0, 3.0)
-"""Ridge penalties that are tried, in units of the mean squared length of a row."""
+"""Candidate ridge penalties, in units of the mean squared length of a row."""
 
 _BENIGN_MASS = 0.5  # weight of all benign prompts together; the categories share the rest equally
 
 SMALLEST_SCALE = 1e-3
-"""Of the median: dimensions that vary less are not blown up when activations are standardised."""
+"""Smallest scale of a dimension in standardisation, relative to the median scale."""
 
 
 @dataclass(frozen=True)
 class MarginFit:
-    """What `pysteer.pack.router.Router.margin_scores` computes with.
+    """Arrays for `pysteer.pack.router.Router.margin_scores`.
 
     Attributes:
         weight: float64 (k + 1, w), for activations as they are.
         bias: float64 (k + 1,); in its row 0 is the harm threshold.
         allowances: float64 (k,), at least 0.
-        penalties: those chosen, for harm and for the categories.
+        penalties: the chosen penalties, for harm and for the categories.
     """
 
     weight: Floats
@@ -60,32 +60,33 @@ def fit_margin(
     """Fit the map, its harm threshold and the categories' allowances.
 
     Weighted least squares to one-hot classes, on activations standardised as
-    `pysteer.extract.routers.probes` does. Benign prompts weigh as much as all others together, the
-    categories the same among each other. Row 0 and the other rows are independent, and each have
-    the penalty of `PENALTIES` that does best on the folds: by the area under the ROC curve of harm,
-    and by the balanced accuracy of the category among harmful prompts.
+    `pysteer.extract.routers.probes` does. Benign prompts weigh as much as all others together; all
+    categories weigh the same. Row 0 and the other rows are independent, and each has the penalty of
+    `PENALTIES` that does best on the folds: by the area under the ROC curve of harm, and by the
+    balanced accuracy of the category among harmful prompts.
 
-    Thresholds come from scores of the same folds, so none knows the prompt it is chosen on:
+    Thresholds come from scores of the same folds, so the prompts that a threshold is chosen on are
+    unknown to the weights that score them:
 
     - *harm*: the lowest that at most `false_positive_rate` of the benign prompts reach, look-alikes
-      aside, and at most `look_alike_rate` of those.
+      aside, and at most `look_alike_rate` of the look-alikes.
     - *allowance* of a category: the lead over all others that at most `max_leak` of the other
       categories' prompts reach is usually negative, and this is by how much; 0 if it is not.
 
     Args:
         h: (n, w).
-        classes: (n,), 0 benign, 1 to k; every class is there.
-        folds: indices to fit and to test, of which the tested ones are every prompt once.
+        classes: (n,), 0 benign, 1 to k; every class occurs.
+        folds: indices to fit and to test; every prompt is tested once.
         false_positive_rate: from 0 to below 1; None is `FALSE_POSITIVE_RATE`.
         max_leak: from 0 to 1.
-        look_alikes: bool (n,), benign prompts that sound harmful; None for none.
+        look_alikes: bool (n,), benign prompts that sound harmful; None: no look-alikes.
         look_alike_rate: from 0 to 1.
 
     Raises:
-        ValueError: a prompt that no fold tests.
+        ValueError: no fold tests some prompt.
     """
     k = int(classes.max())
-    # What no fold tests must not pass for a score.
+    # NaN: a prompt that no fold tests must not seem scored.
     scores = {penalty: np.full((len(h), k + 1), np.nan) for penalty in PENALTIES}
     for fit, test in folds:
         for penalty, (w, b) in _ridge(h[fit], classes[fit], k, PENALTIES).items():
@@ -96,7 +97,7 @@ def fit_margin(
         PENALTIES, key=lambda p: _balanced_accuracy(scores[p][harmful, 1:], classes[harmful])
     )
     chosen = _ridge(h, classes, k, {of_harm, of_category})
-    # Row 0 of one, the others of the other.
+    # Row 0 is the harm fit's, the other rows are the category fit's.
     weight = np.vstack([chosen[of_harm][0][:1], chosen[of_category][0][1:]])
     bias = np.concatenate([chosen[of_harm][1][:1], chosen[of_category][1][1:]])
     harm = -scores[of_harm][:, 0]
@@ -118,7 +119,7 @@ def fit_margin(
 
 
 def leads_of(scores: Floats) -> Floats:
-    """Each category's score minus the largest of the others', (n, k); 0 where there is no other."""
+    """Return each category's score minus the largest of the others, (n, k); 0 if k is 1."""
     if scores.shape[1] == 1:
         return np.zeros_like(scores)
     ordered = np.sort(scores, axis=1)
@@ -129,7 +130,7 @@ def leads_of(scores: Floats) -> Floats:
 def _ridge(
     h: Floats, classes: Indices, k: int, penalties: Iterable[float]
 ) -> dict[float, tuple[Floats, Floats]]:
-    """Weight and bias for each penalty: weighted least squares to one-hot classes."""
+    """Return weight and bias for each penalty: weighted least squares to one-hot classes."""
     mean, deviation = h.mean(axis=0), h.std(axis=0)
     if deviation.any():  # dimensions that hardly vary are not blown up
         smallest = SMALLEST_SCALE * np.median(deviation[deviation > 0])
@@ -165,5 +166,5 @@ def _balanced_accuracy(scores: Floats, classes: Indices) -> float:
 
 
 def _quantile(scores: Floats, share: float) -> float:
-    """The threshold that at most this share of the scores reaches."""
+    """Return the threshold that at most this share of the scores reaches."""
     return float(np.nextafter(np.quantile(scores, 1 - share, method="higher"), np.inf))

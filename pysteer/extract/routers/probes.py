@@ -1,4 +1,4 @@
-"""Gates other than margin: what is fitted for each kind, and where it opens."""
+"""Gates other than margin: the fit of each kind, and its thresholds."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def fit_probes(kinds: tuple[str, ...], h: Floats, classes: Indices) -> dict[str,
     Args:
         kinds: of `pysteer.pack.router.GATES`, but not margin.
         h: activations, float64 (n, w).
-        classes: of each row, (n,): 0 is benign, 1 to k are categories; each is there.
+        classes: of each row, (n,): 0 is benign, 1 to k are categories; every class occurs.
 
     Returns:
         The arrays of a `Router` that these kinds need, by name.
 
     Raises:
-        SteeringError: activations that are all the same, or the same in the mean.
+        SteeringError: activations that are all equal, or equal in the mean.
     """
     k = int(classes.max())
     found: dict[str, Any] = {}
@@ -77,21 +77,20 @@ def choose_threshold(
     *,
     false_positive_rate: float | None = None,
 ) -> tuple[float, float]:
-    """The threshold with the largest Youden J; of several such the highest.
+    """Return the threshold with the largest Youden J; of equals the highest.
 
-    J = share of the own prompts with score >= threshold, minus share of all others with it.
+    J = share of own prompts with score >= threshold, minus share of other prompts with it.
     Source: W. J. Youden, Index for rating diagnostic tests, Cancer 3 (1950).
 
     Args:
         scores: (n,).
-        own: bool (n,), True for prompts of the category; both kinds must be there.
+        own: bool (n,), True for prompts of the category; both values must occur.
         benign: bool (n,), True for benign prompts.
-        false_positive_rate: only thresholds count that at most this share of the benign prompts
-            reaches.
+        false_positive_rate: largest share of the benign prompts that may reach the threshold.
 
     Returns:
         The threshold, halfway between the lowest score that reaches it and the next below, and its
-        J. If no threshold counts, one above all scores, and 0.
+        J. If no threshold keeps the rate, a threshold above all scores, and 0.
     """
     scores = np.asarray(scores, np.float64)
     own, benign = np.asarray(own, np.bool_), np.asarray(benign, np.bool_)
@@ -119,11 +118,11 @@ def choose_thresholds(
     categories: list[str],
     false_positive_rate: float | None,
 ) -> tuple[Floats, npt.NDArray[np.bool_]]:
-    """The thresholds of one kind of gate, and whether it opens above them, for each category.
+    """Return the thresholds of one kind of gate, and whether gates open above them, by category.
 
     Args:
         kind: of the gate.
-        scores: what it sees of each prompt, (n, k).
+        scores: its scores of each prompt, (n, k).
         classes: of each prompt, (n,): 0 is benign.
         categories: their names, for warnings.
         false_positive_rate: as for `choose_threshold`.
@@ -141,7 +140,9 @@ def choose_thresholds(
         youden, threshold, side = max(options, key=lambda option: option[0])
         if youden <= 0:
             _log.warning(
-                "the %s gate of category %s does not tell it apart in training", kind, category
+                "the %s gate of category %s does not tell the category apart in training",
+                kind,
+                category,
             )
         thresholds.append(threshold)
         above.append(side)
@@ -152,8 +153,8 @@ def choose_thresholds(
 class _Standardised:
     """Standardised activations in as few coordinates as they have.
 
-    A fit with an L2 penalty stays the same when the rows are rotated, and n rows need no more than
-    n coordinates: with wide models and few prompts that is most of the time.
+    A rotation of the rows leaves a fit with an L2 penalty the same, and n rows need no more than n
+    coordinates: with wide models and few prompts this saves most of the time.
     """
 
     mean: Floats
@@ -177,7 +178,7 @@ class _Standardised:
         return cls(scaler.mean_, scale, basis, left * singular)
 
     def fold(self, weight: Floats, bias: Floats) -> tuple[npt.NDArray[np.float32], Floats]:
-        """Weight and bias for activations as they are: W' h + b' = W z + b."""
+        """Return weight and bias for raw activations: W' h + b' = W z + b."""
         weight = (weight if self.basis is None else weight @ self.basis) / self.scale
         stored = weight.astype(np.float32)
         return stored, bias - stored.astype(np.float64) @ self.mean
@@ -186,7 +187,7 @@ class _Standardised:
 def _logistic(z: Floats, classes: npt.NDArray[Any]) -> LogisticRegression:
     probe = LogisticRegression(C=_C, class_weight="balanced", max_iter=_MAX_ITERATIONS)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # told below, in our words
+        warnings.simplefilter("ignore", ConvergenceWarning)  # logged below
         probe.fit(z, classes)
     if (probe.n_iter_ >= _MAX_ITERATIONS).any():
         _log.warning("a probe of the router did not converge in %d iterations", _MAX_ITERATIONS)

@@ -19,20 +19,20 @@ from pysteer.extract.routers.settings import MIN_PROMPTS
 _log = logging.getLogger(__name__)
 
 HELD_OUT = 0.2
-"""The share of every class that the confusion table and the rates come from."""
+"""Share of every class that the confusion table and the rates come from."""
 
 
 def split(
     classes: npt.ArrayLike, seed: int, groups: npt.ArrayLike | None = None
 ) -> tuple[Indices, Indices]:
-    """Split prompts into a training and a held-out part, each class in the same proportion.
+    """Split prompts into a training and a held-out part, with the same proportions of classes.
 
     Args:
         classes: class of each prompt, (n,); every class at least `MIN_PROMPTS` times.
-        seed: decides which.
-        groups: group of each prompt, (n,), none of which is in both parts; None: each for itself.
-            Where the groups leave a class without a prompt in one of the parts, they do not count,
-            which is logged.
+        seed: of the choice.
+        groups: group of each prompt, (n,); no group is in both parts. None: each prompt for
+            itself. Groups that would leave a class without a prompt in one of the parts are
+            ignored, which is logged.
 
     Returns:
         Two ascending arrays of indices.
@@ -55,7 +55,7 @@ def split(
 
 
 def folds_of(classes: Indices, folds: int, seed: int, groups: Indices | None) -> Iterator[Fold]:
-    """Stratified folds of a cross-validation, by group where there are groups."""
+    """Yield stratified folds of a cross-validation, by group if there are groups."""
     if groups is None:
         folds = max(2, min(folds, int(np.bincount(classes).min())))
         yield from StratifiedKFold(folds, shuffle=True, random_state=seed).split(classes, classes)
@@ -68,12 +68,12 @@ def folds_of(classes: Indices, folds: int, seed: int, groups: Indices | None) ->
         if all(np.array_equal(np.unique(classes[fit]), there) for fit, _ in found):
             yield from found
             return
-    # Without some class there is nothing to fit; `split` has said so.
+    # Without some class there is nothing to fit; `split` has logged it.
     yield from folds_of(classes, folds, seed, None)
 
 
 def sample(classes: Indices, size: int, seed: int) -> Indices:
-    """Indices of a stratified sample, in which every class keeps at least `MIN_PROMPTS`."""
+    """Return indices of a stratified sample; every class keeps at least `MIN_PROMPTS`."""
     rng = np.random.default_rng(seed)
     chosen = []
     for c in np.unique(classes):
