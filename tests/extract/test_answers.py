@@ -49,7 +49,7 @@ class FakeCapture:
 # ---- safe answers ----------------------------------------------------------------------------
 
 
-def test_the_closest_answer_is_chosen():
+def test_safe_answer_for_the_prompt_beats_category_and_default():
     prompts = [Prompt("p1", "a"), Prompt("p2", "a"), Prompt("p3", "b")]
     for_any = Prompt("", response="any")
     for_a = Prompt("", "a", "for a")
@@ -69,7 +69,7 @@ def test_several_fitting_answers_take_turns():
 
 
 @pytest.mark.parametrize("response", [None, "", "  "])
-def test_an_answer_without_text_is_named(response):
+def test_answer_without_text_raises_with_line(response):
     row = Prompt("", response=response, source="answers.jsonl, line 4")
     with pytest.raises(SteeringError, match=r"answers.jsonl, line 4: needs a 'response'"):
         safe_answers([Prompt("p")], [row])
@@ -78,7 +78,7 @@ def test_an_answer_without_text_is_named(response):
 # ---- the model's own -------------------------------------------------------------------------
 
 
-def test_own_answers_are_what_the_logits_say(tiny_llama):
+def test_own_answers_are_greedy_by_the_logits(tiny_llama):
     # Greedy, by hand: evaluate everything anew for each token and take the largest logit.
     with closing(LlamaCapture(tiny_llama, n_ctx=256, n_threads=1, n_threads_batch=1)) as capture:
         prompts = [capture.prompt_tokens(text) for text in ("the sea", "a ring of oil in it")]
@@ -97,7 +97,7 @@ def test_own_answers_are_what_the_logits_say(tiny_llama):
 
 @settings(max_examples=20, deadline=None)
 @given(stops=st.lists(st.integers(0, 6), max_size=4))
-def test_interrupted_runs_together_answer_each_prompt_once(stops, tmp_path_factory):
+def test_interrupted_runs_answer_each_prompt_once(stops, tmp_path_factory):
     kept = tmp_path_factory.mktemp("a") / "answers.jsonl"
     prompts = [(i, i + 1, 7) for i in range(6)]
     asked = []
@@ -112,7 +112,7 @@ def test_interrupted_runs_together_answer_each_prompt_once(stops, tmp_path_facto
     assert sorted(asked) == prompts
 
 
-def test_a_prompt_that_is_there_twice_is_answered_once():
+def test_repeated_prompt_is_answered_once():
     capture = FakeCapture()
     seen = []
     found = own_answers(capture, [(1, 2), (3,), (1, 2)], 9, advance=seen.append)
@@ -122,7 +122,7 @@ def test_a_prompt_that_is_there_twice_is_answered_once():
 
 
 @pytest.mark.parametrize("cut", range(1, 14))
-def test_a_line_that_was_cut_short_costs_that_answer_only(cut, tmp_path):
+def test_torn_line_costs_its_answer_only(cut, tmp_path):
     kept = tmp_path / "answers.jsonl"
     prompts = [(1, 2), (3, 4), (5, 6)]
     own_answers(FakeCapture(), prompts, 2, journal=Journal(kept))
@@ -148,13 +148,13 @@ def test_a_line_that_was_cut_short_costs_that_answer_only(cut, tmp_path):
         '["[1]", ["2"]]',
     ],
 )
-def test_lines_of_another_shape_are_no_answers(line, tmp_path):
+def test_malformed_lines_are_answered_again(line, tmp_path):
     kept = tmp_path / "answers.jsonl"
     kept.write_text(line + "\n")
     assert own_answers(FakeCapture(), [(1,)], 2, journal=Journal(kept)) == [(1,)]
 
 
-def test_what_is_kept_is_what_is_used(tmp_path):
+def test_kept_answer_is_used(tmp_path):
     kept = tmp_path / "answers.jsonl"
     kept.write_text(json.dumps(["[1, 2]", [9]]) + "\n")
     capture = FakeCapture()
@@ -170,20 +170,20 @@ def judged(capture, folder, prompts, judge, **options):
     return judged_safe(Reader(capture, folder), tokenized, judge, **options)
 
 
-def test_labels_are_taken_at_their_word(tmp_path):
+def test_labels_decide_without_a_judge(tmp_path):
     prompts = [Prompt("a", label="unsafe"), Prompt("b", label="safe")]
     capture = FakeCapture()
     assert judged(capture, tmp_path, prompts, None) == [False, True]
     assert capture.asked == []
 
 
-def test_a_missing_label_is_named(tmp_path):
+def test_missing_label_raises_with_line(tmp_path):
     prompts = [Prompt("a", label="safe"), Prompt("b", source="u.jsonl, line 9")]
     with pytest.raises(SteeringError, match=r"u.jsonl, line 9: has no label"):
         judged(FakeCapture(), tmp_path, prompts, None)
 
 
-def test_a_judge_reads_the_response_in_the_data_or_the_models_own(tmp_path):
+def test_judge_reads_given_response_or_own_answer(tmp_path):
     prompts = [Prompt("abc"), Prompt("x", response="given"), Prompt("y", response="")]
     read = []
 
@@ -196,7 +196,7 @@ def test_a_judge_reads_the_response_in_the_data_or_the_models_own(tmp_path):
     assert read == [("abc", "cb"), ("x", "given"), ("y", "")]
 
 
-def test_answers_to_be_judged_are_kept(tmp_path):
+def test_judged_answers_are_kept(tmp_path):
     prompts = [Prompt(text) for text in ("ab", "cd", "ef")]
     judge = FakeJudge(lambda *_: False)
     with pytest.raises(StopError):

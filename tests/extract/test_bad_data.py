@@ -34,7 +34,7 @@ def at(row, line, **changed):
     return replace(row, source=f"u.jsonl, line {line}", **changed)
 
 
-def test_what_would_stop_the_method_is_said_before_anything_is_computed(tmp_path):
+def test_faulty_inputs_raise_before_the_model_runs(tmp_path):
     last = len(UNSAFE) - 1
     bad = [*UNSAFE[:-1], at(UNSAFE[last], 18, response=None)]
     here = {"folder": tmp_path}
@@ -68,7 +68,7 @@ def test_what_would_stop_the_method_is_said_before_anything_is_computed(tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_category_of_one_prompt_is_extracted_and_logged(tmp_path, caplog):
+def test_category_of_one_prompt_is_extracted_and_logged(tmp_path, caplog):
     data = Data([*UNSAFE, *prompts("harm", "theft", 1)], GENERIC)
     capture = FakeCapture()
     pack = extract(capture, data, ExtractSettings(layers=(1, 2)), cache=tmp_path)
@@ -79,19 +79,19 @@ def test_a_category_of_one_prompt_is_extracted_and_logged(tmp_path, caplog):
     assert "theft" not in pack.provenance["separation"]
 
 
-def test_a_category_of_one_prompt_where_more_are_needed(tmp_path):
+def test_category_of_one_prompt_raises_for_lda(tmp_path):
     data = Data([*UNSAFE, *prompts("harm", "theft", 1)], GENERIC)
     with pytest.raises(SteeringError, match="category 'theft', layer 1, method lda: 1 unsafe"):
         extract(FakeCapture(), data, ExtractSettings(method="lda", layers=(1, 2)), cache=tmp_path)
 
 
-def test_categories_of_wildly_unequal_size_are_logged(tmp_path, caplog):
+def test_unequal_category_sizes_are_logged(tmp_path, caplog):
     data = Data([*prompts("harm", "hate", 30), *prompts("harm", "theft", 2)], GENERIC)
     extract(FakeCapture(), data, ExtractSettings(layers=(1, 2), router=False), cache=tmp_path)
     assert "the categories differ widely in size: {'hate': 24, 'theft': 2}" in caplog.text
 
 
-def test_repeats_change_nothing_and_are_logged(tmp_path, caplog):
+def test_repeated_prompts_change_nothing_and_are_logged(tmp_path, caplog):
     twice = Data([*UNSAFE, *UNSAFE[3:5]], [*GENERIC, GENERIC[0]])
     packs = [
         extract(FakeCapture(), data, ExtractSettings(layers=(1, 2)), cache=tmp_path / str(i))
@@ -115,7 +115,7 @@ def test_repeats_change_nothing_and_are_logged(tmp_path, caplog):
     assert "6 benign prompts repeat others" in caplog.text
 
 
-def test_what_is_unsafe_and_safe_is_logged(tmp_path, caplog):
+def test_prompts_on_both_sides_are_logged(tmp_path, caplog):
     extract(
         FakeCapture(),
         Data(UNSAFE, [*GENERIC, replace(UNSAFE[0], category="")]),
@@ -125,7 +125,7 @@ def test_what_is_unsafe_and_safe_is_logged(tmp_path, caplog):
     assert "1 prompts are both unsafe and safe" in caplog.text
 
 
-def test_answers_that_fit_nothing_are_logged(tmp_path, caplog):
+def test_unused_answers_are_logged(tmp_path, caplog):
     answers = [
         Prompt("", "hate", "no"),
         Prompt(UNSAFE[0].prompt, response="no"),
@@ -138,7 +138,7 @@ def test_answers_that_fit_nothing_are_logged(tmp_path, caplog):
     assert "2 answers fit no prompt and no category, the first at a.jsonl, line 3" in caplog.text
 
 
-def test_a_judge_that_confirms_nothing_is_an_error(tmp_path):
+def test_judge_confirming_no_prompt_raises(tmp_path):
     chosen = ExtractSettings(method="guided", layers=(1, 2), router=False)
     with pytest.raises(SteeringError, match=r"none of \d+ answers of hate unsafe.*method mean"):
         extract(
@@ -146,7 +146,7 @@ def test_a_judge_that_confirms_nothing_is_an_error(tmp_path):
         )
 
 
-def test_a_model_that_refuses_by_itself_leaves_no_contrast(tmp_path, caplog):
+def test_refusing_model_raises_for_contrast(tmp_path, caplog):
     class Refusing(FakeCapture):
         def answers(self, prompts, n_tokens):
             for index, _ in enumerate(prompts):
@@ -159,12 +159,12 @@ def test_a_model_that_refuses_by_itself_leaves_no_contrast(tmp_path, caplog):
     assert "15 of 15 own answers are no contrast" in caplog.text
 
 
-def test_learned_without_torch_is_refused_before_anything_is_computed(tmp_path, monkeypatch):
+def test_learned_without_torch_raises_before_the_model_runs(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pysteer.extract.torch_capture", None)
     refused(r"torch; run: pip install 'pysteer\[extract\]'", method="learned", folder=tmp_path)
 
 
-def test_the_same_prompts_on_every_side_give_no_direction(tmp_path):
+def test_equal_sides_raise(tmp_path):
     same = [replace(p, category="") for p in UNSAFE if p.category == "hate"]
     data = Data([p for p in UNSAFE if p.category == "hate"], same)
     chosen = ExtractSettings(layers=(1, 2), held_out=0.0, router=False)

@@ -95,7 +95,7 @@ both = pytest.mark.parametrize("kind", [activation_cache, running_means])
 @both
 @settings(max_examples=30, deadline=None)
 @given(stops=st.lists(st.tuples(st.booleans(), st.integers(0, 9)), max_size=4))
-def test_interrupted_runs_together_run_each_row_once(kind, stops, tmp_path_factory):
+def test_interrupted_runs_run_each_row_once(kind, stops, tmp_path_factory):
     folder = tmp_path_factory.mktemp("c")
     rows = some_rows(9)
     ran = Counter()
@@ -121,7 +121,7 @@ def test_interrupted_runs_together_run_each_row_once(kind, stops, tmp_path_facto
 
 
 @both
-def test_an_interrupt_at_any_line_leaves_no_row_wrong_or_counted_twice(kind, tmp_path):
+def test_interrupt_at_any_line_leaves_rows_right_and_counted_once(kind, tmp_path):
     # Ctrl-C arrives between any two lines, not only where a callback is called.
     rows = some_rows(4)
     at = 0
@@ -157,7 +157,7 @@ def test_an_interrupt_at_any_line_leaves_no_row_wrong_or_counted_twice(kind, tmp
 
 
 @both
-def test_a_full_cache_asks_the_model_for_nothing(kind, tmp_path):
+def test_full_cache_does_not_run_the_model(kind, tmp_path):
     rows = some_rows(5)
     kind(tmp_path, FakeCapture(), rows).fill()
     capture = FakeCapture()
@@ -206,7 +206,7 @@ CHANGES = {
 
 @both
 @pytest.mark.parametrize("what", CHANGES)
-def test_what_has_changed_is_not_served_from_an_old_cache(kind, what, tmp_path):
+def test_changed_inputs_miss_the_cache(kind, what, tmp_path):
     rows = some_rows(5)
     kind(tmp_path, FakeCapture(), rows).fill()
     change = dict(CHANGES[what])
@@ -215,7 +215,7 @@ def test_what_has_changed_is_not_served_from_an_old_cache(kind, what, tmp_path):
     assert len(changed.missing) == len(rows)
 
 
-def test_means_of_other_groups_are_not_served_from_an_old_cache(tmp_path):
+def test_other_groups_miss_the_cache(tmp_path):
     rows = some_rows(4)
     running_means(tmp_path, FakeCapture(), rows).fill()
     for which, n_groups in (([1, 0, 1, 0], 3), (owners(rows), 2)):
@@ -223,7 +223,7 @@ def test_means_of_other_groups_are_not_served_from_an_old_cache(tmp_path):
         assert len(other.missing) == 4
 
 
-def test_where_one_row_ends_and_the_next_begins_is_part_of_the_key():
+def test_row_boundaries_are_part_of_the_key():
     rows = [Row((1, 2), 0, 1), Row((3,), 0, 1)]
     other = [Row((1,), 0, 1), Row((2, 3), 0, 1)]
     keys = {run_key(FakeCapture(), each, "residual", LAYERS) for each in (rows, other)}
@@ -236,7 +236,7 @@ def test_where_one_row_ends_and_the_next_begins_is_part_of_the_key():
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 @both
-def test_no_changed_byte_reaches_the_result(kind, data, tmp_path_factory):
+def test_changed_bytes_never_reach_the_result(kind, data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("c")
     rows = some_rows(4)
     kind(folder, FakeCapture(), rows).fill()
@@ -249,7 +249,7 @@ def test_no_changed_byte_reaches_the_result(kind, data, tmp_path_factory):
 
 @both
 @pytest.mark.parametrize("damage", ["gone", "empty", "half", "junk", "longer", "object array"])
-def test_a_damaged_file_is_made_anew(kind, damage, tmp_path, caplog):
+def test_damaged_file_is_replaced(kind, damage, tmp_path, caplog):
     rows = some_rows(4)
     kind(tmp_path, FakeCapture(), rows).fill()
     names = sorted(path.name for path in tmp_path.iterdir())
@@ -292,7 +292,7 @@ def test_only_damaged_rows_are_captured_again(tmp_path, caplog):
 
 @both
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_activations_that_overflow_are_refused_and_not_kept(kind, bad, tmp_path):
+def test_overflowing_activations_raise_and_are_not_kept(kind, bad, tmp_path):
     rows = some_rows(3)
 
     def source(rows, *, site, layers):
@@ -310,7 +310,7 @@ def test_activations_that_overflow_are_refused_and_not_kept(kind, bad, tmp_path)
 
 
 @both
-def test_a_model_that_skips_a_row_is_refused(kind, tmp_path):
+def test_skipped_row_raises(kind, tmp_path):
     rows = some_rows(3)
 
     def source(rows, *, site, layers):
@@ -321,14 +321,14 @@ def test_a_model_that_skips_a_row_is_refused(kind, tmp_path):
 
 
 @both
-def test_a_folder_that_cannot_be_one_is_named(kind, tmp_path):
+def test_unusable_folder_raises_with_name(kind, tmp_path):
     path = tmp_path / "file"
     path.write_text("")
     with pytest.raises(SteeringError, match=str(path)):
         kind(path, FakeCapture(), some_rows(2))
 
 
-def test_a_full_disk_is_told_before_anything_is_captured(tmp_path, monkeypatch):
+def test_full_disk_raises_before_capturing(tmp_path, monkeypatch):
     usage = cache_module.shutil.disk_usage(tmp_path)._replace(free=100)
     monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(SteeringError, match=r"needed.*free.*--cache"):
@@ -338,7 +338,7 @@ def test_a_full_disk_is_told_before_anything_is_captured(tmp_path, monkeypatch):
 # ---- clearing --------------------------------------------------------------------------------
 
 
-def test_clearing_removes_what_caches_wrote_and_nothing_else(tmp_path, caplog):
+def test_clear_removes_only_cache_files(tmp_path, caplog):
     folder = tmp_path / "deep" / "cache"
     rows = some_rows(3)
     activation_cache(folder, FakeCapture(), rows).fill()

@@ -104,7 +104,7 @@ def one_by_one(model, row, site, layer):
 @pytest.mark.torch
 @pytest.mark.parametrize("site", ["residual", "attention", "mlp"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_padded_batches_are_as_one_by_one(torch_model, family, site):
+def test_padded_batches_equal_single_rows(torch_model, family, site):
     from pysteer.extract.torch_capture import TorchCapture
 
     model = torch_model(family)
@@ -122,7 +122,7 @@ def test_padded_batches_are_as_one_by_one(torch_model, family, site):
 @pytest.mark.torch
 @pytest.mark.parametrize("site", ["residual", "attention", "mlp"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_rows_share_is_run_once_and_they_are_as_one_by_one(torch_model, family, site):
+def test_shared_start_runs_once_and_equals_single_rows(torch_model, family, site):
     """A start longer than Gemma's tiny sliding window, and ranges before, across and behind it."""
     from pysteer.extract.torch_capture import TorchCapture
 
@@ -152,7 +152,7 @@ def test_what_rows_share_is_run_once_and_they_are_as_one_by_one(torch_model, fam
 
 
 @pytest.mark.torch
-def test_a_model_whose_cache_is_wrong_is_run_whole(torch_model, monkeypatch, caplog):
+def test_model_with_wrong_cache_runs_rows_whole(torch_model, monkeypatch, caplog):
     from pysteer.extract.torch_capture import TorchCapture
 
     model = torch_model("llama")
@@ -193,7 +193,7 @@ def test_llama_and_torch_agree(torch_model, llama, family, site):
 
 
 @pytest.mark.torch
-def test_layers_are_those_asked_for(torch_model, llama):
+def test_layers_are_the_wanted_ones(torch_model, llama):
     from pysteer.extract.torch_capture import TorchCapture
 
     for capture in (TorchCapture(torch_model("llama")), llama("llama")):
@@ -204,7 +204,7 @@ def test_layers_are_those_asked_for(torch_model, llama):
 
 
 @pytest.mark.torch
-def test_captures_leave_the_model_as_it_was(torch_model):
+def test_capture_leaves_the_model_unchanged(torch_model):
     import torch
 
     from pysteer.extract.torch_capture import TorchCapture
@@ -256,7 +256,7 @@ def test_special_tokens_in_a_response_are_text_in_torch_too(torch_model, llama):
 
 
 @pytest.mark.torch
-def test_both_read_the_default_models_template_alike(default_model):
+def test_torch_and_llama_tokenize_the_default_template_alike(default_model):
     """A byte-level tokenizer and a system message, on prompts of every kind."""
     from pysteer.extract.torch_model import TorchModel
 
@@ -271,7 +271,7 @@ def test_both_read_the_default_models_template_alike(default_model):
         assert tuple(map(len, prompt_ends(capture))) == (24, 6)
 
 
-def test_prompt_and_response_are_told_apart_exactly(llama):
+def test_response_tokens_follow_prompt_tokens_exactly(llama):
     """The response's tokens are those after the prompt's, whatever a joint tokenizer would do."""
     capture = llama("llama")
     prompt, response = capture.prompt_tokens("the r"), capture.response_tokens("ing of it")
@@ -280,7 +280,7 @@ def test_prompt_and_response_are_told_apart_exactly(llama):
     assert row.tokens[row.start : row.stop] == response
 
 
-def test_the_users_message_is_found_in_the_template(llama):
+def test_users_message_is_found_in_the_template(llama):
     capture = llama("llama")
     tokens = capture.prompt_tokens("the sea")
     start, stop = message_span(tokens, prompt_ends(capture))
@@ -289,7 +289,7 @@ def test_the_users_message_is_found_in_the_template(llama):
     assert stop < len(tokens)
 
 
-def test_without_a_template_prompts_are_taken_as_they_are(tiny_model, tmp_path, caplog):
+def test_without_a_template_prompts_run_as_they_are(tiny_model, tmp_path, caplog):
     data = tiny_model("llama").read_bytes()
     assert data.count(b"tokenizer.chat_template") == 1
     path = tmp_path / "bare.gguf"
@@ -303,7 +303,7 @@ def test_without_a_template_prompts_are_taken_as_they_are(tiny_model, tmp_path, 
         assert tuple(map(len, prompt_ends(capture))) == (1, 0)
 
 
-def test_recurrent_models_are_captured_one_at_a_time(llama):
+def test_recurrent_model_is_captured_row_by_row(llama):
     capture = llama("mamba")
     rows = rows_for(capture)
     found = collected(capture, rows, "residual")
@@ -315,7 +315,7 @@ def test_recurrent_models_are_captured_one_at_a_time(llama):
 
 
 @pytest.mark.torch
-def test_a_local_folder_is_loaded_and_recognised_when_it_changes(tmp_path):
+def test_local_folder_loads_and_its_identity_changes_with_it(tmp_path):
     import torch
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -362,7 +362,7 @@ def test_a_local_folder_is_loaded_and_recognised_when_it_changes(tmp_path):
     assert TorchModel(str(tmp_path), dtype=torch.float32).identity == again.identity
 
 
-def test_a_small_context_and_threads_are_what_was_asked_for(tiny_model):
+def test_context_and_threads_are_as_given(tiny_model):
     import llama_cpp
 
     with closing(LlamaCapture(tiny_model("llama"), n_ctx=256, n_threads=1)) as capture:
@@ -372,7 +372,7 @@ def test_a_small_context_and_threads_are_what_was_asked_for(tiny_model):
 
 
 @pytest.mark.torch
-def test_what_cannot_be_loaded_is_named(tmp_path):
+def test_unloadable_model_raises_with_name(tmp_path):
     from pysteer.extract.torch_model import TorchModel
 
     with pytest.raises(SteeringError, match="no such file"):
@@ -398,11 +398,11 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
         ((4, 99), (8,), Row((1, 2, 3, 4, 5, 8), 4, 6)),
     ],
 )
-def test_poolings(pooling, response, expected):
+def test_pooling_selects_expected_tokens(pooling, response, expected):
     assert pooled_row((1, 2, 3, 4, 5), response, pooling, (2, 4)) == expected
 
 
-def test_the_suffix_is_what_the_template_puts_behind_the_message_or_the_last_token():
+def test_suffix_is_the_templates_end_or_the_last_token():
     prompt = (1, 2, 3, 4, 5, 6)
     assert pooled_row(prompt, (), "suffix", (1, 3)) == Row(prompt, 3, 6)
     assert pooled_row(prompt, (), "suffix", (1, 6)) == Row(prompt, 5, 6)
@@ -414,7 +414,7 @@ ranges = st.tuples(st.integers(0, 3), st.integers(0, 4), st.integers(1, 4)).map(
 
 
 @given(st.lists(ranges, max_size=12), st.booleans())
-def test_rows_of_the_same_tokens_are_run_once(rows, disjoint):
+def test_rows_with_equal_tokens_run_once(rows, disjoint):
     groups = run_once(rows, disjoint=disjoint)
     assert sorted(i for group in groups for i in group) == list(range(len(rows)))
     for group in groups:
@@ -426,7 +426,7 @@ def test_rows_of_the_same_tokens_are_run_once(rows, disjoint):
 
 
 @pytest.mark.parametrize("engine", ["llama", pytest.param("torch", marks=pytest.mark.torch)])
-def test_several_ranges_of_a_prompt_take_one_pass_and_are_as_one_by_one(
+def test_several_ranges_of_a_prompt_take_one_pass_and_equal_single_rows(
     engine, llama, torch_model, monkeypatch
 ):
     tokens = [tuple(range(40 + n, 60 + 2 * n)) for n in range(6)]
@@ -463,7 +463,7 @@ def test_several_ranges_of_a_prompt_take_one_pass_and_are_as_one_by_one(
     ("pooling", "message"),
     [("response", "no response"), ((5, 9), "no text"), ("mean", "unknown pooling")],
 )
-def test_nothing_to_average(pooling, message):
+def test_empty_range_raises(pooling, message):
     with pytest.raises(SteeringError, match=message):
         pooled_row((1, 2, 3, 4, 5), (), pooling, (2, 4))
 
@@ -474,7 +474,7 @@ def test_nothing_to_average(pooling, message):
     st.integers(1, 8),
     st.booleans(),
 )
-def test_batches_hold_every_row_once_and_keep_the_budget(lengths, budget, max_rows, padded):
+def test_batches_hold_each_row_once_within_budget(lengths, budget, max_rows, padded):
     batches = list(token_batches(lengths, budget, max_rows, padded=padded))
     assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
     for batch in batches:

@@ -14,7 +14,7 @@ def test_distinct_keeps_the_first_of_each(prompts):
     assert distinct(prompts, "unsafe") == list(dict.fromkeys(prompts))
 
 
-def test_repeats_are_logged_with_the_first_place(caplog):
+def test_repeats_are_logged_with_first_line(caplog):
     prompts = [Prompt("a", source=f"u.jsonl, line {i}") for i in (1, 2, 3)]
     assert distinct(prompts, "unsafe") == prompts[:1]
     assert "2 unsafe prompts repeat others and are left out, the first at u.jsonl, line 2" in (
@@ -25,7 +25,7 @@ def test_repeats_are_logged_with_the_first_place(caplog):
     assert caplog.text == ""
 
 
-def test_what_is_on_both_sides_is_logged(caplog):
+def test_prompts_on_both_sides_are_logged(caplog):
     warn_of_both([Prompt("a", "c", response="yes")], [Prompt("a", response="no")])
     assert caplog.text == ""
     warn_of_both([Prompt("a", "c")], [Prompt("b"), Prompt("a", source="s.jsonl, line 2")])

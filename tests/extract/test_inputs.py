@@ -47,7 +47,7 @@ def tokens(capture, text):
     message=st.text(st.sampled_from("abc dé"), min_size=1, max_size=12),
     answer=st.text(st.sampled_from("xyz "), min_size=1, max_size=12),
 )
-def test_the_tokens_averaged_are_those_of_the_text_meant(message, answer, capture):
+def test_averaged_tokens_are_those_of_the_pooled_text(message, answer, capture):
     assume(message.strip())
     head, tail = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
     whole = tokens(capture, f"{head}{message}{tail}")
@@ -88,7 +88,7 @@ def test_special_tokens_in_a_response_are_text(capture):
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_a_prompt_that_cannot_be_run_is_named(prompt, pooling, words, capture):
+def test_unusable_prompt_raises_with_line(prompt, pooling, words, capture):
     prompts = [
         Prompt("fine " * 20, response="fine"),
         Prompt(**{**vars(prompt), "source": "f, line 7"}),
@@ -97,12 +97,12 @@ def test_a_prompt_that_cannot_be_run_is_named(prompt, pooling, words, capture):
         rows(capture, prompts, pooling)
 
 
-def test_a_long_response_is_no_matter_where_it_is_not_read(capture):
+def test_long_response_passes_where_unread(capture):
     (row,) = rows(capture, [Prompt("a", response="word " * 300)], "user")
     assert len(row.tokens) < 100
 
 
-def test_there_must_be_room_for_an_answer(capture):
+def test_prompt_without_room_for_answer_raises_with_line(capture):
     prompts = [Prompt("a"), Prompt("word " * 40, source="f, line 2")]
     tokenized = list(map(tokenizer(capture), prompts))
     room = capture.n_ctx - len(tokenized[1].tokens)
@@ -111,7 +111,7 @@ def test_there_must_be_room_for_an_answer(capture):
         require_room(capture, tokenized, room + 1)
 
 
-def test_range_without_responses(capture):
+def test_range_reaches_into_responses_only_if_tokenized(capture):
     with_response = Prompt("a", response="word " * 30)
     for respond in (True, False):
         (row,) = rows(capture, [with_response], (0, 10_000), respond=respond)

@@ -129,7 +129,7 @@ def plain_losses(model, unsafe, benign, directions, first_token_weight, kl_token
     ],
 )
 @pytest.mark.parametrize("start", [(), START], ids=["", "shared"])
-def test_logits_are_those_of_the_plain_model_with_hooks(load, family, site, layers, start):
+def test_logits_equal_the_plain_model_with_hooks(load, family, site, layers, start):
     model = load(family)
     directions = random_directions(len(layers))
     forward = SteeredForward(model, layers, site=site, token_budget=64)
@@ -146,7 +146,7 @@ def test_logits_are_those_of_the_plain_model_with_hooks(load, family, site, laye
     assert not torch.allclose(steered, unsteered, atol=1e-2)
 
 
-def test_what_the_directions_do_not_reach_is_not_run_again(model):
+def test_blocks_below_the_directions_run_once(model):
     forward = SteeredForward(model, [2])
     spans = [Span(s, 0, len(s)) for s in tokens(3, seed=1)]
     ran = []
@@ -162,7 +162,7 @@ def test_what_the_directions_do_not_reach_is_not_run_again(model):
         assert ran == [3]
 
 
-def test_what_sequences_share_runs_once(load):
+def test_shared_start_runs_once(load):
     for family in FAMILIES:
         model = load(family)
         forward = SteeredForward(model, [1])
@@ -176,7 +176,7 @@ def test_what_sequences_share_runs_once(load):
         assert ran == [(1, 20), (3, longest - 20)]
 
 
-def test_a_block_that_needs_those_below_it_is_noticed(model, caplog):
+def test_block_that_reads_lower_blocks_turns_skipping_off(model, caplog):
     """As in models whose upper blocks read keys and values of lower ones."""
     lower = []
 
@@ -209,7 +209,7 @@ def prepared_batch(model, forward, kl_tokens=3, start=()):
 
 
 @pytest.mark.parametrize(("family", "start"), [("llama", ()), ("gemma2", START)])
-def test_losses_are_those_of_the_formula(load, family, start):
+def test_losses_equal_the_formula(load, family, start):
     model = load(family)
     forward = SteeredForward(model, [0, 2])
     unsafe, benign, u, b = prepared_batch(model, forward, start=start)
@@ -226,7 +226,7 @@ def test_losses_are_those_of_the_formula(load, family, start):
 
 
 @pytest.mark.parametrize("start", [(), START], ids=["", "shared"])
-def test_gradient_is_that_of_finite_differences(model, start):
+def test_gradient_equals_finite_differences(model, start):
     forward = SteeredForward(model, [0, 2])
     *_, u, b = prepared_batch(model, forward, start=start)
     settings = LearnedSettings()
@@ -253,7 +253,7 @@ def learned_quickly(model, settings=QUICK, seed=1, **others):
     return learn(model, unsafe, tokens(12, seed=5), layers=[1], settings=settings, **others)
 
 
-def test_learning_raises_the_answers_and_the_kl_term_holds_other_prompts(model):
+def test_learning_raises_answers_and_kl_term_holds_other_prompts(model):
     unsafe = examples(10, seed=1)
     pairs = [(e.prompt, e.answer) for e in unsafe]
     benign = tokens(12, seed=5)
@@ -273,7 +273,7 @@ def test_learning_raises_the_answers_and_the_kl_term_holds_other_prompts(model):
 
 
 @pytest.mark.parametrize("site", ["attention", "mlp"])
-def test_other_sites_are_learned_too(model, site):
+def test_attention_and_mlp_sites_are_learned(model, site):
     unsafe = examples(10, seed=1)
     result = learn(model, {"a": unsafe}, tokens(12, seed=5), layers=[2], site=site, settings=QUICK)
     direction = result.categories["a"].directions[2]
@@ -290,7 +290,7 @@ def test_other_sites_are_learned_too(model, site):
     assert likelihood({2: direction}) > likelihood({}) + 1
 
 
-def test_same_seed_same_directions_another_seed_others(model):
+def test_seed_determines_directions(model):
     first, again = learned_quickly(model), learned_quickly(model)
     for category in ("a", "b"):
         one, two = first.categories[category], again.categories[category]
@@ -317,7 +317,7 @@ def watched(monkeypatch):
     return calls
 
 
-def test_the_best_state_is_kept_and_a_run_that_gets_worse_ends(model, monkeypatch):
+def test_best_state_is_kept_and_worsening_run_stops(model, monkeypatch):
     calls = watched(monkeypatch)
     settings = LearnedSettings(
         learning_rate=1.0,
@@ -347,7 +347,7 @@ def test_the_best_state_is_kept_and_a_run_that_gets_worse_ends(model, monkeypatc
     assert np.allclose(found.directions[1], looks[min(looks)])
 
 
-def test_no_prompt_is_both_trained_on_and_looked_at(model, monkeypatch):
+def test_training_and_validation_prompts_are_disjoint(model, monkeypatch):
     calls = watched(monkeypatch)
     # Every prompt twice, with two answers.
     twice = {name: examples(10, s) + examples(10, s, s) for name, s in (("a", 1), ("b", 2))}
@@ -362,7 +362,7 @@ def test_no_prompt_is_both_trained_on_and_looked_at(model, monkeypatch):
         assert len(prompts & seen[False]) == 2  # a fifth of ten, of each category
 
 
-def test_a_category_too_small_for_a_split_takes_all_steps(model, caplog):
+def test_small_category_without_validation_takes_all_steps(model, caplog):
     data = {"many": examples(10, seed=1), "few": examples(1, seed=2)}
     found = learn(model, data, tokens(12, seed=5), layers=[1], settings=QUICK)
     few = found.categories["few"]
@@ -375,7 +375,7 @@ def test_a_category_too_small_for_a_split_takes_all_steps(model, caplog):
     assert few.directions[1].any()
 
 
-def test_a_category_that_cannot_improve_keeps_the_shared_vector(model, caplog):
+def test_category_without_improvement_keeps_shared_vector(model, caplog):
     # Steps that drown the model's own activations, and a weight on leaving benign answers alone.
     settings = LearnedSettings(**{**vars(QUICK), "category_rate": 1e4, "kl_weight": 3.0})
     found = learned_quickly(model, settings)
@@ -408,7 +408,7 @@ class Reports:
         return advance
 
 
-def test_what_was_learned_before_an_interruption_is_kept(model, tmp_path, monkeypatch):
+def test_finished_runs_survive_an_interruption(model, tmp_path, monkeypatch):
     whole = learned_quickly(model)
     ran = []
     descend = descent.Descent._descend
@@ -438,7 +438,7 @@ def test_what_was_learned_before_an_interruption_is_kept(model, tmp_path, monkey
             assert {**vars(one), "directions": 0} == {**vars(other), "directions": 0}
 
 
-def test_what_was_learned_otherwise_or_is_damaged_is_not_used(model, tmp_path, caplog):
+def test_kept_runs_of_other_settings_or_damaged_are_not_used(model, tmp_path, caplog):
     before = learned_quickly(model, folder=tmp_path).categories["a"].directions[1]
     names = set(tmp_path.iterdir())
     assert len(names) == 3
@@ -454,7 +454,7 @@ def test_what_was_learned_otherwise_or_is_damaged_is_not_used(model, tmp_path, c
     assert caplog.text.count("is damaged") == 3
 
 
-def test_a_category_starts_from_the_shared_vector(model):
+def test_category_starts_from_shared_vector(model):
     alone = LearnedSettings(**{**vars(QUICK), "category_steps": 0})
     found = learned_quickly(model, alone)
     for category in ("a", "b"):
@@ -464,7 +464,7 @@ def test_a_category_starts_from_the_shared_vector(model):
     )
 
 
-def test_the_model_is_as_it_was_even_after_an_exception(load):
+def test_model_is_unchanged_even_after_an_exception(load):
     for family in ("llama", "gpt2"):
         model = load(family)
         sequence = tokens(1, seed=3)[0]
@@ -487,7 +487,7 @@ def test_the_model_is_as_it_was_even_after_an_exception(load):
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.model.modules())
 
 
-def test_a_forward_that_was_replaced_before_is_put_back(model):
+def test_replaced_forward_is_restored(model):
     block = model.blocks[0]
     original = block.forward
 
@@ -502,7 +502,7 @@ def test_a_forward_that_was_replaced_before_is_put_back(model):
         del block.forward
 
 
-def test_progress_goes_up_to_the_total(model, caplog):
+def test_progress_reaches_the_total(model, caplog):
     seen = []
     with caplog.at_level(logging.DEBUG):
         learned_quickly(model, progress=Reports(lambda *now: seen.append(now)))
@@ -513,12 +513,12 @@ def test_progress_goes_up_to_the_total(model, caplog):
     assert "KL" in caplog.text
 
 
-def test_an_answer_ends_as_the_template_ends_it(model):
+def test_end_of_turn_is_the_templates(model):
     (end,) = model.end_of_turn
     assert model.tokenizer.convert_ids_to_tokens(end) == "<|im_end|>"
 
 
-def test_without_a_template_an_answer_ends_as_a_text_does(tiny_llama, caplog):
+def test_end_of_turn_without_template_is_end_of_text(tiny_llama, caplog):
     model = TorchModel(str(tiny_llama), dtype=torch.float32)
     model.tokenizer.chat_template = None
     assert model.end_of_turn == (model.tokenizer.eos_token_id,)
@@ -528,7 +528,7 @@ def test_without_a_template_an_answer_ends_as_a_text_does(tiny_llama, caplog):
     assert "no token that ends an answer" in caplog.text
 
 
-def test_what_is_too_long_is_left_out_and_said(model, caplog):
+def test_long_examples_are_left_out_and_logged(model, caplog):
     long = Example(tuple(range(5, 205)), (7, 8))
     settings = LearnedSettings(**{**vars(QUICK), "max_tokens": 100})
     data = {"a": [*examples(10, seed=1), long]}
@@ -554,18 +554,18 @@ def test_what_is_too_long_is_left_out_and_said(model, caplog):
         ({"a": [Example((5,), (6,))]}, [(5, 6)], {"site": "head"}, "site 'head'"),
     ],
 )
-def test_what_cannot_be_learned_is_refused(model, unsafe, benign, others, message):
+def test_invalid_learning_data_raises(model, unsafe, benign, others, message):
     with pytest.raises(SteeringError, match=message):
         learn(model, unsafe, benign, **{"layers": [1], "settings": QUICK, **others})
 
 
-def test_a_loss_that_never_falls_is_an_error(model):
+def test_loss_that_never_falls_raises(model):
     settings = LearnedSettings(**{**vars(QUICK), "learning_rate": 1e4, "shared_steps": 2})
     with pytest.raises(SteeringError, match="no step lowered"):
         learned_quickly(model, settings)
 
 
-def test_a_loss_that_is_no_number_is_an_error(model):
+def test_loss_of_nan_raises(model):
     with (
         model.blocks[3].register_forward_hook(lambda _m, _i, output: output * float("nan")),
         pytest.raises(SteeringError, match="NaN or infinite"),
@@ -586,7 +586,7 @@ def test_a_loss_that_is_no_number_is_an_error(model):
         {"seed": -1},
     ],
 )
-def test_settings_out_of_range_are_refused(wrong):
+def test_settings_out_of_range_raise(wrong):
     with pytest.raises(SteeringError, match=next(iter(wrong))):
         LearnedSettings(**wrong)
 

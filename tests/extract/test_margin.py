@@ -45,7 +45,7 @@ def out_of_fold(h, classes, folds, penalty):
 
 
 @pytest.mark.parametrize("width", [20, 700], ids=["more prompts than dimensions", "fewer"])
-def test_the_map_is_the_ridge_regression_of_scikit_learn(width):
+def test_map_equals_scikit_learns_ridge(width):
     h, classes = a_data_set(width=width)
     fit = fit_margin(h, classes, folds_of(classes))
     r = h @ fit.weight.T + fit.bias
@@ -55,7 +55,7 @@ def test_the_map_is_the_ridge_regression_of_scikit_learn(width):
     np.testing.assert_allclose(apart, apart[0], atol=1e-6)
 
 
-def test_the_penalties_are_those_that_do_best_out_of_fold():
+def test_penalties_are_best_out_of_fold():
     h, classes = a_data_set(signal=0.25)
     folds = folds_of(classes)
     fit = fit_margin(h, classes, folds)
@@ -72,7 +72,7 @@ def test_the_penalties_are_those_that_do_best_out_of_fold():
 
 
 @pytest.mark.parametrize("rate", [None, 0.0, 0.02, 0.1])
-def test_of_benign_prompts_out_of_fold_no_more_than_stated_are_harmful(rate):
+def test_benign_prompts_above_threshold_stay_within_rate(rate):
     h, classes = a_data_set(signal=0.25)
     folds = folds_of(classes)
     fit = fit_margin(h, classes, folds, false_positive_rate=rate)
@@ -89,7 +89,7 @@ def test_of_benign_prompts_out_of_fold_no_more_than_stated_are_harmful(rate):
 @pytest.mark.parametrize(
     ("given", "rate"), [({}, LOOK_ALIKE_RATE), ({"look_alike_rate": 0.3}, 0.3)]
 )
-def test_look_alikes_have_a_bound_of_their_own_and_the_stricter_one_counts(given, rate):
+def test_stricter_of_benign_and_look_alike_bounds_counts(given, rate):
     h, classes = a_data_set(signal=0.25)
     folds = folds_of(classes)
     benign = np.flatnonzero(classes == 0)
@@ -115,7 +115,7 @@ def test_look_alikes_have_a_bound_of_their_own_and_the_stricter_one_counts(given
 
 
 @pytest.mark.parametrize("leak", [0.0, 0.05, 0.3])
-def test_allowances_let_through_no_more_of_the_others_than_stated_and_are_not_negative(leak):
+def test_allowances_are_nonnegative_and_keep_the_leak_rate(leak):
     h, classes = a_data_set(signal=0.35)
     folds = folds_of(classes)
     fit = fit_margin(h, classes, folds, max_leak=leak)
@@ -131,21 +131,21 @@ def test_allowances_let_through_no_more_of_the_others_than_stated_and_are_not_ne
             assert (others >= 0).mean() >= leak
 
 
-def test_one_category_has_no_others_to_leave_behind():
+def test_single_category_has_zero_lead():
     h, classes = a_data_set((60, 40))
     fit = fit_margin(h, classes, folds_of(classes))
     assert fit.allowances.tolist() == [0]
     assert leads_of(np.array([[3.0], [-1.0]])).tolist() == [[0], [0]]
 
 
-def test_leads_are_over_the_best_of_the_others():
+def test_lead_is_over_the_best_other():
     assert leads_of(np.array([[3.0, 5.0, 1.0], [2.0, 2.0, 0.0]])).tolist() == [
         [-2, 2, -4],
         [0, 0, -2],
     ]
 
 
-def test_classes_that_are_far_apart_are_told_apart():
+def test_distant_classes_are_classified():
     h, classes = a_data_set(signal=9)
     fit = fit_margin(h, classes, folds_of(classes))
     r = h @ fit.weight.T + fit.bias
@@ -155,7 +155,7 @@ def test_classes_that_are_far_apart_are_told_apart():
     np.testing.assert_array_equal(1 + r[harmful, 1:].argmax(1), classes[harmful])
 
 
-def test_a_fold_without_some_class_is_fitted_all_the_same():
+def test_fold_without_a_class_is_fitted():
     h, classes = a_data_set((30, 5, 20))
     one = np.flatnonzero(classes == 1)
     rest = np.flatnonzero(classes != 1)
@@ -166,13 +166,13 @@ def test_a_fold_without_some_class_is_fitted_all_the_same():
     assert np.isfinite(fit.bias).all()
 
 
-def test_a_prompt_that_no_fold_tests_is_an_error():
+def test_untested_prompt_raises():
     h, classes = a_data_set()
     with pytest.raises(ValueError, match="NaN"):
         fit_margin(h, classes, folds_of(classes)[1:])
 
 
-def test_a_threshold_is_above_the_scores_that_may_not_reach_it():
+def test_threshold_is_above_scores_that_must_not_reach_it():
     scores = np.arange(200.0)
     assert (scores >= module._quantile(scores, 0.0)).sum() == 0
     for share in (0.005, 0.05, 0.1, 0.5):

@@ -144,7 +144,7 @@ def test_contrast_is_the_mean_of_paired_differences_towards_refusing():
 
 
 @pytest.mark.parametrize(("n", "width"), [(2, 12), (30, 12), (600, 520), (9, 1)])
-def test_pca_pairwise_is_the_component_of_the_members_about_their_midpoints(n, width):
+def test_pca_pairwise_is_component_about_midpoints(n, width):
     unsafe, safe = pairs(n, width=width)
     unsafe, safe = np.float64(unsafe), np.float64(safe)
     middle = (unsafe + safe) / 2
@@ -152,7 +152,7 @@ def test_pca_pairwise_is_the_component_of_the_members_about_their_midpoints(n, w
     assert_close(pca(unsafe, safe, variant="pairwise"), on_axis(axis.components_, unsafe, safe))
 
 
-def test_pca_pairwise_is_the_uncentred_component_of_the_differences():
+def test_pca_pairwise_is_uncentred_component_of_differences():
     unsafe, safe = pairs(30)
     axis = TruncatedSVD(1, algorithm="arpack", random_state=1).fit(np.float64(safe - unsafe))
     assert_close(pca(unsafe, safe), on_axis(axis.components_, unsafe, safe))
@@ -173,7 +173,7 @@ def test_pca_difference_is_the_component_of_the_differences(n, width):
     assert_close(pca(unsafe, safe, variant="difference"), on_axis(axis.components_, unsafe, safe))
 
 
-def test_pca_is_exact_where_no_component_stands_out():
+def test_pca_without_dominant_component_is_exact():
     rng = np.random.default_rng(0)
     unsafe, safe = rng.normal(size=(300, 540)), rng.normal(size=(300, 540)) + 0.3
     axis = PCA(1, svd_solver="full").fit(safe - unsafe)
@@ -183,14 +183,14 @@ def test_pca_is_exact_where_no_component_stands_out():
     assert_close(pca(unsafe, safe, variant="centred"), on_axis(axis.components_, unsafe, safe))
 
 
-def test_the_variants_of_pca_differ():
+def test_pca_variants_differ():
     unsafe, safe = pairs(30)
     found = [pca(unsafe, safe, variant=variant) for variant in PCA_VARIANTS]
     for one, other in [(0, 1), (0, 2), (1, 2)]:
         assert not np.allclose(found[one], found[other], rtol=1e-2)
 
 
-def test_logistic_is_the_normal_of_scikit_learns_decision():
+def test_logistic_is_normal_of_scikit_learns_decision():
     unsafe, safe = two_classes(60, 25, gap=0.4)
     rows, labels = np.concatenate([unsafe, safe]).astype(np.float64), np.repeat([0, 1], [60, 25])
     for c in (0.01, 1.0, 20.0):
@@ -223,7 +223,7 @@ def test_lda_with_many_prompts_is_the_inverse_covariance_times_omega():
 # ---- what holds for all of them --------------------------------------------------------------
 
 
-def test_every_method_gives_a_float32_direction_that_points_to_safe():
+def test_every_method_gives_float32_direction_towards_safe():
     unsafe, safe = pairs(30)
     omega = np.float64(safe).mean(axis=0) - np.float64(unsafe).mean(axis=0)
     names = []
@@ -235,7 +235,7 @@ def test_every_method_gives_a_float32_direction_that_points_to_safe():
     assert len(names) == len(FUNCTIONS) + 3  # two of pruned, three of pca
 
 
-def test_swapping_the_sides_turns_the_direction_round():
+def test_swapped_sides_negate_the_direction():
     unsafe, safe = pairs(30)
     there, back = dict(every_method(unsafe, safe)), dict(every_method(safe, unsafe))
     for name in set(there) - {"pruned", "guided"}:  # these treat the sides differently
@@ -245,7 +245,7 @@ def test_swapping_the_sides_turns_the_direction_round():
 
 
 @pytest.mark.parametrize("name", [*PCA_VARIANTS, "logistic", "lda"])
-def test_strength_one_moves_the_unsafe_mean_onto_the_safe_one_along_the_axis(name):
+def test_strength_one_moves_unsafe_mean_onto_safe_mean_along_axis(name):
     unsafe, safe = two_classes(40, 40)
     direction = np.float64(dict(every_method(unsafe, safe))[name])
     unit = direction / np.linalg.norm(direction)
@@ -253,7 +253,7 @@ def test_strength_one_moves_the_unsafe_mean_onto_the_safe_one_along_the_axis(nam
     assert moved @ unit == pytest.approx(np.float64(safe).mean(axis=0) @ unit, rel=1e-5)
 
 
-def test_the_same_data_give_the_same_bits():
+def test_equal_data_give_equal_bits():
     unsafe, safe = pairs(600, width=530)  # where iterative solvers are in use
     for variant in PCA_VARIANTS:
         once = pca(unsafe, safe, variant=variant)
@@ -265,7 +265,7 @@ def test_the_same_data_give_the_same_bits():
         np.testing.assert_array_equal(one, other, err_msg=name)
 
 
-def test_memory_mapped_slices_and_other_types_are_read_as_they_are(tmp_path):
+def test_memory_mapped_slices_and_half_precision_give_equal_directions(tmp_path):
     unsafe, safe = pairs(30)
     file = np.memmap(tmp_path / "cache", np.float32, "w+", shape=(60, 3, WIDTH))
     file[:30, 1], file[30:, 1] = unsafe, safe
@@ -285,14 +285,14 @@ def test_memory_mapped_slices_and_other_types_are_read_as_they_are(tmp_path):
         np.testing.assert_array_equal(one, other, err_msg=name)
 
 
-def test_the_input_is_left_alone():
+def test_inputs_are_not_changed():
     unsafe, safe = pairs(30)
     unsafe.setflags(write=False)
     safe.setflags(write=False)
     assert len(list(every_method(unsafe, safe))) == len(FUNCTIONS) + 3
 
 
-def test_the_arithmetic_is_in_float64():
+def test_arithmetic_is_in_float64():
     # In float32 the small differences drown in the large values.
     rng = np.random.default_rng(0)
     unsafe = (30_000 + rng.normal(size=(5000, 3))).astype(np.float32)
@@ -304,7 +304,7 @@ def test_the_arithmetic_is_in_float64():
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from([-3, -1, 0, 4]))
-def test_directions_scale_with_the_activations_and_ignore_a_shift_of_all(seed, exponent):
+def test_directions_scale_with_activations_and_ignore_shifts(seed, exponent):
     unsafe, safe = (rows.astype(np.float64) for rows in pairs(12, seed=seed))
     shift = np.random.default_rng(seed).normal(size=WIDTH)
     scale = 2.0**exponent
@@ -339,7 +339,7 @@ def call(name, unsafe, safe, **options):
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_values_that_are_not_finite_are_refused(name, value):
+def test_nonfinite_values_raise(name, value):
     for side in (0, 1):
         sides = [rows.copy() for rows in pairs(8)]
         sides[side][3, 2] = value
@@ -348,7 +348,7 @@ def test_values_that_are_not_finite_are_refused(name, value):
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_other_shapes_are_refused(name):
+def test_other_shapes_raise(name):
     unsafe, safe = pairs(8)
     for bad in (unsafe[0], unsafe[None], unsafe[:0], unsafe[:, :0], unsafe > 0):
         with pytest.raises(SteeringError):
@@ -360,7 +360,7 @@ def test_other_shapes_are_refused(name):
 
 
 @pytest.mark.parametrize("name", ["pca", "logistic", "lda"])
-def test_one_prompt_is_too_few_for_a_fit(name):
+def test_single_prompt_raises_for_fits(name):
     unsafe, safe = pairs(8)
     with pytest.raises(SteeringError, match=r"1 unsafe prompts.*2 or more"):
         call(name, unsafe[:1], safe)
@@ -368,7 +368,7 @@ def test_one_prompt_is_too_few_for_a_fit(name):
         call(name, unsafe, safe[:1])
 
 
-def test_one_unsafe_prompt_cannot_be_pruned_but_averaged():
+def test_single_unsafe_prompt_raises_for_pruned_but_not_mean():
     unsafe, safe = pairs(8)
     with pytest.raises(SteeringError, match="1 unsafe prompts"):
         pruned(unsafe[:1], safe, paired=False)
@@ -384,7 +384,7 @@ def test_one_unsafe_prompt_cannot_be_pruned_but_averaged():
         ("contrast", {}),
     ],
 )
-def test_what_needs_pairs_says_so(name, options):
+def test_unequal_sides_raise_for_methods_with_pairs(name, options):
     unsafe, safe = pairs(8)
     assert name == "contrast" or needs_pairs(name, **options)
     with pytest.raises(SteeringError, match=r"needs pairs.*8.*7"):
@@ -402,13 +402,13 @@ def test_what_needs_pairs_says_so(name, options):
         ("lda", {}),
     ],
 )
-def test_what_needs_no_pairs_takes_unequal_classes(name, options):
+def test_unequal_sides_pass_for_methods_without_pairs(name, options):
     unsafe, safe = two_classes(8, 5)
     assert not needs_pairs(name, **options)
     assert call(name, unsafe, safe, **options).shape == (WIDTH,)
 
 
-def test_the_default_variant_of_pca_is_the_one_that_the_table_assumes():
+def test_pca_default_variant_needs_pairs():
     unsafe, safe = pairs(8)
     assert needs_pairs("pca")
     with pytest.raises(SteeringError, match="pairwise needs pairs"):
@@ -416,20 +416,20 @@ def test_the_default_variant_of_pca_is_the_one_that_the_table_assumes():
 
 
 @pytest.mark.parametrize("name", ["mean", "guided", "contrast"])
-def test_what_does_not_need_all_can_be_had_from_the_means(name):
+def test_averaging_methods_equal_from_means(name):
     unsafe, safe = pairs(8)
     streamed = from_means(np.float64(unsafe).mean(axis=0), np.float64(safe).mean(axis=0))
     np.testing.assert_allclose(call(name, unsafe, safe), streamed, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_equal_sides_have_no_direction(name):
+def test_equal_activations_raise(name):
     unsafe, _ = pairs(8)
     with pytest.raises(SteeringError, match=r"no direction|pruning leaves none"):
         call(name, unsafe, unsafe.copy(), **{"paired": True} if name == "pruned" else {})
 
 
-def test_a_difference_of_rounding_errors_is_no_direction():
+def test_difference_of_rounding_errors_raises():
     unsafe, _ = pairs(8)
     safe = np.nextafter(unsafe, np.float32(np.inf))
     for direct in (mean, contrast, lda, logistic):
@@ -438,13 +438,13 @@ def test_a_difference_of_rounding_errors_is_no_direction():
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_constant_data_have_no_direction(name):
+def test_constant_data_raise(name):
     rows = np.full((6, WIDTH), 0.1, np.float32)
     with pytest.raises(SteeringError, match=r"use mean|equal"):
         call(name, rows, rows[:6].copy())
 
 
-def test_differences_that_are_all_the_same_do_not_vary():
+def test_equal_differences_raise_for_pca_difference_and_pruned():
     unsafe, _ = pairs(8)
     safe = unsafe + np.linspace(1, 2, WIDTH, dtype=np.float32)  # the same but for rounding
     with pytest.raises(SteeringError, match="nothing varies"):
@@ -456,7 +456,7 @@ def test_differences_that_are_all_the_same_do_not_vary():
         pruned(*(np.tile([[a, 0.0]], (6, 1)) for a in (1.0, 2.0)), paired=True)
 
 
-def test_a_component_across_the_means_is_refused():
+def test_component_orthogonal_to_means_raises():
     # All variation is along the first axis, the means differ along the second alone.
     first = np.array([-3.0, -1, 1, 3])
     unsafe, safe = np.stack([first, 0 * first], 1), np.stack([first, 0 * first + 0.1], 1)
@@ -464,7 +464,7 @@ def test_a_component_across_the_means_is_refused():
         pca(unsafe, safe, variant="centred")
 
 
-def test_a_judge_that_confirms_none_is_an_error():
+def test_judge_confirming_no_row_raises():
     unsafe, safe = pairs(8)
     none, some = np.zeros(8, bool), np.arange(8) > 2
     with pytest.raises(SteeringError, match="none of 8 answers unsafe"):
@@ -474,26 +474,26 @@ def test_a_judge_that_confirms_none_is_an_error():
 
 
 @pytest.mark.parametrize("verdicts", [[True], [1, 0] * 4, [0.5] * 8, "x", np.ones((8, 1), bool)])
-def test_verdicts_are_one_bool_a_prompt(verdicts):
+def test_malformed_verdicts_raise(verdicts):
     unsafe, safe = pairs(8)
     with pytest.raises(SteeringError, match="one bool for each of its 8 prompts"):
         guided(unsafe, safe, confirmed_unsafe=verdicts)
 
 
 @pytest.mark.parametrize("c", [0, -1.0, float("nan"), float("inf")])
-def test_the_penalty_of_logistic_is_checked(c):
+def test_invalid_logistic_penalty_raises(c):
     with pytest.raises(SteeringError, match="C of logistic"):
         logistic(*pairs(8), C=c)
 
 
-def test_a_fit_that_does_not_converge_is_an_error(monkeypatch):
+def test_unconverged_fit_raises(monkeypatch):
     monkeypatch.setattr(linear, "_MAX_ITERATIONS", 1)
     with pytest.raises(SteeringError, match="smaller C"):
         logistic(*pairs(8))
 
 
 @pytest.mark.parametrize("variant", ["", "center", None])
-def test_unknown_variants_of_pca_are_refused(variant):
+def test_unknown_pca_variant_raises(variant):
     with pytest.raises(SteeringError, match="pairwise, centred, difference"):
         pca(*pairs(8), variant=variant)
 
@@ -502,19 +502,19 @@ def test_unknown_variants_of_pca_are_refused(variant):
     ("low", "high"),
     [([1.0, 2.0], [1.0]), ([[1.0]], [[2.0]]), ([], []), ([1.0], [np.nan]), ([2.0, 3], [2.0, 3])],
 )
-def test_from_means_checks_too(low, high):
+def test_from_means_of_invalid_means_raises(low, high):
     with pytest.raises(SteeringError):
         from_means(low, high)
 
 
-def test_a_direction_beyond_float32_is_refused():
+def test_direction_beyond_float32_raises():
     big = np.full((2, 3), 3e38)
     with pytest.raises(SteeringError, match="too large"):
         mean(-big, big)
 
 
 @pytest.mark.parametrize("name", [n for n, m in METHODS.items() if isinstance(m, ArrayMethod)])
-def test_method_object_gives_the_functions_direction_with_its_options(name):
+def test_method_object_equals_its_function(name):
     unsafe, safe = pairs(8)
     keywords = [
         parameter.name
@@ -529,5 +529,5 @@ def test_method_object_gives_the_functions_direction_with_its_options(name):
     )
 
 
-def test_every_method_but_learned_has_a_function():
+def test_every_method_except_learned_has_a_function():
     assert set(METHODS) == {*FUNCTIONS, "learned"}

@@ -26,7 +26,7 @@ from pysteer.extract.routers.settings import RouterSettings
 from pysteer.extract.settings import ExtractSettings
 
 
-def test_a_pack_s_router_is_what_is_fitted_without_directions(tmp_path):
+def test_pack_router_equals_router_fitted_alone(tmp_path):
     settings = ExtractSettings(layers=(1, 2), gates=("margin", "probe"), seed=3)
     benign = prompts("hello", "any", 12, listed="")
     data = Data(UNSAFE, TWINS, benign=benign)
@@ -49,7 +49,7 @@ def test_a_pack_s_router_is_what_is_fitted_without_directions(tmp_path):
     assert not again.ran  # activations are kept
 
 
-def test_routers_fitted_together_are_those_fitted_alone_and_no_prompt_runs_twice(tmp_path):
+def test_routers_fitted_together_equal_single_fits_and_share_runs(tmp_path):
     benign = prompts("hello", "any", 12, listed="")
     whole, part = Data(UNSAFE, TWINS, benign), Data(UNSAFE[:-1], TWINS[:-1], benign[:9])
     capture = FakeCapture()
@@ -64,7 +64,7 @@ def test_routers_fitted_together_are_those_fitted_alone_and_no_prompt_runs_twice
     assert together[0] != together[1]
 
 
-def test_twins_share_a_group_and_those_of_a_category_are_look_alikes(tmp_path, monkeypatch):
+def test_twins_share_a_group_and_categorised_safe_prompts_are_look_alikes(tmp_path, monkeypatch):
     found = {}
     original = fit_module.fit_router
 
@@ -106,7 +106,7 @@ def test_twins_share_a_group_and_those_of_a_category_are_look_alikes(tmp_path, m
 
 
 @pytest.mark.parametrize("method", ["mean", "lda"])
-def test_the_router_changes_no_direction_and_no_row_runs_twice(method, tmp_path):
+def test_router_changes_no_direction_and_no_row_runs_twice(method, tmp_path):
     packs, captures = [], []
     for router in (True, False):
         captures.append(FakeCapture())
@@ -131,7 +131,7 @@ def test_too_few_prompts_for_a_router_is_logged(data, tmp_path, caplog):
     assert "no router is fitted: that takes 5 prompts" in caplog.text
 
 
-def test_benign_prompts_are_for_the_router_alone(tmp_path, caplog):
+def test_benign_prompts_reach_only_the_router(tmp_path, caplog):
     benign = prompts("hello", "any", 6, listed="")
     data = [Data(UNSAFE, GENERIC), Data(UNSAFE, GENERIC, benign=benign)]
     packs = [
@@ -145,7 +145,7 @@ def test_benign_prompts_are_for_the_router_alone(tmp_path, caplog):
     assert "benign prompts are for the router alone" in caplog.text
 
 
-def test_a_sample_does_for_the_router_of_very_many_prompts(tmp_path, monkeypatch, caplog):
+def test_router_of_very_many_prompts_uses_a_sample(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(prompts_module, "MAX_PROMPTS", 25)
     pack = extract(FakeCapture(), GENERIC_DATA, ExtractSettings(layers=(1, 2)), cache=tmp_path)
     assert "the router is fitted to 25 of 27 prompts" in caplog.text

@@ -42,7 +42,7 @@ def every_step(value):
 
 
 @kinds
-def test_every_step_keeps_the_kind_the_site_and_the_layers(kind):
+def test_every_step_keeps_kind_site_and_layers(kind):
     value = kind(some())
     before = {layer: row.copy() for layer, row in value.items()}
     for name, result in every_step(value):
@@ -60,7 +60,7 @@ def test_every_step_keeps_the_kind_the_site_and_the_layers(kind):
         np.testing.assert_array_equal(row, before[layer])
 
 
-def test_a_vector_and_its_mapping_give_the_same():
+def test_vector_and_mapping_give_equal_results():
     for (name, one), (_, other) in zip(
         every_step(some()), every_step(SteeringVector(some())), strict=True
     ):
@@ -68,7 +68,7 @@ def test_a_vector_and_its_mapping_give_the_same():
             np.testing.assert_array_equal(row, other.direction(layer), err_msg=name)
 
 
-def test_results_of_a_mapping_can_be_changed_without_changing_each_other():
+def test_results_of_a_mapping_share_no_memory():
     result = postprocess.top_k(some(), WIDTH)
     result[1][:] = 7
     assert (result[2] != 7).all()
@@ -77,7 +77,7 @@ def test_results_of_a_mapping_can_be_changed_without_changing_each_other():
 @pytest.mark.parametrize(
     "bad", [{}, {1: [np.nan, 1.0]}, {1: [1.0], 2: [1.0, 2.0]}, {1: [[1.0]]}, {-1: [1.0]}, {1: "x"}]
 )
-def test_what_is_no_directions_is_refused(bad):
+def test_invalid_directions_raise(bad):
     with pytest.raises(SteeringError):
         postprocess.top_k(bad, 1)
 
@@ -85,7 +85,7 @@ def test_what_is_no_directions_is_refused(bad):
 # ---- massive dimensions ----------------------------------------------------------------------
 
 
-def test_massive_dimensions_are_those_above_the_ratio_times_the_median():
+def test_massive_dimensions_exceed_ratio_times_median():
     magnitudes = [1.0, 2.0, 3.0, 29.9, 30.1]  # median 3
     found = postprocess.massive_dimensions({5: magnitudes, 6: magnitudes[:3]}, ratio=10)
     assert {layer: indices.tolist() for layer, indices in found.items()} == {5: [4], 6: []}
@@ -94,7 +94,7 @@ def test_massive_dimensions_are_those_above_the_ratio_times_the_median():
 
 
 @kinds
-def test_masking_zeroes_them_and_nothing_else(kind):
+def test_masking_zeroes_only_massive_dimensions(kind):
     masked = postprocess.mask_massive(kind(some()), typical([2, 7]) | {2: np.ones(WIDTH)})
     for layer, row in masked.items():
         expected = some()[layer].copy()
@@ -103,7 +103,7 @@ def test_masking_zeroes_them_and_nothing_else(kind):
         np.testing.assert_array_equal(row, expected)
 
 
-def test_masking_composes_with_a_method_on_activations_with_massive_dimensions():
+def test_masking_removes_massive_dimensions_of_a_method():
     rng = np.random.default_rng(3)
     scale = np.ones(40)
     scale[[7, 21]] = 200
@@ -115,27 +115,27 @@ def test_masking_composes_with_a_method_on_activations_with_massive_dimensions()
     assert (masked[3] == 0).nonzero()[0].tolist() == [7, 21]
 
 
-def test_masking_needs_every_layer_and_the_width():
+def test_masking_without_layer_or_width_raises():
     with pytest.raises(SteeringError, match=r"layer 4.*none"):
         postprocess.mask_massive(some(), {1: np.ones(WIDTH), 2: np.ones(WIDTH)})
     with pytest.raises(SteeringError, match=r"each of 9 dimensions, 8 given"):
         postprocess.mask_massive(some(), {layer: np.ones(8) for layer in NORMS})
 
 
-def test_masking_all_of_a_direction_is_an_error():
+def test_masking_a_whole_direction_raises():
     only = {1: np.eye(WIDTH)[2]}
     with pytest.raises(SteeringError, match="layer 1 lies in massive dimensions"):
         postprocess.mask_massive(only, typical([2]))
 
 
 @pytest.mark.parametrize("ratio", [1, 0, -3.0, float("nan"), float("inf")])
-def test_the_ratio_is_checked(ratio):
+def test_invalid_ratio_raises(ratio):
     with pytest.raises(SteeringError, match="ratio"):
         postprocess.mask_massive(some(), typical(), ratio=ratio)
 
 
 @pytest.mark.parametrize("bad", [[], [[1.0]], [-1.0, 1.0], [np.nan, 1.0]])
-def test_typical_activations_are_magnitudes(bad):
+def test_invalid_typical_activations_raise(bad):
     with pytest.raises(SteeringError, match="layer 1"):
         postprocess.massive_dimensions({1: bad})
 
@@ -153,7 +153,7 @@ def test_top_k_keeps_the_largest(seed, k):
         np.testing.assert_array_equal(row, expected)
 
 
-def test_top_k_of_equal_magnitudes_takes_the_first():
+def test_top_k_of_equal_magnitudes_keeps_the_first():
     found = postprocess.top_k({1: [1.0, -2.0, 2.0, 2.0]}, 2)
     assert found[1].tolist() == [0, -2, 2, 0]
     mixed = np.where(np.arange(500) % 2, -2.0, 1.0)
@@ -162,7 +162,7 @@ def test_top_k_of_equal_magnitudes_takes_the_first():
 
 
 @pytest.mark.parametrize("k", [0, -1])
-def test_top_k_keeps_at_least_one(k):
+def test_top_k_below_one_raises(k):
     with pytest.raises(SteeringError, match="k must be 1 or more"):
         postprocess.top_k(some(), k)
 
@@ -186,7 +186,7 @@ def test_each_category_is_orthogonal_to_all_others(kind, seed, n):
             np.testing.assert_allclose(others @ row, 0, atol=1e-4)
 
 
-def test_short_directions_are_taken_out_as_well_as_long_ones():
+def test_short_directions_are_removed_like_long_ones():
     a, b, c = some(1), some(2), some(3)
     short = {layer: 1e-8 * row for layer, row in b.items()}
     result = postprocess.orthogonalise({"a": a, "b": short, "c": c})
@@ -195,7 +195,7 @@ def test_short_directions_are_taken_out_as_well_as_long_ones():
         assert abs(row @ c[layer]) < 1e-5
 
 
-def test_the_order_of_the_categories_does_not_matter():
+def test_category_order_does_not_matter():
     categories = {str(i): some(i) for i in range(4)}
     there = postprocess.orthogonalise(categories)
     back = postprocess.orthogonalise(dict(reversed(categories.items())))
@@ -204,7 +204,7 @@ def test_the_order_of_the_categories_does_not_matter():
             np.testing.assert_allclose(row, back[name][layer], atol=1e-6)
 
 
-def test_layers_that_one_category_has_alone_are_left():
+def test_layers_of_one_category_alone_stay():
     a, b = some(1, layers=(1, 2)), some(2, layers=(2, 3))
     result = postprocess.orthogonalise({"a": a, "b": b})
     np.testing.assert_array_equal(result["a"][1], a[1])
@@ -212,17 +212,17 @@ def test_layers_that_one_category_has_alone_are_left():
     assert not np.allclose(result["a"][2], a[2], atol=1e-3)
 
 
-def test_other_sites_are_left_alone():
+def test_other_sites_stay():
     a, b = SteeringVector(some(1)), SteeringVector(some(2), site="attention")
     assert postprocess.orthogonalise({"a": a, "b": b}) == {"a": a, "b": b}
 
 
-def test_a_zero_direction_among_the_categories_is_an_error():
+def test_zero_direction_raises_for_orthogonalise():
     with pytest.raises(SteeringError, match="category 'b', layer 1: nothing is left"):
         postprocess.orthogonalise({"a": some(1), "b": {1: np.zeros(WIDTH)}, "c": some(3)})
 
 
-def test_two_categories_that_say_the_same_do_not_cancel_a_third():
+def test_two_equal_categories_do_not_cancel_a_third():
     # The others' directions are dependent: their span is what counts.
     twin = some(2)
     result = {}
@@ -238,25 +238,25 @@ def test_two_categories_that_say_the_same_do_not_cancel_a_third():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_direction_in_the_span_of_the_others_is_an_error(seed):
+def test_direction_in_the_span_of_others_raises(seed):
     a, b = some(seed), some(seed + 100)
     both = {layer: 2 * a[layer] - 0.3 * b[layer] for layer in a}
     with pytest.raises(SteeringError, match=r"category '.*', layer 1: nothing is left"):
         postprocess.orthogonalise({"a": a, "b": b, "both": both})
 
 
-def test_more_categories_than_dimensions_cannot_be_orthogonal():
+def test_more_categories_than_dimensions_raise():
     with pytest.raises(SteeringError, match="nothing is left"):
         postprocess.orthogonalise({str(i): some(i, width=3) for i in range(4)})
 
 
-def test_categories_of_different_widths_are_refused():
+def test_different_widths_raise():
     with pytest.raises(SteeringError, match="shape"):
         postprocess.orthogonalise({"a": some(1), "b": some(2, width=WIDTH + 1)})
 
 
 @kinds
-def test_projecting_out_leaves_the_projection_on_the_reference_as_it_was(kind):
+def test_project_out_leaves_reference_projection_zero(kind):
     reference = some(5)
     for layer, row in postprocess.project_out(kind(some()), reference).items():
         r, original = np.float64(reference[layer]), np.float64(some()[layer])
@@ -264,7 +264,7 @@ def test_projecting_out_leaves_the_projection_on_the_reference_as_it_was(kind):
         assert abs(row @ r) < 1e-5
 
 
-def test_projecting_out_needs_a_reference_for_each_layer():
+def test_project_out_without_reference_raises():
     for reference in (some(5, layers=(1, 2)), some(5) | {4: np.zeros(WIDTH)}):
         with pytest.raises(SteeringError, match="no reference direction for layer 4"):
             postprocess.project_out(some(), reference)
@@ -278,7 +278,7 @@ def test_projecting_out_needs_a_reference_for_each_layer():
 
 
 @kinds
-def test_unit_norm_and_its_scale_restore_the_direction(kind):
+def test_unit_norm_times_scale_is_the_direction(kind):
     value = kind(some())
     unit, scales = postprocess.unit_norm(value)
     for layer, row in unit.items():
@@ -289,7 +289,7 @@ def test_unit_norm_and_its_scale_restore_the_direction(kind):
 
 @kinds
 @pytest.mark.parametrize("fraction", [0.1, 0.5, 3])
-def test_scaling_makes_each_norm_the_fraction_of_the_residual(kind, fraction):
+def test_scale_to_gives_fraction_of_residual_norm(kind, fraction):
     value = kind(some())
     scaled = postprocess.scale_to(value, NORMS, fraction=fraction)
     for layer, row in scaled.items():
@@ -306,7 +306,7 @@ def test_relative_strength_is_norm_over_norm():
     assert found == {1: 0.5, 2: 0.0}
 
 
-def test_a_zero_direction_has_no_unit_and_no_scale():
+def test_zero_direction_raises_for_unit_norm_and_scale():
     zero = some() | {2: np.zeros(WIDTH)}
     for step in (postprocess.unit_norm, lambda v: postprocess.scale_to(v, NORMS, fraction=1)):
         with pytest.raises(SteeringError, match="layer 2 has length 0"):
@@ -314,7 +314,7 @@ def test_a_zero_direction_has_no_unit_and_no_scale():
 
 
 @pytest.mark.parametrize("norms", [{1: 1.0, 2: 1.0}, NORMS | {4: 0.0}, NORMS | {4: float("nan")}])
-def test_the_typical_norm_must_be_known(norms):
+def test_unknown_typical_norm_raises(norms):
     for step in (
         lambda: postprocess.scale_to(some(), norms, fraction=0.5),
         lambda: postprocess.relative_strength(some(), norms),
@@ -324,7 +324,7 @@ def test_the_typical_norm_must_be_known(norms):
 
 
 @pytest.mark.parametrize("fraction", [0, -1, float("nan"), float("inf")])
-def test_the_fraction_is_checked(fraction):
+def test_invalid_fraction_raises(fraction):
     with pytest.raises(SteeringError, match="fraction"):
         postprocess.scale_to(some(), NORMS, fraction=fraction)
 

@@ -21,7 +21,7 @@ METHODS = [
 
 @hypothesis_settings(max_examples=20, deadline=None)
 @given(which=st.sampled_from(METHODS), stops=st.lists(st.integers(0, 60), max_size=4))
-def test_an_interrupted_extraction_goes_on_where_it_stopped(which, stops, tmp_path_factory):
+def test_interrupted_extraction_resumes(which, stops, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     chosen = ExtractSettings(router=False, layers=(1, 2), **which)
     whole = FakeCapture()
@@ -51,7 +51,7 @@ def check_same(pack, expected):
             assert pack[name].direction(layer) == pytest.approx(row, rel=1e-6, abs=1e-7)
 
 
-def test_an_exception_in_the_progress_callback_loses_nothing(tmp_path):
+def test_exception_in_progress_loses_no_work(tmp_path):
     class Reports:
         def start(self, stage, total, unit=""):
             done = []
@@ -84,7 +84,7 @@ def test_an_exception_in_the_progress_callback_loses_nothing(tmp_path):
     assert sum(ran.values()) <= sum(whole.ran.values()) + interrupted
 
 
-def test_what_the_router_saw_is_not_taken_for_another_site(tmp_path):
+def test_router_activations_are_not_used_for_another_site(tmp_path):
     found = []
     for router in (True, False):
         chosen = ExtractSettings(router=router, site="attention")
@@ -92,7 +92,7 @@ def test_what_the_router_saw_is_not_taken_for_another_site(tmp_path):
     assert found[0] == found[1]
 
 
-def test_a_model_file_that_changed_is_run_again(tmp_path):
+def test_changed_model_file_runs_again(tmp_path):
     chosen = ExtractSettings(router=False, layers=(1, 2), method="contrast")
     first, second = FakeCapture(), FakeCapture(identity="the file, changed")
     extract_fake(first, tmp_path, chosen)
@@ -107,7 +107,7 @@ def test_other_settings_reuse_what_they_share(tmp_path):
     assert not capture.ran
 
 
-def test_progress_ends_where_it_said(tmp_path):
+def test_progress_reaches_every_total(tmp_path):
     stages = []
 
     class Reports:

@@ -69,7 +69,7 @@ def oracle():
 # ---- what is fitted --------------------------------------------------------------------------
 
 
-def test_the_classes_are_told_apart(fitted):
+def test_router_classifies_held_out_prompts(fitted):
     _, _, router = fitted
     assert router.site == "mlp"
     assert router.reads == (Read(1, "user"), Read(5, "user"), Read(9, "user"))
@@ -84,7 +84,7 @@ def test_the_classes_are_told_apart(fitted):
     [((60, 30, 30), 12), ((20, 12, 8), 90), ((40, 40), 6), ((20, 15), 90), ((200, 10, 6), 10)],
     ids=["tall", "wide", "one category", "wide, one category", "unequal"],
 )
-def test_the_probes_are_scikit_learns_on_the_standardised_training_part(counts, width):
+def test_probes_equal_scikit_learn_on_standardised_rows(counts, width):
     h, labels, _ = a_data_set(counts, layers=1, width=width, signal=[0.4])
     router = fit(h, labels)
     classes = renumbered(labels, router)
@@ -99,7 +99,7 @@ def test_the_probes_are_scikit_learns_on_the_standardised_training_part(counts, 
     assert router.train_counts.tolist() == np.bincount(classes).tolist()
 
 
-def test_centroids_are_means_and_conditions_unit_differences_from_the_rest(fitted):
+def test_centroids_are_means_and_conditions_unit_differences(fitted):
     h, labels, router = fitted
     classes = renumbered(labels, router)
     h = wide(h)
@@ -111,7 +111,7 @@ def test_centroids_are_means_and_conditions_unit_differences_from_the_rest(fitte
         np.testing.assert_allclose(condition, apart / np.linalg.norm(apart), atol=1e-6)
 
 
-def test_dimensions_that_hardly_vary_are_not_blown_up():
+def test_nearly_constant_dimensions_are_not_blown_up():
     h, labels, _ = a_data_set(layers=1, signal=[0.6])
     h = np.concatenate([h, np.full((len(h), 1, 2), 3.0, np.float32)], axis=2)
     h[:, :, -1] += 1e-6 * np.random.default_rng(9).normal(size=(len(h), 1))
@@ -124,7 +124,7 @@ def test_dimensions_that_hardly_vary_are_not_blown_up():
 
 
 @pytest.mark.parametrize("counts", [(60, 30, 30), (5, 5, 5, 5), (200, 5, 7), (6, 9, 100)])
-def test_the_split_keeps_the_proportions_and_every_prompt_once(counts):
+def test_split_keeps_proportions_and_each_prompt_once(counts):
     classes = np.random.default_rng(1).permutation(np.repeat(np.arange(len(counts)), counts))
     train, held_out = split(classes, 3)
     assert sorted([*train, *held_out]) == list(range(len(classes)))
@@ -145,7 +145,7 @@ def measured_by_hand(h, labels, router, **options):
     return part, order, wide(h[held_out]), classes[held_out]
 
 
-def test_the_report_is_what_a_fit_to_the_training_part_does_on_the_held_out_part(fitted):
+def test_rates_are_those_of_the_training_fit_on_held_out_prompts(fitted):
     h, labels, router = fitted
     part, order, rows, classes = measured_by_hand(h, labels, router)
     found = np.argsort(order)[part.classes(rows)]
@@ -161,7 +161,7 @@ def test_the_report_is_what_a_fit_to_the_training_part_does_on_the_held_out_part
             assert gate.leak_rates[i] == opens[~own & ~benign, i].mean()
 
 
-def test_the_router_is_fitted_to_every_prompt_and_measured_without_the_held_out_ones(fitted):
+def test_router_is_fitted_to_all_and_measured_on_held_out_prompts(fitted):
     h, labels, router = fitted
     _, held_out = split(renumbered(labels, router), 0)
     other = h.copy()
@@ -180,7 +180,7 @@ def youden(scores, own, threshold, above=True):
     return opens[own].mean() - opens[~own].mean()
 
 
-def test_thresholds_maximise_youdens_j_of_scores_from_outside_the_fold(fitted):
+def test_thresholds_maximise_out_of_fold_youden_j(fitted):
     h, labels, router = fitted
     classes = renumbered(labels, router)
     h = wide(h)
@@ -208,7 +208,7 @@ def test_thresholds_maximise_youdens_j_of_scores_from_outside_the_fold(fitted):
         assert found == pytest.approx(best, abs=1e-9)
 
 
-def test_a_condition_that_holds_below_its_threshold_is_seen():
+def test_condition_below_threshold_opens_the_gate():
     rng = np.random.default_rng(2)
     h = rng.normal(size=(80, 1, 6))
     h[:, 0, 0] -= 9  # benign prompts lie far out on the direction, the category's near zero
@@ -234,7 +234,7 @@ def scored(draw):
 
 @settings(deadline=None)
 @given(case=scored(), rate=st.none() | st.sampled_from([0.0, 0.01, 0.1, 0.34, 0.5, 0.99]))
-def test_a_threshold_is_as_good_as_the_best_of_all(case, rate):
+def test_threshold_equals_brute_force_best(case, rate):
     scores, classes = case
     own, benign = classes == 1, classes == 0
     allowed = [
@@ -252,12 +252,12 @@ def test_a_threshold_is_as_good_as_the_best_of_all(case, rate):
         assert not (scores >= threshold).any()
 
 
-def test_a_threshold_lies_halfway_between_the_scores_it_parts():
+def test_threshold_lies_halfway_between_scores():
     scores, own = np.array([5.0, 3.0, 1.0, 0.0]), np.array([True, True, False, False])
     assert choose_threshold(scores, own, ~own) == (2.0, 1.0)
 
 
-def test_a_threshold_parts_neighbouring_numbers():
+def test_threshold_separates_neighbouring_floats():
     for low in (1.0, np.nextafter(1.0, 2)):
         scores, own = np.array([np.nextafter(low, 2), low]), np.array([True, False])
         threshold, _ = choose_threshold(scores, own, ~own)
@@ -265,7 +265,7 @@ def test_a_threshold_parts_neighbouring_numbers():
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.05, 0.2])
-def test_a_stated_false_positive_rate_is_kept_in_training_and_named(rate, fitted):
+def test_given_false_positive_rate_holds_out_of_fold_and_is_recorded(rate, fitted):
     h, labels, free = fitted
     router = fit(h, labels, false_positive_rate=rate)
     assert (free.threshold_rule, router.threshold_rule) == (
@@ -285,7 +285,7 @@ def test_a_stated_false_positive_rate_is_kept_in_training_and_named(rate, fitted
 
 
 @pytest.mark.parametrize("rate", [-0.1, 1.0, float("nan")])
-def test_other_false_positive_rates_are_refused(rate, fitted):
+def test_false_positive_rate_out_of_range_raises(rate, fitted):
     with pytest.raises(SteeringError, match="false_positive_rate must be"):
         fit(*fitted[:2], false_positive_rate=rate)
 
@@ -293,7 +293,7 @@ def test_other_false_positive_rates_are_refused(rate, fitted):
 # ---- memory, repeatability -------------------------------------------------------------------
 
 
-def test_a_memory_mapped_file_gives_the_same(tmp_path):
+def test_memory_mapped_activations_give_equal_router(tmp_path):
     h, labels, _ = a_data_set((40, 20), layers=3, width=20)
     file = np.memmap(tmp_path / "h", np.float32, "w+", shape=h.shape)
     file[:] = h
@@ -302,13 +302,13 @@ def test_a_memory_mapped_file_gives_the_same(tmp_path):
     assert fit(mapped, labels) == fit(h, labels)
 
 
-def test_the_same_seed_gives_the_same_router_and_another_seed_another(fitted):
+def test_seed_determines_the_router(fitted):
     h, labels, router = fitted
     assert fit(h, labels) == router
     assert fit(h, labels, seed=1) != router
 
 
-def test_more_rows_than_are_needed_are_sampled_and_said_so(monkeypatch, caplog):
+def test_excess_rows_are_sampled_and_logged(monkeypatch, caplog):
     monkeypatch.setattr(module, "MAX_PROMPTS", 100)
     h, labels, _ = a_data_set((400, 90, 10), layers=2, signal=[0.1, 1])
     router = fit(h, labels)
@@ -321,7 +321,7 @@ def test_more_rows_than_are_needed_are_sampled_and_said_so(monkeypatch, caplog):
 
 
 @pytest.mark.parametrize("count", [1, MIN_PROMPTS - 1])
-def test_a_category_with_few_prompts_is_left_out_and_said_so(count, fitted, caplog):
+def test_small_category_is_left_out_and_logged(count, fitted, caplog):
     h, labels, router = fitted
     more = np.concatenate([h, h[:count] + 1])
     again = fit(more, [*labels, *["rare"] * count])
@@ -330,7 +330,7 @@ def test_a_category_with_few_prompts_is_left_out_and_said_so(count, fitted, capl
     assert f"rare has {count} prompts of the {MIN_PROMPTS}" in record.getMessage()
 
 
-def test_a_category_with_just_enough_prompts_is_kept(caplog):
+def test_category_with_enough_prompts_is_kept(caplog):
     h, labels, _ = a_data_set((60, 30, MIN_PROMPTS), layers=1, signal=[3])
     router = fit(h, labels)
     assert set(router.categories) == set(CATEGORIES)
@@ -349,20 +349,20 @@ def test_a_category_with_just_enough_prompts_is_kept(caplog):
     ],
     ids=["no benign", "few benign", "no category", "few of the category", "labels"],
 )
-def test_labels_that_do_not_do_are_refused(labels, words):
+def test_unusable_labels_raise(labels, words):
     with pytest.raises(SteeringError, match=words):
         fit(np.random.default_rng(0).normal(size=(20, 1, 3)), labels)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_activations_that_are_not_finite_are_refused_and_the_layer_named(value):
+def test_nonfinite_activations_raise_with_layer(value):
     h, labels, _ = a_data_set((20, 20), layers=2, signal=[1, 1])
     h[3, 1, 2] = value
     with pytest.raises(SteeringError, match="layer 5 hold NaN"):
         fit(h, labels)
 
 
-def test_activations_that_are_all_the_same_are_refused():
+def test_equal_activations_raise():
     with pytest.raises(SteeringError, match="the same"):
         fit(np.ones((20, 1, 3)), ["", "a"] * 10)
 
@@ -390,7 +390,7 @@ DIFFERENT = np.random.default_rng(0).normal(size=(20, 2, 3))
     ],
     ids=lambda value: str(value) if isinstance(value, str) else None,
 )
-def test_other_arguments_are_refused(h, options, words):
+def test_invalid_arguments_raise(h, options, words):
     with pytest.raises(SteeringError, match=words):
         fit(h, ["", "a"] * 10, **{"reads": [Read(1, "user"), Read(2, "user")], **options})
 
@@ -415,7 +415,7 @@ def twins(n=60, seed=0, **options):
     )
 
 
-def test_no_group_is_in_both_parts_or_in_two_folds(monkeypatch):
+def test_groups_stay_in_one_part_and_one_fold(monkeypatch):
     h, labels, groups, look_alikes = twins()
     numbers = [sorted(set(groups), key=str).index(group) for group in groups]
     seen, rates = [], []
@@ -453,7 +453,7 @@ def test_no_group_is_in_both_parts_or_in_two_folds(monkeypatch):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_split_by_groups_keeps_every_class_and_about_the_proportions(seed):
+def test_split_by_groups_keeps_classes_and_proportions(seed):
     _, labels, groups, _ = twins()
     numbers = np.array([sorted(set(groups), key=str).index(group) for group in groups])
     classes = np.array([["", *CATEGORIES].index(label) for label in labels])
@@ -464,7 +464,7 @@ def test_a_split_by_groups_keeps_every_class_and_about_the_proportions(seed):
     assert (np.abs(kept - np.bincount(classes) / 5) <= 4).all()
 
 
-def test_groups_that_cannot_be_split_by_do_not_count_and_it_is_said(caplog):
+def test_unsplittable_groups_are_ignored_and_logged(caplog):
     h, labels, _ = a_data_set((60, 30, 30))
     groups = [label or i for i, label in enumerate(labels)]  # all of a category is one group
     router = fit(h, labels, groups=groups, gates=("margin",))
@@ -475,7 +475,7 @@ def test_groups_that_cannot_be_split_by_do_not_count_and_it_is_said(caplog):
 # ---- where it looks --------------------------------------------------------------------------
 
 
-def test_a_router_looks_at_several_depths_and_never_at_the_last_layer():
+def test_default_reads_span_depths_below_the_last_layer():
     users, suffixes = (0, 4, 10, 14, 18), (8, 12, 16)
     expected = [Read(i, "user") for i in users] + [Read(i, "suffix") for i in suffixes]
     assert list(default_reads(30)) == expected
@@ -487,7 +487,7 @@ def test_a_router_looks_at_several_depths_and_never_at_the_last_layer():
 
 
 @pytest.mark.parametrize("kinds", [("margin",), ("multinomial",), ("probe", "margin")])
-def test_a_router_gets_the_gates_asked_for(kinds, fitted):
+def test_router_has_the_gates_given(kinds, fitted):
     h, labels, every = fitted
     router = fit(h, labels, gates=kinds)
     assert list(router.gates) == [kind for kind in GATES if kind in kinds]
@@ -509,6 +509,6 @@ def test_a_router_gets_the_gates_asked_for(kinds, fitted):
         (("multinomial", "margin"), 0.02, "fpr=0.02"),
     ],
 )
-def test_the_rule_of_the_thresholds_is_named(kinds, rate, rule, fitted):
+def test_threshold_rule_is_recorded(kinds, rate, rule, fitted):
     h, labels, _ = fitted
     assert fit(h, labels, gates=kinds, false_positive_rate=rate).threshold_rule == rule

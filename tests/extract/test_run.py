@@ -146,7 +146,7 @@ FORMULAS = {
     ("name", "matched"),
     [(n, m) for n, (_, _, paired) in FORMULAS.items() for m in (True, False) if m or not paired],
 )
-def test_directions_are_the_methods_formula_on_what_is_not_held_out(
+def test_directions_equal_the_formula_on_used_prompts(
     name, matched, capture, tmp_path
 ):
     options, formula, paired = FORMULAS[name]
@@ -167,7 +167,7 @@ def test_directions_are_the_methods_formula_on_what_is_not_held_out(
 
 @pytest.mark.parametrize("site", ["residual", "attention", "mlp"])
 @pytest.mark.parametrize("pooling", ["last", "user", "response"])
-def test_sites_and_poolings_arrive(site, pooling, capture, tmp_path):
+def test_sites_and_poolings_select_activations(site, pooling, capture, tmp_path):
     chosen = ExtractSettings(site=site, pooling=pooling, **{**RAW, "held_out": 0.0})
     pack = extract(capture, GENERIC_DATA, chosen, cache=tmp_path)
     assert {vector.site for vector in pack.categories.values()} == {site}
@@ -180,7 +180,7 @@ def test_sites_and_poolings_arrive(site, pooling, capture, tmp_path):
     check_directions(pack, expected)
 
 
-def test_guided_by_labels(capture, tmp_path):
+def test_guided_averages_prompts_with_confirming_labels(capture, tmp_path):
     unsafe = [replace(p, label="safe" if i % 3 else "unsafe") for i, p in enumerate(UNSAFE)]
     safe = [replace(p, label="unsafe" if i % 4 else "safe") for i, p in enumerate(GENERIC)]
     chosen = ExtractSettings(method="guided", **RAW, held_out=0.0)
@@ -198,7 +198,7 @@ def test_guided_by_labels(capture, tmp_path):
     check_directions(pack, lambda name: expected(name, GENERIC))
 
 
-def test_guided_by_a_judge_of_the_models_own_answers(capture, tmp_path):
+def test_guided_averages_prompts_whose_own_answers_a_judge_confirms(capture, tmp_path):
     unsafe = [replace(p, response=None) for p in UNSAFE]
     read = {}
 
@@ -237,7 +237,7 @@ def greedy(capture, row, count):
     return answer
 
 
-def test_contrast_is_between_two_answers_to_the_same_prompts(capture, tmp_path):
+def test_contrast_is_between_two_answers_to_equal_prompts(capture, tmp_path):
     k = 3
     answers = [Prompt("", "malware", "certainly not that")]
     data = Data(UNSAFE, GENERIC, answers=answers)
@@ -293,14 +293,14 @@ def largest(rows, k):
     return rows
 
 
-def test_the_default_scale_is_a_share_of_the_residual_norm(capture, raw, tmp_path):
+def test_default_scale_is_a_share_of_the_residual_norm(capture, raw, tmp_path):
     pack = with_settings(capture, tmp_path, scale=None)
     norms = np.array([[pack.residual_norm[layer]] for layer in LAYERS])
     check_directions(pack, lambda name: unit(raw[name]) * norms * 0.4 / np.sqrt(2))
     assert pack.provenance["fraction_of_residual_norm"] == pytest.approx(0.4 / np.sqrt(2))
 
 
-def test_the_residual_norm_is_that_of_the_users_tokens(capture, tmp_path):
+def test_residual_norm_is_of_the_users_tokens(capture, tmp_path):
     for site in ("residual", "attention"):  # always of the residual stream
         pack = with_settings(capture, tmp_path, site=site)
         for layer in LAYERS:
@@ -313,7 +313,7 @@ def test_the_residual_norm_is_that_of_the_users_tokens(capture, tmp_path):
             assert pack.residual_norm[layer] == pytest.approx(np.median(norms), rel=0.1)
 
 
-def test_a_scale_that_is_given(capture, raw, tmp_path):
+def test_given_scale_is_a_share_of_the_residual_norm(capture, raw, tmp_path):
     pack = with_settings(capture, tmp_path, scale=0.25, site="mlp")
     for vector in pack.categories.values():
         for layer, direction in vector.items():
@@ -321,7 +321,7 @@ def test_a_scale_that_is_given(capture, raw, tmp_path):
             assert np.linalg.norm(direction) == pytest.approx(wanted, rel=1e-5)
 
 
-def test_unit_norm_keeps_the_norms(capture, raw, tmp_path):
+def test_unit_norm_records_the_norms(capture, raw, tmp_path):
     pack = with_settings(capture, tmp_path, unit_norm=True, scale=None)
     check_directions(pack, lambda name: unit(raw[name]))
     for name, rows in raw.items():
@@ -331,12 +331,12 @@ def test_unit_norm_keeps_the_norms(capture, raw, tmp_path):
         )
 
 
-def test_top_k(capture, raw, tmp_path):
+def test_top_k_keeps_the_largest_dimensions(capture, raw, tmp_path):
     pack = with_settings(capture, tmp_path, top_k=5)
     check_directions(pack, lambda name: largest(raw[name], 5))
 
 
-def test_massive_dimensions_are_masked_before_the_largest_are_chosen(capture, raw, tmp_path):
+def test_massive_dimensions_are_masked_before_top_k(capture, raw, tmp_path):
     pack = with_settings(capture, tmp_path, mask_massive=1.3, top_k=5)
     masked = pack.provenance["massive_dimensions"]
     assert all(0 < len(masked[str(layer)]) < 60 for layer in LAYERS)
@@ -355,7 +355,7 @@ def test_massive_dimensions_are_masked_before_the_largest_are_chosen(capture, ra
         assert size[i, inside].mean() > 1.2 * size[i, ~inside].mean()
 
 
-def test_orthogonalised_against_each_other(capture, raw, tmp_path):
+def test_orthogonalise_categories_removes_the_others(capture, raw, tmp_path):
     pack = with_settings(capture, tmp_path, orthogonalise="categories")
 
     def expected(name):
@@ -365,7 +365,7 @@ def test_orthogonalised_against_each_other(capture, raw, tmp_path):
     check_directions(pack, expected)
 
 
-def test_orthogonalised_against_the_benign_mean(capture, raw, tmp_path):
+def test_orthogonalise_benign_removes_the_benign_mean(capture, raw, tmp_path):
     pack = with_settings(capture, tmp_path, orthogonalise="benign")
     benign = unit(alone(capture, sides_of(GENERIC_DATA).safe[""]).mean(0))
     check_directions(
@@ -373,7 +373,7 @@ def test_orthogonalised_against_the_benign_mean(capture, raw, tmp_path):
     )
 
 
-def test_typical_looks_at_single_tokens_of_the_range_and_never_at_the_first():
+def test_typical_measures_single_tokens_after_the_first():
     rows = [Row(tuple(range(10 * i, 10 * i + 8)), start, stop) for i, (start, stop) in enumerate(
         [(0, 4), (2, 5), (0, 1), (7, 8)]
     )]  # fmt: skip
@@ -404,7 +404,7 @@ def test_typical_looks_at_single_tokens_of_the_range_and_never_at_the_first():
 
 
 @pytest.mark.parametrize("data", [MATCHED_DATA, GENERIC_DATA], ids=["matched", "generic"])
-def test_separation_is_the_share_of_held_out_pairs_in_order(data, capture, tmp_path):
+def test_separation_is_share_of_held_out_pairs_in_order(data, capture, tmp_path):
     chosen = ExtractSettings(**RAW, held_out=0.4)
     pack = extract(capture, data, chosen, cache=tmp_path)
     sides = sides_of(data, held_out=0.4)
@@ -417,7 +417,7 @@ def test_separation_is_the_share_of_held_out_pairs_in_order(data, capture, tmp_p
             assert pack.provenance["separation"][name][str(layer)] == pytest.approx(share)
 
 
-def test_provenance_is_json_and_says_where_the_pack_is_from(capture, tmp_path):
+def test_provenance_is_json_with_settings_data_and_versions(capture, tmp_path):
     data = Data([*UNSAFE, UNSAFE[0]], GENERIC, benign=prompts("hello", "any", 6, listed=""))
     pack = extract(capture, data, ExtractSettings(layers=LAYERS, seed=4), cache=tmp_path / "1")
     found = json.loads(json.dumps(dict(pack.provenance)))
@@ -448,7 +448,7 @@ def test_provenance_is_json_and_says_where_the_pack_is_from(capture, tmp_path):
 # ---- the same again --------------------------------------------------------------------------
 
 
-def test_the_same_seed_gives_the_same_pack_and_another_another(capture, tmp_path):
+def test_seed_determines_the_pack(capture, tmp_path):
     packs = [
         extract(
             capture, GENERIC_DATA, ExtractSettings(layers=LAYERS, seed=seed), cache=tmp_path / n
@@ -467,7 +467,7 @@ def test_the_same_seed_gives_the_same_pack_and_another_another(capture, tmp_path
 # ---- a model without a chat template ----------------------------------------------------------
 
 
-def test_a_model_without_a_chat_template_is_told_of(tmp_path, tiny_llama, caplog):
+def test_model_without_chat_template_is_logged(tmp_path, tiny_llama, caplog):
     from gguf import GGUFReader
 
     path = tmp_path / "plain.gguf"
@@ -501,7 +501,7 @@ def test_a_model_without_a_chat_template_is_told_of(tmp_path, tiny_llama, caplog
 
 
 @pytest.mark.torch
-def test_torch_and_llama_give_the_same_pack_and_learned_composes(tiny_llama, capture, tmp_path):
+def test_torch_and_llama_agree_and_learned_composes(tiny_llama, capture, tmp_path):
     import torch
 
     from pysteer.extract.torch_capture import TorchCapture
@@ -531,14 +531,14 @@ def test_torch_and_llama_give_the_same_pack_and_learned_composes(tiny_llama, cap
         torch.set_num_threads(threads)
 
 
-def test_learned_needs_torch(capture, tmp_path):
+def test_learned_without_torch_capture_raises(capture, tmp_path):
     pytest.importorskip("torch")
     with pytest.raises(SteeringError, match="learned directions need torch; use --engine torch"):
         extract(capture, GENERIC_DATA, ExtractSettings(method="learned"), cache=tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_the_pack_can_be_written_and_read(capture, tmp_path):
+def test_extracted_pack_survives_saving(capture, tmp_path):
     pack = extract(capture, GENERIC_DATA, ExtractSettings(layers=LAYERS), cache=tmp_path / "c")
     pack.save(tmp_path / "p.gguf")
     again = SteeringPack.load(tmp_path / "p.gguf")

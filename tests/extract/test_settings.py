@@ -11,7 +11,7 @@ from pysteer.extract.settings import ExtractSettings
 from pysteer.settings import content as content_of
 
 
-def test_there_is_a_setting_for_every_method_of_the_papers():
+def test_registry_has_every_method():
     assert set(METHODS) == {
         "mean", "pruned", "guided", "pca", "logistic", "lda", "contrast", "learned",
     }  # fmt: skip
@@ -61,7 +61,7 @@ def test_there_is_a_setting_for_every_method_of_the_papers():
         ({"method": "pca", "matched": False}, "pairs are matched"),
     ],
 )
-def test_what_cannot_be_is_refused(wrong, words):
+def test_invalid_settings_raise(wrong, words):
     with pytest.raises(SteeringError, match=words):
         ExtractSettings(**wrong)
 
@@ -79,16 +79,16 @@ def test_what_cannot_be_is_refused(wrong, words):
         ({"method": "learned"}, False),
     ],
 )
-def test_whether_prompts_must_come_in_pairs(given, paired):
+def test_needs_pairs_follows_method_and_options(given, paired):
     assert ExtractSettings(**given).needs_pairs is paired
 
 
-def test_edges_that_are_allowed():
+def test_values_at_the_bounds_pass():
     ExtractSettings(held_out=0, scale=0.0, unit_norm=True, false_positive_rate=0.0, top_k=1)
     ExtractSettings(mask_massive=None, pooling=(0, 1), seed=2**32 - 1)
 
 
-def test_content_is_json_and_says_everything():
+def test_content_is_json_with_every_setting():
     settings = ExtractSettings(
         method="logistic", options={"C": 0.5}, layers=(1, 2), pooling=(3, 10), top_k=4
     )

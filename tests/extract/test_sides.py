@@ -29,7 +29,7 @@ def split(unsafe, safe, **rest):
     share=st.floats(0, 1, exclude_max=True),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_a_split_is_a_partition_of_every_group(sizes, n_safe, share, seed):
+def test_split_partitions_every_group(sizes, n_safe, share, seed):
     unsafe = [p for name, size in sizes.items() for p in some(size, name)]
     safe = some(n_safe, text="s")
     sides = split(unsafe, safe, held_out=share, seed=seed)
@@ -50,7 +50,7 @@ def test_a_split_is_a_partition_of_every_group(sizes, n_safe, share, seed):
     assert list(sides.unsafe) == list(sizes)
 
 
-def test_the_seed_decides_and_nothing_else():
+def test_seed_determines_the_split():
     unsafe, safe = [*some(30, "a"), *some(30, "b")], some(30, text="s")
     first, again, other = (split(unsafe, safe, seed=seed) for seed in (1, 1, 2))
     assert first == again
@@ -60,19 +60,19 @@ def test_the_seed_decides_and_nothing_else():
     assert split(some(30, "a"), safe, seed=1).held_out_unsafe["a"] == first.held_out_unsafe["a"]
 
 
-def test_at_most_so_many_are_held_out():
+def test_held_out_prompts_are_capped():
     sides = split(some(5 * MAX_HELD_OUT + 50, "a"), some(9))
     assert len(sides.held_out_unsafe["a"]) == MAX_HELD_OUT
 
 
-def test_a_category_too_small_to_hold_out_is_logged(caplog):
+def test_category_too_small_to_hold_out_is_logged(caplog):
     sides = split([*some(1, "one"), *some(10, "ten")], some(10))
     assert len(sides.unsafe["one"]) == 1
     assert "category one has 1 prompts, too few to hold any out" in caplog.text
     assert "category ten" not in caplog.text
 
 
-def test_unsafe_prompts_without_a_category_are_one_and_that_is_logged(caplog):
+def test_uncategorised_unsafe_prompts_are_one_category_and_logged(caplog):
     sides = split([*some(3), *some(3, "a")], some(3))
     assert sorted(sides.unsafe) == ["a", "unsafe"]
     assert {p.category for p in sides.unsafe["unsafe"]} == {"unsafe"}
@@ -82,7 +82,7 @@ def test_unsafe_prompts_without_a_category_are_one_and_that_is_logged(caplog):
 # ---- which safe prompts ----------------------------------------------------------------------
 
 
-def test_safe_prompts_are_matched_where_every_category_has_some():
+def test_safe_prompts_of_every_category_are_matched():
     twins = [*some(6, "a", "s"), *some(6, "b", "s")]
     sides = split([*some(6, "a"), *some(6, "b")], [*twins, *some(6, "", "generic")])
     assert sides.matched
@@ -91,7 +91,7 @@ def test_safe_prompts_are_matched_where_every_category_has_some():
         assert {p.category for p in sides.held_out_safe_for(name)} == {name}
 
 
-def test_safe_prompts_are_generic_where_a_category_has_none(caplog):
+def test_safe_prompts_missing_for_a_category_make_all_generic(caplog):
     safe = [*some(6, "a", "s"), *some(6, "", "s")]
     sides = split([*some(6, "a"), *some(6, "b")], safe, held_out=0)
     assert not sides.matched
@@ -99,24 +99,24 @@ def test_safe_prompts_are_generic_where_a_category_has_none(caplog):
     assert "no safe prompts of category 'b', so every category is held against all" in caplog.text
 
 
-def test_no_word_about_generic_data_that_is_nothing_else(caplog):
+def test_generic_safe_prompts_alone_log_no_warning(caplog):
     split(some(6, "a"), some(6))
     assert caplog.text == ""
 
 
-def test_generic_can_be_asked_for_where_twins_are_there():
+def test_generic_can_be_chosen_despite_twins():
     safe = some(6, "a", "s")
     sides = split(some(6, "a"), safe, matched=False, held_out=0)
     assert not sides.matched
     assert sides.safe_for("a") == safe
 
 
-def test_a_category_without_safe_prompts_is_named():
+def test_category_without_safe_prompts_raises_with_name():
     with pytest.raises(SteeringError, match=r"no safe prompts of category 'b'.*generic"):
         split([*some(6, "a"), *some(6, "b")], some(6, "a", "s"), matched=True)
 
 
-def test_safe_prompts_of_no_category_are_left_out_aloud(caplog):
+def test_safe_prompts_of_other_categories_are_left_out_and_logged(caplog):
     twins = some(6, "a", "s")
     sides = split(some(6, "a"), [*twins, Prompt("x"), Prompt("y", "z", source="f, line 8")])
     assert sides.matched
@@ -134,7 +134,7 @@ def test_safe_prompts_of_no_category_are_left_out_aloud(caplog):
     seed=st.integers(0, 99),
     share=st.sampled_from([0, 0.3]),
 )
-def test_pairs_stay_together_whatever_the_order(order, lone, seed, share):
+def test_pairs_stay_together_in_any_order(order, lone, seed, share):
     unsafe = [Prompt(f"u{i}", "ab"[i % 2], pair_id=str(i)) for i in range(12)]
     safe = [Prompt(f"s{i}", pair_id=str(i)) for i in order if i != lone]
     sides = split(unsafe, safe, paired=True, held_out=share, seed=seed)
@@ -159,7 +159,7 @@ def test_prompts_without_a_pair_are_logged(caplog):
     assert "category a: 2 of 3 prompts have no pair and are left out" in caplog.text
 
 
-def test_no_pairs_is_refused():
+def test_missing_pairs_raise():
     with pytest.raises(SteeringError, match="category 'b' shares a pair_id"):
         split(
             [Prompt("u", "a", pair_id="1"), Prompt("v", "b")],
@@ -168,7 +168,7 @@ def test_no_pairs_is_refused():
         )
 
 
-def test_pairs_numbered_within_each_category_are_not_mixed_up():
+def test_pairs_numbered_within_categories_stay_apart():
     unsafe = [Prompt(f"u{c}{i}", c, pair_id=str(i)) for c in "ab" for i in range(3)]
     safe = [Prompt(f"s{c}{i}", c, pair_id=str(i)) for c in "ba" for i in range(3)]
     sides = split(unsafe, safe, paired=True, held_out=0)
@@ -179,7 +179,7 @@ def test_pairs_numbered_within_each_category_are_not_mixed_up():
     assert [p.prompt for p in sides.unsafe["a"]] == ["ua0", "ua2"]
 
 
-def test_a_pair_id_that_two_safe_prompts_share_is_named():
+def test_shared_pair_id_raises_with_both_lines():
     safe = [
         Prompt("s", pair_id="1", source="s.jsonl, line 1"),
         Prompt("t", pair_id="1", source="s.jsonl, line 5"),
@@ -192,19 +192,19 @@ def test_a_pair_id_that_two_safe_prompts_share_is_named():
 
 
 @pytest.mark.parametrize("side", ["unsafe", "safe"])
-def test_an_empty_side_is_refused(side):
+def test_empty_side_raises(side):
     sides = {"unsafe": some(3, "a"), "safe": some(3), side: []}
     with pytest.raises(SteeringError, match=f"there are no {side} prompts"):
         split(**sides)
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
-def test_an_impossible_share_is_refused(share):
+def test_share_out_of_range_raises(share):
     with pytest.raises(SteeringError, match="share to hold out"):
         split(some(3, "a"), some(3), held_out=share)
 
 
-def test_a_blank_category_is_named():
+def test_blank_category_raises_with_line():
     with pytest.raises(SteeringError, match=r"u.jsonl, line 2: the category is blank"):
         split([Prompt("p", " \t", source="u.jsonl, line 2")], some(3))
 
