@@ -1,4 +1,4 @@
-"""Answers: the fitting safe one for each prompt, and the model's own, kept across interruptions."""
+"""Answers: safe answers by prompt, the model's own answers, and verdicts on them."""
 
 import json
 from contextlib import closing
@@ -21,7 +21,7 @@ from pysteer.prompts import Prompt
 
 
 class StopError(Exception):
-    """What a test interrupts with."""
+    """Interrupts a test."""
 
 
 @dataclass
@@ -79,7 +79,7 @@ def test_answer_without_text_raises_with_line(response):
 
 
 def test_own_answers_are_greedy_by_the_logits(tiny_llama):
-    # Greedy, by hand: evaluate everything anew for each token and take the largest logit.
+    # Greedy by hand: for each token evaluate the whole sequence and take the largest logit.
     with closing(LlamaCapture(tiny_llama, n_ctx=256, n_threads=1, n_threads_batch=1)) as capture:
         prompts = [capture.prompt_tokens(text) for text in ("the sea", "a ring of oil in it")]
         found = own_answers(capture, prompts, 5)

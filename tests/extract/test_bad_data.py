@@ -1,4 +1,4 @@
-"""Data that is not as it should be: what is refused before anything runs, and what is logged."""
+"""Faulty data: errors before the model runs, and warnings."""
 
 from dataclasses import replace
 
@@ -23,7 +23,7 @@ from pysteer.prompts import Prompt
 
 
 def refused(words, data=GENERIC_DATA, folder=None, judge=None, **given):
-    """The message is right, and the model was asked for nothing."""
+    """Check the error, and that the model did not run."""
     capture = FakeCapture()
     with pytest.raises(SteeringError, match=words):
         extract(capture, data, ExtractSettings(**given), cache=folder, judge=judge)

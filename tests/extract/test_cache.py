@@ -1,4 +1,4 @@
-"""Caches: interrupted anywhere they go on, and what they hold is never another run's or damaged."""
+"""Caches: they resume anywhere, and never serve another run's or damaged activations."""
 
 import logging
 import sys
@@ -23,11 +23,11 @@ MODEL = BaseModel("fake", "", 4, WIDTH, 100)
 
 
 class StopError(Exception):
-    """What a test interrupts with."""
+    """Interrupts a test."""
 
 
 def expected(row, site="residual", layers=LAYERS):
-    """Activations that differ with everything they should depend on."""
+    """Return activations that depend on row, site and layer."""
     found = []
     for layer in layers:
         seed = zlib.crc32(repr((row, site, layer)).encode())
@@ -37,7 +37,7 @@ def expected(row, site="residual", layers=LAYERS):
 
 @dataclass
 class FakeCapture:
-    """The part of a capture that caches ask, in an order of its own; it counts what it runs."""
+    """The part of a capture that caches use. It runs rows in another order, and records them."""
 
     base_model: BaseModel = MODEL
     identity: str = "a file"
@@ -55,11 +55,11 @@ class FakeCapture:
 
 
 class OtherEngine(FakeCapture):
-    """As when torch takes the place of llama.cpp."""
+    """Another engine, as torch in place of llama.cpp."""
 
 
 def some_rows(count):
-    """Different ones: row i ends in token i."""
+    """Return distinct rows: row i ends in token i."""
     return [Row((*range(i % 3), 7, i), 0, 1 + i % 2) for i in range(count)]
 
 
@@ -89,7 +89,7 @@ def check(found, rows):
 both = pytest.mark.parametrize("kind", [activation_cache, running_means])
 
 
-# ---- going on --------------------------------------------------------------------------------
+# ---- resuming --------------------------------------------------------------------------------
 
 
 @both
@@ -168,7 +168,7 @@ def test_full_cache_does_not_run_the_model(kind, tmp_path):
 
 
 def test_means_are_saved_while_they_are_summed(tmp_path, monkeypatch):
-    # A process that is killed runs no `finally`.
+    # A killed process runs no `finally`.
     rows = some_rows(6)
     monkeypatch.setattr(cache_module, "_SAVE_EVERY", 0.0)
     means = running_means(tmp_path, FakeCapture(), rows)
@@ -187,7 +187,7 @@ def test_means_keep_no_rows(tmp_path):
     assert sizes[1] - sizes[0] < 2 * 1000  # a row of activations has 40 bytes
 
 
-# ---- whose activations -----------------------------------------------------------------------
+# ---- keys ------------------------------------------------------------------------------------
 
 
 CHANGES = {

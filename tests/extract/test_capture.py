@@ -1,4 +1,4 @@
-"""Captures agree with one-by-one transformers, with each other, and about where a prompt ends."""
+"""Captures agree with one-by-one transformers, with each other, and on the tokens of a prompt."""
 
 from contextlib import closing
 
@@ -58,7 +58,7 @@ def llama(tiny_model):
 
 
 def rows_for(capture):
-    """Rows of all poolings, of differing lengths."""
+    """Return rows of all poolings, of differing lengths."""
     ends = prompt_ends(capture)
     prompts = [capture.prompt_tokens(text) for text in TEXTS]
     response = capture.response_tokens("of the sea")
@@ -78,7 +78,7 @@ def collected(capture, rows, site, layers=LAYERS):
 
 
 def one_by_one(model, row, site, layer):
-    """What transformers computes for one unpadded prompt; residuals by `output_hidden_states`."""
+    """Return transformers' means for one unpadded prompt; residuals by `output_hidden_states`."""
     import torch
 
     ids = torch.tensor([row.tokens])
@@ -142,7 +142,7 @@ def test_shared_start_runs_once_and_equals_single_rows(torch_model, family, site
     found = collected(capture, rows, site)
     handle.remove()
     assert ran[0] == (1, 24)
-    # Two rows are run whole, to see whether it works; after that nothing of the start is.
+    # The trial runs two rows whole; afterwards the start never runs again.
     assert ran[1] == (2, 54)
     assert sum(n * length for n, length in ran[3:]) < 3 * sum(map(len, ends)) * 1.3
     for row, means in zip(rows, found, strict=True):
@@ -168,7 +168,7 @@ def test_model_with_wrong_cache_runs_rows_whole(torch_model, monkeypatch, caplog
     monkeypatch.setattr(DynamicCache, "batch_repeat_interleave", forget)
     caplog.set_level("INFO")
     found = collected(TorchCapture(model), rows, "residual")
-    assert "it changes them" in caplog.text
+    assert "activations change" in caplog.text
     for row, means in zip(rows, found, strict=True):
         for layer in LAYERS:
             expected = one_by_one(model, row, "residual", layer)
@@ -272,7 +272,7 @@ def test_torch_and_llama_tokenize_the_default_template_alike(default_model):
 
 
 def test_response_tokens_follow_prompt_tokens_exactly(llama):
-    """The response's tokens are those after the prompt's, whatever a joint tokenizer would do."""
+    """The response's tokens follow the prompt's, even where joint tokenization differs."""
     capture = llama("llama")
     prompt, response = capture.prompt_tokens("the r"), capture.response_tokens("ing of it")
     row = pooled_row(prompt, response, "response", message_span(prompt, prompt_ends(capture)))
@@ -450,7 +450,7 @@ def test_several_ranges_of_a_prompt_take_one_pass_and_equal_single_rows(
             lambda _module, inputs, _output: decoded.append(inputs[0].numel())
         )
     found = collected(capture, rows, "residual")
-    # Padding, and a look at whether a start can be shared, take some more; a second pass is more.
+    # Padding and the trial of a shared start take a few tokens more; a second pass takes far more.
     assert sum(decoded) < 1.6 * sum(map(len, tokens))
     if engine == "torch":
         handle.remove()

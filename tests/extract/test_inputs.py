@@ -150,7 +150,7 @@ def test_extraction_tokenizes_each_distinct_prompt_once(method, orthogonalise, t
     judge = FakeJudge(lambda prompt, _: prompt in safe) if METHODS[method].needs.labels else None
     safe = {p.prompt for p in TWINS}
     settings = ExtractSettings(method=method, layers=(1, 2), orthogonalise=orthogonalise)
-    # The same texts as benign prompts, too.
+    # Benign prompts repeat texts of safe prompts.
     data = Data([*UNSAFE, UNSAFE[0]], TWINS, benign=[*BENIGN, *TWINS])
     extract(capture, data, settings, cache=tmp_path, judge=judge)
     once = Counter(p.prompt for p in [*UNSAFE, *TWINS, *BENIGN])

@@ -51,12 +51,12 @@ def model(load):
     return load()
 
 
-# What the sequences of some tests begin with: longer than Gemma's tiny sliding window.
+# A shared start that is longer than Gemma's tiny sliding window.
 START = tuple(range(40, 60))
 
 
 def tokens(count, seed, start=()):
-    """Sequences of different lengths, some longer than Gemma's tiny sliding window."""
+    """Return sequences of differing lengths, some longer than Gemma's tiny sliding window."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(4, 28, size=count)
     return [start + tuple(rng.integers(5, 300, size=n).tolist()) for n in lengths]
@@ -73,7 +73,7 @@ def random_directions(n_layers, seed=0, size=0.3):
 
 
 def plain_logits(model, sequence, site="residual", directions=None):
-    """Logits of one sequence, shape (tokens, n_vocab), by ordinary hooks and nothing else."""
+    """Return logits of one sequence, shape (tokens, n_vocab), by plain hooks."""
     with ExitStack() as stack, torch.no_grad():
         for layer, direction in (directions or {}).items():
 
@@ -89,7 +89,7 @@ def plain_logits(model, sequence, site="residual", directions=None):
 
 
 def plain_losses(model, unsafe, benign, directions, first_token_weight, kl_tokens):
-    """Mean cross-entropy and KL, in numpy, one sequence at a time."""
+    """Return mean cross-entropy and KL, in numpy, one sequence at a time."""
 
     def log_softmax(logits):
         x = logits.numpy().astype(np.float64)
@@ -177,7 +177,7 @@ def test_shared_start_runs_once(load):
 
 
 def test_block_that_reads_lower_blocks_turns_skipping_off(model, caplog):
-    """As in models whose upper blocks read keys and values of lower ones."""
+    """Some models' upper blocks read keys and values of lower blocks."""
     lower = []
 
     def keep(_module, _inputs, output):
@@ -239,7 +239,7 @@ def test_gradient_equals_finite_differences(model, start):
     loss(at).backward()
     rng = np.random.default_rng(0)
     for _ in range(3):
-        # Along the gradient in part, so that the slope is no small difference of large numbers.
+        # Partly along the gradient, so that the slope is not a small difference of large numbers.
         way = torch.tensor(rng.standard_normal((2, WIDTH)), dtype=torch.float32)
         way = way / way.norm() + at.grad / at.grad.norm()
         step = 1e-2
@@ -304,7 +304,7 @@ def test_seed_determines_directions(model):
 
 
 def watched(monkeypatch):
-    """Records of every call of `losses`: whether gradients are on, spans, directions, values."""
+    """Record every call of `losses`: whether gradients are on, spans, directions, values."""
     calls = []
 
     def record(forward, unsafe, benign, directions, settings):
@@ -376,7 +376,7 @@ def test_small_category_without_validation_takes_all_steps(model, caplog):
 
 
 def test_category_without_improvement_keeps_shared_vector(model, caplog):
-    # Steps that drown the model's own activations, and a weight on leaving benign answers alone.
+    # Steps that drown the model's own activations, and a high weight of the KL term.
     settings = LearnedSettings(**{**vars(QUICK), "category_rate": 1e4, "kl_weight": 3.0})
     found = learned_quickly(model, settings)
     for category in ("a", "b"):
@@ -388,7 +388,7 @@ def test_category_without_improvement_keeps_shared_vector(model, caplog):
 
 
 class StopError(Exception):
-    """What a test interrupts with."""
+    """Interrupts a test."""
 
 
 class Reports:

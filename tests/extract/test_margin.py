@@ -82,7 +82,7 @@ def test_benign_prompts_above_threshold_stay_within_rate(rate):
     benign = harm[classes == 0]
     allowed = 0.005 if rate is None else rate
     assert (benign >= threshold + 1e-6).mean() <= allowed
-    # And hardly fewer.
+    # Nor many fewer.
     assert (benign >= threshold - 1e-6).mean() >= allowed - 1.5 / len(benign)
 
 
@@ -107,7 +107,7 @@ def test_stricter_of_benign_and_look_alike_bounds_counts(given, rate):
     assert (harm[look_alikes] >= threshold + 1e-6).mean() <= rate
     assert (harm[look_alikes] >= threshold - 1e-6).mean() >= rate - 0.01
     assert threshold != pytest.approx(free_threshold)
-    # Harmful ones do not count as look-alikes, whatever is said of them.
+    # Harmful prompts never count as look-alikes.
     again = fit_margin(h, classes, folds, look_alikes=look_alikes | (classes > 0), **bounds)
     np.testing.assert_array_equal(again.bias, fit.bias)
     every = fit_margin(h, classes, folds, look_alikes=classes == 0)  # there is no other benign one

@@ -27,7 +27,7 @@ WIDTH = 12
 
 
 def two_classes(n, m, *, width=WIDTH, seed=0, gap=1.0):
-    """Activations with a large common offset and one dimension that is far larger, as in models."""
+    """Return activations with a large common offset and one massive dimension, as in models."""
     rng = np.random.default_rng(seed)
     offset, apart = 5 * rng.normal(size=width), gap * rng.normal(size=width)
     scales = np.exp(rng.normal(size=width))
@@ -38,7 +38,7 @@ def two_classes(n, m, *, width=WIDTH, seed=0, gap=1.0):
 
 
 def pairs(n, *, width=WIDTH, seed=0):
-    """Pairs that share a topic, and differ along one direction by varying amounts."""
+    """Return pairs that share a topic and differ along one direction by varying amounts."""
     rng = np.random.default_rng(seed)
     topics = 4 * rng.normal(size=(n, width)) + 3
     direction = rng.normal(size=width)
@@ -60,7 +60,7 @@ FUNCTIONS = {
 
 
 def every_method(unsafe, safe):
-    """The direction of each method and variant; the two sides must be of equal length."""
+    """Yield each method and variant with its direction; the sides must have equal lengths."""
     masks = np.arange(len(unsafe)) % 3 > 0
     yield "mean", mean(unsafe, safe)
     yield "pruned", pruned(unsafe, safe, paired=False)
@@ -74,7 +74,7 @@ def every_method(unsafe, safe):
 
 
 def on_axis(axis, unsafe, safe):
-    """The difference of the class means, projected on an axis of any length and sign."""
+    """Return the difference of the class means, projected on an axis of any length and sign."""
     axis = np.asarray(axis, np.float64).ravel()
     omega = safe.astype(np.float64).mean(0) - unsafe.astype(np.float64).mean(0)
     return axis * (axis @ omega) / (axis @ axis)
@@ -207,7 +207,7 @@ def test_logistic_is_normal_of_scikit_learns_decision():
 def test_lda_is_fishers_discriminant_with_shrinkage_and_equal_classes():
     unsafe, safe = two_classes(60, 25, gap=0.4)
     rows, labels = np.concatenate([unsafe, safe]).astype(np.float64), np.repeat([0, 1], [60, 25])
-    # Another solver than the one used, and classes made equal by weight, not by priors.
+    # Another solver than the method's.
     model = LinearDiscriminantAnalysis(solver="eigen", shrinkage="auto", priors=[0.5, 0.5])
     assert_close(lda(unsafe, safe), on_axis(model.fit(rows, labels).coef_, unsafe, safe))
 
@@ -220,7 +220,7 @@ def test_lda_with_many_prompts_is_the_inverse_covariance_times_omega():
     np.testing.assert_allclose(lda(unsafe, safe), on_axis(axis, unsafe, safe), rtol=0.02, atol=0.02)
 
 
-# ---- what holds for all of them --------------------------------------------------------------
+# ---- all methods -----------------------------------------------------------------------------
 
 
 def test_every_method_gives_float32_direction_towards_safe():
@@ -319,7 +319,7 @@ def test_directions_scale_with_activations_and_ignore_shifts(seed, exponent):
         )
 
 
-# ---- mistakes --------------------------------------------------------------------------------
+# ---- errors ----------------------------------------------------------------------------------
 
 
 def needs_pairs(name, **options):
@@ -449,7 +449,7 @@ def test_equal_differences_raise_for_pca_difference_and_pruned():
     safe = unsafe + np.linspace(1, 2, WIDTH, dtype=np.float32)  # the same but for rounding
     with pytest.raises(SteeringError, match="nothing varies"):
         pca(unsafe, safe, variant="difference")
-    # The others find it.
+    # The other variants find a direction.
     expected = np.linspace(1, 2, WIDTH)
     np.testing.assert_allclose(pca(unsafe, safe), expected, rtol=1e-4)
     with pytest.raises(SteeringError, match="median"):

@@ -1,4 +1,4 @@
-"""The router of a pack: which prompts and rows it is fitted to, alone and in an extraction."""
+"""The router of a pack: its prompts and rows, alone and in an extraction."""
 
 from collections import Counter
 from dataclasses import replace
@@ -37,7 +37,7 @@ def test_pack_router_equals_router_fitted_alone(tmp_path):
     )
     assert alone == pack.router
     assert list(alone.gates) == ["margin", "probe"]
-    # Each prompt's message and suffix are all that ran, at the layers that it looks at.
+    # Only each prompt's message and suffix ran, at the router's layers.
     every = {p.prompt for p in [*UNSAFE, *TWINS, *benign]}
     assert {layers for _, _, layers in capture.ran} == {(0, 1, 2)}
     assert capture.ran.total() == 2 * len(every)

@@ -1,4 +1,4 @@
-"""Post-processing: each step against plain numpy, what it leaves alone, and how steps compose."""
+"""Post-processing: each step against plain numpy, its limits, and how steps compose."""
 
 import numpy as np
 import pytest
@@ -21,14 +21,14 @@ def some(seed=0, layers=(1, 2, 4), width=WIDTH):
 
 
 def typical(massive=(), width=WIDTH):
-    """Mean magnitudes around 1, and 50 in the massive dimensions, for each layer."""
+    """Return mean magnitudes around 1, and 50 in the massive dimensions, by layer."""
     magnitudes = 1 + 0.1 * np.arange(width)
     magnitudes[list(massive)] = 50
     return dict.fromkeys((1, 2, 4), magnitudes)
 
 
 def every_step(value):
-    """What each step makes of directions: name and result."""
+    """Yield each step's name and its result for directions."""
     yield "mask_massive", postprocess.mask_massive(value, typical([2]))
     yield "top_k", postprocess.top_k(value, 4)
     other = some(9) if isinstance(value, dict) else SteeringVector(some(9), site=value.site)
@@ -38,7 +38,7 @@ def every_step(value):
     yield "scale_to", postprocess.scale_to(value, NORMS, fraction=0.5)
 
 
-# ---- what holds for every step ---------------------------------------------------------------
+# ---- all steps -------------------------------------------------------------------------------
 
 
 @kinds
@@ -116,15 +116,15 @@ def test_masking_removes_massive_dimensions_of_a_method():
 
 
 def test_masking_without_layer_or_width_raises():
-    with pytest.raises(SteeringError, match=r"layer 4.*none"):
+    with pytest.raises(SteeringError, match=r"layer 4 .*not for 0"):
         postprocess.mask_massive(some(), {1: np.ones(WIDTH), 2: np.ones(WIDTH)})
-    with pytest.raises(SteeringError, match=r"each of 9 dimensions, 8 given"):
+    with pytest.raises(SteeringError, match=r"for 9 dimensions, not for 8"):
         postprocess.mask_massive(some(), {layer: np.ones(8) for layer in NORMS})
 
 
 def test_masking_a_whole_direction_raises():
     only = {1: np.eye(WIDTH)[2]}
-    with pytest.raises(SteeringError, match="layer 1 lies in massive dimensions"):
+    with pytest.raises(SteeringError, match="layer 1 lies wholly in massive dimensions"):
         postprocess.mask_massive(only, typical([2]))
 
 
@@ -256,7 +256,7 @@ def test_different_widths_raise():
 
 
 @kinds
-def test_project_out_leaves_reference_projection_zero(kind):
+def test_project_out_removes_the_part_along_the_reference(kind):
     reference = some(5)
     for layer, row in postprocess.project_out(kind(some()), reference).items():
         r, original = np.float64(reference[layer]), np.float64(some()[layer])
@@ -309,7 +309,7 @@ def test_relative_strength_is_norm_over_norm():
 def test_zero_direction_raises_for_unit_norm_and_scale():
     zero = some() | {2: np.zeros(WIDTH)}
     for step in (postprocess.unit_norm, lambda v: postprocess.scale_to(v, NORMS, fraction=1)):
-        with pytest.raises(SteeringError, match="layer 2 has length 0"):
+        with pytest.raises(SteeringError, match="layer 2 must be above 0"):
             step(zero)
 
 

@@ -1,4 +1,4 @@
-"""An extraction that is interrupted, resumed, or made again with what is kept."""
+"""Extractions that are interrupted, resumed, or repeated with a cache."""
 
 from collections import Counter
 
@@ -47,7 +47,7 @@ def check_same(pack, expected):
     assert pack.residual_norm == expected.residual_norm
     for name, vector in expected.categories.items():
         for layer, row in vector.items():
-            # Running means are summed in another order: in float64, then rounded.
+            # Running means are summed in another order, in float64, then rounded.
             assert pack[name].direction(layer) == pytest.approx(row, rel=1e-6, abs=1e-7)
 
 

@@ -26,7 +26,7 @@ CATEGORIES = ["hate", "fraud"]
 
 
 def a_data_set(counts=(60, 30, 30), layers=3, width=12, signal=None, seed=0, noise=1.0):
-    """Activations with a large common mean, and the classes apart as `signal[layer]` says."""
+    """Return activations with a large common mean, and class distances `signal[layer]`."""
     rng = np.random.default_rng(seed)
     classes = rng.permutation(np.repeat(np.arange(len(counts)), counts))
     h = noise * rng.normal(size=(len(classes), layers, width)) + 20 * rng.normal(size=width)
@@ -46,7 +46,7 @@ def fit(h, labels, **options):
 
 
 def wide(h):
-    """What a router looks at: all reads end to end."""
+    """Return a router's input: all reads concatenated."""
     return h.reshape(len(h), -1).astype(np.float64)
 
 
@@ -66,10 +66,10 @@ def oracle():
     )
 
 
-# ---- what is fitted --------------------------------------------------------------------------
+# ---- fits ------------------------------------------------------------------------------------
 
 
-def test_router_classifies_held_out_prompts(fitted):
+def test_fitted_router_records_its_inputs_and_is_accurate(fitted):
     _, _, router = fitted
     assert router.site == "mlp"
     assert router.reads == (Read(1, "user"), Read(5, "user"), Read(9, "user"))
@@ -135,10 +135,10 @@ def test_split_keeps_proportions_and_each_prompt_once(counts):
 
 
 def measured_by_hand(h, labels, router, **options):
-    """The rates and the confusion of a fit to the training part alone, on the held-out part."""
+    """Return rates and confusion of a fit to the training part, on the held-out part."""
     classes = renumbered(labels, router)
     train, held_out = split(classes, 0)
-    # A fit's weights and thresholds do not depend on its own split, which is for the report alone.
+    # The split of a fit only serves its figures, not its weights and thresholds.
     part = fit(h[train], [labels[i] for i in train], **options)
     assert part.categories == router.categories or set(part.categories) == set(router.categories)
     order = [0, *(1 + part.categories.index(name) for name in router.categories)]
@@ -170,7 +170,7 @@ def test_router_is_fitted_to_all_and_measured_on_held_out_prompts(fitted):
     for name in ("margin_weight", "weight", "probe_weight", "centroids", "conditions"):
         assert not np.allclose(getattr(again, name), getattr(router, name), atol=1e-3)
     assert router.train_counts.sum() == len(labels)
-    # Of what was held out nothing was known: noise is not recognised.
+    # Held-out prompts are unknown to the fit: their noise is not recognised.
     assert again.category_accuracy < router.category_accuracy
     assert again.confusion.tolist() != router.confusion.tolist()
 
@@ -317,7 +317,7 @@ def test_excess_rows_are_sampled_and_logged(monkeypatch, caplog):
     assert "a sample of 100 of 500 prompts" in caplog.text
 
 
-# ---- data that does not do -------------------------------------------------------------------
+# ---- faulty data -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("count", [1, MIN_PROMPTS - 1])
@@ -399,7 +399,7 @@ def test_invalid_arguments_raise(h, options, words):
 
 
 def twins(n=60, seed=0, **options):
-    """n pairs, an unsafe prompt and a safe one that is much like it, and 60 others."""
+    """Return n pairs of an unsafe and a similar safe prompt, and 60 other prompts."""
     h, labels, _ = a_data_set((60, n // 2, n // 2), seed=seed, signal=[0.5, 0.5, 0.5])
     unsafe = np.flatnonzero([bool(label) for label in labels])
     rng = np.random.default_rng(seed)
@@ -472,7 +472,7 @@ def test_unsplittable_groups_are_ignored_and_logged(caplog):
     assert router == fit(h, labels, gates=("margin",))
 
 
-# ---- where it looks --------------------------------------------------------------------------
+# ---- reads and gates -------------------------------------------------------------------------
 
 
 def test_default_reads_span_depths_below_the_last_layer():

@@ -1,4 +1,4 @@
-"""Settings: what cannot be is refused at once, and what can be is told as plain data."""
+"""Settings of an extraction: invalid values, and JSON content."""
 
 import json
 import math
@@ -75,7 +75,7 @@ def test_invalid_settings_raise(wrong, words):
         ({"method": "pca"}, True),
         ({"method": "pca", "options": {"variant": "centred"}}, False),
         ({"method": "pca", "options": {"variant": "difference"}}, True),
-        ({"method": "contrast"}, False),  # the pairs it needs, it makes
+        ({"method": "contrast"}, False),  # contrast makes its own pairs
         ({"method": "learned"}, False),
     ],
 )

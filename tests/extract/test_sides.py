@@ -56,7 +56,7 @@ def test_seed_determines_the_split():
     assert first == again
     assert first.held_out_unsafe != other.held_out_unsafe
     assert first.held_out_safe != other.held_out_safe
-    # Another category beside it leaves a category's split as it was.
+    # Other categories do not change a category's split.
     assert split(some(30, "a"), safe, seed=1).held_out_unsafe["a"] == first.held_out_unsafe["a"]
 
 
@@ -79,7 +79,7 @@ def test_uncategorised_unsafe_prompts_are_one_category_and_logged(caplog):
     assert "without a category are taken as the category 'unsafe'" in caplog.text
 
 
-# ---- which safe prompts ----------------------------------------------------------------------
+# ---- matched and generic safe prompts --------------------------------------------------------
 
 
 def test_safe_prompts_of_every_category_are_matched():
@@ -174,7 +174,7 @@ def test_pairs_numbered_within_categories_stay_apart():
     sides = split(unsafe, safe, paired=True, held_out=0)
     for name in "ab":
         assert [p.prompt for p in sides.safe_for(name)] == [f"s{name}{i}" for i in range(3)]
-    # Where one is missing, the other category's is no substitute.
+    # A missing twin is not replaced by another category's.
     sides = split(unsafe, [p for p in safe if p.prompt != "sa1"], paired=True, held_out=0)
     assert [p.prompt for p in sides.unsafe["a"]] == ["ua0", "ua2"]
 
@@ -188,7 +188,7 @@ def test_shared_pair_id_raises_with_both_lines():
         split([Prompt("u", "a", pair_id="1")], safe, paired=True)
 
 
-# ---- what is refused or told -----------------------------------------------------------------
+# ---- errors ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("side", ["unsafe", "safe"])

@@ -1,4 +1,4 @@
-"""Data of an extraction, and a model that is none, for the tests of what surrounds the formulas."""
+"""Data of an extraction, a fake model and a fake judge, for tests without a real model."""
 
 import zlib
 from collections import Counter
@@ -15,7 +15,7 @@ from pysteer.prompts import Prompt
 
 
 def prompts(side, category, count, *, listed=None, seed=0):
-    """Made-up texts, told apart by their first word."""
+    """Return made-up prompts; the first word of each is its side."""
     rng = np.random.default_rng([seed, *f"{side} {category}".encode()])
     words = ["the", "of", "and", "a", "in", "it", "sea", "oil", "ring", "all"]
     found = []
@@ -42,7 +42,7 @@ WIDTH = 6
 
 
 class StopError(Exception):
-    """What a test interrupts with."""
+    """Interrupts a test."""
 
 
 class FakeJudge:
@@ -63,7 +63,7 @@ class FakeJudge:
 
 @dataclass
 class FakeCapture:
-    """A model whose activations are made of its tokens; it counts what it runs, and can fail."""
+    """A model whose activations are a hash of its tokens; it counts its runs, and can fail."""
 
     stop_after: int = 10**9
     identity: str = "a file"
@@ -124,5 +124,5 @@ def contents(pack):
 
 
 def tail_of(row):
-    """What `FakeCapture` puts behind a message."""
+    """Return the range of the tokens that `FakeCapture` puts behind a message."""
     return len(row.tokens) - 2, len(row.tokens)

@@ -1,4 +1,4 @@
-"""Prompts for the tests: words that tiny tokenizers know, on sides that are easy to tell apart."""
+"""Prompts for tests: words of the tiny tokenizers, on sides that are easy to tell apart."""
 
 import json
 
@@ -10,10 +10,10 @@ WORDS = ("the", "of", "and", "sea", "oil", "ring", "all")
 
 
 def rows(side, category, count):
-    """Rows of a prompt file, always the same for the same arguments.
+    """Return rows of a prompt file, equal for equal arguments.
 
-    Those of the side "harm" are unsafe and have the category, and one of two subcategories by
-    turns; the nth of any other side is the twin of the nth unsafe one.
+    Rows of the side "harm" are unsafe, with the category and alternately one of two subcategories.
+    The nth row of any other side is the twin of the nth unsafe row.
     """
     random = np.random.default_rng([*f"{side} {category}".encode()])
     unsafe = side == "harm"
@@ -30,11 +30,11 @@ def rows(side, category, count):
 
 
 def prompts(side, category, count):
-    """The same as prompts."""
+    """Return `rows` as prompts."""
     return [Prompt(**row) for row in rows(side, category, count)]
 
 
 def write(path, content):
-    """Write rows as a prompt file; returns its path."""
+    """Write rows as a prompt file, and return its path."""
     path.write_text("".join(json.dumps(row) + "\n" for row in content))
     return path

@@ -1,4 +1,4 @@
-"""A whole extraction, held against formulas on activations taken one prompt at a time."""
+"""Whole extractions, against formulas on activations that are taken one prompt at a time."""
 
 import json
 from contextlib import closing
@@ -29,13 +29,13 @@ from pysteer.prompts import Prompt
 
 LAYERS = (1, 3)
 HEAD, TAIL = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
-# As the method found them.
+# Settings that keep directions as the method found them.
 RAW = {"scale": 0.0, "mask_massive": None, "router": False, "layers": LAYERS}
 
 
 @pytest.fixture(scope="module")
 def capture(tiny_llama):
-    # Rows of several sequences a batch, and more than one batch.
+    # Several sequences a batch, and several batches.
     with closing(
         LlamaCapture(tiny_llama, n_ctx=256, token_budget=128, n_threads=1, n_threads_batch=1)
     ) as capture:
@@ -47,7 +47,7 @@ def tokens(capture, text):
 
 
 def alone(capture, chosen, *, site="residual", layers=LAYERS, pooling="user"):
-    """Each prompt's activations, taken alone: float64 of shape (prompts, layers, n_embd)."""
+    """Return activations, one prompt at a time: float64 of shape (prompts, layers, n_embd)."""
     found = []
     for prompt in chosen:
         row = tokens(capture, f"{HEAD}{prompt.prompt}{TAIL}")
@@ -69,7 +69,7 @@ def sides_of(data, *, matched=None, paired=False, held_out=0.2, seed=0):
 
 
 def check_directions(pack, expected, *, tolerance=2e-4, layers=LAYERS):
-    """The pack's directions are `expected(category)`, of shape (layers, n_embd)."""
+    """Check that the pack's directions are `expected(category)`, of shape (layers, n_embd)."""
     for name, vector in pack.categories.items():
         assert vector.layers == layers
         for layer, wanted in zip(layers, expected(name), strict=True):
@@ -146,9 +146,7 @@ FORMULAS = {
     ("name", "matched"),
     [(n, m) for n, (_, _, paired) in FORMULAS.items() for m in (True, False) if m or not paired],
 )
-def test_directions_equal_the_formula_on_used_prompts(
-    name, matched, capture, tmp_path
-):
+def test_directions_equal_the_formula_on_used_prompts(name, matched, capture, tmp_path):
     options, formula, paired = FORMULAS[name]
     data = MATCHED_DATA if matched else GENERIC_DATA
     chosen = ExtractSettings(method=name.split()[0], options=options, **RAW)
@@ -160,7 +158,7 @@ def test_directions_equal_the_formula_on_used_prompts(
         unsafe, safe = (alone(capture, side) for side in (sides.unsafe[name], sides.safe_for(name)))
         return per_layer(formula, unsafe, safe)
 
-    # A principal component or a fit magnifies what batches round differently.
+    # Principal components and fits magnify rounding, which differs between batches.
     check_directions(pack, expected, tolerance=2e-4 if name in ("mean", "pruned") else 5e-3)
     assert pack.provenance["safe_data"] == ("matched" if matched else "generic")
 
@@ -193,7 +191,7 @@ def test_guided_averages_prompts_with_confirming_labels(capture, tmp_path):
     good = [p for p in safe if p.label == "safe"]
     check_directions(pack, lambda name: expected(name, good))
     assert pack.provenance["confirmed"] == {"unsafe": {"hate": 4, "malware": 2}, "safe": {"": 3}}
-    # Safe prompts without labels are what they are said to be.
+    # Safe prompts without labels count as safe.
     pack = extract(capture, Data(unsafe, GENERIC), chosen, cache=tmp_path)
     check_directions(pack, lambda name: expected(name, GENERIC))
 
@@ -222,7 +220,7 @@ def test_guided_averages_prompts_whose_own_answers_a_judge_confirms(capture, tmp
 
 
 def greedy(capture, row, count):
-    """The model's own answer: for each token everything anew, and the largest logit."""
+    """Return the model's own answer: for each token the whole sequence, and the largest logit."""
     answer = []
     for _ in range(count):
         capture.llm.reset()
@@ -263,12 +261,12 @@ def test_contrast_is_between_two_answers_to_equal_prompts(capture, tmp_path):
     check_directions(pack, lambda name: np.mean(differences[name], axis=0))
 
 
-# ---- what is done to directions --------------------------------------------------------------
+# ---- post-processing -------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def raw(capture, tmp_path_factory):
-    """Directions as `mean` finds them, category to (layers, n_embd)."""
+    """The directions of `mean`, category to (layers, n_embd)."""
     pack = extract(
         capture, GENERIC_DATA, ExtractSettings(**RAW), cache=tmp_path_factory.mktemp("raw")
     )
@@ -348,7 +346,7 @@ def test_massive_dimensions_are_masked_before_top_k(capture, raw, tmp_path):
         return largest(rows, 5)
 
     check_directions(pack, expected)
-    # Those dimensions are indeed the ones that are large on single tokens.
+    # Those dimensions are large on single tokens, too.
     size = np.abs(alone(capture, GENERIC)).mean(0)
     for i, layer in enumerate(LAYERS):
         inside = np.isin(np.arange(size.shape[1]), masked[str(layer)])
@@ -445,7 +443,7 @@ def test_provenance_is_json_with_settings_data_and_versions(capture, tmp_path):
     assert hashes[0]["unsafe"]["sha256"] == hashes[1]["unsafe"]["sha256"]
 
 
-# ---- the same again --------------------------------------------------------------------------
+# ---- seeds -----------------------------------------------------------------------------------
 
 
 def test_seed_determines_the_pack(capture, tmp_path):
