@@ -1,71 +1,104 @@
-"""What commands that learn from a model have in common: how it is run, which layers, where to."""
+"""Options and checks of commands that learn from a model."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from pysteer.cli import console
 from pysteer.cli.loading import require
+from pysteer.cli.options import Threads
 from pysteer.errors import SteeringError
-from pysteer.pack.vector import MAX_LAYER
+from pysteer.settings import check, setting
 
 if TYPE_CHECKING:
     from pysteer.extract.capture import Capture
 
+ENGINES = ("auto", "torch", "llama")
+DTYPES = ("float32", "bfloat16", "float16")
 
-def chosen_engine(
-    source: str, engine: str, methods: Sequence[str], dtype: str | None, device_map: str | None
-) -> str:
-    """The engine to use, "torch" or "llama".
+
+@dataclass(frozen=True)
+class CaptureOptions:
+    """The model of an extraction, and the engine that runs it."""
+
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="MODEL",
+            help="GGUF file, model folder, or hub id; by default SmolLM2.",
+        ),
+    ] = None
+    engine: str = setting(
+        "auto", "Engine that runs the model; auto is llama for GGUF files.", choices=ENGINES
+    )
+    dtype: str | None = setting(
+        None, "torch: data type; by default the processor's fastest.", choices=DTYPES
+    )
+    device_map: Annotated[
+        str | None,
+        typer.Option(metavar="MAP", help="torch: device map of transformers, such as auto."),
+    ] = None
+    context: int = setting(2048, "llama: context size in tokens.", 16, 1 << 22)
+    threads: Threads = None
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+def choose_engine(options: CaptureOptions, source: str, methods: Sequence[str]) -> str:
+    """Return the engine for a model, "torch" or "llama".
+
+    Args:
+        options: of the command.
+        source: path or hub id of the model.
+        methods: names of extraction methods; unknown names are ignored.
 
     Raises:
-        SteeringError: the engine does not exist, or does not go with the other options.
+        SteeringError: the engine does not go with the model, the methods or the other options.
     """
     from pysteer.extract.methods import METHODS
 
     torch_methods = [m for m in methods if m in METHODS and METHODS[m].needs.gradients]
     gguf = source.endswith(".gguf")
-    for_torch = dtype is not None or device_map is not None
-    if engine not in ("auto", "torch", "llama"):
-        raise SteeringError(f"--engine {engine}: use torch, llama or auto")
-    if engine == "auto":
+    for_torch = options.dtype is not None or options.device_map is not None
+    if options.engine == "auto":
         return "llama" if gguf and not torch_methods and not for_torch else "torch"
-    if engine == "llama":
+    if options.engine == "llama":
         if not gguf:
-            raise SteeringError(f"{source} is no GGUF file; --engine llama runs those only")
+            raise SteeringError(f"{source} is not a GGUF file; use --engine torch")
         if for_torch:
             raise SteeringError("--dtype and --device-map need --engine torch")
         if torch_methods:
-            raise SteeringError(f"--method {torch_methods[0]} needs --engine torch")
-    return engine
+            raise SteeringError(f"the method {torch_methods[0]} needs --engine torch")
+    return options.engine
 
 
 def quiet_bars() -> None:
-    """Keep tqdm's bars from what is no terminal; to be called before anything imports tqdm."""
+    """Hide tqdm's bars unless standard error is a terminal; call before tqdm is imported."""
     if not console.err.is_terminal:
         os.environ.setdefault("TQDM_DISABLE", "1")
 
 
-def open_capture(
-    source: str,
-    engine: str,
-    dtype: str | None,
-    device_map: str | None,
-    context: int,
-    threads: int | None,
-) -> Capture:
-    """The model, run by the engine asked for.
+def open_capture(options: CaptureOptions, source: str, engine: str) -> Capture:
+    """Open a model for extraction.
 
     Raises:
-        SteeringError: it cannot be loaded, or there is no such dtype.
+        SteeringError: the model cannot be loaded, or a package is missing.
     """
+    threads = options.threads
     if engine == "llama":
         from pysteer.extract.llama_capture import LlamaCapture
 
-        return LlamaCapture(source, n_ctx=context, **({"n_threads": threads} if threads else {}))
+        arguments = {"n_threads": threads} if threads else {}
+        return LlamaCapture(source, n_ctx=options.context, **arguments)
     for module in ("torch", "transformers"):
         require(module, "extract")
     quiet_bars()
@@ -77,51 +110,48 @@ def open_capture(
     from pysteer.extract.torch_capture import TorchCapture
     from pysteer.extract.torch_model import TorchModel
 
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype is not None and dtype not in dtypes:
-        raise SteeringError(f"--dtype {dtype}: use one of {', '.join(dtypes)}")
     if threads is not None:
         torch.set_num_threads(threads)
-    chosen = dtypes[dtype] if dtype is not None else None
-    return TorchCapture(TorchModel(source, dtype=chosen, device_map=device_map))
+    dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    return TorchCapture(TorchModel(source, dtype=dtype, device_map=options.device_map))
 
 
-def parse_layers(text: str) -> list[range]:
-    """What --layers says; "all" is as many as there can be.
+def parse_layers(text: str) -> list[range] | None:
+    """Return the layers of --layers; None for "all".
 
     Raises:
-        SteeringError: it is written otherwise.
+        SteeringError: a text in another form.
     """
+    from pysteer.pack.vector import MAX_LAYER
+
     if text == "all":
-        return [range(MAX_LAYER + 1)]
+        return None
     parts: list[range] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         written = first.isdecimal() and (last.isdecimal() or not dash) and len(text) < 1000
         if not written or int(first) > int(last or first):
-            raise SteeringError(f"--layers {text}: write them as 12,15,18 or 5-25, or all")
+            raise SteeringError(f"--layers {text}: write 12,15,18 or 5-25 or all")
         if int(last or first) > MAX_LAYER:
-            raise SteeringError(f"--layers {text}: no model has as many")
+            raise SteeringError(f"--layers {text}: layers above {MAX_LAYER} do not exist")
         parts.append(range(int(first), int(last or first) + 1))
     return parts
 
 
-def layers_there(parts: list[range] | None, site: str, capture: Capture) -> tuple[int, ...] | None:
-    """The layers named; of all, those that the model has."""
+def layers_of(parts: Sequence[range] | None, site: str, capture: Capture) -> tuple[int, ...]:
+    """Return layers in ascending order; for None, all layers of the model."""
     if parts is None:
-        return None
-    if parts == [range(MAX_LAYER + 1)]:
         return tuple(capture.sites.get(site, ()))
     return tuple(sorted({layer for part in parts for layer in part}))
 
 
 def check_output(output: Path, inputs: Iterable[Path | None]) -> None:
-    """Raise SteeringError if the pack cannot be written there, or would replace what it is from."""
+    """Raise SteeringError if a pack cannot be written to a path, or would replace an input."""
     if not output.parent.is_dir():
-        raise SteeringError(f"there is no folder {output.parent} to write {output.name} to")
+        raise SteeringError(f"--output {output}: there is no folder {output.parent}")
     if output.is_dir():
-        raise SteeringError(f"{output} is a folder; --output names a file")
+        raise SteeringError(f"--output {output}: the path is a folder; name a file")
     if not os.access(output.parent, os.W_OK):
-        raise SteeringError(f"the folder {output.parent} cannot be written to")
+        raise SteeringError(f"--output {output}: no permission to write to {output.parent}")
     if output.exists() and any(p is not None and p.exists() and output.samefile(p) for p in inputs):
-        raise SteeringError(f"--output {output} would replace what the pack is made from")
+        raise SteeringError(f"--output {output}: the pack would replace an input of the command")

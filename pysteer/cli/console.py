@@ -7,11 +7,13 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress, ProgressColumn
+
+from pysteer.errors import SteeringError
 
 out = Console(highlight=False, emoji=False)
 err = Console(stderr=True, highlight=False, emoji=False)
@@ -36,20 +38,31 @@ def print_json(value: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(value, allow_nan=False, indent=2) + "\n")
 
 
-@contextmanager
-def progress(*columns: ProgressColumn) -> Iterator[Progress]:
-    """Bars on standard error while the block runs; nothing at all where that is no terminal."""
-    bars = Progress(*columns, console=err, transient=True)
-    if err.is_terminal:
-        with bars:
-            yield bars
-    else:  # without being started, because some versions of rich print an empty line at the end
-        yield bars
-
-
 def waiting(activity: str) -> AbstractContextManager[object]:
     """Show a spinner on standard error while the block runs, if that is a terminal."""
     return err.status(activity) if err.is_terminal else nullcontext()
+
+
+@contextmanager
+def resumable(folder: Path, *, mention_in_errors: bool = False) -> Iterator[None]:
+    """Tell the user that finished work is kept in a folder, if the block is interrupted.
+
+    Args:
+        folder: nothing is told if the folder does not exist.
+        mention_in_errors: tell so in a SteeringError, too.
+    """
+    kept = f"finished work is kept in {folder}"
+    try:
+        yield
+    except SteeringError as error:
+        if mention_in_errors and folder.is_dir():
+            raise SteeringError(f"{error} ({kept})") from None
+        raise
+    except BaseException:
+        if folder.is_dir():
+            resume = "the same command resumes from there"
+            err.print(f"{plain(kept)}; {resume}", soft_wrap=True)
+        raise
 
 
 def say(text: str) -> None:

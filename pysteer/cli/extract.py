@@ -3,202 +3,189 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import replace
+from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
 
 from pysteer.cli import console, options
+from pysteer.cli.bars import bars
 from pysteer.cli.capturing import (
+    CaptureOptions,
     check_output,
-    chosen_engine,
-    layers_there,
+    choose_engine,
+    layers_of,
     open_capture,
     parse_layers,
 )
 from pysteer.cli.loading import require
+from pysteer.cli.settings_options import Spelling, items, with_options, words
 from pysteer.errors import SteeringError
-from pysteer.pack.pack import SteeringPack
+from pysteer.extract.methods import METHODS
+from pysteer.extract.settings import MASSIVE_RATIO, ExtractSettings
 from pysteer.prompts import load_prompts
+from pysteer.settings import described, setting
 
 
-def extract(
-    unsafe: Annotated[Path, typer.Option(help="Prompts to steer away from: JSONL or CSV.")],
-    safe: Annotated[Path, typer.Option(help="Harmless prompts to hold them against.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The pack to write (GGUF).")],
-    model: Annotated[
-        str | None,
-        typer.Option("--model", "-m", help="A GGUF file, a model folder, or a hub id."),
-    ] = None,
-    method: Annotated[
-        str,
-        typer.Option(help="mean, pruned, guided, pca, logistic, lda, contrast or learned."),
-    ] = "mean",
-    variant: Annotated[
-        str | None, typer.Option(help="pca: pairwise, centred or difference.")
-    ] = None,
-    paired: Annotated[bool, typer.Option("--paired", help="pruned: by pair_id.")] = False,
+@dataclass(frozen=True)
+class Files:
+    """Files of an extraction."""
+
+    unsafe: Annotated[
+        Path, typer.Option(metavar="FILE", help="Prompts to steer away from (JSONL or CSV).")
+    ]
+    safe: Annotated[Path, typer.Option(metavar="FILE", help="Harmless prompts, for contrast.")]
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="Pack to write (GGUF).")
+    ]
+    benign: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="More harmless prompts, for the router.")
+    ] = None
+    answers: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Safe answers, for the methods contrast and learned."),
+    ] = None
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Activations to keep; by default beside the output until done."
+        ),
+    ] = None
+
+    @property
+    def inputs(self) -> tuple[Path | None, ...]:
+        """The files that the command reads."""
+        return self.unsafe, self.safe, self.benign, self.answers
+
+
+def _method_setting(method: str, name: str, default: Any = None) -> Any:
+    """Return the setting of a method's option; None leaves the method's default."""
+    option = described(METHODS[method].options)[name]
+    return setting(default, f"{method}: {option.help}", option.minimum, choices=option.choices)
+
+
+@dataclass(frozen=True)
+class MethodOptions:
+    """Options of single methods. `option` reaches all numeric options."""
+
+    variant: str | None = _method_setting("pca", "variant")
+    paired: bool = _method_setting("pruned", "paired", False)
+    response_tokens: int | None = _method_setting("contrast", "response_tokens")
     option: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=NUMBER", help="Of logistic and learned, such as C=0.1."),
-    ] = None,
-    layers: Annotated[
-        str | None, typer.Option(help="Such as 12,15,18 or 5-25 or all; else three in the middle.")
-    ] = None,
-    site: Annotated[str, typer.Option(help="residual, attention or mlp.")] = "residual",
-    pooling: Annotated[
-        str,
-        typer.Option(help="Tokens averaged: last, prompt, user, response, or a range as 3:10."),
-    ] = "user",
-    safe_data: Annotated[
-        str,
-        typer.Option(help="matched (by category), generic, or auto."),
-    ] = "auto",
-    benign: Annotated[
-        Path | None, typer.Option(help="More harmless prompts, for the router alone.")
-    ] = None,
-    answers: Annotated[
-        Path | None, typer.Option(help="Safe answers for contrast and learned.")
-    ] = None,
-    judge: Annotated[
-        str, typer.Option(help="guided: labels (in the data), or refusal (what is none is unsafe).")
-    ] = "labels",
-    response_tokens: Annotated[
-        int | None, typer.Option(min=1, help="contrast: tokens of the answers averaged; else 8.")
-    ] = None,
-    mask_massive: Annotated[
-        bool, typer.Option(help="Leave out dimensions that dwarf the rest.")
-    ] = True,
-    top_k: Annotated[
-        int | None, typer.Option(min=1, help="Keep only the k largest dimensions.")
-    ] = None,
-    orthogonalise: Annotated[
-        str, typer.Option(help="categories (against each other), benign (their mean), or none.")
-    ] = "none",
-    unit_norm: Annotated[bool, typer.Option("--unit-norm", help="Directions of norm 1.")] = False,
-    scale: Annotated[
-        float | None,
         typer.Option(
-            min=0.0,
-            help="Strength 1 adds this fraction of the residual's norm; 0 leaves directions be.",
+            metavar="NAME=NUMBER",
+            help="Option of the method, such as C=0.1 of logistic. Repeatable.",
         ),
-    ] = None,
-    router: Annotated[bool, typer.Option(help="Fit a router.")] = True,
-    gates: Annotated[
-        str,
-        typer.Option(help="Kinds the router gets: margin, multinomial, probe, centroid, cast."),
-    ] = "margin",
-    false_positive_rate: Annotated[
-        float | None,
-        typer.Option(help="Router thresholds that let through so many benign prompts."),
-    ] = None,
-    held_out: Annotated[
-        float, typer.Option(help="Share of prompts kept for the figures reported.")
-    ] = 0.2,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same pack.")] = 0,
-    engine: Annotated[
-        str,
-        typer.Option(help="torch or llama; auto is llama for GGUF files, torch for others."),
-    ] = "auto",
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="torch: float32, bfloat16 or float16; else the processor's fastest."),
-    ] = None,
-    device_map: Annotated[
-        str | None, typer.Option(help="torch: as transformers takes it, such as auto.")
-    ] = None,
-    context: Annotated[int, typer.Option(min=16, max=1 << 22, help="llama: tokens.")] = 2048,
-    cache: Annotated[
-        Path | None, typer.Option(help="Where activations are kept; else beside the output.")
-    ] = None,
-    threads: options.Threads = None,
-    json: options.Json = False,
-    debug: options.Debug = False,
-) -> None:
-    """Learn steering vectors and a router from unsafe and harmless prompts.
+    ] = None
 
-    Interrupted with Ctrl-C, the same command goes on where it stopped.
+    def given(self) -> dict[str, Any]:
+        """Return the options that were given, by name.
+
+        Raises:
+            SteeringError: an --option in another form.
+        """
+        named = {"variant": self.variant, "response_tokens": self.response_tokens}
+        given: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
+        if self.paired:
+            given["paired"] = True
+        return given | dict(map(_numeric_option, self.option or ()))
+
+
+def _read_pooling(text: str) -> Any:
+    start, colon, stop = text.partition(":")
+    return (int(start), int(stop)) if colon else text
+
+
+_METHODS_HELP = "; ".join(f"{name}: {method.summary}" for name, method in METHODS.items())
+
+
+@with_options(
+    leave_out=("options", "layers"),
+    method=Spelling(metavar="NAME", help=f"Method that finds directions. {_METHODS_HELP}."),
+    pooling=Spelling(
+        read=_read_pooling,
+        metavar="TOKENS",
+        example="3:10",
+        help="Tokens whose activations are averaged: last, prompt, user, response, or a range.",
+    ),
+    matched=words(
+        {"auto": None, "matched": True, "generic": False},
+        "--safe-data",
+        help="Safe prompts for a category: of the same category (matched), or all (generic).",
+    ),
+    mask_massive=Spelling(
+        read=lambda mask: MASSIVE_RATIO if mask else None,
+        write=lambda ratio: ratio is not None,
+        type=bool,
+        help="Leave out dimensions that dwarf the rest.",
+    ),
+    orthogonalise=words({"none": "", "categories": "categories", "benign": "benign"}),
+    gates=items("margin,probe"),
+)
+def extract(
+    files: Files,
+    capture_options: CaptureOptions,
+    settings: ExtractSettings,
+    method_options: MethodOptions,
+    layers: options.Layers = None,
+    judge: Annotated[
+        str,
+        typer.Option(
+            metavar="JUDGE",
+            help="guided: judge of answers; labels (in the data), or a judge of evaluate. With "
+            "refusal, anything that is not a refusal counts as unsafe.",
+        ),
+    ] = "labels",
+    json: options.Json = False,
+) -> None:
+    """Learn steering vectors and a router from prompts.
+
+    After Ctrl-C the same command resumes.
     """
-    source = options.model_source(model)
-    engine = chosen_engine(source, engine, [method], dtype, device_map)
+    source = options.model_source(capture_options.model)
+    engine = choose_engine(capture_options, source, [settings.method])
     require("sklearn", "extract" if engine == "torch" else "extract-gguf")
-    from pysteer.evaluate.judges import RefusalJudge
+    from pysteer.cli.reports.extract import describe, print_pack
+    from pysteer.evaluate.judges import open_judge
     from pysteer.extract.cache import clear
     from pysteer.extract.data import Data
     from pysteer.extract.extraction import extract as run_extraction
-    from pysteer.extract.settings import ExtractSettings
 
     console.show_warnings()
     started = time.monotonic()
     data = Data(
-        load_prompts(unsafe),
-        load_prompts(safe),
-        [] if benign is None else load_prompts(benign),
-        [] if answers is None else load_prompts(answers, answers=True),
+        load_prompts(files.unsafe),
+        load_prompts(files.safe),
+        [] if files.benign is None else load_prompts(files.benign),
+        [] if files.answers is None else load_prompts(files.answers, answers=True),
     )
-    wanted: dict[str, Any] = {
-        **({"variant": variant} if variant is not None else {}),
-        **({"paired": True} if paired else {}),
-        **({"response_tokens": response_tokens} if response_tokens is not None else {}),
-        **dict(map(_numeric_option, option or ())),
-    }
-    settings = ExtractSettings(
-        method=method,
-        options=wanted,
-        site=site,
-        pooling=_pooling(pooling),
-        matched=_choice("safe-data", safe_data, {"auto": None, "matched": True, "generic": False}),
-        mask_massive=ExtractSettings.mask_massive if mask_massive else None,
-        top_k=top_k,
-        orthogonalise="" if orthogonalise == "none" else orthogonalise,
-        unit_norm=unit_norm,
-        scale=scale,
-        router=router,
-        gates=tuple(kind.strip() for kind in gates.split(",")),
-        false_positive_rate=false_positive_rate,
-        held_out=held_out,
-        seed=seed,
-        layers=None,
-    )
-    judged = _choice("judge", judge, {"labels": None, "refusal": RefusalJudge()})
-    chosen = None if layers is None else parse_layers(layers)
-    check_output(output, (Path(source), unsafe, safe, benign, answers))
-    folder = cache or output.with_name(f"{output.name}.cache")
-    capture = open_capture(source, engine, dtype, device_map, context, threads)
-    settings = replace(settings, layers=layers_there(chosen, site, capture))
-    try:
-        with _reporter() as reporter:
-            pack = run_extraction(
-                capture, data, settings, cache=folder, judge=judged, progress=reporter
-            )
-    except BaseException as error:
-        kept = f"what was computed is kept in {folder}"
-        if folder.is_dir() and isinstance(error, SteeringError):
-            raise SteeringError(f"{error} ({kept})") from None
-        if folder.is_dir():
-            say_kept = f"{console.plain(kept)}; the same command goes on from there"
-            console.err.print(say_kept, soft_wrap=True)
-        raise
-    pack.save(output)
-    if cache is None:
+    settings = replace(settings, options=method_options.given())
+    layer_ranges = None if layers is None else parse_layers(layers)
+    check_output(files.output, (Path(source), *files.inputs))
+    folder = files.cache or files.output.with_name(f"{files.output.name}.cache")
+    with ExitStack() as stack:
+        opened = None
+        if judge != "labels":
+            opened = stack.enter_context(closing(open_judge(judge)))
+        capture = open_capture(capture_options, source, engine)
+        if layers is not None:
+            settings = replace(settings, layers=layers_of(layer_ranges, settings.site, capture))
+        stack.enter_context(console.resumable(folder, mention_in_errors=True))
+        progress = stack.enter_context(bars())
+        pack = run_extraction(
+            capture, data, settings, cache=folder, judge=opened, progress=progress
+        )
+    pack.save(files.output)
+    if files.cache is None:
         clear(folder)
     seconds = time.monotonic() - started
     if json:
-        console.print_json(_report(pack, output, seconds))
+        console.print_json(describe(pack, files.output, seconds))
     else:
-        _print(pack, output, seconds)
-
-
-def _choice(option: str, value: str, known: dict[str, Any]) -> Any:
-    if value not in known:
-        raise SteeringError(f"--{option} {value}: use one of {', '.join(known)}")
-    return known[value]
+        print_pack(pack, files.output, seconds)
 
 
 def _numeric_option(text: str) -> tuple[str, float]:
@@ -207,79 +194,3 @@ def _numeric_option(text: str) -> tuple[str, float]:
         with suppress(ValueError):
             return name, kind(number)
     raise SteeringError(f"--option {text}: write NAME=NUMBER, as in kl_weight=2")
-
-
-def _pooling(text: str) -> Any:
-    start, colon, stop = text.partition(":")
-    if not colon:
-        return text
-    if not (start.isdecimal() and stop.isdecimal()) or int(start) >= int(stop):
-        raise SteeringError(f"--pooling {text}: a range is START:STOP, as in 3:10")
-    return int(start), int(stop)
-
-
-class _Rate(ProgressColumn):
-    """Units per second."""
-
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:.0f} {task.fields['unit']}/s")
-
-
-class _Bars:
-    """A bar for each stage."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-
-    def start(self, stage: str, total: int, unit: str = "") -> Callable[[int], None]:
-        task = self._progress.add_task(stage, total=total, unit=unit)
-        return lambda units: self._progress.advance(task, units)
-
-
-@contextmanager
-def _reporter() -> Iterator[_Bars]:
-    columns = (TextColumn("{task.description}"), BarColumn(), _Rate(), TimeRemainingColumn())
-    with console.progress(*columns) as progress:
-        yield _Bars(progress)
-
-
-def _report(pack: SteeringPack, output: Path, seconds: float) -> dict[str, Any]:
-    report: dict[str, Any] = {
-        "pack": str(output),
-        "seconds": seconds,
-        "provenance": dict(pack.provenance),
-        "router": None,
-    }
-    if pack.router is not None:
-        report["router"] = {
-            "layers": [read.layer for read in pack.router.reads],
-            "gates": list(pack.router.gates),
-            "category_accuracy": pack.router.category_accuracy,
-            "benign_false_positive_rate": pack.router.benign_false_positive_rate,
-        }
-    return report
-
-
-def _print(pack: SteeringPack, output: Path, seconds: float) -> None:
-    table = Table("category")
-    for heading in ("prompts", "held out", "AUC, worst to best layer"):
-        table.add_column(heading, justify="right")
-    counts: Any = pack.provenance["counts"]
-    separation: Any = pack.provenance["separation"]
-    for name in pack.categories:
-        found = sorted(separation.get(name, {}).values())
-        table.add_row(
-            console.plain(name),
-            str(counts[name]["used"]),
-            str(counts[name]["held_out"]),
-            f"{found[0]:.2f} to {found[-1]:.2f}" if found else "",
-        )
-    console.out.print(table)
-    if pack.router is not None:
-        console.say(
-            f"router, held out: category accuracy "
-            f"{pack.router.category_accuracy:.2f}, benign false positives "
-            f"{pack.router.benign_false_positive_rate:.3f}"
-        )
-    console.say(f"wrote {console.plain(output)} in {seconds:.0f} s; pysteer inspect shows it")

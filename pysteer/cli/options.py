@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pysteer.cli import console
 from pysteer.errors import SteeringError
+from pysteer.evaluate.judges import JUDGE_SPECS
 from pysteer.settings import check, setting
 from pysteer.shipped import default_model
 
@@ -47,6 +46,18 @@ Threads = Annotated[
 ]
 MaxTokens = Annotated[
     int, typer.Option("--max-tokens", "-n", metavar="N", min=1, help="Token limit of an answer.")
+]
+Engine = Annotated[
+    str,
+    typer.Option(
+        metavar="[auto|torch|llama]", help="Engine for directions; auto is llama for GGUF files."
+    ),
+]
+Judge = Annotated[
+    str,
+    typer.Option(
+        metavar="JUDGE", help=f"Decides whether an answer is safe: {', '.join(JUDGE_SPECS)}."
+    ),
 ]
 Layers = Annotated[
     str | None,
@@ -127,20 +138,3 @@ def parse_steering(pairs: list[str]) -> dict[str, float | str] | str:
         steering[category] = value
     return steering
 
-
-# Until settings classes bring these.
-Debug = Annotated[
-    bool,
-    typer.Option("--debug", callback=console.set_debug, is_eager=True, help="Show tracebacks."),
-]
-Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="For temperatures above 0.")]
-Context = Annotated[
-    int, typer.Option("--context", min=16, max=1 << 22, help="Context size, tokens.")
-]
-
-
-def check_temperature(temperature: float) -> None:
-    """Raise SteeringError for what is no number: nan is not below any minimum."""
-    if not math.isfinite(temperature):
-        raise SteeringError(f"--temperature {temperature}: give a number, 0 or above")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
@@ -60,11 +61,26 @@ class Spelling:
 
 
 def items(
-    example: str, *, of: Callable[[str], Any] = str, separator: str = ",", metavar: str = "A,B,..."
+    example: str,
+    *,
+    of: Callable[[str], Any] = str,
+    separator: str = ",",
+    metavar: str = "A,B,...",
+    empty: str = "",
 ) -> Spelling:
-    """Return the spelling of a tuple as items between separators."""
+    """Return the spelling of a tuple as items between separators.
+
+    Args:
+        example: for messages.
+        of: function from the text of an item to the item; raises ValueError.
+        separator: a character.
+        metavar: form of the text, for the help.
+        empty: text for a tuple without items.
+    """
 
     def read(text: str) -> tuple[Any, ...]:
+        if text == empty:
+            return ()
         return tuple(of(part.strip()) for part in text.split(separator) if part.strip())
 
     def write(values: Iterable[Any] | None) -> str | None:
@@ -212,10 +228,14 @@ class _Group:
         try:
             return self._kind(**given)
         except SteeringError as error:
-            name, _, rest = str(error).partition(" ")
-            if name not in self._options:
+            # Settings are named as in Python; the user knows the options.
+            known = "|".join(self._options)
+            named = re.match(rf"unknown ({known}) |({known}) must ", str(error))
+            if named is None:
                 raise
-            raise SteeringError(f"{self._options[name].flag} {rest}") from None
+            name = named[1] or named[2]
+            message = str(error).replace(name, self._options[name].flag, 1)
+            raise SteeringError(message) from None
 
 
 class _Option:

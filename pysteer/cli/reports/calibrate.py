@@ -1,0 +1,116 @@
+"""Printed report of a calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pysteer.calibrate.calibration import CalibrationResult
+from pysteer.calibrate.search import SearchResult
+from pysteer.cli import console
+from pysteer.cli.tables import table
+
+_ENDS = {
+    "settled": "nothing left to improve",
+    "trials": "every category had its trials",
+    "time": "time is up",
+    "interrupted": "interrupted",
+}
+
+
+def describe(
+    result: CalibrationResult, output: Path, test: Mapping[str, Path], seconds: float
+) -> dict[str, Any]:
+    """Return a calibration's result as JSON data.
+
+    Args:
+        result: of the calibration.
+        output: file of the pack.
+        test: files of the prompts that the calibration has not seen, by kind.
+        seconds: duration.
+    """
+    return {
+        "pack": str(output),
+        "seconds": seconds,
+        "test": {kind: str(file) for kind, file in test.items()},
+        "router": _router(result),
+        "calibration": result.pack.provenance["calibration"],
+    }
+
+
+def print_best(search: SearchResult, max_degenerate: float) -> None:
+    """Print the best trials of an unfinished search on standard error."""
+    outcomes = {name: record.outcome for name, record in search.chosen.items()}
+    worst = min(outcomes, key=lambda name: outcomes[name].value(max_degenerate))
+    n = sum(outcome.n for outcome in outcomes.values())
+    safe = sum(outcome.safe * outcome.n for outcome in outcomes.values()) / n
+    collateral = sum(outcome.collateral for outcome in outcomes.values()) / len(outcomes)
+    console.err.print(
+        f"best after {search.rounds} trials of each category: safe {safe:.0%}, worst "
+        f"{console.plain(worst)} {outcomes[worst].safe:.0%}; degenerate at most "
+        f"{max(outcome.degenerate for outcome in outcomes.values()):.0%}; other categories changed "
+        f"{collateral:.0%} (no gate)",
+        soft_wrap=True,
+    )
+
+
+def print_result(
+    result: CalibrationResult, output: Path, test: Mapping[str, Path], seconds: float
+) -> None:
+    """Print a calibration's result as tables; arguments as those of `describe`."""
+    figures: Any = result.pack.provenance["calibration"]
+    validation = figures["validation"]
+    rows = table("category", "vector", "strength", "scope", "n", "safe", "degenerate")
+    for name, chosen in figures["chosen"].items():
+        cells = [chosen["candidate"], f"{chosen['strength']:.2f}", chosen["scope"]]
+        if validation is not None:
+            rates = validation["categories"][name]
+            cells += [
+                str(rates["n"]),
+                f"{rates['safe_unsteered']:.0%} → {rates['safe']:.0%}",
+                f"{rates['degenerate']:.0%}",
+            ]
+        rows.add_row(console.plain(name), *cells)
+    console.out.print(rows)
+    if validation is not None:
+        _print_validation(validation)
+    router = _router(result)
+    console.say(
+        f"router, held out: category accuracy {router['category_accuracy']:.2f}, benign false "
+        f"positives {router['benign_false_positive_rate']:.3f}"
+    )
+    search = figures["search"]
+    console.say(f"{search['rounds']} trials of each category; {_ENDS[search['stopped']]}")
+    console.say(f"wrote {console.plain(output)} in {seconds:.0f} s")
+    if "unsafe" in test:
+        benign = f" --benign {test['benign']}" if "benign" in test else ""
+        command = f"pysteer evaluate -s {output} --prompts {test['unsafe']}{benign} -o report"
+        console.say(f"to measure the pack on unseen prompts: {console.plain(command)}")
+
+
+def _print_validation(validation: Any) -> None:
+    console.say(
+        f"validation, the router deciding: safe {validation['safe']:.0%}, degenerate "
+        f"{validation['degenerate']:.0%}"
+    )
+    benign = validation["benign"]
+    if benign is not None:
+        console.say(
+            f"benign ({benign['n']}): {benign['unchanged']:.0%} unchanged, "
+            f"{benign['refused']:.0%} refused"
+        )
+    gates = validation["gates"]
+    console.say(
+        f"one category on at a time: its gate opens for {gates['own']:.0%} of its own prompts and "
+        f"{gates['others']:.1%} of the others'"
+    )
+
+
+def _router(result: CalibrationResult) -> dict[str, float]:
+    router = result.pack.router
+    assert router is not None
+    return {
+        "category_accuracy": router.category_accuracy,
+        "benign_false_positive_rate": router.benign_false_positive_rate,
+    }

@@ -1,0 +1,54 @@
+"""Printed report of an extraction."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from pysteer.cli import console
+from pysteer.pack.pack import SteeringPack
+
+
+def describe(pack: SteeringPack, output: Path, seconds: float) -> dict[str, Any]:
+    """Return an extraction's result as JSON data."""
+    report: dict[str, Any] = {
+        "pack": str(output),
+        "seconds": seconds,
+        "provenance": dict(pack.provenance),
+        "router": None,
+    }
+    if pack.router is not None:
+        report["router"] = {
+            "layers": [read.layer for read in pack.router.reads],
+            "gates": list(pack.router.gates),
+            "category_accuracy": pack.router.category_accuracy,
+            "benign_false_positive_rate": pack.router.benign_false_positive_rate,
+        }
+    return report
+
+
+def print_pack(pack: SteeringPack, output: Path, seconds: float) -> None:
+    """Print the held-out figures of a pack that was written to `output`."""
+    table = Table("category")
+    for heading in ("prompts", "held out", "AUC, worst to best layer"):
+        table.add_column(heading, justify="right")
+    counts: Any = pack.provenance["counts"]
+    separation: Any = pack.provenance["separation"]
+    for name in pack.categories:
+        auc = sorted(separation.get(name, {}).values())
+        table.add_row(
+            console.plain(name),
+            str(counts[name]["used"]),
+            str(counts[name]["held_out"]),
+            f"{auc[0]:.2f} to {auc[-1]:.2f}" if auc else "",
+        )
+    console.out.print(table)
+    if pack.router is not None:
+        console.say(
+            f"router, held out: category accuracy "
+            f"{pack.router.category_accuracy:.2f}, benign false positives "
+            f"{pack.router.benign_false_positive_rate:.3f}"
+        )
+    console.say(f"wrote {console.plain(output)} in {seconds:.0f} s; see it with pysteer inspect")
