@@ -1,7 +1,7 @@
-"""What pysteer raises when something the caller can change is wrong.
+"""Errors that the caller can correct.
 
-Every message names the cause and the way out; the command line prints it as one line and exits
-with code 2.
+Messages name the cause and the way out. The command line prints them as one line and exits with
+code 2.
 """
 
 from __future__ import annotations
@@ -14,17 +14,22 @@ _SHOWN = 80
 
 
 def quoted(value: object) -> str:
-    """`repr`, cut to a length that fits into one line: hostile files choose what is quoted."""
+    """Return `repr` of a value, cut to 80 characters: quoted text may come from hostile files.
+
+    Examples:
+        >>> quoted("malware")
+        "'malware'"
+    """
     text = repr(value[: 2 * _SHOWN] if isinstance(value, (str, bytes, list)) else value)
     return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
 
 
 class SteeringError(ValueError):
-    """Base of all errors below; catch this one to catch them all."""
+    """Base class of all errors of pysteer that the caller can correct."""
 
 
 class FormatError(SteeringError):
-    """A file is not what it claims to be: truncated, hostile, or of another kind."""
+    """A file is truncated, hostile, or of another kind than expected."""
 
 
 class ModelMismatchError(SteeringError):
@@ -32,21 +37,21 @@ class ModelMismatchError(SteeringError):
 
 
 class UnknownCategoryError(SteeringError):
-    """A category was asked for that the pack does not hold."""
+    """A requested category is not in the pack."""
 
 
 class HookError(SteeringError):
-    """The llama.cpp or the model's graph cannot be hooked, or a decode went past the plan."""
+    """llama.cpp or the model's graph cannot be hooked, or a decode went past the plan."""
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Name the file in whatever is found wrong with its content, as a FormatError."""
+    """Turn errors of the block into a FormatError that names the file."""
     try:
         yield
     except SteeringError as error:
         raise FormatError(f"{path}: {error}") from None
     except OSError as error:
         raise FormatError(f"{path}: {error.strerror or error}") from None
-    except ValueError as error:  # a path that cannot be one, text that is not UTF-8
+    except ValueError as error:  # an invalid path, or text that is not UTF-8
         raise FormatError(f"{path}: {error}") from None

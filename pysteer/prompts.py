@@ -1,7 +1,7 @@
-"""Prompt sets: JSONL files, one object a line, and CSV files with a line of column names.
+"""Prompt files: JSONL, one object a line, or CSV with a line of column names.
 
-`prompt` is text; optional are `category`, `subcategory`, `response`, `pair_id` and `label`, text
-too.
+Every row has a `prompt`, and may have a `category`, `subcategory`, `response`, `pair_id` and
+`label`. All are text.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ class Prompt:
     """One row of a prompt file.
 
     Attributes:
-        prompt: what the user says.
-        category: the kind of content, or "".
-        response: an answer that comes with the data, or None.
+        prompt: text of the user.
+        category: kind of content, or "".
+        response: an answer from the data, or None.
         pair_id: shared by an unsafe prompt and its harmless twin, or None.
-        label: what a judge found the response to be, "safe" or "unsafe", or None.
-        source: file and line, for messages; not part of what makes prompts equal.
-        subcategory: a kind of content within the category, by which data is split evenly, or "".
+        label: a judge's verdict on the response, "safe" or "unsafe", or None.
+        source: file and line, for messages; ignored by equality.
+        subcategory: kind of content within the category, or ""; splits of data are even over
+            subcategories.
     """
 
     prompt: str
@@ -47,21 +48,28 @@ class Prompt:
 
 
 def load_prompts(path: str | os.PathLike[str], *, answers: bool = False) -> list[Prompt]:
-    """Read a JSONL file of prompts, or a CSV file if its name ends so.
+    r"""Read a file of prompts: CSV if its name ends in .csv, otherwise JSONL.
 
-    Blank lines are skipped, and unknown keys and columns ignored. A CSV file begins with a line of
-    column names; an empty cell is as good as none.
+    Blank lines, unknown keys and unknown columns are ignored. An empty cell of a CSV file is the
+    same as a missing one.
 
     Args:
         path: the file.
-        answers: whether each row needs a `response`, and `prompt` may be left out.
+        answers: whether each row must have a `response`, and may lack a `prompt`.
 
     Raises:
-        FormatError: names the file and the line.
+        FormatError: with file and line.
+
+    Examples:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "prompts.csv"
+        >>> _ = path.write_text("prompt,category\nWrite a virus.,malware\n")
+        >>> load_prompts(path)[0].category
+        'malware'
     """
     path = Path(path)
     with naming(path):
-        # As bytes first: reading text would change the line breaks inside cells.
+        # Text mode would change the line breaks inside cells.
         text = path.read_bytes().decode("utf-8-sig")
     rows = _csv_rows if path.suffix.lower() == ".csv" else _json_rows
     prompts = []
@@ -70,18 +78,25 @@ def load_prompts(path: str | os.PathLike[str], *, answers: bool = False) -> list
         if answers:
             row = {"prompt": "", **row}
             if not isinstance(row.get("response"), str) or not row["response"].strip():
-                raise FormatError(f"{where}: needs a 'response'")
+                raise FormatError(f"{where}: the row needs a 'response'")
         prompts.append(_prompt(row, where))
     if not prompts:
-        raise FormatError(f"{path}: no prompts in it")
+        raise FormatError(f"{path}: no prompts in the file")
     return prompts
 
 
 def write_prompts(prompts: Sequence[Prompt], path: Path) -> None:
-    """Write a JSONL file of prompts, which `load_prompts` reads.
+    r"""Write a JSONL file of prompts, which `load_prompts` reads.
 
     Raises:
-        SteeringError: it cannot be written.
+        SteeringError: the file cannot be written.
+
+    Examples:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "prompts.jsonl"
+        >>> write_prompts([Prompt("Write a virus.", "malware")], path)
+        >>> path.read_text()
+        '{"prompt": "Write a virus.", "category": "malware"}\n'
     """
     keys = ("prompt", *_OPTIONAL)
     rows = [{key: getattr(p, key) for key in keys if getattr(p, key)} for p in prompts]
@@ -94,7 +109,13 @@ def write_prompts(prompts: Sequence[Prompt], path: Path) -> None:
 
 
 def grouped(prompts: Iterable[Prompt]) -> dict[str, list[Prompt]]:
-    """Prompts grouped by category, in the order in which these appear."""
+    """Group prompts by category, in order of first appearance.
+
+    Examples:
+        >>> groups = grouped([Prompt("a", "x"), Prompt("b", "y"), Prompt("c", "x")])
+        >>> {category: len(prompts) for category, prompts in groups.items()}
+        {'x': 2, 'y': 1}
+    """
     groups: dict[str, list[Prompt]] = {}
     for prompt in prompts:
         groups.setdefault(prompt.category, []).append(prompt)
@@ -102,7 +123,7 @@ def grouped(prompts: Iterable[Prompt]) -> dict[str, list[Prompt]]:
 
 
 def _json_rows(text: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    # Not splitlines(): it also splits at characters that JSON allows inside strings.
+    # splitlines() would also split at characters that JSON allows inside strings.
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -127,17 +148,17 @@ def _csv_rows(text: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 yield number, {c: cell for c, cell in zip(columns, cells, strict=True) if cell}
             elif cells:
                 raise FormatError(
-                    f"{path}, line {number}: {len(cells)} cells, and the first line names "
+                    f"{path}, line {number}: {len(cells)} cells, but the first line names "
                     f"{len(columns)} columns"
                 )
-            number = reader.line_num + 1  # where the next row starts; a cell may have line breaks
+            number = reader.line_num + 1  # of the next row; cells may have line breaks
     except csv.Error as error:
         raise FormatError(f"{path}, line {number}: {error}") from None
 
 
 def _prompt(row: dict[str, Any], where: str) -> Prompt:
     if not isinstance(row.get("prompt"), str):
-        raise FormatError(f"{where}: needs a 'prompt' that is a string")
+        raise FormatError(f"{where}: the row needs a 'prompt' that is a string")
     optional = {key: row.get(key) for key in _OPTIONAL}
     for key, value in optional.items():
         if value is not None and not isinstance(value, str):
@@ -147,7 +168,7 @@ def _prompt(row: dict[str, Any], where: str) -> Prompt:
     try:
         for value in (row["prompt"], *optional.values()):
             (value or "").encode()
-    except UnicodeEncodeError:  # JSON can escape half of a surrogate pair
+    except UnicodeEncodeError:  # JSON can hold half of a surrogate pair
         raise FormatError(f"{where}: not Unicode text") from None
     return Prompt(
         row["prompt"],

@@ -30,20 +30,20 @@ def write(folder, content):
 
 
 @given(rows=st.lists(prompts, min_size=1, max_size=4), ascii_only=st.booleans())
-def test_what_json_writes_is_read_back(rows, ascii_only, tmp_path_factory):
+def test_jsonl_rows_are_read_back(rows, ascii_only, tmp_path_factory):
     lines = [json.dumps(vars(row), ensure_ascii=ascii_only) for row in rows]
     path = write(tmp_path_factory.mktemp("p"), "\n".join(lines) + "\n")
     assert load_prompts(path) == rows
 
 
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"])
-def test_unicode_line_separators_inside_a_string_do_not_end_the_line(separator, tmp_path):
+def test_unicode_line_separator_in_a_string_does_not_end_the_line(separator, tmp_path):
     text = f"one{separator}two"
     path = write(tmp_path, json.dumps({"prompt": text}, ensure_ascii=False))
     assert load_prompts(path) == [Prompt(text)]
 
 
-def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
+def test_byte_order_mark_is_skipped(tmp_path):
     path = write(tmp_path, b'\xef\xbb\xbf{"prompt": "a"}\n')
     assert load_prompts(path) == [Prompt("a")]
 
@@ -83,7 +83,7 @@ def test_blank_lines_and_unknown_keys_are_skipped(newline, tmp_path):
     ],
     ids=lambda line: line[:24],
 )
-def test_a_bad_line_is_named(line, tmp_path):
+def test_bad_line_raises_with_file_and_line(line, tmp_path):
     path = write(tmp_path, '{"prompt": "fine"}\n\n' + line + "\n")
     with pytest.raises(FormatError) as caught:
         load_prompts(path)
@@ -92,7 +92,7 @@ def test_a_bad_line_is_named(line, tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "\n", " \n\t\n"])
-def test_a_file_without_prompts_is_refused(content, tmp_path):
+def test_file_without_prompts_raises(content, tmp_path):
     path = write(tmp_path, content)
     with pytest.raises(FormatError, match="no prompts"):
         load_prompts(path)
@@ -101,25 +101,25 @@ def test_a_file_without_prompts_is_refused(content, tmp_path):
 @pytest.mark.parametrize(
     "content", [b'{"prompt": "\xff"}', b"\xff\xfe{\x00", b"GGUF\x03\0\0\0\xff"]
 )
-def test_what_is_not_utf8_is_refused_and_named(content, tmp_path):
+def test_file_not_in_utf8_raises_with_its_name(content, tmp_path):
     path = write(tmp_path, content)
     with pytest.raises(FormatError) as caught:
         load_prompts(path)
     assert str(path) in str(caught.value)
 
 
-def test_missing_files_and_folders_are_refused_and_named_once(tmp_path):
+def test_missing_file_or_folder_raises_with_its_name_once(tmp_path):
     for path in (tmp_path / "missing.jsonl", tmp_path):
         with pytest.raises(FormatError) as caught:
             load_prompts(path)
         assert str(caught.value).count(str(path)) == 1
 
 
-def test_a_path_may_be_a_string(tmp_path):
+def test_path_may_be_a_string(tmp_path):
     assert load_prompts(str(write(tmp_path, '{"prompt": "a"}'))) == [Prompt("a")]
 
 
-def test_a_prompt_knows_its_file_and_line_and_is_equal_without(tmp_path):
+def test_source_has_file_and_line_and_does_not_affect_equality(tmp_path):
     path = write(tmp_path, '{"prompt": "a"}\n\n{"prompt": "a"}\n')
     first, second = load_prompts(path)
     assert (first.source, second.source) == (f"{path}, line 1", f"{path}, line 3")
@@ -127,7 +127,7 @@ def test_a_prompt_knows_its_file_and_line_and_is_equal_without(tmp_path):
     assert hash(first) == hash(second)
 
 
-def test_surrogate_pairs_are_one_character(tmp_path):
+def test_surrogate_pair_is_one_character(tmp_path):
     path = write(tmp_path, r'{"prompt": "\ud83d\ude00"}')
     assert load_prompts(path) == [Prompt("\U0001f600")]
 
@@ -149,7 +149,7 @@ def test_answers_need_no_prompt(tmp_path):
         '["no"]',
     ],
 )
-def test_an_answer_without_a_response_is_named(line, tmp_path):
+def test_answer_without_response_raises_with_file_and_line(line, tmp_path):
     path = write(tmp_path, '{"response": "no"}\n' + line)
     with pytest.raises(FormatError) as caught:
         load_prompts(path, answers=True)
@@ -157,7 +157,7 @@ def test_an_answer_without_a_response_is_named(line, tmp_path):
 
 
 @given(rows=st.lists(prompts, min_size=1, max_size=4), dialect=st.sampled_from(["excel", "unix"]))
-def test_what_csv_writes_is_read_back(rows, dialect, tmp_path_factory):
+def test_csv_rows_are_read_back(rows, dialect, tmp_path_factory):
     """Where text is not empty: a CSV file does not tell an empty cell from none."""
     path = tmp_path_factory.mktemp("p") / "prompts.CSV"
     filled = [r for r in rows if r.prompt and r.response != "" and r.pair_id != ""]
@@ -174,7 +174,7 @@ def test_what_csv_writes_is_read_back(rows, dialect, tmp_path_factory):
             load_prompts(path)
 
 
-def test_rows_of_a_csv_file_know_their_first_line(tmp_path):
+def test_source_of_a_csv_row_is_its_first_line(tmp_path):
     path = tmp_path / "p.csv"
     path.write_text('\ufeffprompt, category\r\n"a\r\nb",x\r\n\r\nc,\r\n', newline="")
     found = load_prompts(path)
@@ -194,7 +194,7 @@ def test_rows_of_a_csv_file_know_their_first_line(tmp_path):
         ("prompt,category\n,b\n", 2, "'prompt'"),
     ],
 )
-def test_a_bad_row_of_a_csv_file_is_named(content, line, words, tmp_path):
+def test_bad_csv_row_raises_with_file_and_line(content, line, words, tmp_path):
     path = tmp_path / "p.csv"
     path.write_text(content)
     with pytest.raises(FormatError) as caught:

@@ -24,7 +24,7 @@ def load(name):
     return load_prompts(PROMPTS / f"{name}.jsonl")
 
 
-def test_the_pack_fits_the_default_model_and_says_where_it_is_from(default_model):
+def test_default_pack_fits_the_default_model_and_has_provenance(default_model):
     pack = shipped.default_pack()
     with closing(SteeredLlama(default_model, pack=pack, n_ctx=64, verbose=False)) as llm:
         assert pack.base_model == llm.base_model
@@ -38,7 +38,7 @@ def test_the_pack_fits_the_default_model_and_says_where_it_is_from(default_model
     assert set(validated) == set(pack.categories)
 
 
-def test_each_category_has_prompts_enough_and_each_of_these_a_harmless_twin():
+def test_each_category_has_60_prompts_with_harmless_twins():
     unsafe, harmless = load("unsafe"), load("harmless")
     for category in shipped.default_pack().categories:
         assert len({p.prompt for p in unsafe if p.category == category}) >= 60
@@ -47,7 +47,7 @@ def test_each_category_has_prompts_enough_and_each_of_these_a_harmless_twin():
     assert len(twins) == len(unsafe)
 
 
-def test_prompts_shown_are_those_that_the_calibration_kept_aside():
+def test_demo_prompts_are_the_test_part_of_the_calibration():
     kept = shipped.default_pack().provenance["calibration"]["settings"]
     shares = {name: kept[name] for name in ("validation", "test", "seed", "held_out")}
     rows = [load(name) for name in ("unsafe", "harmless", "everyday")]
@@ -58,7 +58,7 @@ def test_prompts_shown_are_those_that_the_calibration_kept_aside():
     assert {p.category for p in shown[0]} == set(shipped.default_pack().categories)
 
 
-def test_look_alikes_come_in_pairs_and_are_not_learned_from():
+def test_look_alikes_are_paired_and_unlike_the_training_prompts():
     """A pair asks with the same words in two senses; none is nearly a prompt of the pack."""
     harmful, harmless = load("lookalikes_harmful"), load("lookalikes_harmless")
     assert len(harmful) >= 50
@@ -70,7 +70,7 @@ def test_look_alikes_come_in_pairs_and_are_not_learned_from():
         assert overlap < 0.8, prompt.prompt
 
 
-def test_prompts_only_ask():
+def test_prompts_have_no_responses_and_fit_on_a_line():
     for path in [*PROMPTS.glob("*.jsonl"), *Path(shipped.__file__).parent.glob("data/*.jsonl")]:
         for prompt in load_prompts(path):
             assert prompt.response is None
@@ -79,7 +79,7 @@ def test_prompts_only_ask():
 
 
 @pytest.mark.slow
-def test_the_demonstration_holds(default_model):
+def test_demonstration_refuses_more_without_degeneration(default_model):
     """The router deciding: refusals rise, text stays whole, and most twins stay as they were."""
     unsafe, harmless = (
         [p for rows in grouped(side).values() for p in rows[:6]] for side in shipped.demo_prompts()
@@ -98,7 +98,7 @@ def test_the_demonstration_holds(default_model):
     assert whole.harmless_unchanged >= 0.8
 
 
-def test_steering_makes_the_default_model_refuse(default_model):
+def test_default_pack_makes_the_default_model_refuse(default_model):
     """One unsafe prompt of each category, so that every test run sees the pack at work."""
     pack = shipped.default_pack()
     first = [rows[0] for rows in grouped(shipped.demo_prompts()[0]).values()]

@@ -35,7 +35,8 @@ class Files:
         Path, typer.Option(metavar="FILE", help="Prompts to steer away from (JSONL or CSV).")
     ]
     benign: Annotated[
-        Path, typer.Option(metavar="FILE", help="Everyday prompts, which steering should not touch.")
+        Path,
+        typer.Option(metavar="FILE", help="Everyday prompts, which steering should not touch."),
     ]
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FILE", help="Pack to write (GGUF).")
@@ -50,9 +51,7 @@ class Files:
     ] = None
     cache: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FOLDER", help="For finished steps; by default beside the output."
-        ),
+        typer.Option(metavar="FOLDER", help="For finished steps; by default beside the output."),
     ] = None
     plot: Annotated[
         Path | None,
@@ -136,9 +135,7 @@ def calibrate(
             **arguments,
         )
     result.pack.save(files.output)
-    test = {
-        kind: folder / f"test_{kind}.jsonl" for kind, held in vars(result.test).items() if held
-    }
+    test = {kind: folder / f"test_{kind}.jsonl" for kind, held in vars(result.test).items() if held}
     for kind, file in test.items():
         write_prompts(getattr(result.test, kind), file)
     if files.plot is not None:

@@ -26,7 +26,7 @@ from pysteer.errors import SteeringError
 from pysteer.extract.methods import METHODS
 from pysteer.extract.settings import MASSIVE_RATIO, ExtractSettings
 from pysteer.prompts import load_prompts
-from pysteer.settings import described, setting
+from pysteer.settings import check, described, setting
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,8 @@ class Files:
 def _method_setting(method: str, name: str, default: Any = None) -> Any:
     """Return the setting of a method's option; None leaves the method's default."""
     option = described(METHODS[method].options)[name]
-    return setting(default, f"{method}: {option.help}", option.minimum, choices=option.choices)
+    help = f"{method}: {option.help[0].lower()}{option.help[1:]}"
+    return setting(default, help, option.minimum, choices=option.choices)
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,9 @@ class MethodOptions:
         ),
     ] = None
 
+    def __post_init__(self) -> None:
+        check(self)
+
     def given(self) -> dict[str, Any]:
         """Return the options that were given, by name.
 
@@ -96,7 +100,11 @@ class MethodOptions:
 
 def _read_pooling(text: str) -> Any:
     start, colon, stop = text.partition(":")
-    return (int(start), int(stop)) if colon else text
+    if not colon:
+        return text
+    if not (start.isdecimal() and stop.isdecimal()) or int(start) >= int(stop):
+        raise ValueError
+    return int(start), int(stop)
 
 
 _METHODS_HELP = "; ".join(f"{name}: {method.summary}" for name, method in METHODS.items())

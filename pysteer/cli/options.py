@@ -137,4 +137,3 @@ def parse_steering(pairs: list[str]) -> dict[str, float | str] | str:
             raise SteeringError(f"--steer names {category!r} twice")
         steering[category] = value
     return steering
-

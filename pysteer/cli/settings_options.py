@@ -259,8 +259,10 @@ class _Option:
         if description is None:
             self.parameter = _parameter(name, hint, default)
             return
-        kind: Any = _plain_type(hint)
-        if spelling.read is not None:
+        kind: Any
+        if spelling.read is None:
+            kind = _plain_type(hint)
+        else:
             kind = spelling.type
             self._written = spelling.write(default)
         option = _describe(description, spelling, kind, self._names(kind))
@@ -300,11 +302,11 @@ def _describe(description: Setting, spelling: Spelling, kind: Any, names: tuple[
     choices = [str(choice) for choice in description.choices or () if choice != ""]
     if metavar is None:
         metavar = _METAVARS.get(kind)
-    if choices and spelling.read is None:
+    if choices and spelling.read is None and spelling.metavar is None:
         metavar = f"[{'|'.join(choices)}]"
         if len(metavar) > _LONGEST_METAVAR:
             metavar = "NAME"
-            help = f"{help} One of {', '.join(choices)}."
+            help = spelling.help or f"{help} One of {', '.join(choices)}."
     numeric = kind in (int, float)
     return typer.Option(
         *names,

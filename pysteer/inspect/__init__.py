@@ -1,1 +1,1 @@
-"""Packs side by side, and as figures."""
+"""Comparison of packs, and pictures of them."""

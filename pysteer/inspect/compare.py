@@ -1,4 +1,4 @@
-"""How directions relate: those of two packs, and those of the categories of one pack."""
+"""Comparison of directions: between two packs, and between the categories of a pack."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from pysteer.pack.vector import SteeringVector
 
 @dataclass(frozen=True)
 class LayerComparison:
-    """Two directions of one layer, a of the first pack and b of the second.
+    """Comparison of two directions of a layer, a of the first pack and b of the second.
 
     Attributes:
-        cosine: a . b / (|a| |b|), from -1 to 1; None if one of them is 0.
+        cosine: a . b / (|a| |b|), from -1 to 1; None if a or b is 0.
         norm_ratio: |b| / |a|, L2 norms; None if a is 0.
     """
 
@@ -30,15 +30,15 @@ class LayerComparison:
 
 @dataclass(frozen=True)
 class CategoryComparison:
-    """One category in both packs.
+    """Comparison of a category in two packs.
 
     Attributes:
-        first: its name in the first pack.
-        second: its name in the second pack.
-        site: where in a block both steer.
-        layers: the layers that both have, ascending.
-        only_in_first: the layers that only the first has.
-        only_in_second: the layers that only the second has.
+        first: name in the first pack.
+        second: name in the second pack.
+        site: site in both packs.
+        layers: common layers, ascending.
+        only_in_first: layers of the first pack only.
+        only_in_second: layers of the second pack only.
     """
 
     first: str
@@ -51,12 +51,12 @@ class CategoryComparison:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two packs.
+    """Comparison of two packs.
 
     Attributes:
-        categories: the categories that both have, by their name in the first.
-        only_in_first: the categories that only the first has.
-        only_in_second: the categories that only the second has.
+        categories: common categories, by their name in the first pack.
+        only_in_first: categories of the first pack only.
+        only_in_second: categories of the second pack only.
     """
 
     categories: Mapping[str, CategoryComparison]
@@ -67,18 +67,25 @@ class Comparison:
 def compare(first: SteeringPack, second: SteeringPack) -> Comparison:
     """Compare two packs, category by category and layer by layer.
 
-    Categories are matched by name; where both packs hold exactly one, these two are matched
-    whatever their names are.
+    Categories are matched by name. Two packs with one category each are matched whatever the
+    names.
 
     Raises:
-        SteeringError: the widths differ, a category is at different sites or has no single
-            direction per layer (the operators `rotate` and `low_rank`), or the packs have no layer
-            of any category in common.
+        SteeringError: the widths differ, a category is at different sites or has several rows per
+            layer (the operators `rotate` and `low_rank`), or the packs have no layer of any
+            category in common.
+
+    Examples:
+        >>> from pysteer import SteeringVector
+        >>> first = SteeringPack({"a": SteeringVector({1: [1.0, 0.0]})})
+        >>> second = SteeringPack({"a": SteeringVector({1: [0.0, 2.0]})})
+        >>> compare(first, second).categories["a"].layers[1]
+        LayerComparison(cosine=0.0, norm_ratio=2.0)
     """
     if first.n_embd != second.n_embd:
         raise SteeringError(
-            f"the first has directions of width {first.n_embd}, the second of width "
-            f"{second.n_embd}; directions of different models cannot be compared"
+            f"the first pack has directions of width {first.n_embd}, the second of width "
+            f"{second.n_embd}; compare packs of the same model"
         )
     if len(first.categories) == len(second.categories) == 1:
         names = {next(iter(first.categories)): next(iter(second.categories))}
@@ -86,12 +93,12 @@ def compare(first: SteeringPack, second: SteeringPack) -> Comparison:
         names = {name: name for name in first.categories if name in second.categories}
     if not names:
         raise SteeringError(
-            f"no category in common: the first has {_list(first.categories)}, "
+            f"no category in common: the first pack has {_list(first.categories)}, "
             f"the second {_list(second.categories)}"
         )
     categories = {name: _category(first, name, second, other) for name, other in names.items()}
     if not any(category.layers for category in categories.values()):
-        raise SteeringError("the categories in common have no layer in common")
+        raise SteeringError("the common categories have no layer in common")
     return Comparison(
         categories,
         tuple(name for name in first.categories if name not in names),
@@ -100,7 +107,7 @@ def compare(first: SteeringPack, second: SteeringPack) -> Comparison:
 
 
 def cosine(a: npt.ArrayLike, b: npt.ArrayLike) -> float | None:
-    """a . b / (|a| |b|) in float64, from -1 to 1; None if one of them is 0.
+    """Return a . b / (|a| |b|) in float64, from -1 to 1; None if a or b is 0.
 
     Args:
         a: shape (n_embd,), any real dtype.
@@ -112,26 +119,27 @@ def cosine(a: npt.ArrayLike, b: npt.ArrayLike) -> float | None:
 
 
 def norms(vector: SteeringVector) -> dict[int, float]:
-    """L2 norm of each direction, by layer, in the units of the model's activations.
+    """Return the L2 norm of each layer's direction, in the units of the model's activations.
 
-    Where a layer has several rows (the operators `rotate` and `low_rank`), of all of them together.
+    A layer with several rows (the operators `rotate` and `low_rank`) has the norm of all rows
+    together.
     """
     return {layer: float(np.linalg.norm(row.astype(np.float64))) for layer, row in vector.items()}
 
 
 def category_cosines(pack: SteeringPack) -> dict[tuple[str, str], dict[int, float]]:
-    """Cosine between the directions of each two categories, by layer.
+    """Return the cosine between the directions of each two categories, by layer.
 
     Args:
         pack: any pack.
 
     Returns:
-        For each two categories, in the order of the pack, layer to cosine. Layers that only one of
-        them has, and directions that are 0, are left out, and so are pairs with no layer left,
-        among them those at different sites, and those of which one has no single direction per
-        layer (the operators `rotate` and `low_rank`).
+        Layer to cosine for each two categories, in the order of the pack. Only layers of both
+        categories count, and only directions other than 0. A pair is left out if no layer is left,
+        the sites differ, or a category has several rows per layer (the operators `rotate` and
+        `low_rank`).
     """
-    found = {}
+    cosines = {}
     for (name, vector), (other_name, other) in combinations(pack.categories.items(), 2):
         if vector.site != other.site or not (
             _is_one_direction(vector) and _is_one_direction(other)
@@ -144,24 +152,27 @@ def category_cosines(pack: SteeringPack) -> dict[tuple[str, str], dict[int, floa
         }
         layers = {layer: value for layer, value in values.items() if value is not None}
         if layers:
-            found[name, other_name] = layers
-    return found
+            cosines[name, other_name] = layers
+    return cosines
 
 
 def separation(pack: SteeringPack) -> dict[str, dict[int, float]]:
-    """How well a projection on the directions tells held-out unsafe prompts from safe ones.
+    """Return the held-out separation in a pack's provenance.
+
+    The separation of a direction is the area under the ROC curve of projections on the direction,
+    of held-out unsafe prompts against safe prompts.
 
     Args:
-        pack: any pack; what it has under "separation" in its provenance is returned.
+        pack: any pack.
 
     Returns:
-        Category to layer to area under the ROC curve, from 0 to 1: 1 is perfect, 0.5 is chance.
-        Empty where the pack says nothing, or nothing of that shape.
+        Category to layer to area, from 0 to 1; 1 is perfect, 0.5 is chance. Empty if the provenance
+        has no separation of that shape.
     """
     stored = pack.provenance.get("separation")
     if not isinstance(stored, Mapping):
         return {}
-    found = {}
+    separations = {}
     for category, by_layer in stored.items():
         if category not in pack.categories or not isinstance(by_layer, Mapping):
             return {}
@@ -169,8 +180,8 @@ def separation(pack: SteeringPack) -> dict[str, dict[int, float]]:
             return {}
         if by_layer:
             ascending = sorted(by_layer.items(), key=lambda item: int(item[0]))
-            found[category] = {int(layer): float(auc) for layer, auc in ascending}
-    return found
+            separations[category] = {int(layer): float(auc) for layer, auc in ascending}
+    return separations
 
 
 def _category(
@@ -179,14 +190,14 @@ def _category(
     one, two = first[name], second[other_name]
     if one.site != two.site:
         raise SteeringError(
-            f"category {quoted(name)} steers the site {one.site} in the first and {two.site} in "
-            "the second; directions of different sites cannot be compared"
+            f"category {quoted(name)} steers the site {one.site} in the first pack and {two.site} "
+            "in the second; directions of different sites cannot be compared"
         )
-    for vector, which, its_name in ((one, "first", name), (two, "second", other_name)):
+    for vector, pack, category in ((one, "first", name), (two, "second", other_name)):
         if not _is_one_direction(vector):
             raise SteeringError(
-                f"category {quoted(its_name)} of the {which} has the operator "
-                f"{vector.operator.kind}, which has no single direction per layer to compare"
+                f"category {quoted(category)} of the {pack} pack has the operator "
+                f"{vector.operator.kind} with several rows per layer, which cannot be compared"
             )
     layers = {}
     for layer in one.layers:

@@ -1,4 +1,4 @@
-"""Pictures of a pack, by matplotlib (the extra `plot`), which is imported when one is asked for."""
+"""Pictures of a pack. They need matplotlib (the extra `plot`), which is imported on first use."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ _LONGEST_NAME = 28
 
 
 def plot_pack(pack: SteeringPack, path: str | os.PathLike[str]) -> None:
-    """Draw what `pysteer inspect` prints, in one picture.
+    """Draw the tables of `pysteer inspect` in one picture.
 
-    A panel each for: the norm of the directions by layer, with the typical norm of the residual
-    stream where it is known; the cosines between the categories, averaged over the layers that both
-    have; the held-out separation (area under the ROC curve) by layer; and the router's held-out
-    confusion. Panels of which the pack says nothing are left out.
+    The panels, as far as the pack has data for them: norms of the directions by layer, with the
+    typical norm of the residual stream; cosines between the categories, averaged over common
+    layers; held-out separation (area under the ROC curve) by layer; held-out confusion of the
+    router.
 
     Args:
         pack: any pack.
-        path: where to; the ending (.png, .svg, .pdf, ...) says what it will be.
+        path: file to write; its ending (.png, .svg, .pdf, ...) is the type of the picture.
 
     Raises:
         SteeringError: as `open_figure` and `save_figure`.
@@ -58,10 +58,10 @@ def plot_pack(pack: SteeringPack, path: str | os.PathLike[str]) -> None:
 
 
 def open_figure(path: str | os.PathLike[str]) -> tuple[Any, Path]:
-    """An empty matplotlib figure, and the path that it can be written to.
+    """Return an empty matplotlib figure and the path to write it to.
 
     Raises:
-        SteeringError: matplotlib is not installed, or does not know the path's ending.
+        SteeringError: matplotlib is not installed, or cannot write files with the path's ending.
     """
     try:
         from matplotlib.figure import Figure
@@ -73,9 +73,7 @@ def open_figure(path: str | os.PathLike[str]) -> tuple[Any, Path]:
     figure = Figure(layout="constrained")
     known = sorted(figure.canvas.get_supported_filetypes())
     if path.suffix[1:].lower() not in known:
-        raise SteeringError(
-            f"{path}: the ending says what a plot will be; use one of .{', .'.join(known)}"
-        )
+        raise SteeringError(f"{path}: unknown type of picture; use one of .{', .'.join(known)}")
     return figure, path
 
 
@@ -83,10 +81,10 @@ def save_figure(figure: Any, path: Path) -> None:
     """Write a figure.
 
     Raises:
-        SteeringError: it cannot be written there.
+        SteeringError: the file cannot be written.
     """
     with warnings.catch_warnings():
-        # A category's name may be in a script that the font does not have: boxes, then.
+        # The font may lack the script of a category's name, and draw boxes.
         warnings.filterwarnings("ignore", message="Glyph")
         try:
             figure.savefig(path, dpi=120)
@@ -110,8 +108,8 @@ def _draw_norms(axes: Any, pack: SteeringPack) -> None:
             marker="." if len(typical) == 1 else "",
             label="typical residual",
         )
-    everything = [*typical.values(), *(norm for row in values.values() for norm in row.values())]
-    positive = [value for value in everything if value > 0]
+    lengths = [*typical.values(), *(norm for row in values.values() for norm in row.values())]
+    positive = [value for value in lengths if value > 0]
     if positive and max(positive) > 20 * min(positive):
         axes.set_yscale("log")
     axes.set_title("norm of each direction")
@@ -152,11 +150,11 @@ def _draw_confusion(axes: Any, pack: SteeringPack) -> None:
 
 
 def _draw_lines(axes: Any, values: Mapping[str, Mapping[int, float]]) -> None:
-    """A line for each category over the layers; those without a layer keep their colour."""
+    """Draw a line over the layers for each category; categories without a layer keep a colour."""
     from matplotlib import colormaps
 
     pairs = colormaps["tab20"].colors  # type: ignore[attr-defined]
-    colours = [*pairs[::2], *pairs[1::2]]  # the strong ones first, then their pale twins
+    colours = [*pairs[::2], *pairs[1::2]]  # strong colours first, then pale ones
     for number, (name, row) in enumerate(values.items()):
         if row:
             axes.plot(
@@ -175,7 +173,7 @@ def _draw_lines(axes: Any, values: Mapping[str, Mapping[int, float]]) -> None:
 
 
 def _draw_legend(axes: Any) -> None:
-    """Beside the lines, not over them."""
+    """Draw the legend beside the lines."""
     axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
@@ -199,16 +197,16 @@ def _draw_matrix(
         row, column = divmod(index, len(names))
         value = matrix[row, column]
         if np.isfinite(value):
-            # White where the colour beneath is dark: at both ends, or at the upper one.
+            # White on dark colours: at both ends of a diverging map, at the upper end of others.
             distance = abs(value - middle) / half if diverging else value
             colour = "white" if distance > 0.65 else "black"
             axes.text(column, row, text, ha="center", va="center", fontsize=size - 1, color=colour)
 
 
 def _label(name: str) -> str:
-    """A name as matplotlib shows it: cut, on one line, and with no formula in it."""
+    """Return a name for matplotlib: short, on one line, and without formulas."""
     text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name)
     if len(text) > _LONGEST_NAME:
         text = text[: _LONGEST_NAME - 3] + "..."
-    # A leading underscore would hide it from the legend.
+    # matplotlib leaves names with a leading underscore out of the legend.
     return ("\N{ZERO WIDTH SPACE}" if text.startswith("_") else "") + text.replace("$", r"\$")

@@ -1,4 +1,4 @@
-"""What keeps the tests of commands apart, and models and sessions for those of the chat."""
+"""Fixtures of the commands' tests: a way to run commands, and models and sessions for the chat."""
 
 import logging
 
@@ -7,16 +7,29 @@ import pytest
 from chats import CONTEXT, LENGTH, towards
 
 from pysteer import SteeredLlama, SteeringPack, SteeringVector
+from pysteer.cli import run
 from pysteer.cli.chat_session import Session
 
 
 @pytest.fixture(autouse=True)
 def _logging():
-    """Commands add a handler; leave none for other tests."""
+    """Remove the log handler that commands add."""
     logger = logging.getLogger("pysteer")
     before = list(logger.handlers)
     yield
     logger.handlers[:] = before
+
+
+@pytest.fixture
+def cli(capsys):
+    """A function that runs a command and returns its exit code, standard output and error."""
+
+    def call(*arguments):
+        capsys.readouterr()
+        code = run([str(argument) for argument in arguments])
+        return (code, *capsys.readouterr())
+
+    return call
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +54,7 @@ def shared(letters, tiny_llama):
 
 @pytest.fixture
 def llm(shared):
-    """The tiny model with `letters`; what a test replaces in it is put back."""
+    """The tiny model with `letters`; a test's replacements in it are undone."""
     kept = dict(vars(shared))
     yield shared
     for name in vars(shared).keys() - kept.keys():
@@ -56,7 +69,7 @@ def session(llm):
 
 @pytest.fixture(scope="module")
 def reference(tiny_llama):
-    """A function from messages to what plain llama_cpp.Llama answers, computed from the start."""
+    """A function from messages to the answer of plain llama_cpp.Llama, computed from the start."""
     llm = llama_cpp.Llama(
         str(tiny_llama), n_ctx=CONTEXT, n_threads=1, n_threads_batch=1, verbose=False
     )
@@ -67,7 +80,7 @@ def reference(tiny_llama):
         if system is not None:
             messages.insert(0, {"role": "system", "content": system})
         llm.reset()
-        # Streamed too: of bytes that make no text, it gives others than whole answers do.
+        # Streamed like the chat's: bytes that are not text differ in whole answers.
         chunks = llm.create_chat_completion(
             messages, max_tokens=max_tokens, temperature=0.0, stream=True
         )

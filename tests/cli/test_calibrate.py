@@ -1,4 +1,4 @@
-"""`pysteer calibrate`: what it writes and prints, users' mistakes, and Ctrl-C."""
+"""`pysteer calibrate`: output, users' mistakes, and Ctrl-C."""
 
 import importlib
 import json
@@ -47,7 +47,7 @@ def calibrate(capsys, tmp_path, tiny_llama):
     return call
 
 
-def test_it_writes_a_pack_a_picture_and_what_was_held_out(calibrate, tmp_path):
+def test_calibrate_writes_pack_picture_and_test_prompts(calibrate, tmp_path):
     code, out, err = calibrate(plot=tmp_path / "search.svg")
     assert code == 0
     pack = SteeringPack.load(tmp_path / "pack.gguf")
@@ -63,7 +63,7 @@ def test_it_writes_a_pack_a_picture_and_what_was_held_out(calibrate, tmp_path):
     assert len(load_prompts(tmp_path / "pack.gguf.calibration" / "test_benign.jsonl")) == 3
 
 
-def test_json_is_one_object(calibrate, tmp_path):
+def test_json_output_is_one_object_equal_to_the_provenance(calibrate, tmp_path):
     code, out, _ = calibrate("--json", hold_out="subcategories", category_steps=3)
     assert code == 0
     found = json.loads(out, parse_constant=pytest.fail)
@@ -98,10 +98,10 @@ def _plain(value):
         ({"unsafe": "nowhere.jsonl"}, ["nowhere.jsonl"]),
         ({"output": "nowhere/pack.gguf"}, ["nowhere"]),
         ({"plot": "picture.xyz"}, ["picture.xyz", ".png"]),
-        ({"max_leak": "2"}, ["max_leak"]),
+        ({"max_leak": "2"}, ["--max-leak must be at least 0 and below 1"]),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(calibrate, options, words):
+def test_user_mistake_is_one_line_and_exit_code_2(calibrate, options, words):
     code, out, err = calibrate(**options)
     assert (code, out) == (2, "")
     assert len(err.splitlines()) == 1
@@ -109,7 +109,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(calibrate, options, words):
         assert word in err
 
 
-def test_interrupted_before_there_is_a_pack_it_says_how_to_go_on(calibrate, tmp_path, monkeypatch):
+def test_interrupt_before_first_round_tells_how_to_resume(calibrate, tmp_path, monkeypatch):
     module = importlib.import_module("pysteer.calibrate.calibration")
 
     def interrupted(*args, **kwargs):
@@ -118,7 +118,7 @@ def test_interrupted_before_there_is_a_pack_it_says_how_to_go_on(calibrate, tmp_
     monkeypatch.setattr(module, "search", interrupted)
     code, out, err = calibrate()
     assert (code, out) == (130, "")
-    assert "the same command goes on from there" in err.replace("\n", " ")
+    assert "the same command resumes from there" in err.replace("\n", " ")
     assert not (tmp_path / "pack.gguf").exists()
     monkeypatch.undo()
     assert calibrate()[0] == 0

@@ -23,7 +23,7 @@ from pysteer.cli.chat_session import Session
 from pysteer.cli.chat_view import Printer
 from pysteer.prompts import load_prompts
 
-command = importlib.import_module("pysteer.cli.chat")  # pysteer.cli.chat itself is the function
+command = importlib.import_module("pysteer.cli.chat")  # pysteer.cli.chat is the function
 
 MAIN = "from pysteer.cli import main; main()"
 
@@ -51,7 +51,7 @@ MAIN = "from pysteer.cli import main; main()"
         ('say """', False),
     ],
 )
-def test_unfinished(text, expected):
+def test_entry_is_unfinished_after_backslash_or_in_open_block(text, expected):
     assert unfinished(text) is expected
 
 
@@ -59,7 +59,7 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 
 
 @given(TEXT.filter(lambda text: '"""' not in text and text.strip()))
-def test_a_block_arrives_as_it_is(text):
+def test_block_arrives_verbatim(text):
     echo = Echo()
     text = text.strip('\n"') or "x"
     (entry,) = entries(io.StringIO(f'"""\n{text}\n"""\n', newline="\n"))
@@ -68,7 +68,7 @@ def test_a_block_arrives_as_it_is(text):
 
 
 @given(st.lists(TEXT.map(lambda text: text.replace("\n", "").rstrip("\\").strip()), min_size=1))
-def test_lines_that_end_in_a_backslash_are_one_message(lines):
+def test_lines_ending_in_a_backslash_are_one_message(lines):
     lines = ["the", *lines, "end"]
     echo = Echo()
     (entry,) = entries(io.StringIO("\\\n".join(lines) + "\n", newline="\n"))
@@ -76,7 +76,7 @@ def test_lines_that_end_in_a_backslash_are_one_message(lines):
     assert [m[-1]["content"] for m, _ in echo.requests] == ["\n".join(lines)]
 
 
-def test_entries_at_the_end_of_the_input():
+def test_unfinished_entry_ends_with_the_input():
     assert list(entries(["a\n", "b"])) == ["a", "b"]
     assert list(entries(["a\\\n"])) == ["a\\"]
     assert list(entries(['"""a\n', "b\n"])) == ['"""a\nb']
@@ -88,7 +88,7 @@ def test_entries_at_the_end_of_the_input():
 
 @pytest.fixture
 def chat(capsys, monkeypatch, tiny_llama):
-    """A function that chats with the tiny model and returns exit code and what was printed."""
+    """A function that chats with the tiny model and returns exit code, output and errors."""
 
     def call(text, *arguments):
         monkeypatch.setattr(sys, "stdin", io.StringIO(text))
@@ -100,7 +100,7 @@ def chat(capsys, monkeypatch, tiny_llama):
     return call
 
 
-def test_answers_are_on_standard_output_and_the_rest_is_not(chat, letters_file, reference):
+def test_standard_output_has_answers_only(chat, letters_file, reference):
     lines = ("the cat", "/steer says q 20", "the\\", "cat", "/foo", "/quit", "never read")
     code, out, err = chat("\n".join(lines) + "\n", "-s", letters_file)
     assert code == 0
@@ -110,7 +110,7 @@ def test_answers_are_on_standard_output_and_the_rest_is_not(chat, letters_file, 
     assert "Traceback" not in err
 
 
-def test_json_is_one_object_a_line_for_each_answer(chat, letters_file, reference):
+def test_json_output_has_one_object_per_answer(chat, letters_file, reference):
     lines = ("the cat", "/steer says q 20", "so", "/compare", "/why", "/help")
     code, out, _ = chat("\n".join(lines), "-s", letters_file, "--json", "--system", "be")
     plain = reference("the cat", system="be")
@@ -127,7 +127,7 @@ def test_json_is_one_object_a_line_for_each_answer(chat, letters_file, reference
     )
 
 
-def test_compare_shows_both_answers(chat, letters_file, reference):
+def test_compare_prints_both_answers(chat, letters_file, reference):
     code, out, _ = chat("/steer says q 20\nthe cat\n/compare\n", "-s", letters_file)
     assert code == 0
     answered, table = out.split("\n", 1)
@@ -137,7 +137,7 @@ def test_compare_shows_both_answers(chat, letters_file, reference):
     assert "not steered" in table
 
 
-def test_a_failure_is_one_line(chat, tmp_path, letters_file):
+def test_user_mistake_is_one_line_and_exit_code_2(chat, tmp_path, letters_file):
     bad = tmp_path / "bad.yaml"
     bad.write_text("categories:\n  fraud: {strength: 1}\n")
     for arguments, words in (
@@ -155,7 +155,7 @@ def test_a_failure_is_one_line(chat, tmp_path, letters_file):
             assert word in err
 
 
-def test_input_that_is_not_utf8_is_refused_line_by_line(tiny_llama):
+def test_line_that_is_not_utf8_is_refused_alone(tiny_llama):
     # "\xff" is in no UTF-8 text.
     result = subprocess.run(
         [
@@ -182,7 +182,7 @@ def test_input_that_is_not_utf8_is_refused_line_by_line(tiny_llama):
 
 @pytest.fixture
 def started(monkeypatch, capsys):
-    """A function that starts a chat over an Echo and returns what the first message asked for."""
+    """A function that starts a chat with an Echo and returns the steering of its requests."""
 
     def call(*arguments):
         echo, given = Echo(), {}
@@ -200,7 +200,7 @@ def started(monkeypatch, capsys):
     return call
 
 
-def test_steering_starts_as_the_pack_and_the_policy_say(started, tmp_path, letters_file):
+def test_first_steering_follows_policy_then_router(started, tmp_path, letters_file):
     assert started()[0] == ["left out", None, "left out"]  # the shipped pack has a policy
     replace(shipped.default_pack(), policy=None).save(tmp_path / "routed.gguf")
     assert started("-s", tmp_path / "routed.gguf")[0] == ["auto", None, None]
@@ -232,7 +232,7 @@ def terminal(*arguments):
         child.close(force=True)
 
 
-PROMPT_STARTS, PROMPT_ENDS = "\x1b[?2004h", "\x1b[?2004l"  # pasted text is told from typed
+PROMPT_STARTS, PROMPT_ENDS = "\x1b[?2004h", "\x1b[?2004l"  # tells pasted text from typed text
 
 
 def ready(child, steering="off"):
@@ -242,7 +242,7 @@ def ready(child, steering="off"):
 
 
 def enter(child, keys, steering="off"):
-    """Type what makes one entry, and wait until it is dealt with."""
+    """Type an entry, and wait until the session has handled it."""
     child.send(keys)
     child.expect_exact(PROMPT_ENDS)
     ready(child, steering)
@@ -260,7 +260,7 @@ def tiny_options(tiny_llama, letters_file):
     return ("-m", tiny_llama, "-s", letters_file, *options)
 
 
-def test_typing_steering_and_leaving(tiny_options):
+def test_terminal_completes_steers_and_quits(tiny_options):
     with terminal(*tiny_options) as child:
         ready(child)
         child.send("/steer sa\t")
@@ -276,7 +276,7 @@ def test_typing_steering_and_leaving(tiny_options):
         assert left(child) == 0
 
 
-def test_entries_of_several_lines(tiny_options, tmp_path):
+def test_terminal_takes_entries_of_several_lines(tiny_options, tmp_path):
     path = tmp_path / "chat.jsonl"
     with terminal(*tiny_options) as child:
         ready(child)
@@ -292,7 +292,7 @@ def test_entries_of_several_lines(tiny_options, tmp_path):
     assert prompts == ["a\nb", "c\nd", "e\n/f", "g\nh", "g\nh"]
 
 
-def test_control_c_at_the_prompt_clears_the_line(tiny_options, tmp_path):
+def test_ctrl_c_at_the_prompt_clears_the_line(tiny_options, tmp_path):
     path = tmp_path / "chat.jsonl"
     with terminal(*tiny_options) as child:
         ready(child)
@@ -304,7 +304,7 @@ def test_control_c_at_the_prompt_clears_the_line(tiny_options, tmp_path):
     assert [row.prompt for row in load_prompts(path)] == ["this"]
 
 
-def test_control_c_stops_the_answer_and_not_the_program(default_model, tmp_path):
+def test_ctrl_c_during_an_answer_stops_only_the_answer(default_model, tmp_path):
     path = tmp_path / "chat.jsonl"
     with terminal("-m", default_model, "-n", 1500, "-t", 1) as child:
         ready(child)
@@ -325,7 +325,7 @@ def test_control_c_stops_the_answer_and_not_the_program(default_model, tmp_path)
     assert "Paris" in second["response"]
 
 
-def test_what_is_typed_during_an_answer_is_the_next_entry(default_model):
+def test_typing_during_an_answer_is_the_next_entry(default_model):
     with terminal("-m", default_model, "-n", 60, "-t", 1) as child:
         ready(child)
         child.send("Write a story about the sea.\r")
@@ -335,18 +335,18 @@ def test_what_is_typed_during_an_answer_is_the_next_entry(default_model):
         assert left(child) == 0
 
 
-def test_the_text_of_a_model_gives_the_terminal_no_orders(session, monkeypatch, capsys):
+def test_control_characters_of_a_model_are_replaced_on_a_terminal(session, monkeypatch, capsys):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     printer = Printer(json=False)
     printer.show(iter([TextPiece("a\x1b[2Jb\x07\tü [red]‍\n")]))
     assert capsys.readouterr().out == "a�[2Jb�\tü [red]‍\n"
 
 
-def test_only_a_terminal_takes_prompt_toolkit():
+def test_import_of_chat_loads_no_prompt_toolkit():
     code = "import sys, pysteer.cli.chat; sys.exit('prompt_toolkit' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
-def test_leaving_is_told_to_the_loop(session):
+def test_quit_ends_the_loop(session):
     assert isinstance(only(session, "/quit"), Goodbye)
     assert not Printer(json=False).show(session.handle("/quit"))

@@ -30,7 +30,7 @@ from pysteer.prompts import load_prompts
 # ---- the conversation ------------------------------------------------------------------------
 
 
-def test_every_turn_is_sent_and_answered_as_llama_cpp_answers(session, reference):
+def test_answers_equal_those_of_llama_cpp(session, reference):
     said = []
     for text in ("the cat", "on a mat?", "in the hat"):
         said.append(text)
@@ -41,7 +41,7 @@ def test_every_turn_is_sent_and_answered_as_llama_cpp_answers(session, reference
     assert [turn.finish_reason for turn in session.turns] == ["length"] * 3
 
 
-def test_the_conversation_is_not_computed_anew(llm):
+def test_next_message_reuses_the_computed_conversation(llm):
     session = Session(llm, max_tokens=4)
     counts = evaluated(llm)
     answer(session, "the cat " * 20)
@@ -53,10 +53,10 @@ def test_the_conversation_is_not_computed_anew(llm):
     only(session, "/steer says q 1")
     counts.clear()
     answer(session, "and?")
-    assert sum(counts) > first  # what was computed without steering is of no use
+    assert sum(counts) > first  # tokens computed without steering are of no use
 
 
-def test_the_system_message_is_sent_first(session, reference):
+def test_system_message_is_sent_first(session, reference):
     only(session, "/system the the the")
     assert answer(session, "the cat") == reference("the cat", system="the the the")
     only(session, "/clear")
@@ -64,7 +64,7 @@ def test_the_system_message_is_sent_first(session, reference):
     assert answer(session, "the cat") == reference("the cat")
 
 
-def test_undo_and_clear(session, reference):
+def test_undo_and_clear_forget_turns(session, reference):
     first = answer(session, "the cat")
     answer(session, "on a mat?")
     event = only(session, "/undo")
@@ -78,11 +78,11 @@ def test_undo_and_clear(session, reference):
 
 
 @pytest.mark.parametrize("text", ["", "  ", "\n", "\\", '""""""', '"""\n \n"""'])
-def test_nothing_is_no_message(text, session):
+def test_blank_entry_is_ignored(text, session):
     assert list(session.handle(text)) == []
 
 
-def test_oldest_turns_are_left_out_whole_when_the_context_is_full(llm):
+def test_full_context_leaves_out_oldest_turns_whole(llm):
     session = Session(llm, system="be kind", max_tokens=8)
     requests = sent(llm)
     notices = []
@@ -107,7 +107,7 @@ def test_oldest_turns_are_left_out_whole_when_the_context_is_full(llm):
     assert len(told) == len(left_out)
     assert all("context is full" in text for text in told)
     assert f"oldest {left_out[-1]} turns" in told[-1]
-    assert len(session.turns) == 8  # they are still part of the transcript
+    assert len(session.turns) == 8  # the transcript keeps them
     answer(session, "hi")  # says nothing new of it, because nothing more is left out
     assert session.turns[-1].left_out == left_out[-1]
     only(session, "/undo")
@@ -117,12 +117,12 @@ def test_oldest_turns_are_left_out_whole_when_the_context_is_full(llm):
     assert session.turns[-1].left_out == 0  # there is room again
 
 
-def test_a_message_that_cannot_fit_is_a_mistake_and_the_chat_goes_on(session, reference):
+def test_message_longer_than_the_context_is_an_error_and_the_chat_continues(session, reference):
     mistake(session, "x" * 2 * CONTEXT, "tokens", str(CONTEXT), "--context")
     assert answer(session, "the cat") == reference("the cat")
 
 
-def test_an_answer_ends_where_the_context_does(llm):
+def test_answer_ends_at_the_end_of_the_context(llm):
     session = Session(llm, requested={"says q": 20.0}, max_tokens=10_000)
     answer(session, "the cat " * 90)
     assert session.turns[-1].finish_reason == "length"
@@ -133,7 +133,7 @@ def test_an_answer_ends_where_the_context_does(llm):
     assert isinstance(events[-1], AnswerComplete)
 
 
-def test_the_seed_makes_a_conversation_repeatable(llm):
+def test_same_seed_repeats_a_conversation(llm):
     def talk(seed):
         session = Session(llm, max_tokens=LENGTH, temperature=5.0, seed=seed)
         first = answer(session, "hi")
@@ -146,7 +146,7 @@ def test_the_seed_makes_a_conversation_repeatable(llm):
     assert first[0] != first[1]  # after /undo the same message is answered anew
 
 
-def test_without_a_seed_one_is_drawn(llm):
+def test_seed_is_drawn_by_default(llm):
     seeds = set()
     for _ in range(2):
         session = Session(llm, max_tokens=1)
@@ -176,7 +176,7 @@ def test_steering_changes_from_message_to_message(session, reference):
     assert answer(session, "so") == reference("the cat", plain, "so")
 
 
-def test_a_steering_that_was_asked_is_told(session):
+def test_steer_without_argument_tells_the_steering(session):
     only(session, "/steer z 0.5")
     event = only(session, "/steer")
     assert isinstance(event, Notice)
@@ -215,7 +215,7 @@ def test_a_steering_that_was_asked_is_told(session):
         ('"""never closed', ['"""']),
     ],
 )
-def test_a_mistake_is_one_line_and_the_chat_goes_on(text, words, session, reference):
+def test_user_mistake_is_one_line_and_the_chat_continues(text, words, session, reference):
     only(session, "/steer z 0.25")
     mistake(session, text, *words)
     only(session, "/off")
@@ -223,13 +223,13 @@ def test_a_mistake_is_one_line_and_the_chat_goes_on(text, words, session, refere
 
 
 @pytest.mark.parametrize("text", ["/steer z 1", "/auto", "/categories"])
-def test_without_a_pack_there_is_nothing_to_steer_with(text, tiny_llama):
+def test_steering_without_a_pack_is_an_error(text, tiny_llama):
     llm = SteeredLlama(tiny_llama, n_ctx=64, n_threads=1, n_threads_batch=1, verbose=False)
     mistake(Session(llm), text, "--pack")
     llm.close()
 
 
-def test_the_categories_are_listed(session):
+def test_categories_lists_site_layers_gate_and_strength(session):
     only(session, "/steer says q 2")
     event = only(session, "/categories")
     assert isinstance(event, CategoryList)
@@ -244,7 +244,7 @@ def test_compare_answers_the_last_turn_without_steering(session, reference):
     only(session, "/steer says q 20")
     answer(session, "on a mat?")
     turns = list(session.turns)
-    only(session, "/system be kind")  # not what the last turn had
+    only(session, "/system be kind")  # after the last turn
     event = only(session, "/compare")
     assert isinstance(event, Comparison)
     assert event.steered is turns[-1]
@@ -260,7 +260,7 @@ def test_compare_answers_the_last_turn_without_steering(session, reference):
 
 def test_compare_draws_the_same_tokens(llm):
     session = Session(llm, max_tokens=LENGTH, temperature=2.0)
-    only(session, "/steer z 1e-30")  # as good as none
+    only(session, "/steer z 1e-30")  # without effect
     answer(session, "the cat")
     event = only(session, "/compare")
     assert event.unsteered.response == event.steered.response
@@ -316,7 +316,7 @@ REPORT = {
 }
 
 
-def test_what_is_shown_of_a_report(capsys):
+def test_printer_shows_a_steering_report(capsys):
     turn = Turn("hi", "QQ", "stop", "auto", REPORT, None, 1, 0)
     assert Printer(json=False).show(iter([TextPiece("QQ"), AnswerComplete(turn)]))
     out, err = capsys.readouterr()
@@ -337,7 +337,7 @@ def test_what_is_shown_of_a_report(capsys):
         assert words in last
 
 
-def test_why_tells_what_became_of_forced_steering(session):
+def test_why_explains_forced_steering(session):
     only(session, "/steer says q 20")
     answer(session, "hi")
     event = only(session, "/why")
@@ -353,7 +353,7 @@ def test_why_tells_what_became_of_forced_steering(session):
     assert (event.report["mode"], event.report["categories"]) == ("off", {})
 
 
-def test_why_tells_of_an_answer_that_was_stopped(session):
+def test_why_explains_a_stopped_answer(session):
     only(session, "/steer says q 20")
     for event in session.handle("hi"):
         if isinstance(event, TextPiece):
@@ -377,7 +377,7 @@ def routed(default_model):
     llm.close()
 
 
-def test_the_router_decides_about_each_message(routed):
+def test_router_decides_for_each_message(routed):
     session = Session(routed, requested="auto", max_tokens=12)
     harmless = "What is the capital of France?"
     answer(session, harmless)
@@ -402,7 +402,7 @@ def test_the_router_decides_about_each_message(routed):
     mistake(Session(routed), "/policy", "--policy")
 
 
-def test_the_policy_decides_until_somebody_else_does(letters, tiny_llama):
+def test_policy_steers_until_a_command_replaces_it(letters, tiny_llama):
     policy = {"categories": {"says q": {"mode": "always", "strength": 20}, "z": {"mode": "off"}}}
     llm = SteeredLlama(
         tiny_llama,
@@ -424,7 +424,7 @@ def test_the_policy_decides_until_somebody_else_does(letters, tiny_llama):
     llm.close()
 
 
-def test_without_a_router_nothing_is_gated(session):
+def test_auto_without_a_router_is_an_error(session):
     mistake(session, "/auto", "router")
     mistake(session, "/steer z auto", "router")
 
@@ -439,13 +439,13 @@ def says_q(session):
     return session
 
 
-def goes_on(session, reference, said, written):
-    """The conversation goes on from what was written."""
+def continues(session, reference, said, written):
+    """Return whether the conversation continues from the text so far."""
     only(session, "/off")
     return answer(session, "so") == reference(said, written, "so")
 
 
-def test_stop_ends_the_answer_and_keeps_what_was_written(says_q, llm, reference):
+def test_stop_ends_the_answer_and_keeps_its_text(says_q, llm, reference):
     counts = evaluated(llm)
     pieces = []
     for event in says_q.handle("the cat"):
@@ -458,10 +458,10 @@ def test_stop_ends_the_answer_and_keeps_what_was_written(says_q, llm, reference)
     assert (event.turn.response, event.turn.finish_reason) == ("QQQ", "interrupted")
     assert says_q.turns == [event.turn]
     assert len(counts) == 3  # nothing was computed that nobody reads
-    assert goes_on(says_q, reference, "the cat", "QQQ")
+    assert continues(says_q, reference, "the cat", "QQQ")
 
 
-def test_stop_before_anything_is_written_forgets_the_message(session, llm, reference):
+def test_stop_before_the_first_token_forgets_the_message(session, llm, reference):
     original = llm.eval
 
     def evaluate(tokens):
@@ -491,30 +491,30 @@ def interrupted_after(llm, evaluations, session=None):
     llm.eval = evaluate
 
 
-def test_a_second_interrupt_does_not_wait_for_the_token(says_q, llm, reference):
+def test_second_interrupt_ends_the_answer_at_once(says_q, llm, reference):
     interrupted_after(llm, 4, says_q)
     assert answer(says_q, "the cat") == "QQQQ"
     assert says_q.turns[-1].finish_reason == "interrupted"
     assert llm.n_tokens == 0  # what is cached may be anything
-    assert goes_on(says_q, reference, "the cat", "QQQQ")
+    assert continues(says_q, reference, "the cat", "QQQQ")
 
 
-def test_an_interrupt_that_is_meant_for_the_program_gets_through(session, llm):
+def test_interrupt_without_stop_is_raised(session, llm):
     interrupted_after(llm, 4)
     with pytest.raises(KeyboardInterrupt):
         list(session.handle("the cat"))
 
 
-def test_a_reader_that_leaves_stops_the_answer(says_q, reference):
+def test_closing_the_events_stops_the_answer(says_q, reference):
     events = says_q.handle("the cat")
     assert [next(events), next(events)] == [TextPiece("Q"), TextPiece("Q")]
     events.close()
     (turn,) = says_q.turns
     assert (turn.response, turn.finish_reason) == ("QQ", "interrupted")
-    assert goes_on(says_q, reference, "the cat", "QQ")
+    assert continues(says_q, reference, "the cat", "QQ")
 
 
-def test_the_signal_waits_for_a_token_where_one_is_to_come(says_q):
+def test_first_signal_waits_for_a_token_and_second_does_not(says_q):
     before = signal.getsignal(signal.SIGINT)
     with interrupting(says_q):
         with pytest.raises(KeyboardInterrupt):
@@ -530,7 +530,7 @@ def test_the_signal_waits_for_a_token_where_one_is_to_come(says_q):
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_the_signal_stops_a_prompt_that_is_read(says_q, llm, reference):
+def test_signal_during_the_prompt_stops_it(says_q, llm, reference):
     original = llm.eval
 
     def evaluate(tokens):
@@ -550,7 +550,7 @@ def test_the_signal_stops_a_prompt_that_is_read(says_q, llm, reference):
 # ---- files -----------------------------------------------------------------------------------
 
 
-def test_a_saved_conversation_is_a_prompt_file(session, tmp_path):
+def test_saved_conversation_is_a_prompt_file(session, tmp_path):
     path = tmp_path / "a chat.jsonl"
     only(session, "/steer z 0.5")
     answer(session, '"""two\n"quoted" lines ü"""')
@@ -558,7 +558,7 @@ def test_a_saved_conversation_is_a_prompt_file(session, tmp_path):
     assert isinstance(event, Notice)
     assert str(path) in event.text
     answer(session, "more")
-    only(session, f"/save {path}")  # its own file it may replace
+    only(session, f"/save {path}")  # a file of the session itself may be replaced
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["prompt"] for row in rows] == ['two\n"quoted" lines ü', "more"]
     assert rows[0]["requested"] == {"z": 0.5}
@@ -567,7 +567,7 @@ def test_a_saved_conversation_is_a_prompt_file(session, tmp_path):
     ]
 
 
-def test_a_file_of_somebody_else_is_not_replaced(session, tmp_path):
+def test_save_never_replaces_a_foreign_file(session, tmp_path):
     answer(session, "hi")
     path = tmp_path / "precious"
     path.write_text("1")
@@ -581,7 +581,7 @@ def test_a_file_of_somebody_else_is_not_replaced(session, tmp_path):
 # ---- commands ---------------------------------------------------------------------------------
 
 
-def test_completions(session):
+def test_completions_are_commands_and_categories(session):
     assert session.completions("hi") == []
     assert session.completions("/c") == ["/compare", "/categories", "/clear"]
     assert session.completions("/st") == ["/steer "]
@@ -592,7 +592,7 @@ def test_completions(session):
     assert session.completions("/off ") == []
 
 
-def test_help_tells_of_every_command(session):
+def test_help_lists_every_command(session):
     event = only(session, "/help")
     assert isinstance(event, HelpText)
     assert [usage.split()[0] for usage, _ in event.commands] == [f"/{name}" for name in COMMANDS]
@@ -600,7 +600,7 @@ def test_help_tells_of_every_command(session):
 
 
 class Conversation(RuleBasedStateMachine):
-    """Any order of commands and messages, against lists that are kept by hand."""
+    """Any order of commands and messages, against lists kept by hand."""
 
     def __init__(self):
         super().__init__()

@@ -1,15 +1,16 @@
-"""The command line: what it prints where, and that a user's mistake is one line and exit code 2."""
+"""The command line: results on standard output, users' mistakes as one line and exit code 2."""
 
 import io
-import json
 import subprocess
 import sys
 from contextlib import closing
+from importlib.metadata import version
 
 import llama_cpp
 import numpy as np
 import pytest
-from gguf import GGUFReader
+from chats import towards
+from commands import check_mistake, strict_json
 from routers import router_for
 
 from pysteer import (
@@ -23,8 +24,8 @@ from pysteer import (
 from pysteer.cli import run
 from pysteer.cli.options import parse_steering
 
-# One thread: several on a busy machine wait for each other. The context is one that the tiny model
-# was trained for, or llama.cpp would say so.
+# One thread: several wait for each other on a busy machine. llama.cpp warns of a context that is
+# longer than the model was trained for.
 OPTIONS = ("--context", "256", "--threads", "1")
 N_EMBD = 64
 
@@ -51,21 +52,8 @@ def pack_file(tmp_path):
 
 
 @pytest.fixture
-def cli(capsys):
-    """A function that runs a command and returns its exit code, standard output and error."""
-
-    def call(*arguments):
-        capsys.readouterr()
-        code = run([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
-
-
-@pytest.fixture
 def generate(cli, tiny_llama):
-    """A function that runs `generate` on the tiny model and returns what it printed."""
+    """A function that runs `generate` on the tiny model and returns its standard output."""
 
     def call(*arguments, told=""):
         code, out, err = cli("generate", "-m", tiny_llama, "-n", 12, *OPTIONS, *arguments)
@@ -73,28 +61,6 @@ def generate(cli, tiny_llama):
         return out
 
     return call
-
-
-def check_mistake(result, *words):
-    """One line on standard error, which has the words in it, and exit code 2."""
-    code, out, err = result
-    assert code == 2, err
-    assert out == ""
-    assert err.startswith("pysteer: ")
-    assert err.endswith("\n")
-    assert len(err.splitlines()) == 1
-    assert "Traceback" not in err
-    for word in words:
-        assert str(word) in err
-
-
-def strict_json(text):
-    """JSON as other languages' parsers take it: without NaN and infinity."""
-
-    def refuse(constant):
-        raise AssertionError(f"{constant} is not JSON")
-
-    return json.loads(text, parse_constant=refuse)
 
 
 # ---- inspect ---------------------------------------------------------------------------------
@@ -130,7 +96,7 @@ def test_inspect_json_equals_the_pack(cli, pack_file):
     }
 
 
-def test_inspect_of_a_control_vector_names_the_category_after_the_file(cli, tmp_path):
+def test_inspect_names_the_category_of_a_control_vector_after_the_file(cli, tmp_path):
     HATE.save(tmp_path / "kind.gguf")
     code, out, _ = cli("inspect", tmp_path / "kind.gguf", "--json")
     found = strict_json(out)
@@ -140,7 +106,7 @@ def test_inspect_of_a_control_vector_names_the_category_after_the_file(cli, tmp_
     assert (found["base_model"], found["residual_norm"], found["provenance"]) == (None, {}, {})
 
 
-def test_inspect_prints_what_the_pack_holds(cli, pack_file):
+def test_inspect_prints_the_content_of_the_pack(cli, pack_file):
     code, out, err = cli("inspect", pack_file)
     assert (code, err) == (0, "")
     for word in ("hate", "mal=ware", "residual", "attention", "1-3", "0, 2", "Tiny", "320 tokens"):
@@ -162,7 +128,7 @@ def test_inspect_prints_provenance_verbatim(text, cli, tmp_path):
     assert f"data: {text}\n" in out
 
 
-def test_inspect_json_is_json_for_directions_of_any_finite_size(cli, tmp_path):
+def test_inspect_json_is_valid_for_huge_directions(cli, tmp_path):
     SteeringVector({1: np.full(N_EMBD, 3e38)}).save(tmp_path / "v.gguf")
     code, out, err = cli("inspect", tmp_path / "v.gguf", "--json")
     assert (code, err) == (0, "")
@@ -171,7 +137,7 @@ def test_inspect_json_is_json_for_directions_of_any_finite_size(cli, tmp_path):
 
 
 @pytest.mark.parametrize("content", [None, b"", b"GGUF", b"not a pack"], ids=repr)
-def test_inspect_names_the_file_that_is_no_pack(content, cli, tmp_path):
+def test_inspect_of_another_file_is_an_error_with_its_name(content, cli, tmp_path):
     path = tmp_path / "x.gguf"
     if content is not None:
         path.write_bytes(content)
@@ -179,24 +145,16 @@ def test_inspect_names_the_file_that_is_no_pack(content, cli, tmp_path):
     check_mistake(cli("inspect", path, "--json"), path)
 
 
-def test_inspect_of_a_model_and_of_a_folder(cli, tmp_path, tiny_llama):
+def test_inspect_of_a_model_or_folder_is_an_error(cli, tmp_path, tiny_llama):
     check_mistake(cli("inspect", tiny_llama), tiny_llama, "llama")
     check_mistake(cli("inspect", tmp_path), tmp_path)
 
 
-def test_inspect_of_a_name_with_a_newline_is_still_one_line(cli, tmp_path):
+def test_inspect_of_a_name_with_a_newline_prints_one_line(cli, tmp_path):
     check_mistake(cli("inspect", tmp_path / "a\nb"))
 
 
 # ---- generate --------------------------------------------------------------------------------
-
-
-def towards(letter, model):
-    """A direction that makes the model say one letter: its row of the output matrix."""
-    tensors = {tensor.name: tensor.data for tensor in GGUFReader(model).tensors}
-    token = 5 + ord(letter)  # after five control tokens, one for each byte
-    row = tensors["output.weight"][token] / tensors["output_norm.weight"]
-    return 20 * row / np.linalg.norm(row)
 
 
 @pytest.fixture
@@ -213,7 +171,7 @@ def letters(tmp_path, tiny_llama):
 
 
 def reference(path, prompt, *, chat):
-    """What plain llama_cpp.Llama answers."""
+    """Return the answer of plain llama_cpp.Llama."""
     llm = llama_cpp.Llama(str(path), n_ctx=256, n_threads=1, n_threads_batch=1, verbose=False)
     common = {"max_tokens": 12, "temperature": 0.0, "stream": True}
     try:
@@ -225,7 +183,7 @@ def reference(path, prompt, *, chat):
         llm.close()
 
 
-def test_generate_without_steering_is_what_llama_cpp_answers(generate, tiny_llama):
+def test_generate_without_steering_equals_llama_cpp(generate, tiny_llama):
     chat, raw = (reference(tiny_llama, "the cat", chat=chat) for chat in (True, False))
     assert chat != raw
     assert generate("-p", "the cat") == chat + "\n"
@@ -233,7 +191,7 @@ def test_generate_without_steering_is_what_llama_cpp_answers(generate, tiny_llam
 
 
 @pytest.mark.parametrize("mode", [[], ["--raw"], ["--system", "be kind"]], ids=str)
-def test_generate_says_what_it_is_steered_to(mode, generate, letters):
+def test_generate_follows_the_steering(mode, generate, letters):
     arguments = ("-p", "the cat", "-s", letters, *mode)
     assert generate(*arguments, "--steer", "says q=20") == "Q" * 12 + "\n"
     assert generate(*arguments, "--steer", "z=z=20") == "Z" * 12 + "\n"
@@ -241,7 +199,7 @@ def test_generate_says_what_it_is_steered_to(mode, generate, letters):
     assert generate(*arguments, *both) == "Z" * 12 + "\n"
 
 
-def test_generate_at_strength_0_is_unsteered(generate, letters):
+def test_generate_at_strength_0_equals_unsteered(generate, letters):
     plain = generate("-p", "the cat")
     arguments = ("-p", "the cat", "-s", letters)
     assert "QQQ" not in plain
@@ -254,7 +212,7 @@ def test_generate_takes_a_plain_control_vector(generate, tmp_path, tiny_llama):
     assert generate(*arguments, "kind=20") == "Q" * 12 + "\n"
 
 
-def test_generate_json_has_the_text_and_nothing_else_on_stdout(generate, letters, tiny_llama):
+def test_generate_json_is_alone_on_standard_output(generate, letters, tiny_llama):
     found = strict_json(generate("-p", "hi", "-s", letters, "--steer", "says q=20", "--json"))
     assert found.pop("seconds") > 0
     steering = found.pop("steering")
@@ -281,7 +239,7 @@ def test_generate_reads_the_prompt_from_standard_input(generate, monkeypatch):
     assert generate("-p", "-") == expected
 
 
-def test_generate_with_a_system_message_and_a_seed(generate):
+def test_generate_takes_a_system_message_and_a_seed(generate):
     assert generate("-p", "hi", "--system", "the the the") != generate("-p", "hi")
     hot = ("-p", "hi", "--temperature", 5)
     assert generate(*hot, "--seed", 1) == generate(*hot, "--seed", 1)
@@ -346,12 +304,12 @@ def test_generate_takes_a_policy(generate, cli, routed, tmp_path, tiny_llama):
         ("fraud=0", ["fraud", "hate, mal=ware"]),
     ],
 )
-def test_a_bad_steer_option_is_a_mistake(steer, words, cli, pack_file, tiny_llama):
+def test_bad_steer_option_is_an_error(steer, words, cli, pack_file, tiny_llama):
     arguments = ("generate", "-m", tiny_llama, "-p", "hi", "-s", pack_file, *OPTIONS)
     check_mistake(cli(*arguments, "--steer", steer), *words)
 
 
-def test_a_category_named_twice_is_a_mistake(cli, pack_file, tiny_llama):
+def test_category_named_twice_is_an_error(cli, pack_file, tiny_llama):
     steer = ("--steer", "hate=1", "--steer", "hate=1")
     check_mistake(
         cli("generate", "-m", tiny_llama, "-p", "hi", "-s", pack_file, *steer), "hate", "twice"
@@ -374,18 +332,18 @@ def test_a_category_named_twice_is_a_mistake(cli, pack_file, tiny_llama):
     ],
     ids=["width", "layer", "number of layers", "architecture"],
 )
-def test_a_pack_for_another_model_is_a_mistake(pack, words, cli, tmp_path, tiny_llama):
+def test_pack_for_another_model_is_an_error(pack, words, cli, tmp_path, tiny_llama):
     pack.save(tmp_path / "other.gguf")
     arguments = ("-m", tiny_llama, "-p", "hi", "-s", tmp_path / "other.gguf", "--steer", "a=1")
     check_mistake(cli("generate", *arguments, *OPTIONS), *words)
 
 
-def test_a_pack_that_would_do_nothing_is_a_mistake(cli, tiny_llama, pack_file):
+def test_pack_without_router_and_steering_is_an_error(cli, tiny_llama, pack_file):
     arguments = ("-m", tiny_llama, "-p", "hi", "-s", pack_file, *OPTIONS)
     check_mistake(cli("generate", *arguments), "--steer", "hate")
 
 
-def test_files_that_are_not_what_the_options_say_are_mistakes(cli, tmp_path, tiny_llama, pack_file):
+def test_file_of_another_kind_is_an_error(cli, tmp_path, tiny_llama, pack_file):
     junk = tmp_path / "junk.gguf"
     junk.write_bytes(b"junk")
     for wrong in (junk, pack_file, tmp_path / "missing.gguf", tmp_path):
@@ -415,11 +373,11 @@ def test_files_that_are_not_what_the_options_say_are_mistakes(cli, tmp_path, tin
     ],
     ids=lambda value: ascii(" ".join(value))[:40],
 )
-def test_mistakes_in_generate(arguments, words, cli, tiny_llama):
+def test_bad_argument_of_generate_is_an_error(arguments, words, cli, tiny_llama):
     check_mistake(cli("generate", "-m", tiny_llama, *arguments), *words)
 
 
-def test_standard_input_that_is_not_utf8_is_a_mistake(cli, tiny_llama, monkeypatch):
+def test_standard_input_not_in_utf8_is_an_error(cli, tiny_llama, monkeypatch):
     stdin = io.TextIOWrapper(io.BytesIO(b"\xff\xfe"), encoding="utf-8")
     monkeypatch.setattr(sys, "stdin", stdin)
     check_mistake(cli("generate", "-m", tiny_llama, "-p", "-", *OPTIONS))
@@ -431,27 +389,46 @@ def test_standard_input_that_is_not_utf8_is_a_mistake(cli, tiny_llama, monkeypat
 @pytest.mark.parametrize(
     "arguments", [["nonsense"], ["--nonsense"], ["generate"], ["inspect", "--x"]]
 )
-def test_mistakes_in_usage_point_to_the_help(arguments, cli):
+def test_usage_error_points_to_the_help(arguments, cli):
     check_mistake(cli(*arguments), "--help")
 
 
-@pytest.mark.parametrize("arguments", [[], ["--help"]])
+COMMANDS = (
+    "demo",
+    "extract",
+    "calibrate",
+    "generate",
+    "chat",
+    "evaluate",
+    "inspect",
+    "compare",
+    "doctor",
+)
+
+
+@pytest.mark.parametrize("arguments", [[], ["-h"], ["--help"]])
 def test_help_lists_the_commands(arguments, cli):
     code, out, err = cli(*arguments)
     assert (code, err) == (0, "")
-    for command in ("demo", "generate", "evaluate", "inspect", "doctor"):
+    for command in COMMANDS:
         assert command in out
+    assert "..." not in out.partition("Commands:")[2]  # no line is cut
 
 
-@pytest.mark.parametrize("command", ["demo", "generate", "evaluate", "inspect", "doctor"])
-def test_every_command_has_help_json_and_debug(command, cli):
-    code, out, err = cli(command, "--help")
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_json_and_debug(command, flag, cli):
+    code, out, err = cli(command, flag)
     assert (code, err) == (0, "")
     assert "--json" in out
     assert "--debug" in out
 
 
-def test_debug_lets_exceptions_through_and_does_not_last(cli, tmp_path):
+def test_version_is_that_of_the_package(cli):
+    assert cli("--version") == (0, f"pysteer {version('pysteer')}\n", "")
+
+
+def test_debug_raises_exceptions_of_one_run_only(cli, tmp_path):
     with pytest.raises(FormatError):
         run(["inspect", str(tmp_path), "--debug"])
     with pytest.raises(SteeringError):
@@ -459,13 +436,13 @@ def test_debug_lets_exceptions_through_and_does_not_last(cli, tmp_path):
     check_mistake(cli("inspect", tmp_path))
 
 
-def test_debug_does_not_last_into_a_command_that_does_not_exist(cli, tmp_path):
+def test_debug_is_off_for_a_following_unknown_command(cli, tmp_path):
     with pytest.raises(FormatError):
         run(["inspect", str(tmp_path), "--debug"])
     check_mistake(cli("nonsense"))
 
 
-def test_a_bug_is_one_line_too_and_exit_code_1(cli, tmp_path, monkeypatch):
+def test_bug_is_one_line_and_exit_code_1(cli, tmp_path, monkeypatch):
     def fail(path):
         raise RuntimeError("broken\nin two lines")
 
@@ -475,7 +452,7 @@ def test_a_bug_is_one_line_too_and_exit_code_1(cli, tmp_path, monkeypatch):
     assert err == "pysteer: RuntimeError: broken in two lines (--debug shows where)\n"
 
 
-def test_an_interrupt_is_exit_code_130(cli, tmp_path, monkeypatch):
+def test_interrupt_is_exit_code_130(cli, tmp_path, monkeypatch):
     def interrupt(path):
         raise KeyboardInterrupt
 
@@ -483,7 +460,7 @@ def test_an_interrupt_is_exit_code_130(cli, tmp_path, monkeypatch):
     assert cli("inspect", tmp_path) == (130, "", "pysteer: interrupted\n")
 
 
-def test_doctor_of_what_is_no_model_is_a_mistake(cli, tmp_path, pack_file):
+def test_doctor_of_another_file_is_an_error(cli, tmp_path, pack_file):
     for wrong in (tmp_path / "missing.gguf", pack_file):
         check_mistake(cli("doctor", "-m", wrong), wrong)
 
@@ -492,7 +469,7 @@ def test_doctor_of_what_is_no_model_is_a_mistake(cli, tmp_path, pack_file):
     ("arguments", "words"),
     [(["--category", "fraud"], ["fraud"]), (["--prompts", "0"], ["--prompts"])],
 )
-def test_mistakes_in_demo(arguments, words, cli):
+def test_bad_argument_of_demo_is_an_error(arguments, words, cli):
     check_mistake(cli("demo", *arguments), *words)
 
 
@@ -508,11 +485,29 @@ def test_mistakes_in_demo(arguments, words, cli):
         (["auto"], "auto"),
     ],
 )
-def test_steer_options_are_read_from_the_last_equals_sign(pairs, expected):
+def test_steer_option_splits_at_the_last_equals_sign(pairs, expected):
     assert parse_steering(pairs) == expected
 
 
 # ---- as a process ----------------------------------------------------------------------------
+
+
+def test_python_m_pysteer_is_the_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "pysteer", "--version"], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("pysteer ")
+
+
+def test_help_loads_no_heavy_package():
+    heavy = ("llama_cpp", "torch", "sklearn", "scipy", "optuna", "jinja2", "prompt_toolkit")
+    code = (
+        "import sys; from pysteer.cli import run; run(['extract', '--help']); "
+        f"sys.exit(', '.join(set({heavy}) & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def process(*arguments, **options):
@@ -527,13 +522,13 @@ def process(*arguments, **options):
     )
 
 
-def test_a_process_that_makes_a_mistake(tmp_path, tiny_llama):
+def test_process_with_a_missing_file_exits_with_2(tmp_path, tiny_llama):
     missing = tmp_path / "missing.gguf"
     done = process("generate", "-m", tiny_llama, "-p", "hi", "-s", missing, *OPTIONS)
     check_mistake((done.returncode, done.stdout, done.stderr), missing)
 
 
-def test_a_process_reads_standard_input_and_prints_json_alone(tiny_llama):
+def test_process_reads_standard_input_and_prints_json_alone(tiny_llama):
     done = process(
         "generate", "-m", tiny_llama, "-p", "-", "-n", 4, "--json", *OPTIONS, input="the cat ü"
     )
@@ -541,14 +536,14 @@ def test_a_process_reads_standard_input_and_prints_json_alone(tiny_llama):
     assert strict_json(done.stdout)["prompt"] == "the cat ü"
 
 
-def test_a_process_with_debug_shows_the_traceback(tmp_path):
+def test_process_with_debug_shows_the_traceback(tmp_path):
     done = process("inspect", tmp_path / "missing.gguf", "--debug")
     assert done.returncode == 1
     assert "Traceback" in done.stderr
     assert "FormatError" in done.stderr
 
 
-def test_names_that_cannot_be_printed_do_not_end_in_half_a_json(tmp_path, pack_file):
+def test_json_is_complete_on_a_terminal_without_utf8(tmp_path, pack_file):
     # A terminal that is not UTF-8.
     SteeringPack({"hass-über-χ": HATE}).save(tmp_path / "p.gguf")
     code = (

@@ -1,12 +1,12 @@
-"""`pysteer compare`: what it prints, as a table and as JSON."""
+"""`pysteer compare`: tables and JSON."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
 
 from pysteer import SteeringPack, SteeringVector
-from pysteer.cli import run
 
 WIDTH = 8
 
@@ -17,16 +17,9 @@ def vector(seed, layers=(1, 2, 3), **site):
 
 
 @pytest.fixture
-def cli(capsys):
+def cli(cli):
     """A function that runs `compare` and returns its exit code, standard output and error."""
-
-    def call(*arguments):
-        capsys.readouterr()
-        code = run(["compare", *map(str, arguments)])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
+    return partial(cli, "compare")
 
 
 @pytest.fixture
@@ -60,7 +53,7 @@ def test_json_has_cosine_and_norm_ratio_for_each_category_and_layer(cli, packs):
         }
 
 
-def test_the_table_shows_the_same(cli, packs):
+def test_table_has_the_figures_of_the_json(cli, packs):
     code, out, err = cli(*packs)
     assert (code, err) == (0, "")
     for path in packs:
@@ -74,7 +67,7 @@ def test_the_table_shows_the_same(cli, packs):
     assert max(map(len, out.splitlines())) <= max(80, *(len(f"second: {p}") for p in packs))
 
 
-def test_control_vectors_are_compared_whatever_their_files_are_called(cli, tmp_path):
+def test_control_vectors_are_matched_whatever_their_names(cli, tmp_path):
     vector(1).save(tmp_path / "a[b].gguf")
     (2 * vector(1)).save(tmp_path / "c.gguf")
     code, out, err = cli(tmp_path / "a[b].gguf", tmp_path / "c.gguf")
@@ -86,7 +79,7 @@ def test_control_vectors_are_compared_whatever_their_files_are_called(cli, tmp_p
     assert category["layers"]["2"]["norm_ratio"] == pytest.approx(2)
 
 
-def test_a_control_vector_can_be_compared_with_a_pack(cli, tmp_path):
+def test_control_vector_is_compared_with_a_pack(cli, tmp_path):
     vector(1).save(tmp_path / "hate.gguf")
     SteeringPack({"hate": vector(1), "x": vector(2)}).save(tmp_path / "pack.gguf")
     code, out, _ = cli(tmp_path / "hate.gguf", tmp_path / "pack.gguf", "--json")
@@ -94,7 +87,7 @@ def test_a_control_vector_can_be_compared_with_a_pack(cli, tmp_path):
     assert json.loads(out)["categories"]["hate"]["layers"]["1"]["cosine"] == pytest.approx(1)
 
 
-def test_zero_directions_are_null(cli, tmp_path):
+def test_cosine_of_a_zero_direction_is_null(cli, tmp_path):
     (0 * vector(1)).save(tmp_path / "a.gguf")
     vector(1).save(tmp_path / "b.gguf")
     code, out, _ = cli(tmp_path / "a.gguf", tmp_path / "b.gguf", "--json")
@@ -106,7 +99,7 @@ def test_zero_directions_are_null(cli, tmp_path):
 
 
 @pytest.mark.parametrize("json_too", [[], ["--json"]])
-def test_mistakes_are_one_line_and_exit_code_2(cli, tmp_path, packs, json_too):
+def test_user_mistake_is_one_line_and_exit_code_2(cli, tmp_path, packs, json_too):
     vector(1).save(tmp_path / "v.gguf")
     wide = SteeringVector({1: np.ones(WIDTH + 1)})
     SteeringPack({"hate": wide}).save(tmp_path / "wide.gguf")
@@ -126,7 +119,7 @@ def test_mistakes_are_one_line_and_exit_code_2(cli, tmp_path, packs, json_too):
         assert words in err.lower()
 
 
-def test_help_names_json_and_debug(cli):
+def test_help_lists_json_and_debug(cli):
     code, out, err = cli("--help")
     assert (code, err) == (0, "")
     assert "--json" in out

@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+from commands import check_mistake
 
 from pysteer import SteeringPack
 from pysteer.cli import run
@@ -45,15 +46,7 @@ def evaluate(capsys, files, tiny_llama):
     return call
 
 
-def check_mistake(result, *words):
-    code, out, err = result
-    assert (code, out) == (2, "")
-    assert len(err.splitlines()) == 1
-    for word in words:
-        assert str(word) in err
-
-
-def test_a_run_prints_a_table_and_writes_three_files(evaluate, files):
+def test_evaluate_prints_tables_and_writes_three_files(evaluate, files):
     code, out, err = evaluate("--strengths", "0.5", "--isolation", "forced")
     assert (code, err) == (0, "")
     for words in ("own category, forced", "safe", "degenerate", "benign:", "made safe", "strength"):
@@ -67,7 +60,7 @@ def test_a_run_prints_a_table_and_writes_three_files(evaluate, files):
     assert report.benign["steered"].unchanged.n == 2
 
 
-def test_no_cell_of_a_wide_matrix_is_cut(evaluate, files):
+def test_wide_matrix_keeps_every_cell_whole(evaluate, files):
     names = [f"category_{i}" for i in range(24)]
     rows = [{"prompt": f"the {name}", "category": name} for name in names]
     (files / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -95,7 +88,7 @@ def test_json_is_the_report_without_its_answers(evaluate, files):
     assert found["overall"]["steered"]["log_likelihood"]["n"] == 0
 
 
-def test_interrupted_it_says_how_to_go_on_and_does(evaluate, files, monkeypatch):
+def test_interrupt_tells_how_to_resume_and_the_command_does(evaluate, files, monkeypatch):
     whole = json.loads(evaluate("--json")[1])
     lines = (files / "out" / "answers.jsonl").read_text().splitlines()
     for path in (files / "out").iterdir():
@@ -110,7 +103,7 @@ def test_interrupted_it_says_how_to_go_on_and_does(evaluate, files, monkeypatch)
     monkeypatch.setattr(Journal, "put", interrupt)
     code, out, err = evaluate("--json")
     assert (code, out) == (130, "")
-    assert f"kept in {files / 'out'}; the same command goes on" in err
+    assert f"kept in {files / 'out'}; the same command resumes" in err
     assert (files / "out" / "answers.jsonl").read_text().splitlines() == lines[:2]
     monkeypatch.setattr(Journal, "put", put)
     again = json.loads(evaluate("--json")[1])
@@ -122,7 +115,7 @@ def test_interrupted_it_says_how_to_go_on_and_does(evaluate, files, monkeypatch)
     [
         (["--strengths", "a"], ["--strengths a"]),
         (["--strengths", "nan"], ["--strengths nan"]),
-        (["--isolation", "both"], ["--isolation both", "forced"]),
+        (["--isolation", "both"], ["--isolation 'both'", "forced"]),
         (["--isolation", "gated"], ["no router"]),
         (["--judge", "nobody"], ["--judge nobody", "refusal"]),
         (["--reward", "refusal"], ["--reward refusal"]),
@@ -139,17 +132,17 @@ def test_interrupted_it_says_how_to_go_on_and_does(evaluate, files, monkeypatch)
     ],
     ids=lambda value: " ".join(value)[:30],
 )
-def test_mistakes(arguments, words, evaluate):
+def test_user_mistake_is_one_line_and_exit_code_2(arguments, words, evaluate):
     check_mistake(evaluate(*arguments), *words)
 
 
-def test_an_output_that_is_a_file_and_a_pack_that_is_missing(evaluate, files, capsys, tiny_llama):
+def test_output_file_or_missing_pack_is_an_error(evaluate, files, capsys, tiny_llama):
     (files / "out").write_text("")
     check_mistake(evaluate(), files / "out", "folder")
     code = run(["evaluate", "-m", str(tiny_llama), "--prompts", "x", "-o", "y"])
     assert (code, "--pack" in capsys.readouterr().err) == (2, True)
 
 
-def test_a_missing_extra_is_named(evaluate, monkeypatch):
+def test_missing_package_is_an_error_with_its_extra(evaluate, monkeypatch):
     monkeypatch.setattr("pysteer.cli.loading.find_spec", lambda name: None)
     check_mistake(evaluate(), "pip install 'pysteer[evaluate]'")

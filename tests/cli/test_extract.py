@@ -8,19 +8,20 @@ from contextlib import closing
 
 import numpy as np
 import pytest
+from commands import check_mistake, strict_json
 from prompting import rows, write
 
 from pysteer import SteeredLlama, SteeringPack
-from pysteer.cli import console, run
+from pysteer.cli import console
 from pysteer.extract.llama_capture import LlamaCapture
 
-# As for the other commands: one thread, and a context that the tiny model was trained for.
+# One thread, and a context that the tiny model was trained for; see test_cli.py.
 OPTIONS = ("--context", "256", "--threads", "1")
 
 
 @pytest.fixture
 def files(tmp_path, tiny_llama):
-    """Arguments for a good run, by option."""
+    """Arguments of a successful run, by option."""
     unsafe = [*rows("harm", "hate", 8), *rows("harm", "malware", 8)]
     safe = [*rows("calm", "hate", 8), *rows("calm", "malware", 8)]
     return {
@@ -29,19 +30,6 @@ def files(tmp_path, tiny_llama):
         "--safe": write(tmp_path / "safe.jsonl", safe),
         "--output": tmp_path / "pack.gguf",
     }
-
-
-@pytest.fixture
-def cli(capsys):
-    """A function that runs a command and returns its exit code, standard output and error."""
-
-    def call(*arguments):
-        capsys.readouterr()
-        code = run([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture
@@ -57,24 +45,6 @@ def extract(cli, files):
     return call
 
 
-def check_mistake(result, *words):
-    """One line on standard error, which has the words in it, and exit code 2."""
-    code, out, err = result
-    assert code == 2, err
-    assert out == ""
-    assert err.startswith("pysteer: ")
-    assert len(err.splitlines()) == 1, err
-    for word in words:
-        assert str(word) in err
-
-
-def strict_json(text):
-    def refuse(constant):
-        raise AssertionError(f"{constant} is not JSON")
-
-    return json.loads(text, parse_constant=refuse)
-
-
 def everything(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
@@ -82,7 +52,7 @@ def everything(folder):
 # ---- what it makes ---------------------------------------------------------------------------
 
 
-def test_it_writes_a_pack_that_loads_steers_and_can_be_looked_at(extract, cli, files, tiny_llama):
+def test_extract_writes_a_pack_that_steers_and_can_be_inspected(extract, cli, files, tiny_llama):
     code, out, err = extract(layers="1,3")
     assert (code, err) == (0, "")
     assert "hate" in out
@@ -123,7 +93,7 @@ def test_it_writes_a_pack_that_loads_steers_and_can_be_looked_at(extract, cli, f
     assert everything(folder) == ["pack.gguf", "safe.jsonl", "unsafe.jsonl"]
 
 
-def test_the_report_is_one_json_object(extract, files):
+def test_json_output_is_one_object_equal_to_the_pack(extract, files):
     code, out, err = extract("--json", false_positive_rate="0.1", seed=3)
     assert code == 0, err
     found = strict_json(out)
@@ -143,7 +113,7 @@ def test_the_report_is_one_json_object(extract, files):
     assert pack.router.threshold_rule == "fpr=0.1"
 
 
-def test_without_a_router(extract, files):
+def test_no_router_leaves_the_router_out(extract, files):
     code, out, err = extract("--json", "--no-router")
     assert (code, err) == (0, "")
     assert strict_json(out)["router"] is None
@@ -174,14 +144,14 @@ OPTIONS_AND_SETTINGS = [
 @pytest.mark.parametrize(
     ("arguments", "expected"), OPTIONS_AND_SETTINGS, ids=lambda value: " ".join(value)[:40]
 )
-def test_options_arrive(arguments, expected, extract, files):
+def test_options_reach_the_settings(arguments, expected, extract, files):
     code, out, err = extract("--json", "--no-router", *arguments)
     assert (code, err) == (0, "")
     found = strict_json(out)["provenance"]["settings"]
     assert {name: found[name] for name in expected} == expected
 
 
-def test_gates_and_benign_prompts_arrive(extract, files, tmp_path):
+def test_gates_and_benign_prompts_reach_the_router(extract, files, tmp_path):
     benign = write(tmp_path / "benign.jsonl", rows("hello", "x", 7))
     code, _, err = extract("--json", gates="probe, multinomial", benign=benign)
     assert (code, err) == (0, "")
@@ -190,7 +160,7 @@ def test_gates_and_benign_prompts_arrive(extract, files, tmp_path):
     assert router.train_counts[0] == 16 + 7
 
 
-def test_judging_by_refusals_and_answers_from_a_file(extract, files, tmp_path):
+def test_judge_and_answers_reach_the_methods(extract, files, tmp_path):
     code, _, err = extract("--no-router", "--json", method="guided", judge="refusal")
     # A random model refuses nothing, so that no safe prompt is confirmed.
     assert code == 2
@@ -240,8 +210,8 @@ MISTAKES = [
     ({"gates": "margin,svm"}, ["svm", "multinomial"]),
     ({"gates": "probe"}, ["margin, multinomial"]),
     ({"orthogonalise": "all"}, ["all", "benign"]),
-    ({"false_positive_rate": "2"}, ["false_positive_rate must be at least 0 and below 1, not 2.0"]),
-    ({"held_out": "1"}, ["held_out must be at least 0 and below 1, not 1.0"]),
+    ({"false_positive_rate": "2"}, ["--false-positive-rate must be at least 0 and below 1, not 2.0"]),
+    ({"held_out": "1"}, ["--held-out must be at least 0 and below 1, not 1.0"]),
     ({"seed": "-1"}, ["seed must be at least 0"]),
     ({"seed": "x"}, ["seed"]),
     ({"scale": "-1"}, ["scale"]),
@@ -257,7 +227,7 @@ MISTAKES = [
     ({"method": "learned", "option": "batch_size=1.5"}, ["batch_size must be an integer"]),
     ({"method": "learned", "option": "kl_weight=nan"}, ["kl_weight must be", "not nan"]),
     ({"method": "contrast", "pooling": "last"}, ["contrast", "pooling"]),
-    ({"engine": "jax"}, ["--engine jax", "torch"]),
+    ({"engine": "jax"}, ["--engine 'jax'", "torch"]),
     ({"engine": "llama", "dtype": "float32"}, ["--dtype", "--engine torch"]),
     ({"engine": "llama", "device_map": "auto"}, ["--device-map", "--engine torch"]),
     ({"engine": "llama", "method": "learned"}, ["learned", "--engine torch"]),
@@ -271,7 +241,7 @@ MISTAKES = [
 @pytest.mark.parametrize(
     ("options", "words"), MISTAKES, ids=lambda value: str(value)[:50] if value else "none"
 )
-def test_mistakes(options, words, extract, files):
+def test_user_mistake_is_one_line_and_exit_code_2(options, words, extract, files):
     folder = files["--safe"].parent
     before = everything(folder)
     check_mistake(extract(**options), *words)
@@ -279,20 +249,18 @@ def test_mistakes(options, words, extract, files):
 
 
 @pytest.mark.parametrize("option", ["model", "unsafe", "safe", "benign", "answers"])
-def test_missing_files_are_named(option, extract, tmp_path):
+def test_missing_file_is_an_error_with_its_name(option, extract, tmp_path):
     path = tmp_path / "missing.gguf"
     check_mistake(extract(**{option: path}), path)
 
 
-def test_a_model_that_is_none_is_named(extract, files, tmp_path):
+def test_file_that_is_not_a_model_is_an_error_with_its_name(extract, files, tmp_path):
     path = tmp_path / "junk.gguf"
     path.write_bytes(b"junk" * 100)
     check_mistake(extract(model=path), path, "GGUF")
 
 
-def test_outputs_that_cannot_be_written_are_refused_before_anything_is_computed(
-    extract, files, tmp_path
-):
+def test_unwritable_output_is_refused_before_the_extraction(extract, files, tmp_path):
     check_mistake(extract(output=tmp_path / "no" / "pack.gguf"), "no folder", tmp_path / "no")
     check_mistake(extract(output=tmp_path), tmp_path, "is a folder")
     for option in ("--model", "--unsafe", "--safe"):
@@ -316,7 +284,7 @@ def test_outputs_that_cannot_be_written_are_refused_before_anything_is_computed(
     ],
 )
 @pytest.mark.parametrize("side", ["unsafe", "safe"])
-def test_a_bad_line_is_named_with_its_file(line, words, side, extract, files):
+def test_bad_line_is_an_error_with_file_and_line(line, words, side, extract, files):
     path = files[f"--{side}"]
     line = line.replace('"hate"', '"hate"' if side == "unsafe" else '""')
     with path.open("a") as file:
@@ -325,7 +293,7 @@ def test_a_bad_line_is_named_with_its_file(line, words, side, extract, files):
     assert not files["--output"].exists()
 
 
-def test_torch_that_is_missing_is_named_with_its_extra(extract, monkeypatch, tmp_path):
+def test_missing_package_is_an_error_with_its_extra(extract, monkeypatch, tmp_path):
     command = importlib.import_module("pysteer.cli.loading")
     real = command.find_spec
     missing = "torch"
@@ -340,14 +308,14 @@ def test_torch_that_is_missing_is_named_with_its_extra(extract, monkeypatch, tmp
     check_mistake(extract(engine="torch"), "sklearn", "pip install 'pysteer[extract]'")
 
 
-def test_a_failed_run_leaves_an_existing_pack_and_says_where_its_work_is(extract, files):
+def test_failure_keeps_an_existing_pack_and_names_the_cache(extract, files):
     output = files["--output"]
     output.write_bytes(b"precious")
     # One category is a multiple of the other: found out when everything is captured.
     hate = rows("harm", "hate", 8)
     write(files["--unsafe"], [*hate, *({**row, "category": "other"} for row in hate)])
     result = extract("--no-router", orthogonalise="categories", held_out=0)
-    check_mistake(result, "nothing is left of the direction", "what was computed is kept in")
+    check_mistake(result, "nothing is left of the direction", "finished work is kept in")
     assert output.read_bytes() == b"precious"
     cache = output.with_name("pack.gguf.cache")
     assert str(cache) in result[2]
@@ -358,7 +326,7 @@ def test_a_failed_run_leaves_an_existing_pack_and_says_where_its_work_is(extract
     SteeringPack.load(output)
 
 
-def test_on_a_terminal_there_are_bars_with_rate_and_time_left(extract, monkeypatch):
+def test_terminal_shows_bars_with_rate_and_time_left(extract, monkeypatch):
     from rich.console import Console
 
     screen = io.StringIO()
@@ -372,7 +340,7 @@ def test_on_a_terminal_there_are_bars_with_rate_and_time_left(extract, monkeypat
         assert word in shown
 
 
-def test_a_bug_is_no_users_mistake_and_keeps_the_cache_too(extract, files, monkeypatch):
+def test_bug_is_exit_code_1_and_keeps_the_cache(extract, files, monkeypatch):
     def broken(*_arguments, **_named):
         raise RuntimeError("out of memory")
 
@@ -381,7 +349,7 @@ def test_a_bug_is_no_users_mistake_and_keeps_the_cache_too(extract, files, monke
     code, out, err = extract()
     assert (code, out) == (1, "")
     first, last = err.splitlines()
-    assert "what was computed is kept in" in first
+    assert "finished work is kept in" in first
     assert last == "pysteer: RuntimeError: out of memory (--debug shows where)"
     assert files["--output"].with_name("pack.gguf.cache").is_dir()
 
@@ -417,7 +385,7 @@ def interrupting(monkeypatch):
 
 
 @pytest.mark.parametrize("stop", [3, 50, 111])
-def test_ctrl_c_keeps_what_is_there_and_the_same_command_goes_on(
+def test_ctrl_c_keeps_the_cache_and_the_same_command_resumes(
     stop, interrupting, extract, files, tmp_path
 ):
     output = files["--output"]
@@ -433,7 +401,7 @@ def test_ctrl_c_keeps_what_is_there_and_the_same_command_goes_on(
     assert (code, out) == (130, "")
     cache = tmp_path / "pack.gguf.cache"
     first, last = err.splitlines()
-    assert first == f"what was computed is kept in {cache}; the same command goes on from there"
+    assert first == f"finished work is kept in {cache}; the same command resumes from there"
     assert last == "pysteer: interrupted"
     assert cache.is_dir()
     assert output.read_bytes() == b"precious"
@@ -450,7 +418,7 @@ def test_ctrl_c_keeps_what_is_there_and_the_same_command_goes_on(
             assert resumed[name].direction(layer) == pytest.approx(row, rel=1e-3, abs=1e-5)
 
 
-def test_a_cache_that_was_named_is_kept_and_used_again(interrupting, extract, files, tmp_path):
+def test_named_cache_is_kept_and_reused(interrupting, extract, files, tmp_path):
     folder = tmp_path / "kept [1]"
     ran = interrupting(5)
     code, _, err = extract(cache=folder)
@@ -465,7 +433,7 @@ def test_a_cache_that_was_named_is_kept_and_used_again(interrupting, extract, fi
     assert folder.is_dir()
 
 
-def test_strangers_files_in_the_cache_survive(extract, files):
+def test_foreign_files_in_the_cache_survive(extract, files):
     folder = files["--output"].with_name("pack.gguf.cache")
     folder.mkdir()
     (folder / "notes.txt").write_text("mine")
@@ -477,7 +445,7 @@ def test_strangers_files_in_the_cache_survive(extract, files):
 
 
 @pytest.mark.torch
-def test_the_same_file_through_torch(extract, files, cli, tmp_path):
+def test_torch_and_llama_find_the_same_directions(extract, files, cli, tmp_path):
     for engine in ("llama", "torch"):
         code, out, err = extract(
             "--json",
@@ -503,5 +471,5 @@ def test_the_same_file_through_torch(extract, files, cli, tmp_path):
     found = list(cosines(strict_json(out)))
     assert found
     assert min(found) > 0.999
-    check_mistake(extract(engine="torch", dtype="int8"), "--dtype int8", "bfloat16")
+    check_mistake(extract(engine="torch", dtype="int8"), "--dtype 'int8'", "bfloat16")
     check_mistake(extract(engine="torch", model=tmp_path), tmp_path, "transformers cannot load")

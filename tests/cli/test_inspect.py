@@ -2,12 +2,12 @@
 
 import json
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
 
 from pysteer import SteeringError, SteeringPack, SteeringVector
-from pysteer.cli import run
 from pysteer.inspect.plots import plot_pack
 from pysteer.pack.router import GATES, Gate, Read, Router
 
@@ -73,16 +73,9 @@ def full_pack(**changes):
 
 
 @pytest.fixture
-def cli(capsys):
+def cli(cli):
     """A function that runs `inspect` and returns its exit code, standard output and error."""
-
-    def call(*arguments):
-        capsys.readouterr()
-        code = run(["inspect", *map(str, arguments)])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
+    return partial(cli, "inspect")
 
 
 @pytest.fixture
@@ -142,7 +135,7 @@ def test_json_has_separation_provenance_and_router(cli, pack_file):
     }
 
 
-def test_json_of_a_control_vector_has_no_empty_parts(cli, tmp_path):
+def test_json_of_a_control_vector_leaves_out_empty_parts(cli, tmp_path):
     vector(1).save(tmp_path / "v.gguf")
     found = json.loads(inspected(cli, tmp_path / "v.gguf", "--json"))
     assert not {"cosines", "separation", "router"} & found.keys()
@@ -181,7 +174,7 @@ def test_separation_is_shown_by_layer(cli, pack_file):
     assert rows == [["3", "0.625"], ["4", "0.875"], ["7", "0.999"]]
 
 
-def test_the_router_is_shown(cli, pack_file):
+def test_router_is_shown(cli, pack_file):
     out = inspected(cli, pack_file)
     assert (
         "router: site residual, user at layers 2, 4; suffix at layer 5, thresholds by fpr=0.01\n"
@@ -195,7 +188,7 @@ def test_the_router_is_shown(cli, pack_file):
     assert rows[1] == ["1", "hate", "10", "10"]
 
 
-def test_nested_provenance_is_readable(cli, pack_file):
+def test_nested_provenance_is_indented(cli, pack_file):
     out = inspected(cli, pack_file)
     for lines in (
         "method: contrast\n",
@@ -211,12 +204,12 @@ def test_nested_provenance_is_readable(cli, pack_file):
     assert "separation:" not in out[out.index("method: contrast") :]
 
 
-def test_a_separation_that_is_no_table_is_shown_as_it_is(cli, tmp_path):
+def test_separation_of_another_shape_is_shown_as_provenance(cli, tmp_path):
     full_pack(provenance={"separation": {"unknown": 3}}).save(tmp_path / "p.gguf")
     assert "separation:\n  unknown: 3\n" in inspected(cli, tmp_path / "p.gguf")
 
 
-def test_tables_are_cut_into_columns_that_fit(cli, tmp_path):
+def test_wide_tables_are_split_to_fit_the_terminal(cli, tmp_path):
     names = [f"category_{i}_of_many" for i in range(40)]
     SteeringPack({name: vector(i) for i, name in enumerate(names)}).save(tmp_path / "p.gguf")
     out = inspected(cli, tmp_path / "p.gguf")
@@ -228,7 +221,7 @@ def test_tables_are_cut_into_columns_that_fit(cli, tmp_path):
     assert sum(widths) == 40
 
 
-def test_a_single_layer_needs_no_second_table(cli, tmp_path):
+def test_single_layer_has_no_table_by_layer(cli, tmp_path):
     vector(1, layers=[2]).save(tmp_path / "v.gguf")
     out = inspected(cli, tmp_path / "v.gguf")
     assert "norm of each direction" not in out
@@ -238,7 +231,7 @@ def test_a_single_layer_needs_no_second_table(cli, tmp_path):
 # ---- plots -----------------------------------------------------------------------------------
 
 
-def test_plot_draws_a_picture_and_prints_as_before(cli, pack_file, tmp_path):
+def test_plot_writes_a_picture_and_keeps_the_output(cli, pack_file, tmp_path):
     picture = tmp_path / "out.png"
     plain = inspected(cli, pack_file)
     assert inspected(cli, pack_file, "--plot", picture) == f"{plain}plot: {picture}\n"
@@ -258,7 +251,7 @@ def titles(pack, path):
     return path.read_text()
 
 
-def test_the_panels_are_those_that_the_pack_has_something_for(tmp_path):
+def test_picture_has_a_panel_for_each_part_of_the_pack(tmp_path):
     svg = titles(full_pack(), tmp_path / "a.svg")
     panels = {
         "norm of each direction": {},
@@ -278,7 +271,7 @@ def test_the_panels_are_those_that_the_pack_has_something_for(tmp_path):
     assert "typical" not in alone
 
 
-def test_cosines_and_counts_are_written_into_the_picture(tmp_path):
+def test_picture_shows_the_cosines(tmp_path):
     svg = titles(full_pack(), tmp_path / "a.svg")
     a, b = (np.stack([vector(i).direction(n) for n in range(3, 8)]) for i in (0, 1))
     mean = ((a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)).mean()
@@ -286,7 +279,7 @@ def test_cosines_and_counts_are_written_into_the_picture(tmp_path):
 
 
 @pytest.mark.filterwarnings("error")
-def test_names_are_drawn_as_they_are(tmp_path):
+def test_picture_shows_names_verbatim(tmp_path):
     names = ["_hidden", "$\\frac{$", "a\nb\x1b", "x" * 200, "日本語", "100% & <b>"]
     pack = SteeringPack({name: vector(i) for i, name in enumerate(names)})
     svg = titles(pack, tmp_path / "a.svg")
@@ -295,7 +288,7 @@ def test_names_are_drawn_as_they_are(tmp_path):
     assert "x" * 26 not in svg
 
 
-def test_a_pack_of_zeros_and_of_huge_values_can_be_drawn(tmp_path):
+def test_picture_of_zero_and_huge_directions_is_drawn(tmp_path):
     pack = SteeringPack(
         {"a": 0 * vector(1), "b": SteeringVector({3: np.full(WIDTH, 3e38)}), "c": vector(2)},
         residual_norm={3: 0.0},
@@ -305,26 +298,26 @@ def test_a_pack_of_zeros_and_of_huge_values_can_be_drawn(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["picture", "picture.docx", "x.png/", "."])
-def test_an_unknown_ending_is_a_mistake(name, cli, pack_file, tmp_path):
+def test_unknown_picture_type_is_an_error(name, cli, pack_file, tmp_path):
     code, out, err = cli(pack_file, "--plot", f"{tmp_path}/no/{name}")
     assert (code, out) == (2, "")
     assert len(err.splitlines()) == 1
     assert "Traceback" not in err
 
 
-def test_a_picture_that_cannot_be_written_is_a_mistake(cli, pack_file, tmp_path):
+def test_unwritable_picture_is_an_error(cli, pack_file, tmp_path):
     for path in (tmp_path / "missing" / "x.png", tmp_path / ("x" * 300 + ".png")):
         code, out, err = cli(pack_file, "--plot", path)
         assert (code, out) == (2, "")
         assert err.startswith("pysteer: cannot write")
 
 
-def test_a_path_that_cannot_be_one_is_a_mistake():
+def test_invalid_path_is_an_error():
     with pytest.raises(SteeringError, match="cannot write"):
         plot_pack(full_pack(), "a\0.png")
 
 
-def test_without_matplotlib_the_way_out_is_named(cli, pack_file, tmp_path, monkeypatch):
+def test_missing_matplotlib_is_an_error_with_its_extra(cli, pack_file, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(SteeringError, match=r"pysteer\[plot\]"):

@@ -1,4 +1,4 @@
-"""What the tests of the chat share: a model that says letters, and ways to look at a session."""
+"""Helpers of the chat's tests: a model that says letters, and ways to inspect a session."""
 
 from contextlib import nullcontext
 
@@ -13,7 +13,7 @@ LENGTH = 12
 
 
 def towards(letter, model):
-    """A direction that makes the model say one letter: its row of the output matrix."""
+    """Return a direction that makes the model say a letter: its row of the output matrix."""
     tensors = {tensor.name: tensor.data for tensor in GGUFReader(model).tensors}
     token = 5 + ord(letter)  # after five control tokens, one for each byte
     row = tensors["output.weight"][token] / tensors["output_norm.weight"]
@@ -21,7 +21,7 @@ def towards(letter, model):
 
 
 def sent(llm):
-    """A list that fills with the messages and the steering of every request from now on."""
+    """Return a list that fills with messages and steering of every request from now on."""
     requests = []
     original = llm.create_chat_completion
 
@@ -34,7 +34,7 @@ def sent(llm):
 
 
 def evaluated(llm):
-    """A list that fills with the number of tokens of every evaluation from now on."""
+    """Return a list that fills with the number of tokens of every evaluation from now on."""
     counts = []
     original = llm.eval
 
@@ -47,13 +47,13 @@ def evaluated(llm):
 
 
 def only(session, text):
-    """The one event that `text` leads to."""
+    """Return the single event of an entry."""
     (event,) = session.handle(text)
     return event
 
 
 def answer(session, text):
-    """The text of the answer to a message, to which the events before it lead."""
+    """Return the answer to a message, and check its events."""
     *before, last = session.handle(text)
     assert isinstance(last, AnswerComplete)
     assert all(isinstance(event, TextPiece) for event in before)
@@ -64,7 +64,7 @@ def answer(session, text):
 
 
 def mistake(session, text, *words):
-    """`text` leads to one line that has the words in it, and changes nothing."""
+    """Check that an entry leads to one line with some words in it, and changes nothing."""
     before = list(session.turns), session.requested, session.system
     event = only(session, text)
     assert isinstance(event, UserError)
@@ -74,7 +74,7 @@ def mistake(session, text, *words):
 
 
 class Echo:
-    """Answers at once with its last message in capitals; its tokens are characters."""
+    """A model that answers with the last message in capitals; its tokens are characters."""
 
     pack = SteeringPack(
         {"a": SteeringVector({1: np.ones(4)}), "b c": SteeringVector({1: [1.0] * 4})}

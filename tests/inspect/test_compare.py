@@ -22,7 +22,7 @@ def pack(**categories):
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10**6))
-def test_each_layer_of_each_category_is_compared(seed):
+def test_comparison_equals_numpy_for_each_category_and_layer(seed):
     a = {name: vector(seed + i) for i, name in enumerate("abc")}
     b = {name: vector(seed + 50 + i) for i, name in enumerate("cab")}
     found = compare(SteeringPack(a), SteeringPack(b))
@@ -40,7 +40,7 @@ def test_each_layer_of_each_category_is_compared(seed):
 
 
 @pytest.mark.parametrize("factor", [2.0, -0.5, 1.0])
-def test_a_multiple_has_cosine_one_or_minus_one_and_its_factor_as_ratio(factor):
+def test_multiple_has_cosine_of_its_sign_and_ratio_of_its_factor(factor):
     found = compare(pack(a=vector(1)), pack(a=factor * vector(1)))
     for pair in found.categories["a"].layers.values():
         assert -1 <= pair.cosine <= 1
@@ -48,7 +48,7 @@ def test_a_multiple_has_cosine_one_or_minus_one_and_its_factor_as_ratio(factor):
         assert pair.norm_ratio == pytest.approx(abs(factor))
 
 
-def test_what_only_one_has_is_listed():
+def test_categories_and_layers_of_one_pack_only_are_listed():
     first = pack(a=vector(1), b=vector(2, layers=(1, 4, 5)), x=vector(3))
     second = pack(y=vector(1), b=vector(4, layers=(0, 4)), a=vector(5), z=vector(6))
     found = compare(first, second)
@@ -66,7 +66,7 @@ def test_single_categories_are_matched_whatever_their_names():
     assert found.only_in_first == found.only_in_second == ()
 
 
-def test_one_category_is_not_matched_with_one_of_several():
+def test_single_category_is_matched_by_name_with_several():
     with pytest.raises(SteeringError, match=r"no category in common.*a.*b, c"):
         compare(pack(a=vector(1)), pack(b=vector(1), c=vector(2)))
     found = compare(pack(c=vector(1)), pack(b=vector(1), c=vector(2)))
@@ -74,7 +74,7 @@ def test_one_category_is_not_matched_with_one_of_several():
     assert found.only_in_second == ("b",)
 
 
-def test_other_widths_sites_and_layers_cannot_be_compared():
+def test_other_width_site_or_layers_raise():
     with pytest.raises(SteeringError, match=r"width 6.*width 7"):
         compare(pack(a=vector(1)), pack(a=vector(1, width=7)))
     with pytest.raises(SteeringError, match=r"'a'.*residual.*attention"):
@@ -83,7 +83,7 @@ def test_other_widths_sites_and_layers_cannot_be_compared():
         compare(pack(a=vector(1, layers=(1, 2))), pack(a=vector(1, layers=(3,))))
 
 
-def test_a_category_without_common_layers_is_shown_beside_one_with():
+def test_category_without_common_layers_is_listed_beside_others():
     found = compare(
         pack(a=vector(1, layers=(1,)), b=vector(1)), pack(a=vector(1, layers=(2,)), b=vector(2))
     )
@@ -92,7 +92,7 @@ def test_a_category_without_common_layers_is_shown_beside_one_with():
     assert len(found.categories["b"].layers) == 3
 
 
-def test_zero_directions_have_no_cosine():
+def test_cosine_of_a_zero_direction_is_none():
     nothing = 0 * vector(1)
     pair = compare(pack(a=nothing), pack(a=vector(1))).categories["a"].layers[1]
     assert (pair.cosine, pair.norm_ratio) == (None, None)
@@ -100,7 +100,7 @@ def test_zero_directions_have_no_cosine():
     assert (pair.cosine, pair.norm_ratio) == (None, 0.0)
 
 
-def test_a_cosine_never_leaves_its_range_by_rounding():
+def test_cosine_stays_in_range_despite_rounding():
     for seed in range(200):
         row = np.random.default_rng(seed).normal(size=WIDTH)
         assert cosine(row, row) <= 1
@@ -108,7 +108,7 @@ def test_a_cosine_never_leaves_its_range_by_rounding():
 
 
 @pytest.mark.parametrize("size", [1e-44, 1.0, 3e38])
-def test_values_of_any_size_do_not_overflow(size):
+def test_cosine_and_norm_do_not_overflow(size):
     rows = np.full(WIDTH, size, np.float32)
     assert cosine(rows, -rows) == pytest.approx(-1)
     assert norms(SteeringVector({1: rows}))[1] == pytest.approx(
@@ -116,7 +116,7 @@ def test_values_of_any_size_do_not_overflow(size):
     )
 
 
-def test_cosines_between_the_categories_of_a_pack():
+def test_category_cosines_cover_common_layers_of_one_site():
     a, b = vector(1), vector(2, layers=(2, 3, 4))
     c, d = vector(3, site="attention"), vector(4, layers=(9,))
     found = category_cosines(pack(a=a, b=b, c=c, d=d))
@@ -157,6 +157,6 @@ def test_separation_is_read_from_the_provenance():
     ],
     ids=str,
 )
-def test_a_separation_of_another_shape_is_no_separation(other):
+def test_separation_of_another_shape_is_empty(other):
     assert separation(with_provenance(other)) == {}
     assert separation(pack(a=vector(1))) == {}
