@@ -23,7 +23,8 @@ from pysteer.cli.capturing import (
     quiet_bars,
 )
 from pysteer.cli.loading import require
-from pysteer.cli.settings_options import INTERVAL, Spelling, items, with_options
+from pysteer.cli.settings_options import with_options
+from pysteer.cli.spellings import INTERVAL, Spelling, items
 from pysteer.prompts import load_prompts, write_prompts
 
 
@@ -31,24 +32,17 @@ from pysteer.prompts import load_prompts, write_prompts
 class Files:
     """Files of a calibration."""
 
-    unsafe: Annotated[
-        Path, typer.Option(metavar="FILE", help="Prompts to steer away from (JSONL or CSV).")
-    ]
+    unsafe: options.UnsafePrompts
     benign: Annotated[
         Path,
         typer.Option(metavar="FILE", help="Everyday prompts, which steering should not touch."),
     ]
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FILE", help="Pack to write (GGUF).")
-    ]
+    output: options.PackOutput
     safe: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Harmless twins of the unsafe prompts, by pair_id."),
     ] = None
-    answers: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Safe answers, for the methods contrast and learned."),
-    ] = None
+    answers: options.SafeAnswers = None
     cache: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="For finished steps; by default beside the output."),
@@ -65,7 +59,7 @@ class Files:
 
 
 @with_options(
-    leave_out=("layers", "validation", "test", "limit", "others", "dtype", "device_map"),
+    leave_out=("layers", "validation", "test", "limit", "others"),
     held_out=Spelling(("--hold-out",)),
     methods=items("learned,contrast"),
     scopes=items("all; first 4", separator=";", metavar="A; B; ..."),

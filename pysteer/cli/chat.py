@@ -12,7 +12,8 @@ import typer
 
 from pysteer.cli import console, options
 from pysteer.cli.loading import load_policy, load_steered
-from pysteer.cli.settings_options import Spelling, with_options
+from pysteer.cli.settings_options import with_options
+from pysteer.evaluate.settings import Sampling
 from pysteer.shipped import default_pack_path
 
 if TYPE_CHECKING:
@@ -22,16 +23,22 @@ if TYPE_CHECKING:
     from pysteer.pack.pack import SteeringPack
 
 _RUNNING = options.Running(context=4096)
-_SAMPLING = options.Sampling(max_tokens=512, seed=None)
+_SAMPLING = Sampling(max_tokens=512)
 
 
-@with_options(seed=Spelling(help="Seed of the sampler; by default drawn at random."))
+@with_options(leave_out=("seed",))
 def chat(
     running: options.Running = _RUNNING,
     pack: options.Pack = None,
     policy: options.Policy = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="System message.")] = None,
-    sampling: options.Sampling = _SAMPLING,
+    sampling: Sampling = _SAMPLING,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=0, help="Seed for temperatures above 0; by default drawn at random."
+        ),
+    ] = None,
     json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object for each answer.")
     ] = False,
@@ -63,7 +70,7 @@ def chat(
             system=system,
             max_tokens=sampling.max_tokens,
             temperature=sampling.temperature,
-            seed=sampling.seed,
+            seed=seed,
         )
         printer = Printer(json)
         if sys.stdin.isatty():

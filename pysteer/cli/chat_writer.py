@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
-from llama_cpp import llama_chat_format
-
+from pysteer.chat.handler import rendered_prompt
 from pysteer.cli.chat_events import ChatSteering, Turn
 from pysteer.errors import SteeringError
 from pysteer.runtime.steered import SteeredLlama
@@ -78,7 +77,7 @@ class Writer:
                 messages.append({"role": "user", "content": turn.prompt})
                 messages.append({"role": "assistant", "content": turn.response})
             messages.append({"role": "user", "content": prompt})
-            n_tokens = self._count(messages)
+            n_tokens = len(rendered_prompt(self._llm, {"messages": messages}))
             if n_tokens <= room:
                 break
         if n_tokens >= n_ctx:
@@ -87,19 +86,6 @@ class Writer:
                 "or start pysteer chat with a larger --context"
             )
         return messages, first
-
-    def _count(self, messages: list[Any]) -> int:
-        """Return the number of tokens that the model's chat template makes of messages."""
-        llm: Any = self._llm
-        counter = _TokenCounter(self._llm)
-        # Llama.create_chat_completion finds its handler in the same way.
-        handler = (
-            llm.chat_handler
-            or llm._chat_handlers.get(llm.chat_format)
-            or llama_chat_format.get_chat_completion_handler(llm.chat_format)
-        )
-        handler(llama=cast(Any, counter), messages=messages, stream=True)
-        return counter.n_tokens
 
     def write(
         self, answer: Answer, messages: list[Any], requested: ChatSteering, seed: int
@@ -137,17 +123,3 @@ class Writer:
             llm.reset()
             if not self.stopping:  # the interrupt is meant for the program
                 raise
-
-
-class _TokenCounter:
-    """Takes the place of the model in a chat handler, and counts the prompt's tokens."""
-
-    verbose = False
-
-    def __init__(self, llm: SteeredLlama) -> None:
-        self.tokenize = llm.tokenize
-        self.n_tokens = 0
-
-    def create_completion(self, *, prompt: Sequence[int], **_: Any) -> Iterator[Any]:
-        self.n_tokens = len(prompt)
-        return iter(())

@@ -13,9 +13,10 @@ import typer
 from pysteer.cli import console, options
 from pysteer.cli.bars import bars
 from pysteer.cli.loading import load_policy, require
-from pysteer.cli.settings_options import items, number, with_options
+from pysteer.cli.settings_options import with_options
+from pysteer.cli.spellings import items, number
 from pysteer.errors import SteeringError
-from pysteer.evaluate.judges import JUDGE_SPECS, REWARD_SPECS
+from pysteer.evaluate.judges import REWARD_SPECS
 from pysteer.evaluate.settings import EvaluateSettings
 from pysteer.prompts import load_prompts
 from pysteer.shipped import default_pack_path
@@ -47,12 +48,7 @@ class Files:
 class Scoring:
     """The judge of an evaluation, and its reward."""
 
-    judge: Annotated[
-        str,
-        typer.Option(
-            metavar="JUDGE", help=f"Decides whether an answer is safe: {', '.join(JUDGE_SPECS)}."
-        ),
-    ] = "refusal"
+    judge: options.Judge = "refusal"
     reward: Annotated[
         str | None,
         typer.Option(

@@ -21,7 +21,8 @@ from pysteer.cli.capturing import (
     parse_layers,
 )
 from pysteer.cli.loading import require
-from pysteer.cli.settings_options import Spelling, items, with_options, words
+from pysteer.cli.settings_options import with_options
+from pysteer.cli.spellings import Spelling, items, words
 from pysteer.errors import SteeringError
 from pysteer.extract.methods import METHODS
 from pysteer.extract.settings import MASSIVE_RATIO, ExtractSettings
@@ -33,20 +34,13 @@ from pysteer.settings import check, described, setting
 class Files:
     """Files of an extraction."""
 
-    unsafe: Annotated[
-        Path, typer.Option(metavar="FILE", help="Prompts to steer away from (JSONL or CSV).")
-    ]
+    unsafe: options.UnsafePrompts
     safe: Annotated[Path, typer.Option(metavar="FILE", help="Harmless prompts, for contrast.")]
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FILE", help="Pack to write (GGUF).")
-    ]
+    output: options.PackOutput
     benign: Annotated[
         Path | None, typer.Option(metavar="FILE", help="More harmless prompts, for the router.")
     ] = None
-    answers: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Safe answers, for the methods contrast and learned."),
-    ] = None
+    answers: options.SafeAnswers = None
     cache: Annotated[
         Path | None,
         typer.Option(

@@ -15,6 +15,7 @@ from pysteer.cli import console, options
 from pysteer.cli.loading import load_policy, load_steered
 from pysteer.cli.settings_options import with_options
 from pysteer.errors import SteeringError
+from pysteer.evaluate.settings import Sampling
 from pysteer.shipped import default_pack_path
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from pysteer.runtime.steered import SteeredLlama
 
 _RUNNING = options.Running(context=2048)
-_SAMPLING = options.Sampling(max_tokens=256)
+_SAMPLING = Sampling(max_tokens=256)
 
 
 @with_options()
@@ -39,7 +40,7 @@ def generate(
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the prompt, without chat template.")
     ] = False,
-    sampling: options.Sampling = _SAMPLING,
+    sampling: Sampling = _SAMPLING,
     json: options.Json = False,
 ) -> None:
     """Answer a prompt, with or without steering.

@@ -10,7 +10,7 @@ import typer
 
 from pysteer.errors import SteeringError
 from pysteer.evaluate.judges import JUDGE_SPECS
-from pysteer.settings import check, setting
+from pysteer.settings import setting
 from pysteer.shipped import default_model
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
@@ -45,7 +45,17 @@ Threads = Annotated[
     int | None, typer.Option("--threads", "-t", metavar="N", min=1, help="CPU threads.")
 ]
 MaxTokens = Annotated[
-    int, typer.Option("--max-tokens", "-n", metavar="N", min=1, help="Token limit of an answer.")
+    int, typer.Option("--max-tokens", "-n", metavar="N", min=1, help="Longest answer, tokens.")
+]
+UnsafePrompts = Annotated[
+    Path, typer.Option(metavar="FILE", help="Prompts to steer away from (JSONL or CSV).")
+]
+SafeAnswers = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Safe answers, for the methods contrast and learned."),
+]
+PackOutput = Annotated[
+    Path, typer.Option("--output", "-o", metavar="FILE", help="Pack to write (GGUF).")
 ]
 Engine = Annotated[
     str,
@@ -75,18 +85,6 @@ class Running:
     model: Model = None
     context: int = setting(4096, "Context size in tokens.", 16, 1 << 22)
     threads: Threads = None
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """Sampling of an answer."""
-
-    max_tokens: int = setting(256, "Token limit of an answer.", 1)
-    temperature: float = setting(0.0, "Sampling temperature; 0 is greedy.", 0)
-    seed: int | None = setting(0, "Seed of the sampler, for temperatures above 0.", 0)
-
-    def __post_init__(self) -> None:
-        check(self)
 
 
 def model_path(model: Path | None) -> str:

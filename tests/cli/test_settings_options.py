@@ -7,7 +7,8 @@ import pytest
 import typer
 
 from pysteer import SteeringError
-from pysteer.cli.settings_options import INTERVAL, Spelling, items, with_options, words
+from pysteer.cli.settings_options import with_options
+from pysteer.cli.spellings import INTERVAL, Spelling, items, words
 from pysteer.settings import check, setting
 
 

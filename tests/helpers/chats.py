@@ -1,6 +1,7 @@
 """Helpers of the chat's tests: a model that says letters, and ways to inspect a session."""
 
 from contextlib import nullcontext
+from types import MappingProxyType
 
 import numpy as np
 from gguf import GGUFReader
@@ -80,6 +81,7 @@ class Echo:
         {"a": SteeringVector({1: np.ones(4)}), "b c": SteeringVector({1: [1.0] * 4})}
     )
     chat_format = None
+    _chat_handlers = MappingProxyType({})
 
     def __init__(self, n_ctx=10**6):
         self.requests = []
@@ -91,8 +93,8 @@ class Echo:
     def tokenize(self, text, *_):
         return list(text)
 
-    def chat_handler(self, *, llama, messages, stream):
-        llama.create_completion(prompt="".join(message["content"] for message in messages))
+    def chat_handler(self, *, llama, messages, **_):
+        llama.create_completion(prompt=list("".join(m["content"] for m in messages)))
 
     def steering(self, asked):
         for name in asked if isinstance(asked, dict) else ():
