@@ -81,7 +81,9 @@ def run(arguments: list[str]) -> int:
         # Errors of usage: click's class, or the class of newer versions of typer.
         describe = getattr(error, "format_message", None)
         if callable(describe):
-            return _fail(f"{describe()} (see pysteer --help)", 2)
+            context = getattr(error, "ctx", None)
+            command = "pysteer" if context is None else context.command_path
+            return _fail(f"{describe()} (see {command} --help)", 2)
         return _fail(f"{type(error).__name__}: {error} (--debug shows where)", 1)
 
 

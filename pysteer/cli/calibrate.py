@@ -45,7 +45,9 @@ class Files:
     answers: options.SafeAnswers = None
     cache: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="For finished steps; by default beside the output."),
+        typer.Option(
+            metavar="FOLDER", help="Folder of finished steps; by default beside the output."
+        ),
     ] = None
     plot: Annotated[
         Path | None,

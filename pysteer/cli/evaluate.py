@@ -36,7 +36,7 @@ class Files:
             "--output",
             "-o",
             metavar="FOLDER",
-            help="For report.html, report.json, and answers from which the command resumes.",
+            help="Folder of report.html, report.json, and the answers, kept to resume from.",
         ),
     ]
     benign: Annotated[

@@ -44,7 +44,7 @@ class Files:
     cache: Annotated[
         Path | None,
         typer.Option(
-            metavar="FOLDER", help="Activations to keep; by default beside the output until done."
+            metavar="FOLDER", help="Folder of activations; by default temporary, beside the output."
         ),
     ] = None
 

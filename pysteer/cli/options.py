@@ -73,7 +73,7 @@ Layers = Annotated[
     str | None,
     typer.Option(
         metavar="LAYERS",
-        help="Such as 12,15,18 or 5-25 or all; by default three around the middle.",
+        help="12,15,18 or 5-25 or all; by default three around the middle.",
     ),
 ]
 

@@ -46,19 +46,26 @@ def with_options(
         **spellings: of settings, by name.
     """
 
+    left_out = set(leave_out)
+
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        unknown = {*left_out, *spellings}
         plan: dict[str, _Group | None] = {}
         parameters: dict[str, inspect.Parameter] = {}
         for each in inspect.signature(function, eval_str=True).parameters.values():
             group = None
             if is_dataclass(each.annotation):
                 default = None if each.default is inspect.Parameter.empty else each.default
-                group = _Group(each.annotation, default, set(leave_out), spellings)
+                group = _Group(each.annotation, default, left_out, spellings)
+                unknown -= group.names
             plan[each.name] = group
             for option in [each] if group is None else group.parameters():
                 if option.name in parameters:
                     raise TypeError(f"{function.__name__} has two options {option.name}")
                 parameters[option.name] = option.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+
+        if unknown:
+            raise TypeError(f"{function.__name__} has no settings {', '.join(sorted(unknown))}")
 
         def command(**values: Any) -> None:
             function(
@@ -107,6 +114,12 @@ class _Group:
             description = described(kind).get(field.name)
             self._options[field.name] = _Option(field.name, hint, value, description, spelling)
 
+    @property
+    def names(self) -> set[str]:
+        """Names of all fields, also of inner dataclasses."""
+        inner = [group.names for group in self._groups.values()]
+        return {field.name for field in fields(self._kind)}.union(*inner)
+
     def _default_of(self, field: Field[Any]) -> Any:
         if self._default is not None:
             return getattr(self._default, field.name)
@@ -138,11 +151,11 @@ class _Group:
         except SteeringError as error:
             # Settings are named as in Python; the user knows the options.
             known = "|".join(self._options)
-            named = re.match(rf"unknown ({known}) |({known}) must ", str(error))
+            named = re.match(rf"unknown (?:item of )?({known}) |({known}) must ", str(error))
             if named is None:
                 raise
             name = named[1] or named[2]
-            message = str(error).replace(name, self._options[name].flag, 1)
+            message = str(error).replace(f"{name} ", f"{self._options[name].flag} ", 1)
             raise SteeringError(message) from None
 
 

@@ -215,7 +215,7 @@ MISTAKES = [
         ["--false-positive-rate must be at least 0 and below 1, not 2.0"],
     ),
     ({"held_out": "1"}, ["--held-out must be at least 0 and below 1, not 1.0"]),
-    ({"seed": "-1"}, ["--seed", "-1 is not in the range"]),
+    ({"seed": "-1"}, ["--seed", "0"]),
     ({"seed": "x"}, ["seed"]),
     ({"scale": "-1"}, ["scale"]),
     ({"scale": "nan"}, ["scale"]),

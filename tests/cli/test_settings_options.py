@@ -121,7 +121,7 @@ def test_help_has_text_default_and_range_of_each_setting(search, capsys):
     [
         (["--rate", "1"], "--rate must be above 0 and below 1, not 1.0"),
         (["--rate", "nan"], "--rate must be a finite number, not nan"),
-        (["--hold-out", "x"], "unknown held_out 'x'; use one of prompts, all"),
+        (["--hold-out", "x"], "unknown --hold-out 'x'; use one of prompts, all"),
         (["--interval", "3"], "--interval 3: write LEAST:MOST, as in 0.6:1.6"),
         (["--interval", "1:nan"], "--interval 1:nan: write LEAST:MOST"),
         (["--match", "maybe"], r"--match maybe: write \[auto\|yes\|no\]"),
@@ -142,6 +142,14 @@ def test_default_instance_replaces_the_defaults_of_the_fields():
 
     assert called((application(command), calls)) == given
     assert called((application(command), calls), "-n", "8") == Sampling(8, 1)
+
+
+def test_unknown_setting_in_the_decorator_raises():
+    with pytest.raises(TypeError, match="no settings neither, nowhere"):
+
+        @with_options(leave_out=("nowhere",), neither=INTERVAL)
+        def command(sampling: Sampling):
+            pass
 
 
 def test_two_options_of_one_name_are_refused():
