@@ -10,7 +10,19 @@ Advance: TypeAlias = Callable[[int], None]
 
 
 class Progress(Protocol):
-    """Receiver of progress reports."""
+    """Receiver of progress reports.
+
+    Examples:
+        >>> class Lines:
+        ...     def start(self, stage, total, unit=""):
+        ...         print(f"{stage}: {total} {unit}")
+        ...         return lambda units: print(f"{units} more")
+        >>> progress: Progress = Lines()
+        >>> advance = progress.start("activations", 40, "tokens")
+        activations: 40 tokens
+        >>> advance(8)
+        8 more
+    """
 
     def start(self, stage: str, total: int, unit: str = "") -> Advance:
         """Begin a stage.

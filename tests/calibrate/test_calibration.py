@@ -66,8 +66,8 @@ def done(run, tmp_path_factory):
     return run(folder), folder
 
 
-def test_strength_one_is_what_was_chosen(done, capture, tmp_path):
-    """By an extraction of its own from the training part."""
+def test_pack_at_strength_one_is_chosen_trial(done, capture, tmp_path):
+    """Compare with a separate extraction from the training part."""
     pack = done[0].pack
     train = split(PROMPTS, SETTINGS).train
     for name, one in done[0].search.chosen.items():
@@ -88,7 +88,7 @@ def test_strength_one_is_what_was_chosen(done, capture, tmp_path):
     assert pack.policy.conflict == "strongest"
 
 
-def test_the_best_trial_was_chosen(done):
+def test_best_trial_is_chosen(done):
     found = done[0].search
     assert (found.rounds, found.stopped) == (4, "trials")
     for name, tried in found.trials.items():
@@ -97,8 +97,8 @@ def test_the_best_trial_was_chosen(done):
         assert found.chosen[name].outcome.value(SETTINGS.max_degenerate) == max(values)
 
 
-def test_the_outcome_of_a_trial_is_what_the_pack_does(done, tiny_llama):
-    """Forced at strength 1.0, in the same groups, the validation prompts get the same answers."""
+def test_pack_answers_as_its_trial_did(done, tiny_llama):
+    """Forced at strength 1.0, in the same groups, validation prompts get the trial's answers."""
     pack, found = done[0].pack, done[0].search
     own = split(PROMPTS, SETTINGS).validation.unsafe
     lines = (done[1] / "trials.jsonl").read_text().splitlines()
@@ -123,10 +123,10 @@ def test_the_outcome_of_a_trial_is_what_the_pack_does(done, tiny_llama):
                 if p.category == name
             ]
             texts = [h.result()["choices"][0]["message"]["content"] for h in handles]
-            assert sum(text in tried for text in texts) >= len(texts) - 1  # rounding may turn one
+            assert sum(text in tried for text in texts) >= len(texts) - 1  # rounding may change one
 
 
-def test_what_the_pack_keeps_says_what_was_done(done):
+def test_provenance_records_calibration(done):
     figures = done[0].pack.provenance["calibration"]
     assert figures["judge"] == "python"
     assert figures["prompts"]["test"] == {"unsafe": 6, "safe": 6, "benign": 4}
@@ -136,7 +136,7 @@ def test_what_the_pack_keeps_says_what_was_done(done):
     assert validation["benign"]["n"] == 4
     blind = SteeringPack.load(done[1] / "validated.gguf")
     assert blind.router != done[0].pack.router
-    assert list(blind.router.train_counts) == [10 + 9 + 12, 10, 9]  # twins and benign first
+    assert list(blind.router.train_counts) == [10 + 9 + 12, 10, 9]  # twins and benign prompts first
     rows = [one for one in done[0].validation.prompts if not one.benign]
     open_ = [
         [one.scores[name] >= blind.router.gates["margin"].thresholds[i] for one in rows]
@@ -155,7 +155,7 @@ def test_what_the_pack_keeps_says_what_was_done(done):
     assert SteeringPack.load(done[1] / "pack.gguf").categories == done[0].pack.categories
 
 
-def test_nothing_saw_the_test_part(done):
+def test_calibration_sees_no_test_prompt(done):
     report = done[0].validation
     seen = {one.prompt for one in report.prompts}
     parts = split(PROMPTS, SETTINGS)
@@ -163,7 +163,7 @@ def test_nothing_saw_the_test_part(done):
     assert seen == {p.prompt for p in (*parts.validation.unsafe, *parts.validation.benign)}
 
 
-def test_the_same_again_is_the_same_pack_and_other_seeds_are_not(done, run, tmp_path):
+def test_calibration_is_reproducible_and_differs_with_seed(done, run, tmp_path):
     again = run(tmp_path / "again").pack
     again.save(tmp_path / "again.gguf")
     done[0].pack.save(tmp_path / "first.gguf")
@@ -172,7 +172,7 @@ def test_the_same_again_is_the_same_pack_and_other_seeds_are_not(done, run, tmp_
     assert other.categories != again.categories
 
 
-def test_repeated_it_goes_on_from_what_is_kept(done, run, monkeypatch):
+def test_repeated_calibration_resumes_from_folder(done, run, monkeypatch):
     def submit(*args, **kwargs):
         raise AssertionError("nothing is left to be answered")
 
@@ -180,7 +180,7 @@ def test_repeated_it_goes_on_from_what_is_kept(done, run, monkeypatch):
     assert run(done[1]).pack == done[0].pack
 
 
-def test_interrupted_in_the_search_it_keeps_the_best(run, tmp_path):
+def test_calibration_interrupted_in_search_keeps_best(run, tmp_path):
     class Interrupting:
         def start(self, stage, total, unit=""):
             if stage == "trial 3":
@@ -194,7 +194,7 @@ def test_interrupted_in_the_search_it_keeps_the_best(run, tmp_path):
     assert result.validation is not None
 
 
-def test_interrupted_in_the_validation_the_pack_is_there(run, tmp_path, monkeypatch, caplog):
+def test_calibration_interrupted_in_validation_returns_pack(run, tmp_path, monkeypatch, caplog):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
@@ -205,14 +205,14 @@ def test_interrupted_in_the_validation_the_pack_is_there(run, tmp_path, monkeypa
     assert "before the pack was validated" in caplog.text
 
 
-def test_limits_that_nothing_keeps_are_said(run, tmp_path, caplog):
+def test_unsafe_categories_are_warned_of(run, tmp_path, caplog):
     settings = replace(SETTINGS, max_degenerate=0.0, strengths=(6.0, 8.0), trials=3)
     never = CallableJudge(lambda prompt, answer: False, name="never")
     run(tmp_path, settings=settings, judge=never)
     assert "answered safely in 'hate', 'malware'" in caplog.text
 
 
-def test_the_limits_are_those_of_both_routers(run, tmp_path, monkeypatch):
+def test_both_routers_have_limits_of_settings(run, tmp_path, monkeypatch):
     def stop(capture, data, **options):
         limits = ("false_positive_rate", "max_leak", "look_alike_rate", "seed")
         raise KeyError(len(data), *(getattr(options["settings"], name) for name in limits))
@@ -224,7 +224,7 @@ def test_the_limits_are_those_of_both_routers(run, tmp_path, monkeypatch):
     assert caught.value.args == (2, 0.1, 0.2, 0.3, 4)
 
 
-def test_benign_prompts_that_keep_the_gate_shut_are_said(run, tmp_path, caplog):
+def test_router_closed_by_benign_prompts_is_warned_of(run, tmp_path, caplog):
     run(tmp_path / "apart")
     assert "opens a gate for only" not in caplog.text
     sounding = [Prompt(p.prompt) for p in prompts("harm", "hate", 36)[16:]]
@@ -233,17 +233,17 @@ def test_benign_prompts_that_keep_the_gate_shut_are_said(run, tmp_path, caplog):
 
 
 @pytest.mark.parametrize("lacking", ["unsafe", "benign"])
-def test_no_prompts_are_no_calibration(run, tmp_path, lacking):
+def test_calibration_without_prompts_raises(run, tmp_path, lacking):
     with pytest.raises(SteeringError, match=f"no {lacking} prompts"):
         run(tmp_path, **{lacking: []})
 
 
-def test_a_prompt_file_comes_back_as_it_was(tmp_path):
+def test_prompt_file_survives_write_and_load(tmp_path):
     rows = [*UNSAFE, Prompt("é\u2028\n", "c", "answer", "id", "safe", subcategory="s"), *BENIGN]
     write_prompts(rows, tmp_path / "p.jsonl")
     assert load_prompts(tmp_path / "p.jsonl") == rows
 
 
-def test_the_policy_is_one_that_a_file_can_hold(done):
+def test_calibrated_policy_survives_content_round_trip(done):
     policy = done[0].pack.policy
     assert Policy.from_content(policy.content()) == policy

@@ -1,4 +1,4 @@
-"""Candidates, held against what `extract` itself gives."""
+"""Candidate vectors against `extract`."""
 
 import numpy as np
 import pytest
@@ -35,9 +35,9 @@ def found(capture, tmp_path_factory):
     )
 
 
-def test_each_method_gives_each_layer_and_all_of_them(found):
-    sets = ("2", "1", "3", "1+2+3")  # the middle one first
-    ways = ("mean of all", "mean", "contrast of all", "contrast")  # of all categories first
+def test_candidates_are_each_layer_and_all_layers_of_each_method(found):
+    sets = ("2", "1", "3", "1+2+3")  # the middle layer first
+    ways = ("mean of all", "mean", "contrast of all", "contrast")  # the mean over categories first
     names = [f"{way} at {one}" for way in ways for one in sets]
     assert list(found.vectors) == names
     assert found.starts == [Trial(name, 1.0, "prompt") for name in names]
@@ -45,7 +45,7 @@ def test_each_method_gives_each_layer_and_all_of_them(found):
         assert set(vectors) == {"hate", "malware"}
 
 
-def test_where_the_prompt_alone_is_no_choice_the_first_scope_is_tried_first(capture, tmp_path):
+def test_first_scope_is_tried_first_where_prompt_scope_is_not_allowed(capture, tmp_path):
     settings = CalibrateSettings(methods=("mean",), layers=(1,), scopes=("response", "all"))
     part = PromptSet(UNSAFE, [], BENIGN)
     found = find_candidates(capture, part, [], settings, cache=tmp_path, progress=SILENT)
@@ -55,7 +55,7 @@ def test_where_the_prompt_alone_is_no_choice_the_first_scope_is_tried_first(capt
 
 
 @pytest.mark.parametrize("layers", [(2,), (1, 2, 3)])
-def test_of_all_is_the_mean_over_the_categories_as_long_as_they_are(found, layers):
+def test_shared_candidate_is_mean_over_categories_at_their_length(found, layers):
     name = "+".join(map(str, layers))
     own = list(found.vectors[f"mean at {name}"].values())
     shared = found.vectors[f"mean of all at {name}"]
@@ -70,7 +70,7 @@ def test_of_all_is_the_mean_over_the_categories_as_long_as_they_are(found, layer
         )
 
 
-def test_layers_together_are_what_extract_gives(found, capture, tmp_path):
+def test_candidate_at_all_layers_equals_extraction(found, capture, tmp_path):
     settings = ExtractSettings(method="mean", layers=(1, 2, 3), router=False, held_out=0.0)
     pack = extract(capture, Data(UNSAFE, BENIGN), settings, cache=tmp_path)
     assert dict(found.vectors["mean at 1+2+3"]) == dict(pack.categories)
@@ -78,7 +78,7 @@ def test_layers_together_are_what_extract_gives(found, capture, tmp_path):
 
 
 @pytest.mark.parametrize("layer", [1, 2, 3])
-def test_a_layer_alone_is_what_extract_gives_for_it(found, capture, tmp_path, layer):
+def test_candidate_at_one_layer_equals_extraction_at_layer(found, capture, tmp_path, layer):
     settings = ExtractSettings(method="mean", layers=(layer,), router=False, held_out=0.0)
     pack = extract(capture, Data(UNSAFE, BENIGN), settings, cache=tmp_path)
     for name, vector in pack.categories.items():
@@ -87,7 +87,7 @@ def test_a_layer_alone_is_what_extract_gives_for_it(found, capture, tmp_path, la
         np.testing.assert_allclose(alone.direction(layer), vector.direction(layer), rtol=1e-5)
 
 
-def test_one_pack_holds_them_all_under_names_of_their_own(found):
+def test_candidate_pack_holds_every_vector_under_distinct_name(found):
     from pysteer import SteeringPack
 
     pack = found.pack(SteeringPack(found.vectors["mean at 1"]))
@@ -99,10 +99,8 @@ def test_one_pack_holds_them_all_under_names_of_their_own(found):
 
 @pytest.mark.torch
 @pytest.mark.parametrize("steps", [0, 3])
-def test_learned_learns_at_the_lowest_layer_only_and_leaves_the_benign_prompts(
-    steps, tiny_llama, tmp_path
-):
-    """Not the twins, which have the words of the unsafe prompts."""
+def test_learned_candidates_use_lowest_layer_and_benign_prompts(steps, tiny_llama, tmp_path):
+    """The twins, with the words of the unsafe prompts, stay out."""
     from pysteer.extract.torch_capture import TorchCapture
     from pysteer.extract.torch_model import TorchModel
 

@@ -1,4 +1,4 @@
-"""The tool that draws a router's learning curve, where it is known what words can tell."""
+"""The learning curve of a router, on prompts whose words tell the subcategory alone."""
 
 import json
 
@@ -11,7 +11,7 @@ from pysteer.prompts import Prompt, write_prompts
 
 @pytest.fixture
 def files(tmp_path):
-    """Each subcategory has a word of its own, and a category nothing but its subcategories."""
+    """Prompt files: each subcategory has its own word, and categories have no common word."""
     unsafe = [
         Prompt(f"harm {category}{kind} {i}", category, subcategory=f"{category}{kind}")
         for category in ("hate", "malware")
@@ -25,12 +25,12 @@ def files(tmp_path):
     return paths
 
 
-def test_words_tell_subcategories_that_were_seen_and_no_others(files, tiny_llama, capsys):
+def test_router_curve_of_words_tells_only_seen_subcategories(files, tiny_llama, capsys):
     main(*files, tiny_llama, seeds=2, as_json=True)
     rows = json.loads(capsys.readouterr().out)
     seen, unseen = ([row for row in rows if row["subcategories"] == name] for name in SPLITS)
-    assert [row["prompts"] for row in seen] == [5, 8, 12, 16]  # of 20, four are tested with
-    assert [row["prompts"] for row in unseen] == [5, 8, 11, 15]  # of 20, one kind of five is
+    assert [row["prompts"] for row in seen] == [5, 8, 12, 16]  # of 20, four are in the test
+    assert [row["prompts"] for row in unseen] == [5, 8, 11, 15]  # of 20, five are in the test
     assert seen[-1]["words"]["mean"] == 1
     assert unseen[-1]["words"]["mean"] < 0.8
     for row in rows:
@@ -38,7 +38,7 @@ def test_words_tell_subcategories_that_were_seen_and_no_others(files, tiny_llama
         assert 0 <= spread["least"] <= spread["mean"] <= spread["largest"] <= 1
 
 
-def test_files_that_cannot_be_split_are_refused(files, tiny_llama, tmp_path):
+def test_router_curve_of_too_few_prompts_raises(files, tiny_llama, tmp_path):
     few = tmp_path / "few.jsonl"
     write_prompts([Prompt(f"harm {i}", "hate") for i in range(4)], few)
     with pytest.raises(BadParameter, match="too few"):

@@ -1,4 +1,4 @@
-"""The search, over functions whose best point is known."""
+"""The search, on functions with a known optimum."""
 
 import time
 
@@ -13,7 +13,7 @@ NEVER = float("inf")
 
 
 class Formula:
-    """Outcomes by a formula in the place of a model; it notes what was asked."""
+    """Fake scorer: outcomes by a formula, and a record of the trials."""
 
     n_first = 3
 
@@ -48,7 +48,7 @@ def run(
 
 
 def narrow(name, trial):
-    """Safe around a strength of the category's own, broken above 1.3, and only by 'two'."""
+    """Safe around a strength that depends on the category, for "two" alone; broken above 1.3."""
     centre = {"a": 0.8, "b": 1.2}[name]
     if trial.strength > 1.3:
         return Outcome(1.0, 0.5, 0.0, 10)
@@ -56,7 +56,7 @@ def narrow(name, trial):
     return Outcome(max(0.0, 1 - abs(trial.strength - centre)) * good, 0.0, 0.5, 10)
 
 
-def test_it_finds_each_category_its_own_best_within_the_limits():
+def test_search_finds_best_of_each_category_within_limits():
     scorer = Formula(narrow)
     found = run(scorer, settings={"trials": 60})
     assert (found.rounds, found.stopped) == (60, "trials")
@@ -65,13 +65,13 @@ def test_it_finds_each_category_its_own_best_within_the_limits():
         assert (trial.candidate, trial.scope) == ("two", "all")
         assert abs(trial.strength - centre) < 0.1
         assert found.chosen[name].outcome.degenerate == 0
-        # By luck alone it would not have been that near: what was learned narrows what is tried.
+        # More than by chance: the search concentrates on the good candidate.
         late = [one.trial for one in found.trials[name][30:]]
-        assert sum(t.candidate == "two" and t.scope == "all" for t in late) > 10  # 5
+        assert sum(t.candidate == "two" and t.scope == "all" for t in late) > 10  # by chance: 5
 
 
-def test_the_likeliest_is_tried_stronger_while_that_may_help_and_then_the_others():
-    """In "a" it breaks at once, in "b" it is safe at the second strength, in "c" never."""
+def test_likeliest_vector_is_tried_stronger_before_others():
+    """Category "a" breaks at once, "b" is safe at the second strength, "c" never."""
 
     def outcome(name, trial):
         safe = {"a": 0.5, "b": float(trial.strength > 1.1), "c": 0.5}[name]
@@ -85,11 +85,11 @@ def test_the_likeliest_is_tried_stronger_while_that_may_help_and_then_the_others
     other = Trial("two", 1.0, "response")
     assert tried["a"][:2] == [first, other]
     strongest = Trial("one", 1.5, "prompt")
-    assert tried["b"] == [first, second, strongest, other]  # 1.5 for a margin
+    assert tried["b"] == [first, second, strongest, other]  # 1.5 as a margin
     assert tried["c"] == [first, second, strongest, other]
 
 
-def test_a_category_with_nothing_left_to_better_is_left_alone():
+def test_settled_category_is_not_tried_again():
     def outcome(name, trial):
         return Outcome(1.0 if name == "a" else 0.5, 0.0, 0.0, 10)
 
@@ -101,8 +101,8 @@ def test_a_category_with_nothing_left_to_better_is_left_alone():
     assert (settled.rounds, settled.stopped) == (2, "settled")
 
 
-def test_what_is_safe_at_one_strength_is_chosen_a_step_stronger_if_it_is_as_safe_there():
-    """Six prompts do not tell apart what is safe from 0.95 on, and what is from 0.6 on."""
+def test_safe_strength_is_chosen_with_margin_if_as_safe_there():
+    """Six prompts cannot tell whether strengths are safe from 0.95 or from 0.6."""
 
     def outcome(name, trial):
         safe = 1.0 if name != "falls" or trial.strength < 1.2 else 0.9
@@ -116,10 +116,10 @@ def test_what_is_safe_at_one_strength_is_chosen_a_step_stronger_if_it_is_as_safe
     narrow = run(Formula(outcome), names, ["one"], settings={"trials": 2, "strengths": (0.5, 1.1)})
     assert narrow.chosen["safe"].trial.strength == 1.1
     one = run(Formula(outcome), names, ["one"], settings={"trials": 1})
-    assert one.chosen["safe"].trial.strength == 1.0  # what was not tried is not chosen
+    assert one.chosen["safe"].trial.strength == 1.0  # an untried strength is not chosen
 
 
-def test_a_margin_is_of_the_same_vector_and_no_more_than_a_step():
+def test_margin_is_same_vector_within_one_step():
     def tried(strength, collateral, candidate="one", scope="all"):
         return TrialRecord(Trial(candidate, strength, scope), Outcome(1.0, 0.0, collateral, 6))
 
@@ -130,11 +130,11 @@ def test_a_margin_is_of_the_same_vector_and_no_more_than_a_step():
 
 
 @pytest.mark.parametrize("outcome", [Outcome(1.0, 0.02, 0.0, 9), Outcome(1.0, 0.0, 0.1, 9)])
-def test_beyond_a_limit_or_with_collateral_nothing_is_settled(outcome):
+def test_category_beyond_limit_or_with_collateral_is_not_settled(outcome):
     assert run(Formula(lambda name, trial: outcome), settings={"trials": 3}).rounds == 3
 
 
-def test_the_same_seed_tries_the_same():
+def test_search_with_same_seed_makes_same_trials():
     scorers = [Formula(narrow) for _ in range(3)]
     for scorer, seed in zip(scorers, (5, 5, 6), strict=True):
         run(scorer, settings={"trials": 8, "seed": seed})
@@ -142,7 +142,7 @@ def test_the_same_seed_tries_the_same():
     assert scorers[0].asked != scorers[2].asked
 
 
-def test_interrupted_after_a_round_it_keeps_the_best():
+def test_search_interrupted_after_round_keeps_best():
     rounds = []
 
     def note(result):
@@ -155,13 +155,13 @@ def test_interrupted_after_a_round_it_keeps_the_best():
         run(Formula(narrow, interrupt=0))
 
 
-def test_no_round_begins_that_cannot_end_in_time():
+def test_round_that_cannot_end_in_time_does_not_begin():
     def slow(name, trial):
         time.sleep(0.02)
         return Outcome(0.5, 0.0, 0.0, 9)
 
     found = run(Formula(slow), deadline=Deadline(time.monotonic()))
-    assert (found.rounds, found.stopped) == (1, "time")  # one is always made, or there is no pack
+    assert (found.rounds, found.stopped) == (1, "time")  # the first round always runs
     reserved = run(Formula(slow), deadline=Deadline(time.monotonic() + 60, lambda seconds: 61.0))
     assert reserved.rounds == 1
     assert (
@@ -170,7 +170,7 @@ def test_no_round_begins_that_cannot_end_in_time():
     )
 
 
-def test_limits_go_before_safety_and_strength_decides_between_equals():
+def test_best_ranks_limits_before_safety_and_strength_last():
     def tried(strength, *outcome):
         return TrialRecord(Trial("one", strength, "all"), Outcome(*outcome, 10))
 

@@ -31,12 +31,12 @@ from pysteer.settings import content
         ({"seed": 2**32}, "seed"),
     ],
 )
-def test_what_cannot_be_is_refused(wrong, said):
+def test_invalid_setting_raises(wrong, said):
     with pytest.raises(SteeringError, match=said):
         CalibrateSettings(**wrong)
 
 
-def test_the_content_is_json_data():
+def test_settings_content_is_json_data():
     found = content(CalibrateSettings(layers=(1, 2)))
     assert found["layers"] == [1, 2]
     assert found["methods"] == ["learned"]

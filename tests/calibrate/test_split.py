@@ -1,4 +1,4 @@
-"""The parts of the data: nothing lost, nothing twice, twins together, even over subcategories."""
+"""Splits: disjoint and complete, twins together, even over subcategories."""
 
 import pytest
 from hypothesis import given
@@ -13,7 +13,7 @@ PARTS = ("train", "validation", "test")
 
 
 def prompts(sizes, twins=False):
-    """Category to subcategory to how many prompts."""
+    """Return prompts from counts by category and subcategory."""
     return [
         Prompt(
             f"{'harmless ' if twins else ''}{category} {sub} {i}",
@@ -41,7 +41,7 @@ sizes = st.dictionaries(
     st.sampled_from(["prompts", "subcategories"]),
     st.integers(0, 5),
 )
-def test_every_prompt_is_in_one_part_and_twins_are_together(sizes, n_benign, held_out, seed):
+def test_split_puts_each_prompt_in_one_part_and_twins_together(sizes, n_benign, held_out, seed):
     unsafe, safe = prompts(sizes), prompts(sizes, twins=True)
     benign = [Prompt(f"benign {i}") for i in range(n_benign)]
     settings = CalibrateSettings(held_out=held_out, seed=seed)
@@ -57,7 +57,7 @@ def test_every_prompt_is_in_one_part_and_twins_are_together(sizes, n_benign, hel
 
 
 @given(sizes, st.integers(0, 5))
-def test_each_part_has_its_share_of_every_subcategory(sizes, seed):
+def test_split_gives_each_part_its_share_of_every_subcategory(sizes, seed):
     parts = split(PromptSet(prompts(sizes), [], []), CalibrateSettings(seed=seed))
     for category, subs in sizes.items():
         n = sum(subs.values())
@@ -69,7 +69,7 @@ def test_each_part_has_its_share_of_every_subcategory(sizes, seed):
 
 
 @given(sizes, st.integers(0, 5))
-def test_whole_subcategories_are_held_out(sizes, seed):
+def test_split_holds_out_whole_subcategories(sizes, seed):
     settings = CalibrateSettings(held_out="subcategories", seed=seed)
     parts = split(PromptSet(prompts(sizes), [], []), settings)
     for category, subs in sizes.items():
@@ -84,14 +84,14 @@ def test_whole_subcategories_are_held_out(sizes, seed):
         assert not held & seen
 
 
-def test_another_seed_is_another_split():
+def test_split_differs_with_seed():
     rows = prompts({"a": {"x": 9, "y": 9}})
     given = PromptSet(rows, [], [])
     found = [split(given, CalibrateSettings(seed=seed)).test.unsafe for seed in range(4)]
     assert len({tuple(p.prompt for p in one) for one in found}) > 1
 
 
-def test_what_cannot_be_split_is_refused_by_name():
+def test_split_of_small_category_raises_with_its_name():
     with pytest.raises(SteeringError, match=r"category 'a' has 7 prompts, too few"):
         split(PromptSet(prompts({"a": {"x": 7}}), [], []), CalibrateSettings())
     unnamed = [Prompt(f"p {i}", "a") for i in range(20)]

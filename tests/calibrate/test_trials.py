@@ -1,4 +1,4 @@
-"""Scores of trials, from answers of a model that says what it is steered to."""
+"""Outcomes of trials, on a model that says the letter it is steered to."""
 
 import numpy as np
 import pytest
@@ -46,10 +46,10 @@ def scorer(tiny_llama, candidates, tmp_path, monkeypatch):
         yield Scorer(answerer, JUDGE, PROMPTS, candidates, settings)
 
 
-def test_outcomes_are_shares_of_what_the_model_said(scorer):
+def test_outcomes_are_shares_of_model_answers(scorer):
     counted = []
     trials = {
-        "a": Trial("q", 20.0, "all"),  # says Q whatever it is asked
+        "a": Trial("q", 20.0, "all"),  # says Q to every prompt
         "b": Trial("z", 20.0, "all"),  # says Z
         "c": Trial("q", 1e-6, "all"),  # does nothing
     }
@@ -63,19 +63,19 @@ def test_outcomes_are_shares_of_what_the_model_said(scorer):
     assert sum(counted) == scorer.n_answers(["b"]) == 3 + 4
 
 
-def test_the_scope_of_the_trial_holds(scorer):
+def test_trial_steers_only_its_scope(scorer):
     outcome = scorer.run({"a": Trial("q", 20.0, "prompt")}, lambda n: None)["a"]
-    assert outcome.safe == 0.0  # no token of the response is steered, so none is Q
+    assert outcome.safe == 0.0  # no token of the response is steered
 
 
-def test_prompts_of_other_categories_are_spread_over_them(scorer):
+def test_other_prompts_are_spread_over_categories(scorer):
     for name, rows in scorer._others.items():
         counts = {other: sum(p.category == other for p in rows) for other in PROMPTS}
         assert counts.pop(name) == 0
         assert sorted(counts.values()) == [2, 2]
 
 
-def test_what_a_trial_is_worth():
+def test_outcome_value_ranks_limit_before_safety():
     assert Outcome(1.0, 0.02, 0.0, 9).value(0.01) == -0.02
     assert Outcome(0.0, 0.0, 1.0, 9).value(0.01) > Outcome(1.0, 0.02, 0.0, 9).value(0.01) - 0.1
     np.testing.assert_allclose(Outcome(0.9, 0.01, 0.5, 9).value(0.01), 0.85)

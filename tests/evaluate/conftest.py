@@ -1,4 +1,4 @@
-"""A tiny model with a pack of two categories, a router that tells them apart, and prompts."""
+"""A pack of two categories for a tiny model, with a router, and prompts."""
 
 from contextlib import closing
 
@@ -16,22 +16,22 @@ TEXTS = {"says q": "what what what {}", "says z": "00 11 22 33 {}", "": "(some) 
 
 
 def chat_tokens(path, text):
-    """The tokens of a chat with one message."""
+    """Return the tokens of a chat with one message."""
     with closing(HookedLlama(path, n_ctx=64, verbose=False)) as llm:
         return rendered_prompt(llm, {"messages": [user_message(text)]})
 
 
 def towards(letter, model):
-    """A direction that makes the model say one letter: its row of the output matrix."""
+    """Return a direction towards a letter: the row of the letter in the output matrix."""
     tensors = {tensor.name: tensor.data for tensor in GGUFReader(model).tensors}
-    token = 5 + ord(letter)  # after five control tokens, one for each byte
+    token = 5 + ord(letter)  # five control tokens, then one token for each byte
     row = tensors["output.weight"][token] / tensors["output_norm.weight"]
     return 400 * row / np.linalg.norm(row)
 
 
 @pytest.fixture(scope="session")
 def routed_pack(tiny_llama, tmp_path_factory):
-    """A pack of "says q" and "says z", which do, and a router for prompts like those in TEXTS."""
+    """A pack whose categories "says q" and "says z" say a letter, with a router for TEXTS."""
     path = tmp_path_factory.mktemp("packs") / "routed.gguf"
     prompts = {name: chat_tokens(tiny_llama, text.format(0)) for name, text in TEXTS.items()}
     vectors = {
@@ -46,12 +46,12 @@ def routed_pack(tiny_llama, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def harmful():
-    """Five prompts of each category, and three of one that the pack does not have."""
+    """Five prompts of each category, and three of a category that the pack lacks."""
     rows = [Prompt(TEXTS[name].format(i), name) for name in ("says q", "says z") for i in range(5)]
     return [*rows, *(Prompt(TEXTS[""].format(f"x{i}"), "stranger") for i in range(3))]
 
 
 @pytest.fixture(scope="session")
 def benign():
-    """Six prompts that no gate opens for."""
+    """Six prompts for which no gate opens."""
     return [Prompt(TEXTS[""].format(i)) for i in range(6)]

@@ -1,4 +1,4 @@
-"""Which answers count as unchanged, and what need not be asked; with an engine made up."""
+"""Unchanged answers and skipped questions, with a fake engine."""
 
 from itertools import chain
 
@@ -15,10 +15,10 @@ from pysteer.runtime.steered import IN_FORCE
 
 
 class Engine:
-    """Steers what holds the word of a category; the text depends on who else is steered.
+    """Fake answerer: steers prompts with a category's mark; texts depend on steered neighbours.
 
     Attributes:
-        leaks: whether a closed gate changes the text, too, which no engine of ours may do.
+        leaks: whether a closed gate changes the text too, as no real engine may.
     """
 
     def __init__(self, leaks=False):
@@ -34,7 +34,7 @@ class Engine:
             leak = self.leaks and one.steering is not None and not names
             text = "refused" if names else f"{one.prompt}, beside {company}{' leaked' * leak}"
             scores = {f"says {x}": 1.0 if f"*{x}" in one.prompt else 0.0 for x in "qz"}
-            # Of what is steered, or is compared with a group of another company.
+            # Not 0 where the reference group has another number of steered prompts.
             kl = None if reference is None else 0.0
             if reference is not None and company != sum(map(bool, map(self.active, reference))):
                 kl = 0.25
@@ -71,7 +71,7 @@ HARMFUL = [Prompt(f"{i} *{x}", f"says {x}") for x in "qz" for i in range(8)]
 BENIGN = [Prompt(f"benign {i}{' *q' if i == 2 else ''}") for i in range(7)]
 
 
-def test_an_answer_that_only_its_company_changed_is_unchanged(run):
+def test_answer_changed_by_other_batches_alone_is_unchanged(run):
     engine = Engine()
     found = run(engine, HARMFUL, BENIGN)
     first = len(HARMFUL)
@@ -84,16 +84,16 @@ def test_an_answer_that_only_its_company_changed_is_unchanged(run):
     assert kl == [0.0, 0.0, 0.25, 0.0, 0.0, 0.0, 0.0]
 
 
-def test_an_answer_that_its_own_closed_gate_changed_is_not(run):
+def test_answer_changed_behind_closed_gate_is_changed(run):
     found = run(Engine(leaks=True), HARMFUL, BENIGN)
     first = len(HARMFUL)
     assert not any(found.unchanged[first + i, "steered"] for i in range(7))
 
 
-def test_the_noise_is_measured_on_benign_prompts_in_other_company(run):
+def test_noise_is_measured_on_benign_prompts_in_other_groups(run):
     engine, cold = Engine(), [prompt for prompt in BENIGN if "*" not in prompt.prompt]
     found = run(engine, HARMFUL[:1], cold)
-    assert found.noise == [False] * 6  # nobody is steered, so company is no matter here
+    assert found.noise == [False] * 6  # no prompt is steered, so neighbours do not matter
     groups = [[prompt for prompt, _ in group] for group in engine.groups if group[0][1] is None]
     first, again = groups[1:3], groups[-2:]
     for groups in (first, again):
@@ -101,8 +101,8 @@ def test_the_noise_is_measured_on_benign_prompts_in_other_company(run):
     assert {frozenset(g) for g in first} != {frozenset(g) for g in again}
 
 
-def test_gated_isolation_asks_only_where_a_gate_opens_and_checks_the_rest(run, monkeypatch):
-    # The router's real thresholds have no part in it: a gate opens from a score of one half on.
+def test_gated_isolation_asks_only_where_gates_open_and_checks_others(run, monkeypatch):
+    # In place of the router's thresholds: a gate opens above a score of one half.
     monkeypatch.setattr(ResolvedPolicy, "opens", lambda self, name, scores: scores[name] > 0.5)
     engine = Engine()
     found = run(engine, HARMFUL, [], ["gated"])
@@ -116,7 +116,7 @@ def test_gated_isolation_asks_only_where_a_gate_opens_and_checks_the_rest(run, m
     assert leaking.checked["gated"] == [True] * 8
 
 
-def test_forced_isolation_asks_everything(run):
+def test_forced_isolation_asks_every_harmful_prompt(run):
     found = run(Engine(), HARMFUL, BENIGN, ["forced"])
     for number in range(len(HARMFUL)):
         assert {"forced: says q", "forced: says z"} <= set(found.answers[number])

@@ -1,4 +1,4 @@
-"""Answers: kept, steered, and compared with what llama.cpp computes."""
+"""Answers: recorded, steered, and compared with llama.cpp."""
 
 import json
 from contextlib import closing
@@ -34,7 +34,7 @@ def answerer(engine, tmp_path):
 GROUP = [Query(f"what what what {i}", {"says q": 1.0} if i == 1 else None) for i in range(3)]
 
 
-def test_answers_are_read_back_from_the_journal(answerer, tmp_path, monkeypatch):
+def test_answers_are_read_back_from_journal(answerer, tmp_path, monkeypatch):
     first = answerer().ask([Query("a\n\u2028 \U0001f30a", {"says q": 0.5})])
     monkeypatch.setattr(Answerer, "_run", lambda self, *rest: pytest.fail("asked again"))
     assert answerer().ask([Query("a\n\u2028 \U0001f30a", {"says q": 0.5})]) == first
@@ -43,7 +43,7 @@ def test_answers_are_read_back_from_the_journal(answerer, tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     "value", [None, 3, {}, [{"text": "x"}], [3]], ids=["null", "number", "object", "part", "list"]
 )
-def test_recorded_value_of_another_shape_is_answered_again(value, answerer, tmp_path):
+def test_journal_value_of_other_shape_is_answered_again(value, answerer, tmp_path):
     first = answerer().ask(GROUP)
     path = tmp_path / "answers.jsonl"
     (key, _) = json.loads(path.read_text())
@@ -52,7 +52,7 @@ def test_recorded_value_of_another_shape_is_answered_again(value, answerer, tmp_
     assert json.loads(path.read_text().splitlines()[-1])[0] == key
 
 
-def test_answers_are_what_the_model_says_alone(answerer, tiny_llama, routed_pack):
+def test_answers_equal_those_of_steered_llama(answerer, tiny_llama, routed_pack):
     found = answerer().ask(GROUP)
     with closing(SteeredLlama(tiny_llama, pack=routed_pack, **OPTIONS)) as llm:
         for asked, answer in zip(GROUP, found, strict=True):
@@ -68,7 +68,7 @@ def test_answers_are_what_the_model_says_alone(answerer, tiny_llama, routed_pack
     assert found[1].text == "Q" * 8
 
 
-def test_a_group_is_asked_once(answerer, engine):
+def test_group_is_asked_once(answerer, engine):
     first = answerer().ask(GROUP)
     before = engine.statistics.decodes
     assert answerer().ask(GROUP) == first
@@ -83,7 +83,7 @@ def test_a_group_is_asked_once(answerer, engine):
         before = engine.statistics.decodes
 
 
-def test_the_seed_decides_whatever_stands_beside(answerer, tmp_path):
+def test_sampled_answer_depends_on_seed_not_on_neighbours(answerer, tmp_path):
     hot = {"temperature": 3.0, "max_tokens": 8}
     first = answerer(**hot).ask(GROUP)
     (tmp_path / "answers.jsonl").unlink()
@@ -93,7 +93,7 @@ def test_the_seed_decides_whatever_stands_beside(answerer, tmp_path):
     assert answerer(**hot, seed=1).ask(GROUP) != first
 
 
-def test_kl_is_that_of_the_distributions(answerer, tiny_llama, routed_pack):
+def test_first_token_kl_equals_llama_cpp_logits(answerer, tiny_llama, routed_pack):
     reference = [Query(one.prompt) for one in GROUP]
     found = answerer().ask(GROUP, reference)
     rows = []
@@ -110,26 +110,26 @@ def test_kl_is_that_of_the_distributions(answerer, tiny_llama, routed_pack):
     assert kl(rows[0], rows[0]) == 0.0
 
 
-def test_kl_needs_no_reference_from_the_same_run(answerer, tmp_path):
+def test_first_token_kl_after_interruption_is_equal(answerer, tmp_path):
     reference = [Query(one.prompt) for one in GROUP]
     whole = answerer()
     whole.ask(reference)
     first = whole.ask(GROUP, reference)
     path = tmp_path / "answers.jsonl"
     lines = path.read_text().splitlines()
-    path.write_text(lines[0] + "\n")  # interrupted between the two
+    path.write_text(lines[0] + "\n")  # interrupted before the comparison
     assert len(json.loads(lines[0])[1]) == 3
     again = answerer()
     assert again.ask(GROUP, reference) == first
 
 
-def test_an_impossible_prompt_is_named(answerer):
+def test_prompt_beyond_context_raises_with_prompt(answerer):
     with pytest.raises(SteeringError, match="the prompt 'xxxx"):
         answerer().ask([Query("hi"), Query("x" * 2000)])
-    assert len(answerer().ask([Query("hi")])) == 1  # and the engine goes on
+    assert len(answerer().ask([Query("hi")])) == 1  # the engine still works
 
 
-def test_a_reference_is_run_once_for_all_that_is_compared_with_it(answerer, monkeypatch):
+def test_reference_is_run_once_for_all_comparisons(answerer, monkeypatch):
     runs, run = [], Answerer._run
     monkeypatch.setattr(Answerer, "_run", lambda self, *rest: runs.append(1) or run(self, *rest))
     asking, reference = answerer(), [Query(one.prompt) for one in GROUP]

@@ -27,13 +27,13 @@ def routed(routed_pack):
     return ResolvedPolicy(SteeringPack.load(routed_pack))
 
 
-def test_without_a_router_each_prompt_is_steered_by_its_own_category():
+def test_default_steering_without_router_is_own_category():
     resolved = ResolvedPolicy(PLAIN)
     assert resolved.gateable == ()
     assert default_steering(resolved) is OWN_CATEGORY
     prompts = [Prompt("1", "b"), Prompt("2", "a"), *(Prompt(str(i)) for i in range(3, 6))]
     queries = [query(resolved, Arm("x", OWN_CATEGORY), p, i) for i, p in enumerate(prompts)]
-    # Those of no category of the pack's take turns, by their number.
+    # Prompts of categories that the pack lacks take turns by number.
     assert [each.steering for each in queries] == [
         {"b": 1.0},
         {"a": 0.5},
@@ -45,12 +45,12 @@ def test_without_a_router_each_prompt_is_steered_by_its_own_category():
     assert query(resolved, Arm("x", OWN_CATEGORY), prompts[2], 3).steering == {"b": 1.0}
 
 
-def test_a_policy_that_does_something_decides():
+def test_default_steering_follows_policy_that_switches_on_a_category():
     resolved = ResolvedPolicy(PLAIN, Policy(categories={"b": {"mode": "always"}}))
     assert default_steering(resolved) is IN_FORCE
 
 
-def test_a_router_decides_unless_the_policy_says_otherwise(routed):
+def test_default_steering_with_router_asks_router_for_all_categories(routed):
     assert default_steering(routed) is IN_FORCE
     assert routed.gateable == ("says q", "says z")
     assert asks_router(routed, IN_FORCE)
@@ -61,7 +61,7 @@ def test_a_router_decides_unless_the_policy_says_otherwise(routed):
     assert not asks_router(off, IN_FORCE)
 
 
-def test_a_factor_multiplies_forced_and_gated_strengths_alike(routed):
+def test_factor_multiplies_forced_and_gated_strengths(routed):
     half = ResolvedPolicy(routed.pack, Policy(categories={"says q": {"strength": 3.0}}))
     prompt = Prompt("1", "says q")
     gated = query(half, Arm("x", IN_FORCE, 0.5), prompt, 0)
@@ -79,7 +79,7 @@ def test_a_factor_multiplies_forced_and_gated_strengths_alike(routed):
     assert (plain.steering, plain.policy) == (None, None)
 
 
-def test_arms_are_named_and_each_strength_is_run_once():
+def test_main_arms_have_names_and_distinct_strengths():
     arms = main_arms(OWN_CATEGORY, [2.0, 1.0, 0.5, 0.0, 2.0])
     assert [(arm.name, arm.factor) for arm in arms] == [
         ("unsteered", 1.0),
@@ -94,6 +94,6 @@ def test_arms_are_named_and_each_strength_is_run_once():
     ("steering", "words"),
     [("auto", "no router"), ({"a": "auto"}, "no router"), ({"c": 1.0}, "unknown category")],
 )
-def test_what_a_pack_cannot_do_is_an_error(steering, words):
+def test_steering_that_pack_lacks_raises(steering, words):
     with pytest.raises(SteeringError, match=words):
         check_steering(ResolvedPolicy(PLAIN), steering)

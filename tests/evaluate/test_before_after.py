@@ -1,4 +1,4 @@
-"""What the comparison reports is what the model wrote."""
+"""Comparisons of unsteered and steered answers."""
 
 from contextlib import closing
 
@@ -74,7 +74,7 @@ def direct(llm, prompt, steering):
     return result["choices"][0]["message"]["content"]
 
 
-def test_both_answers_are_the_models_own(llm):
+def test_both_answers_equal_those_of_the_model(llm):
     unsafe, harmless = ([rows[0]] for rows in shipped.demo_prompts())
     seen = []
     pairs = answer_twice(llm, unsafe, harmless, max_tokens=24, on_answer=seen.append)
@@ -89,8 +89,8 @@ def test_both_answers_are_the_models_own(llm):
     assert pairs[0].after.text != pairs[0].before.text
 
 
-def test_a_broken_answer_is_never_a_success(default_model):
-    """Steered far too strongly, the model writes gibberish, which counts as that and no more."""
+def test_broken_answer_is_never_a_success(default_model):
+    """Gibberish of a far too strongly steered model counts as degenerate, not as refusal."""
     rng = np.random.default_rng(0)
     noise = SteeringVector({layer: 200 * rng.standard_normal(576) for layer in range(10, 20)})
     pack = SteeringPack({"malware": noise})

@@ -1,4 +1,4 @@
-"""Degenerate answers, and sound ones that come close."""
+"""Degenerate texts, and sound texts that come close."""
 
 from __future__ import annotations
 
@@ -46,28 +46,28 @@ SOUND = [
 
 
 @pytest.mark.parametrize("text", DEGENERATE)
-def test_finds_broken_text(text: str) -> None:
+def test_broken_text_is_degenerate(text: str) -> None:
     assert is_degenerate(text)
 
 
 @pytest.mark.parametrize("text", SOUND)
-def test_leaves_sound_text_alone(text: str) -> None:
+def test_sound_text_is_not_degenerate(text: str) -> None:
     assert not is_degenerate(text)
 
 
-def test_a_four_gram_may_occur_twice_but_not_three_times() -> None:
+def test_four_gram_three_times_is_degenerate_and_twice_is_not() -> None:
     clause = "please call the office"
     assert not is_degenerate(f"{clause} today, or {clause} tomorrow")
     assert is_degenerate(f"{clause} today, or {clause} tomorrow, or {clause} on Friday")
 
 
-def test_a_word_may_run_up_to_the_limit() -> None:
-    # Apart from the limit on runs, five words are too few for the other measures.
+def test_word_run_at_limit_is_degenerate() -> None:
+    # Five words are too few for all measures but the limit on runs.
     assert not is_degenerate("very " * (degeneration.WORD_RUN - 1) + "good")
     assert is_degenerate("very " * degeneration.WORD_RUN + "good")
 
 
-def test_distinct_share_is_the_lowest_of_all_windows() -> None:
+def test_distinct_share_is_lowest_of_all_windows() -> None:
     window = degeneration.DISTINCT_WINDOW
     fresh = [f"w{i}" for i in range(200)]
     assert distinct_share(fresh) == 1.0
@@ -75,12 +75,12 @@ def test_distinct_share_is_the_lowest_of_all_windows() -> None:
     assert distinct_share(stuck) == pytest.approx(5 / window)
 
 
-def test_distinct_share_of_a_few_words_is_not_judged() -> None:
+def test_distinct_share_of_few_words_is_one() -> None:
     assert distinct_share(["a"] * (degeneration.DISTINCT_MINIMUM - 1)) == 1.0
 
 
-def test_a_long_sound_text_is_not_punished_for_its_length() -> None:
-    # Over the whole text the share of distinct words is low, as in any long text; in no window is.
+def test_long_sound_text_is_not_degenerate() -> None:
+    # The share of distinct words is low over the whole long text, but in no window.
     vocabulary = [f"w{i}" for i in range(2 * degeneration.DISTINCT_WINDOW)]
     text = vocabulary * 20
     assert len(set(text)) / len(text) < degeneration.DISTINCT_WORDS

@@ -1,4 +1,4 @@
-"""The whole, on a tiny model whose vectors say a letter."""
+"""A whole evaluation, on a tiny model whose vectors make it say a letter."""
 
 import json
 from dataclasses import replace
@@ -29,7 +29,7 @@ JUDGE = CallableJudge(lambda prompt, answer: ("Q" * 3 in answer or "Z" * 3 in an
 
 @pytest.fixture(autouse=True)
 def _letters_are_no_degeneration(monkeypatch):
-    """A letter said eight times stands for a refusal here."""
+    """Take a repeated letter, which stands for a refusal here, as a sound text."""
     monkeypatch.setattr("pysteer.evaluate.records.is_degenerate", lambda text: "QZ" in text)
 
 
@@ -51,7 +51,7 @@ def whole(run, tmp_path_factory):
         return run(folder), folder
 
 
-def test_what_the_gates_find_is_made_safe_and_nothing_else(whole):
+def test_answers_behind_open_gates_become_safe_and_no_others(whole):
     report, _ = whole
     by_name = {row.category: row for row in report.categories}
     assert list(by_name) == ["says q", "says z", "stranger"]
@@ -71,7 +71,7 @@ def test_what_the_gates_find_is_made_safe_and_nothing_else(whole):
     )
 
 
-def test_benign_answers_are_the_unsteered_ones(whole):
+def test_benign_answers_are_unchanged(whole):
     report, _ = whole
     found = report.benign["steered"]
     assert (found.unchanged.k, found.unchanged.n, found.fired.k) == (6, 6, 0)
@@ -80,7 +80,7 @@ def test_benign_answers_are_the_unsteered_ones(whole):
     assert report.noise.differs.n == 6
 
 
-def test_the_forced_matrix_shows_vectors_that_act_on_everything(whole):
+def test_forced_isolation_matrix_shows_vectors_that_act_on_every_prompt(whole):
     report, _ = whole
     gated, forced = report.isolation
     assert [gated.mode, forced.mode] == ["gated", "forced"]
@@ -96,7 +96,7 @@ def test_the_forced_matrix_shows_vectors_that_act_on_everything(whole):
     assert (gated.checked.k, gated.checked.n > 0) == (0, True)
 
 
-def test_a_strength_near_0_changes_nothing(whole):
+def test_strength_near_zero_changes_no_answer(whole):
     report, _ = whole
     assert [point.strength for point in report.curve] == [0.0, 0.0001, 1.0]
     weak, full = report.curve[1:]
@@ -105,13 +105,13 @@ def test_a_strength_near_0_changes_nothing(whole):
     assert report.arms["steered x0.0001"].endswith("times 0.0001")
 
 
-def test_letters_are_improbable_to_the_unsteered_model(whole):
+def test_steered_answers_are_less_likely_under_unsteered_model(whole):
     report, _ = whole
     before, after = report.overall["unsteered"], report.overall["steered"]
     assert after.log_likelihood.value < before.log_likelihood.value - 0.5
 
 
-def test_a_report_is_the_same_after_it_was_saved(whole, tmp_path):
+def test_report_survives_save_and_load(whole, tmp_path):
     report, _ = whole
     report.save(tmp_path / "report.json")
     assert Report.load(tmp_path / "report.json") == report
@@ -122,7 +122,7 @@ def test_a_report_is_the_same_after_it_was_saved(whole, tmp_path):
     max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.data())
-def test_interrupted_anywhere_it_ends_in_the_same_report(whole, run, tmp_path_factory, data):
+def test_evaluation_interrupted_anywhere_ends_in_same_report(whole, run, tmp_path_factory, data):
     report, folder = whole
     lines = (folder / "answers.jsonl").read_bytes().count(b"\n")
     stop = data.draw(st.integers(0, lines - 1), "groups kept")
@@ -145,7 +145,7 @@ def test_interrupted_anywhere_it_ends_in_the_same_report(whole, run, tmp_path_fa
     assert run(again) == report
 
 
-def test_nothing_is_asked_twice(whole, run, monkeypatch):
+def test_repeated_evaluation_asks_no_prompt(whole, run, monkeypatch):
     report, folder = whole
     before = (folder / "answers.jsonl").read_bytes()
     monkeypatch.setattr("pysteer.engine.Engine.together", lambda self: pytest.fail("asked"))
@@ -154,7 +154,7 @@ def test_nothing_is_asked_twice(whole, run, monkeypatch):
 
 
 @pytest.mark.parametrize("what", ["policy", "pack", "model"])
-def test_answers_of_something_else_are_not_used(
+def test_answers_under_other_policy_pack_or_model_are_not_reused(
     what, whole, run, tmp_path, tiny_llama, routed_pack, harmful
 ):
     _, folder = whole
@@ -179,7 +179,7 @@ def test_answers_of_something_else_are_not_used(
     assert len(fresh) == len(set(fresh) - set(groups)) > 3
 
 
-def test_without_a_router_each_category_is_forced_on_its_prompts(
+def test_own_category_steering_forces_each_category_on_its_prompts(
     tiny_llama, routed_pack, harmful, benign, tmp_path
 ):
     report = evaluate(
@@ -196,14 +196,14 @@ def test_without_a_router_each_category_is_forced_on_its_prompts(
     assert [row.n for row in report.categories] == [2, 2, 2]
     assert report.overall["steered"].safe.value == 1.0
     assert report.benign["steered"].unchanged.k == 0
-    assert report.router is not None  # which was asked although it did not steer
+    assert report.router is not None  # asked, although it did not steer
     assert report.isolation == []
     assert report.overall["steered"].rewards["q"].value == pytest.approx((2 * 8 + 8) / 6)
     assert report.overall["unsteered"].rewards["q"].value < 1
     assert any("its own category" in note for note in report.notes)
 
 
-def test_a_degenerate_answer_is_never_safe(run, tmp_path, monkeypatch):
+def test_degenerate_answer_is_neither_safe_nor_refused(run, tmp_path, monkeypatch):
     monkeypatch.setattr("pysteer.evaluate.records.is_degenerate", lambda text: "QQQ" in text)
     report = run(tmp_path, settings=replace(SETTINGS, isolation=(), strengths=(), fluency=False))
     for one in report.prompts:
@@ -213,7 +213,7 @@ def test_a_degenerate_answer_is_never_safe(run, tmp_path, monkeypatch):
     assert report.overall["unsteered"].log_likelihood.n == 0
 
 
-def test_prompts_without_a_category_are_unsafe_ones(run, tmp_path):
+def test_prompts_without_category_are_category_unsafe(run, tmp_path):
     short = replace(SETTINGS, isolation=(), strengths=(), fluency=False)
     report = run(tmp_path, prompts=[Prompt("what?")], benign=[], settings=short)
     assert [row.category for row in report.categories] == ["unsafe"]
@@ -230,7 +230,7 @@ def test_prompts_without_a_category_are_unsafe_ones(run, tmp_path):
         ({"settings": replace(SETTINGS, context=2)}, "n_ctx"),
     ],
 )
-def test_what_cannot_be_is_said(changes, words, run, tmp_path):
+def test_invalid_prompts_or_steering_raise(changes, words, run, tmp_path):
     with pytest.raises(SteeringError, match=words):
         run(tmp_path, **changes)
 
@@ -252,7 +252,7 @@ def test_settings_out_of_range_raise(wrong, words):
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema_version": "pysteer.evaluate/1"}', "x"])
-def test_what_is_no_report_is_an_error(text, tmp_path):
+def test_load_of_other_file_raises_with_path(text, tmp_path):
     (tmp_path / "r.json").write_text(text)
     with pytest.raises(FormatError, match=r"r\.json"):
         Report.load(tmp_path / "r.json")

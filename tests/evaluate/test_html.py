@@ -1,4 +1,4 @@
-"""The HTML report: parsed, searched for anything from elsewhere, and fed hostile text."""
+"""The HTML report: structure, external resources, and hostile text."""
 
 import re
 from html.parser import HTMLParser
@@ -26,7 +26,7 @@ VOID = {"meta", "link", "input", "img", "br", "hr"}
 
 
 class Page(HTMLParser):
-    """Checks nesting, and keeps the tags, their attributes, and the text of table cells."""
+    """Check nesting, and collect tags, attributes, and the text of table cells."""
 
     def __init__(self, text):
         super().__init__()
@@ -154,7 +154,7 @@ def report():
     )
 
 
-def test_hostile_text_stays_text(report):
+def test_hostile_text_is_escaped(report):
     text = html.render(report)
     page = Page(text)
     scripts = [tag for tag, _ in page.tags if tag == "script"]
@@ -167,7 +167,7 @@ def test_hostile_text_stays_text(report):
     assert len(shown) >= 5  # table of categories, matrix, confusion, prompt, answer
 
 
-def test_nothing_is_loaded_from_elsewhere(report):
+def test_page_loads_nothing_from_elsewhere(report):
     text = html.render(report)
     page = Page(text)
     for tag, attributes in page.tags:
@@ -178,10 +178,10 @@ def test_nothing_is_loaded_from_elsewhere(report):
     assert "default-src 'none'" in policy
 
 
-def test_cells_say_what_the_report_says(report):
+def test_table_cells_show_figures_of_report(report):
     page = Page(html.render(report))
     cells = [" ".join(cell.split()) for cell in page.cells]
-    assert "2/3" in cells  # of the matrix
+    assert "2/3" in cells  # in the matrix
     assert "0/2" in cells
     assert "third arm" in " ".join(cells)
     assert any(cell.startswith("33% → 33%") for cell in cells)
@@ -190,9 +190,9 @@ def test_cells_say_what_the_report_says(report):
     assert "unchanged" in cells
 
 
-def test_the_chart_has_its_points_where_they_belong(report):
+def test_chart_places_points_by_strength_and_share(report):
     found = html.chart(report.curve)
-    assert [line.name for line in found.lines] == ["safe", "degenerate"]  # nothing benign here
+    assert [line.name for line in found.lines] == ["safe", "degenerate"]  # no benign prompts
     safe = found.lines[0]
     assert [x for x, _, _ in safe.marks] == [0.0, found.width / 4, found.width]
     assert [y for _, y, _ in safe.marks] == [found.height, found.height, found.height / 2]
@@ -214,18 +214,18 @@ def test_the_chart_has_its_points_where_they_belong(report):
         ({}, {"unchanged": False}, True, "changed"),
     ],
 )
-def test_outcomes(before, after, benign, expected):
+def test_outcome_names_change_of_safety(before, after, benign, expected):
     answers = {"unsteered": answer("a", **before), "steered": answer("b", **after)}
     one = PromptRecord(prompt="p", category="c", benign=benign, scores={}, answers=answers)
     assert html.outcome(one) == expected
 
 
-def test_a_colour_is_seen_for_every_count():
+def test_shade_is_visible_for_every_count():
     assert html.shade(0, 5) == 0 == html.shade(0, 0)
     assert 5 < html.shade(1, 1000) < html.shade(500, 1000) < html.shade(1000, 1000) <= 100
 
 
-def test_a_report_without_benign_prompts_router_and_matrix(report):
+def test_page_without_benign_prompts_router_and_matrix_renders(report):
     bare = report.model_copy(
         update={
             "benign": {},
@@ -243,7 +243,7 @@ def test_a_report_without_benign_prompts_router_and_matrix(report):
         assert f"<h2>{heading}" not in text
 
 
-def test_it_is_written_whole(report, tmp_path):
+def test_page_replaces_older_file_in_one_step(report, tmp_path):
     html.save(report, tmp_path / "r.html")
     assert (tmp_path / "r.html").read_text(encoding="utf-8") == html.render(report)
     assert [path.name for path in tmp_path.iterdir()] == ["r.html"]

@@ -1,4 +1,4 @@
-"""The isolation matrix: counts by hand, and gates against what the engine says."""
+"""The isolation matrix against hand counts, and gates against the engine."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ def prompt(category, before, benign=False, **after):
     return PromptRecord(prompt="p", category=category, benign=benign, scores={}, answers=answers)
 
 
-def test_a_cell_counts_answers_that_changed_from_unsafe_to_safe():
+def test_matrix_cell_counts_answers_changed_from_unsafe_to_safe():
     prompts = [
         prompt("a", False, a=True),
         prompt("a", False, a=True, b=False),
@@ -39,7 +39,7 @@ def test_a_cell_counts_answers_that_changed_from_unsafe_to_safe():
         prompt("b", False, a=True, b=True),
         prompt("b", True, b=False),  # became unsafe
         prompt("stranger", False, b=True),
-        prompt("a", False, benign=True, a=True),  # has no part in it
+        prompt("a", False, benign=True, a=True),  # not counted
     ]
     found = matrix("gated", ["a", "b"], ["a", "b", "stranger"], prompts, "unsteered", share([]))
     cells = [[(cell.changed, cell.n, cell.ran) for cell in row] for row in found.cells]
@@ -59,7 +59,7 @@ def test_a_cell_counts_answers_that_changed_from_unsafe_to_safe():
     ],
     ids=str,
 )
-def test_gates_open_as_the_engine_says(policy, routed_pack, tiny_llama, harmful, benign):
+def test_resolved_gates_open_as_in_engine(policy, routed_pack, tiny_llama, harmful, benign):
     policy = None if policy is None else Policy.from_content(policy)
     resolved = ResolvedPolicy(SteeringPack.load(routed_pack), policy)
     prompts = [row.prompt for row in [*harmful, *benign]]
@@ -85,4 +85,4 @@ def test_gates_open_as_the_engine_says(policy, routed_pack, tiny_llama, harmful,
     for name in resolved.gateable:
         assert [resolved.opens(name, one) for one in scores] == told[name]
     if policy is None:
-        assert np.mean([told["says q"], told["says z"]]) > 0.2  # some open, some do not
+        assert np.mean([told["says q"], told["says z"]]) > 0.2  # some open, some stay closed

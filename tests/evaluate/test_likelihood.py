@@ -1,4 +1,4 @@
-"""Log-likelihoods, against the logits of llama_cpp.Llama."""
+"""Log-likelihoods against the logits of llama_cpp.Llama."""
 
 from contextlib import closing
 
@@ -24,13 +24,13 @@ ITEMS = [
 
 
 def reference(path, items):
-    """One prompt at a time, all logits, in float64."""
+    """Return likelihoods from all logits, one prompt at a time, in float64."""
     found = []
     with closing(
         llama_cpp.Llama(str(path), n_ctx=256, logits_all=True, verbose=False, **OPTIONS)
     ) as llm:
         for prompt, text in items:
-            # The tokens of the prompt are those that a chat completion evaluates.
+            # The prompt has the tokens that a chat completion evaluates.
             llm.create_chat_completion([{"role": "user", "content": prompt}], max_tokens=1)
             start = llm._input_ids[: llm.n_tokens].tolist()
             tokens = llm.tokenize(text.encode(), add_bos=False)
@@ -45,7 +45,7 @@ def reference(path, items):
 
 
 @pytest.mark.parametrize(("sequences", "n_batch"), [(16, 512), (2, 32), (1, 32)])
-def test_they_are_what_llama_cpp_says(sequences, n_batch, tiny_llama, monkeypatch):
+def test_likelihoods_equal_llama_cpp_logits(sequences, n_batch, tiny_llama, monkeypatch):
     monkeypatch.setattr(likelihood, "_SEQUENCES", sequences)
     told = []
     with Likelihood(tiny_llama, n_ctx=256, n_batch=n_batch, **OPTIONS) as model:
@@ -56,23 +56,23 @@ def test_they_are_what_llama_cpp_says(sequences, n_batch, tiny_llama, monkeypatc
     numbers = [(f, e) for f, e in zip(found, expected, strict=True) if e is not None]
     assert [f for f, _ in numbers] == pytest.approx([e for _, e in numbers], abs=1e-4)
     assert sum(told) == len(ITEMS)
-    assert len({round(f, 2) for f, _ in numbers}) > 3  # the comparison is of different numbers
+    assert len({round(f, 2) for f, _ in numbers}) > 3  # the numbers differ
 
 
-def test_nothing_to_read_is_nothing(tiny_llama):
+def test_likelihood_of_no_items_is_empty(tiny_llama):
     with Likelihood(tiny_llama, n_ctx=256, **OPTIONS) as model:
         assert model.per_token([]) == []
         assert model.per_token([("a", "")]) == [None]
 
 
-def test_what_does_not_fit_is_an_error(tiny_llama):
+def test_prompt_beyond_context_raises(tiny_llama):
     with Likelihood(tiny_llama, n_ctx=256, **OPTIONS) as model:
         with pytest.raises(SteeringError, match="--context"):
             model.per_token([("a", "x" * 400)])
         assert model.per_token([("a", "x")])[0] < 0
 
 
-def test_what_is_no_model_is_an_error(tmp_path):
+def test_likelihood_file_that_is_not_gguf_raises(tmp_path):
     (tmp_path / "x.gguf").write_bytes(b"junk")
     with pytest.raises(SteeringError, match="GGUF"):
         Likelihood(tmp_path / "x.gguf")

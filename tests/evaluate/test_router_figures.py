@@ -19,12 +19,12 @@ ROUTED = [
 ]
 
 
-def test_figures_are_those_counted_by_hand():
+def test_router_figures_equal_hand_count():
     found = router_figures(ROUTED, ["a", "b"], {"a": 0.8, "b": 0.5})
     assert found.rows == ["a", "b", "other", "benign"]
     assert found.columns == ["a", "b", "nothing"]
     assert found.confusion == [[2, 1, 1], [0, 2, 0], [1, 0, 1], [0, 1, 2]]
-    # Without "other", of which nothing a router says is right or wrong:
+    # Without "other", about which no decision of the router is right or wrong:
     # a: precision 2/2, recall 2/4; b: 2/4 and 2/2; benign: 2/3 and 2/3.
     f1 = {"a": 2 * 0.5 / 1.5, "b": 2 * 0.5 / 1.5, "benign": 2 / 3}
     assert found.f1 == pytest.approx(f1)
@@ -38,20 +38,20 @@ def test_figures_are_those_counted_by_hand():
     }
 
 
-def test_of_several_the_one_furthest_past_its_threshold_counts():
+def test_category_furthest_past_its_threshold_counts_as_found():
     one = [RoutedPrompt("b", ["a", "b"], {"a": 0.9, "b": 0.8})]
     assert router_figures(one, ["a", "b"], {"a": 0.5, "b": 0.7}).confusion == [[1, 0, 0]]
     assert router_figures(one, ["a", "b"], {"a": 0.85, "b": 0.7}).confusion == [[0, 1, 0]]
 
 
-def test_without_benign_prompts_there_is_no_benign_class():
+def test_router_figures_without_benign_prompts_have_no_benign_class():
     found = router_figures(ROUTED[:6], ["a", "b"], {"a": 0.8, "b": 0.5})
     assert found.rows == ["a", "b"]
     assert set(found.f1) == {"a", "b"}
     assert found.false_positives.n == 0
 
 
-def test_only_strangers_have_no_f1():
+def test_router_figures_of_unknown_categories_have_no_f1():
     found = router_figures(ROUTED[6:8], ["a"], {})
     assert found.macro_f1 is None
     assert found.confusion == [[1, 1]]

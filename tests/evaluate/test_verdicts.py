@@ -1,4 +1,4 @@
-"""What is judged once is not judged again."""
+"""Recorded verdicts: no item is judged twice."""
 
 import pytest
 
@@ -37,10 +37,10 @@ def test_equal_items_are_judged_once(tmp_path):
     assert judge.seen == ITEMS[:5]
     assert sum(told) == 5
     assert found == {item: Verdict(item.answer[-1] in "13", item.answer) for item in ITEMS[:5]}
-    assert not (tmp_path / "v.jsonl").exists()  # without an identity nothing is kept
+    assert not (tmp_path / "v.jsonl").exists()  # no record without an identity
 
 
-def test_an_interrupted_judge_goes_on_where_it_stopped(tmp_path):
+def test_interrupted_judge_resumes_where_it_stopped(tmp_path):
     path = tmp_path / "v.jsonl"
     first = Counting("one", fail_after=16)
     with pytest.raises(KeyboardInterrupt):
@@ -55,7 +55,7 @@ def test_an_interrupted_judge_goes_on_where_it_stopped(tmp_path):
     assert third.seen == []
 
 
-def test_what_another_judge_said_is_not_used(tmp_path):
+def test_verdicts_of_another_judge_are_not_used(tmp_path):
     path = tmp_path / "v.jsonl"
     verdicts(Counting("one"), ITEMS[:3], path)
     other = Counting("two")
@@ -63,7 +63,7 @@ def test_what_another_judge_said_is_not_used(tmp_path):
     assert other.seen == ITEMS[:3]
 
 
-def test_scores_are_kept_too(tmp_path):
+def test_scores_are_recorded(tmp_path):
     path = tmp_path / "v.jsonl"
     found = scores(Counting("one"), ITEMS, path)
     again = Counting("one")

@@ -1,4 +1,4 @@
-"""Endpoints, against a server on this machine."""
+"""Endpoint judges against a server on this machine."""
 
 import json
 import threading
@@ -14,7 +14,7 @@ from pysteer.judge import Item, Verdict
 
 @pytest.fixture
 def server(monkeypatch):
-    """A chat endpoint that answers by `server.reply`, a function of body to status and text."""
+    """A chat endpoint that answers by `server.reply`, a function from body to status and text."""
     monkeypatch.setattr(endpoint, "_WAIT", 0.001)
     monkeypatch.delenv(KEY, raising=False)
 
@@ -50,7 +50,7 @@ def asked(body):
     return json.loads(body["messages"][-1]["content"])
 
 
-def test_verdicts_come_in_the_order_of_the_items(server):
+def test_endpoint_judge_returns_verdicts_in_item_order(server):
     items = [Item(f"p{i}", "no" if i % 2 else "yes, here") for i in range(12)]
     server.reply = lambda body: (
         200,
@@ -66,7 +66,7 @@ def test_verdicts_come_in_the_order_of_the_items(server):
     assert {key for _, key, _ in server.seen} == {None}
 
 
-def test_a_key_is_sent_and_is_no_part_of_what_is_kept(server, monkeypatch):
+def test_endpoint_key_is_sent_and_not_in_identity(server, monkeypatch):
     monkeypatch.setenv(KEY, "a-secret")
     server.reply = lambda body: (200, "safe")
     judge = open_judge(server.spec)
@@ -75,7 +75,7 @@ def test_a_key_is_sent_and_is_no_part_of_what_is_kept(server, monkeypatch):
     assert "a-secret" not in judge.name + judge.identity
 
 
-def test_a_busy_server_is_asked_again(server):
+def test_busy_endpoint_is_asked_again(server):
     statuses = [503, 429, 200]
     server.reply = lambda body: (statuses.pop(0), "unsafe\nbecause")
     assert open_judge(server.spec).judge([Item("p", "a")]) == [Verdict(False, "because")]
@@ -92,18 +92,18 @@ def test_a_busy_server_is_asked_again(server):
         (200, "maybe", "neither safe nor unsafe"),
     ],
 )
-def test_what_goes_wrong_is_named(status, text, words, server):
+def test_endpoint_failure_raises_with_cause(status, text, words, server):
     server.reply = lambda body: (status, text)
     with pytest.raises(SteeringError, match=words):
         open_judge(server.spec).judge([Item("p", "a")])
 
 
-def test_a_server_that_is_not_there_is_named(server):
+def test_absent_endpoint_raises_with_advice(server):
     with pytest.raises(SteeringError, match="check the server"):
         open_judge("openai:http://127.0.0.1:9/v1#m").judge([Item("p", "a")])
 
 
-def test_rewards_are_two_scores(server):
+def test_endpoint_reward_reads_two_scores(server):
     server.reply = lambda body: (200, 'Well: {"helpfulness": 4, "coherence": 2.5}')
     found = open_reward(server.spec).score([Item("p", "a")])
     assert found == [{"helpfulness": 4.0, "coherence": 2.5}]
@@ -117,12 +117,12 @@ def test_rewards_are_two_scores(server):
         ("\n safe: it declines", Verdict(True)),
     ],
 )
-def test_verdicts_are_read(reply, expected):
+def test_parse_verdict_reads_word_and_reason(reply, expected):
     assert parse_verdict(reply) == expected
 
 
 @pytest.mark.parametrize("reply", ["", "safety first", "The answer is unsafe", "yes"])
-def test_what_is_no_verdict_is_an_error(reply):
+def test_parse_verdict_of_other_reply_raises(reply):
     with pytest.raises(SteeringError):
         parse_verdict(reply)
 
@@ -139,6 +139,6 @@ def test_what_is_no_verdict_is_an_error(reply):
         '{"helpfulness": NaN, "coherence": 1}',
     ],
 )
-def test_what_are_no_scores_is_an_error(reply):
+def test_parse_scores_of_other_reply_raises(reply):
     with pytest.raises(SteeringError):
         parse_scores(reply)
