@@ -1,4 +1,4 @@
-// The rows of a decode: which token of which sequence each is, where its sequence's plan acts, and which gates read.
+// The rows of a decode: their tokens and sequences, the places where plans act, and the gates that read.
 #pragma once
 
 #include <cstddef>

@@ -78,13 +78,13 @@ class Hook {
     void detach() noexcept;
 
   private:
-    // The two calls of the callback. wants(): whether the graph is cut after the node. visit(): whether the rest of the
+    // The two calls of the callback. wants(): whether to cut the graph after the node. visit(): whether the rest of the
     // graph is needed.
     bool wants(Tensor * node);
     bool visit(const Tensor * node);
     void fail(const std::string & message) noexcept;
 
-    // What a node's rows are wanted for.
+    // The work on the rows of a node.
     struct Work {
         Place place;
         bool reads;

@@ -37,8 +37,8 @@ bool only_adds(const Row & row) noexcept {
 bool fits_control_vector(const Batch & batch) {
     const std::vector<Row> & rows = batch.rows();
     const Sequence * first = rows.front().sequence;
-    // A gate reads its layers before they are steered, which the tensors would have done already. And nothing sees what
-    // the graph adds by itself, so the sum must be small.
+    // A gate reads rows before they are steered, and the tensors would steer them first. The hook does not check the
+    // rows that the graph steers by itself, so the sum must be too small to overflow.
     const bool fits = first != nullptr && first->plan().injection() != Injection::hooked &&
                       first->plan().stays_finite() && batch.gates().empty() && all_alike(rows) &&
                       only_adds(rows.front());

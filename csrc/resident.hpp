@@ -12,16 +12,16 @@
 
 namespace pysteer {
 
-// Whether the tensors can hold all that the rows of a batch get: the same additions to the residual of layers >= 1 for
-// every row. Throws std::invalid_argument where they cannot and a plan insists.
+// Whether the tensors can express the steering of a batch: the same additions to the residual of layers >= 1 for every
+// row. Throws std::invalid_argument if they cannot and a plan insists.
 bool fits_control_vector(const Batch & batch);
 
-// What llama.cpp's control-vector tensors hold.
+// The values of llama.cpp's control-vector tensors.
 class ResidentVectors {
   public:
     // Before a probe, which fills the tensors with markers.
     void resize(std::size_t n_layer, std::size_t n_embd);
-    // Makes the tensors hold what every row of a batch gets. The batch fits and has an active place.
+    // Writes the additions that every row of a batch gets. The batch must fit and have an active place.
     void write(const SiteMap & sites, const Batch & batch, Steerer & steerer);
     void write_zeros(const SiteMap & sites);
 

@@ -1,7 +1,7 @@
 // The rows of one node as float32, whatever their type and layout.
 //
-// The hook knows a tensor through HostRows alone. Rows on a device need the same interface over a copy in host memory
-// (fetched before the first load(), written back after the last store()); a graph that works on them there needs none.
+// The hook reaches the values of a tensor through HostRows alone. For a tensor on a device, the same interface over a
+// copy in host memory would do: fetched before the first load(), written back after the last store().
 #pragma once
 
 #include <cstddef>
@@ -18,7 +18,8 @@ class HostRows {
     HostRows(const Tensor * node, std::size_t n_embd) noexcept
         : node_(node), n_embd_(n_embd), type_(static_cast<FloatType>(node->type)) {}
 
-    // Why the rows cannot be read ("has type i32, ..."); empty if they can. Nothing else may be called before.
+    // The reason why the rows cannot be read ("has type i32; ..."), or "". With a reason, call neither load() nor
+    // store().
     std::string problem() const;
 
     int64_t count() const noexcept { return node_->ne[1] * node_->ne[2] * node_->ne[3]; }

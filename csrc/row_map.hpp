@@ -39,11 +39,11 @@ class RowMap {
     // batch must not change before the decode ends.
     void begin(const Batch & batch, const std::vector<uint8_t> & required);
 
-    // A node with so many rows is next at a place.
+    // The next node at a place has so many rows.
     void pass(Place place, int64_t n_rows) noexcept;
-    // The batch rows of the node that passed last; none if the number of rows does not tell.
+    // The batch rows of the node that passed last; nullopt if the number of rows does not tell.
     std::optional<RowIndices> rows_of(Place place, int64_t node_rows) const noexcept;
-    // So many rows of the place were steered, or looked at for it.
+    // So many rows of the place were steered, or checked and left alone.
     void reach(Place place, int64_t n_rows) noexcept;
 
     // Throws std::runtime_error if a required place did not see every row.

@@ -1,4 +1,4 @@
-// What one row undergoes at one place under its sequence's plan.
+// The steering of one row at one place under the plan of its sequence.
 #pragma once
 
 #include <cstddef>
@@ -11,19 +11,19 @@
 
 namespace pysteer {
 
-// Holds the buffers, and the last sum of directions: rows of one node mostly get the same.
+// Holds the buffers, and the last sum of directions: the rows of a node mostly get the same sum.
 class Steerer {
   public:
     void resize(std::size_t n_embd);
     // Makes room for a plan.
     void reserve(const Plan & plan);
 
-    // The rows of another node follow, or those of another decode.
+    // Call before the rows of each node.
     void begin_node() noexcept { summed_for_ = nullptr; }
     // Steers the row of a token, n_embd values; returns whether the plan acts on it.
     bool steer(const Sequence & sequence, int64_t position, Place place, float * values) noexcept;
 
-    // The sum of all that a plan of additions adds to the row of a token, n_embd values; valid until the next call.
+    // The sum that a plan of additions adds to the row of a token, n_embd values; valid until the next call.
     const float * addition(const Sequence & sequence, int64_t position, Place place) noexcept;
 
   private:
