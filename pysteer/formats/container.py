@@ -6,8 +6,8 @@ The rules, each because a file that breaks it can crash, hang or mislead a reade
 - keys and tensor names occur once;
 - arrays hold scalars or strings, never arrays;
 - strings are UTF-8; the file is little-endian, version 2 or 3;
-- tensors lie one behind the other, aligned, inside the file, which bounds what they add up to; they
-  are copied out, so that nothing refers to the file once it has been read.
+- tensors lie one behind the other, aligned, inside the file, which bounds their total size; they
+  are copied, so that no array refers to the file after reading.
 
 Only float32 tensors are read: nothing that pysteer or llama.cpp writes for steering has another
 type. Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
@@ -21,31 +21,51 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import IntEnum
 from math import prod
 from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from pysteer.errors import FormatError, naming, quoted
 
 Scalar: TypeAlias = "int | float | bool | str"
 Value: TypeAlias = "Scalar | list[Scalar]"
 
+
+class ValueType(IntEnum):
+    """The types of metadata values, by their numbers in a file."""
+
+    UINT8 = 0
+    INT8 = 1
+    UINT16 = 2
+    INT16 = 3
+    UINT32 = 4
+    INT32 = 5
+    FLOAT32 = 6
+    BOOL = 7
+    STRING = 8
+    ARRAY = 9
+    UINT64 = 10
+    INT64 = 11
+    FLOAT64 = 12
+
+
 _SCALARS = {
-    GGUFValueType.UINT8: "<B",
-    GGUFValueType.INT8: "<b",
-    GGUFValueType.UINT16: "<H",
-    GGUFValueType.INT16: "<h",
-    GGUFValueType.UINT32: "<I",
-    GGUFValueType.INT32: "<i",
-    GGUFValueType.FLOAT32: "<f",
-    GGUFValueType.UINT64: "<Q",
-    GGUFValueType.INT64: "<q",
-    GGUFValueType.FLOAT64: "<d",
+    ValueType.UINT8: "<B",
+    ValueType.INT8: "<b",
+    ValueType.UINT16: "<H",
+    ValueType.INT16: "<h",
+    ValueType.UINT32: "<I",
+    ValueType.INT32: "<i",
+    ValueType.FLOAT32: "<f",
+    ValueType.UINT64: "<Q",
+    ValueType.INT64: "<q",
+    ValueType.FLOAT64: "<d",
 }
+_F32 = 0  # in the numbering of tensor types
 _ARCHITECTURE = "general.architecture"
 _MAX_DIMENSIONS = 4
 _MAX_ARRAY = 1 << 22  # far above any vocabulary
@@ -54,7 +74,7 @@ _SMALLEST_ENTRY = 12  # bytes: an empty name and a type
 
 @dataclass(frozen=True)
 class Container:
-    """Metadata, and every tensor as float32 in numpy's order of dimensions."""
+    """Metadata of a file, and every tensor as float32 in numpy's order of dimensions."""
 
     metadata: dict[str, Value]
     tensors: dict[str, npt.NDArray[np.float32]]
@@ -91,17 +111,17 @@ class _Cursor:
         except UnicodeDecodeError:
             raise FormatError(f"{what} is not UTF-8") from None
 
-    def value_type(self, what: str) -> GGUFValueType:
+    def value_type(self, what: str) -> ValueType:
         number = int(self.unpack("<I", what))
         try:
-            return GGUFValueType(number)
+            return ValueType(number)
         except ValueError:
             raise FormatError(f"{what} has the unknown type {number}") from None
 
-    def scalar(self, kind: GGUFValueType, what: str) -> Scalar:
-        if kind == GGUFValueType.STRING:
+    def scalar(self, kind: ValueType, what: str) -> Scalar:
+        if kind == ValueType.STRING:
             return self.string(what)
-        if kind == GGUFValueType.BOOL:
+        if kind == ValueType.BOOL:
             number = int(self.unpack("<B", what))
             if number > 1:
                 raise FormatError(f"{what} is neither true nor false")
@@ -110,14 +130,14 @@ class _Cursor:
 
     def value(self, what: str) -> Value:
         kind = self.value_type(what)
-        return self.array(what) if kind == GGUFValueType.ARRAY else self.scalar(kind, what)
+        return self.array(what) if kind == ValueType.ARRAY else self.scalar(kind, what)
 
     def array(self, what: str) -> list[Scalar]:
         kind = self.value_type(what)
-        if kind == GGUFValueType.ARRAY:
+        if kind == ValueType.ARRAY:
             raise FormatError(f"{what} holds an array of arrays")
         layout = _SCALARS.get(kind)
-        size = struct.calcsize(layout) if layout else 8 if kind == GGUFValueType.STRING else 1
+        size = struct.calcsize(layout) if layout else 8 if kind == ValueType.STRING else 1
         count = self.count("<Q", size, f"values of {what}")
         if count > _MAX_ARRAY:
             raise FormatError(f"{what} has {count} values; at most {_MAX_ARRAY} are read")
@@ -133,8 +153,8 @@ def read(path: Path, *, architectures: tuple[str, ...]) -> Container:
 
     Args:
         path: the file.
-        architectures: the values of `general.architecture` that are welcome; anything else is
-            refused before a tensor is looked at, so that a 5 GB model is turned away at once.
+        architectures: the accepted values of `general.architecture`; any other is refused before
+            a tensor is read, so that a 5 GB model costs no time.
 
     Raises:
         FormatError: the file cannot be read, breaks a rule above, or is of another architecture.
@@ -167,7 +187,7 @@ def _opened(path: Path) -> Iterator[_Cursor]:
 
 
 def _head(cursor: _Cursor, architectures: tuple[str, ...] | None) -> tuple[int, dict[str, Value]]:
-    """The number of tensors, and the metadata."""
+    """Return the number of tensors, and the metadata."""
     if cursor.data[:4] != b"GGUF":
         raise FormatError("not a GGUF file")
     cursor.at = 4
@@ -183,7 +203,7 @@ def _head(cursor: _Cursor, architectures: tuple[str, ...] | None) -> tuple[int, 
         if key in metadata:
             raise FormatError(f"metadata key {quoted(key)} occurs twice")
         metadata[key] = cursor.value(f"metadata value {quoted(key)}")
-        # First in every ordinary file: turn others away at once.
+        # The architecture comes first in every ordinary file: refuse other files at once.
         if key == _ARCHITECTURE and architectures is not None:
             _check_architecture(metadata, architectures)
     return n_tensors, metadata
@@ -208,7 +228,9 @@ def _tensors(
     for name, (shape, offset) in infos.items():
         count = prod(shape)
         if offset != expected or start + offset + 4 * count > len(cursor.data):
-            raise FormatError(f"the data of tensor {quoted(name)} is not where it should be")
+            raise FormatError(
+                f"the data of tensor {quoted(name)} lies outside of the file or unaligned"
+            )
         expected = _aligned(offset + 4 * count, alignment)
         flat = np.frombuffer(cursor.data, "<f4", count, start + offset)
         tensors[name] = flat.reshape(shape).astype(np.float32, copy=True)
@@ -238,8 +260,13 @@ def _tensor_info(cursor: _Cursor, tensor: str) -> tuple[tuple[int, ...], int]:
     if 0 in sizes:
         raise FormatError(f"{tensor} is empty")
     kind = int(cursor.unpack("<I", f"the type of {tensor}"))
-    if kind != GGMLQuantizationType.F32:
-        known = GGMLQuantizationType(kind).name if kind in GGML_QUANT_SIZES else f"type {kind}"
-        raise FormatError(f"{tensor} is {known}; directions are F32")
+    if kind != _F32:
+        raise FormatError(f"{tensor} is {_type_name(kind)}; directions are F32")
     # GGUF counts dimensions from the fastest, numpy from the slowest.
     return tuple(reversed(sizes)), int(cursor.unpack("<Q", f"the offset of {tensor}"))
+
+
+def _type_name(kind: int) -> str:
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType  # with YAML, for this message alone
+
+    return GGMLQuantizationType(kind).name if kind in GGML_QUANT_SIZES else f"type {kind}"

@@ -35,19 +35,15 @@ and `router.bias`; probe: `router.probe.weight` and `router.probe.bias`; centroi
 from __future__ import annotations
 
 import json
-import os
 import re
-import secrets
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from gguf import GGUFValueType, GGUFWriter
 
-from pysteer.errors import FormatError, SteeringError, naming, quoted
+from pysteer.errors import FormatError, naming, quoted
 from pysteer.formats.container import Container, read
 
 Directions: TypeAlias = dict[int, npt.NDArray[np.float32]]
@@ -57,12 +53,13 @@ VECTOR_ARCHITECTURE = "controlvector"
 PACK_ARCHITECTURE = "pysteer"
 PACK_VERSION = 2  # the newest that is read; version 1 is written where it suffices
 
-_OPERATORS = "pysteer.operators"
-_POLICY = "pysteer.policy"
+OPERATORS = "pysteer.operators"
+POLICY = "pysteer.policy"
+ROUTER = "pysteer.router."
+ROUTER_TENSOR = "router."
+
 _BASE_MODEL = {"architecture": str, "name": str, "n_layer": int, "n_embd": int, "n_vocab": int}
 _DIRECTION = re.compile(r"direction\.(0|[1-9][0-9]{0,5})")
-_ROUTER = "pysteer.router."
-_ROUTER_TENSOR = "router."
 _PACK_DIRECTION = re.compile(r"category\.(0|[1-9][0-9]{0,5})\.direction\.(0|[1-9][0-9]{0,5})")
 
 
@@ -129,18 +126,6 @@ class PackContent:
         return 2 if operators or self.policy is not None else 1
 
 
-def write_vector(path: Path, directions: Directions, *, model_hint: str) -> None:
-    """Write a plain control vector: residual, layers >= 1."""
-
-    def fill(writer: GGUFWriter) -> None:
-        _add_string(writer, "controlvector.model_hint", model_hint)
-        writer.add_uint32("controlvector.layer_count", len(directions))
-        for layer, direction in directions.items():
-            writer.add_tensor(f"direction.{layer}", np.ascontiguousarray(direction))
-
-    _write(path, VECTOR_ARCHITECTURE, fill)
-
-
 def read_vector(path: Path) -> Directions:
     """Read a plain control vector.
 
@@ -152,44 +137,6 @@ def read_vector(path: Path) -> Directions:
         if container.metadata["general.architecture"] == PACK_ARCHITECTURE:
             raise FormatError("this is a pack; load it with SteeringPack.load")
         return _vector(container)
-
-
-def write_pack(path: Path, content: PackContent) -> None:
-    """Write a pack."""
-
-    def fill(writer: GGUFWriter) -> None:
-        categories = content.categories.values()
-        writer.add_uint32("pysteer.format_version", content.version)
-        writer.add_array("pysteer.categories", list(content.categories))
-        writer.add_array("pysteer.sites", [category.site for category in categories])
-        if any(category.operator for category in categories):
-            _add_json(writer, _OPERATORS, [category.operator for category in categories])
-        if content.policy is not None:
-            _add_json(writer, _POLICY, content.policy)
-        for name, value in (content.base_model or {}).items():
-            key = f"pysteer.base_model.{name}"
-            if isinstance(value, str):
-                _add_string(writer, key, value)
-            else:
-                writer.add_uint32(key, value)
-        if content.residual_norm:
-            layers, norms = zip(*sorted(content.residual_norm.items()), strict=True)
-            writer.add_array("pysteer.residual_norm.layers", [int(layer) for layer in layers])
-            writer.add_key_value(
-                "pysteer.residual_norm.values",
-                [float(norm) for norm in norms],
-                GGUFValueType.ARRAY,
-                sub_type=GGUFValueType.FLOAT64,
-            )
-        _add_json(writer, "pysteer.provenance", content.provenance)
-        for index, category in enumerate(categories):
-            for layer, direction in category.directions.items():
-                name = f"category.{index}.direction.{layer}"
-                writer.add_tensor(name, np.ascontiguousarray(direction))
-        if content.router is not None:
-            _add_router(writer, content.router)
-
-    _write(path, PACK_ARCHITECTURE, fill)
 
 
 def read_pack(path: Path) -> PackContent:
@@ -226,7 +173,7 @@ def _pack(container: Container) -> PackContent:
         raise FormatError(
             f"the pack has format version {quoted(version)}; this pysteer reads 1 to {PACK_VERSION}"
         )
-    newer = [key for key in (_OPERATORS, _POLICY) if key in container.metadata]
+    newer = [key for key in (OPERATORS, POLICY) if key in container.metadata]
     if (version == 2) != bool(newer):
         raise FormatError(
             f"the pack has format version {version}, which "
@@ -239,7 +186,7 @@ def _pack(container: Container) -> PackContent:
     directions: list[Directions] = [{} for _ in names]
     router = _router(container)
     for tensor_name, tensor in container.tensors.items():
-        if router is not None and tensor_name.startswith(_ROUTER_TENSOR):
+        if router is not None and tensor_name.startswith(ROUTER_TENSOR):
             continue
         match = _PACK_DIRECTION.fullmatch(tensor_name)
         if match is None or int(match[1]) >= len(names):
@@ -254,19 +201,19 @@ def _pack(container: Container) -> PackContent:
         if "pysteer.provenance" in container.metadata
         else {},
         router,
-        _json(container, _POLICY) if _POLICY in container.metadata else None,
+        _json(container, POLICY) if POLICY in container.metadata else None,
     )
 
 
 def _operators(container: Container, count: int) -> list[dict[str, Any]]:
-    if _OPERATORS not in container.metadata:
+    if OPERATORS not in container.metadata:
         return [{} for _ in range(count)]
-    found = _parsed(container, _OPERATORS)
+    found = _parsed(container, OPERATORS)
     if not isinstance(found, list) or len(found) != count:
-        raise FormatError(f"metadata value {_OPERATORS!r} is not a JSON list, one per category")
+        raise FormatError(f"metadata value {OPERATORS!r} is not a JSON list, one per category")
     for operator in found:
         if not isinstance(operator, dict):
-            raise FormatError(f"metadata value {_OPERATORS!r} holds {quoted(operator)}")
+            raise FormatError(f"metadata value {OPERATORS!r} holds {quoted(operator)}")
     return found
 
 
@@ -306,41 +253,29 @@ def _residual_norm(container: Container) -> dict[int, float]:
 
 
 def _router(container: Container) -> RouterContent | None:
-    if not any(key.startswith(_ROUTER) for key in container.metadata):
+    if not any(key.startswith(ROUTER) for key in container.metadata):
         return None  # so that tensors named like a router's belong to no category
-    site = container.metadata.get(_ROUTER + "site")
+    site = container.metadata.get(ROUTER + "site")
     if not isinstance(site, str):
-        raise FormatError(f"metadata value {_ROUTER + 'site'!r} is missing or wrong")
-    layers = container.metadata.get(_ROUTER + "layers")
+        raise FormatError(f"metadata value {ROUTER + 'site'!r} is missing or wrong")
+    layers = container.metadata.get(ROUTER + "layers")
     if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
-        raise FormatError(f"metadata value {_ROUTER + 'layers'!r} is not a list of whole numbers")
-    poolings = _strings(container, _ROUTER + "poolings")
+        raise FormatError(f"metadata value {ROUTER + 'layers'!r} is not a list of whole numbers")
+    poolings = _strings(container, ROUTER + "poolings")
     if len(layers) != len(poolings):
         raise FormatError("the router's layers and poolings do not match")
     return RouterContent(
         site=site,
         layers=[int(layer) for layer in layers],
         poolings=poolings,
-        categories=_strings(container, _ROUTER + "categories"),
+        categories=_strings(container, ROUTER + "categories"),
         tensors={
-            name.removeprefix(_ROUTER_TENSOR): tensor
+            name.removeprefix(ROUTER_TENSOR): tensor
             for name, tensor in container.tensors.items()
-            if name.startswith(_ROUTER_TENSOR)
+            if name.startswith(ROUTER_TENSOR)
         },
-        tables=_json(container, _ROUTER + "tables"),
+        tables=_json(container, ROUTER + "tables"),
     )
-
-
-def _add_router(writer: GGUFWriter, router: RouterContent) -> None:
-    _add_string(writer, _ROUTER + "site", router.site)
-    writer.add_key_value(
-        _ROUTER + "layers", router.layers, GGUFValueType.ARRAY, sub_type=GGUFValueType.UINT32
-    )
-    writer.add_array(_ROUTER + "poolings", router.poolings)
-    writer.add_array(_ROUTER + "categories", router.categories)
-    _add_json(writer, _ROUTER + "tables", router.tables)
-    for name, tensor in router.tensors.items():
-        writer.add_tensor(_ROUTER_TENSOR + name, np.ascontiguousarray(tensor))
 
 
 def _json(container: Container, key: str) -> dict[str, Any]:
@@ -357,39 +292,3 @@ def _parsed(container: Container, key: str) -> Any:
         return json.loads(text) if isinstance(text, str) else None
     except (ValueError, RecursionError):
         return None
-
-
-def _add_json(writer: GGUFWriter, key: str, value: object) -> None:
-    _add_string(writer, key, json.dumps(value, sort_keys=True, allow_nan=False))
-
-
-def _add_string(writer: GGUFWriter, key: str, value: str) -> None:
-    """Add a string; unlike `GGUFWriter.add_string`, an empty one as well."""
-    writer.add_key_value(key, value, GGUFValueType.STRING)
-
-
-def _write(path: Path, architecture: str, fill: Callable[[GGUFWriter], None]) -> None:
-    """Write beside the target and move into place, so that a failure keeps an older file whole."""
-    try:
-        target = path.resolve()  # write through a symbolic link, not over it
-        part = target.parent / f".{secrets.token_hex(8)}.part"
-        try:
-            writer = GGUFWriter(part, architecture)
-            try:
-                fill(writer)
-                writer.write_header_to_file()
-                writer.write_kv_data_to_file()
-                writer.write_tensors_to_file()
-            finally:
-                writer.close()
-            with part.open("rb") as file:
-                os.fsync(file.fileno())
-            part.replace(target)
-        finally:
-            part.unlink(missing_ok=True)
-    except OSError as error:
-        raise SteeringError(f"cannot write {path}: {error.strerror or error}") from None
-    except SteeringError:
-        raise
-    except ValueError as error:  # an invalid path or text
-        raise SteeringError(f"cannot write {quoted(str(path))}: {error}") from None

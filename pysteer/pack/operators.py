@@ -1,6 +1,6 @@
-"""`Operator`: what a steering vector does to one row of activations, as data.
+"""`Operator`: how a steering vector changes one row of activations, as data.
 
-The native part (csrc/operators) carries it out; here is what each one means. h is one row at the
+The native part (csrc/operators) applies operators; here are their formulas. h is one row at the
 vector's site and layer, d the stored direction, e = d / |d|, and s the strength times the factor of
 the scope at that row. A row where s = 0 is not touched.
 
@@ -15,13 +15,13 @@ the scope at that row. A row where s = 0 is not touched.
 
   - (cos a c1 - sin a c2) b1 + (sin a c1 + cos a c2) b2: turned by a, from b1 towards b2;
   - with `target`, |c| (cos a b1 + sin a b2), |c|^2 = c1^2 + c2^2: brought to the angle a from b1,
-    whatever it was.
+    whatever its angle was.
 
-  What is outside of the plane stays, and so does the norm of h. s multiplies the angle.
-- `low_rank`: h + s U (V^T h), with U and V of shape (n_embd, r). Any linear map of rank r, among
-  them the null-space-constrained ones of AlphaSteer, arXiv 2506.07022.
+  The part outside of the plane stays, and so does the norm of h. s multiplies the angle.
+- `low_rank`: h + s U (V^T h), with U and V of shape (n_embd, r). Any linear map of rank r, such as
+  the null-space-constrained maps of AlphaSteer, arXiv 2506.07022.
 
-`keep_norm`, with any of them: the row is scaled to the norm it had before.
+`keep_norm`, with any operator: the row is scaled back to its norm before.
 
 Stored per layer, as rows of n_embd values: `add`, `ablate`, `clamp`: d. `rotate`: d1, then d2.
 `low_rank`: the r columns of U, then the r columns of V.
@@ -49,28 +49,28 @@ _KIND_OF = {
     "angle": "rotate",
     "target": "rotate",
 }
-# Two directions this close to one line (sine of the angle between them) span no plane that float32
-# could tell from rounding.
+# The sine of the angle between two directions below which float32 cannot tell their plane from
+# rounding.
 _PARALLEL = 1e-5
 
 
 @dataclass(frozen=True)
 class Operator:
-    """One operator and its options. Immutable; the module says what each one computes.
+    """One operator and its options. Immutable; the module has the formulas.
 
     Attributes:
         kind: one of `OPERATORS`.
-        keep_norm: rescale each steered row to the norm it had; any kind.
+        keep_norm: rescale each steered row to its norm before; any kind.
         one_sided: `ablate` only: act only where the projection is positive.
         low: `clamp` only: the smallest projection, in the units of the model's activations; None
             for no bound.
         high: `clamp` only: the largest.
         angle: `rotate` only: radians at strength 1.
-        target: `rotate` only: `angle` is where to, from the first direction, rather than how far.
+        target: `rotate` only: True if `angle` is measured from the first direction, not from h.
 
     Raises:
-        SteeringError: an unknown kind, an option that the kind does not have, `clamp` without low
-            and high or with low > high, `rotate` with the angle 0, or a number that is not finite
+        SteeringError: an unknown kind, an option of another kind, `clamp` without low and high or
+            with low > high, `rotate` with the angle 0, or a number that is not finite
             in float32.
     """
 
@@ -117,18 +117,18 @@ class Operator:
             )
 
     def __str__(self) -> str:
-        """In short, such as "add" or "clamp, low -1, high 2"."""
+        """Return the operator in short, such as "add" or "clamp, low -1, high 2"."""
         options = {key: value for key, value in self.content().items() if key != "kind"}
         texts = [key if value is True else f"{key} {value:.4g}" for key, value in options.items()]
         return ", ".join([self.kind, *texts])
 
     @property
     def rows_per_layer(self) -> int | None:
-        """How many rows of n_embd values each layer needs; None for any even number."""
+        """Number of rows of n_embd values that each layer needs; None for any even number."""
         return _ROWS[self.kind]
 
     def content(self) -> dict[str, Any]:
-        """The options that are not the default, as JSON data; {} for a plain `add`."""
+        """Return the options that differ from the default as JSON data; {} for a plain `add`."""
         return {
             field.name: getattr(self, field.name)
             for field in fields(self)
@@ -137,10 +137,10 @@ class Operator:
 
     @classmethod
     def from_content(cls, content: object) -> Operator:
-        """The operator that `content()` describes.
+        """Return the operator that `content()` describes.
 
         Raises:
-            SteeringError: not a mapping, an option that no operator has, or as for the class.
+            SteeringError: not a mapping, an unknown option, or as for the class.
         """
         if not isinstance(content, Mapping):
             raise SteeringError(f"{quoted(content)} does not describe an operator")
@@ -148,23 +148,23 @@ class Operator:
         for name in content:
             if name not in known:
                 raise SteeringError(
-                    f"{quoted(name)} is no option of an operator; there are {', '.join(known)}"
+                    f"{quoted(name)} is not an option of operators; there are {', '.join(known)}"
                 )
         return cls(**content)
 
     def prepare(self, rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """One layer's stored rows as the native part reads them.
+        """Return one layer's stored rows as the native part reads them.
 
         Args:
             rows: shape (rows, n_embd), finite.
 
         Returns:
-            The same shape, float32: `ablate` and `clamp`: unit rows; `rotate`: an orthonormal pair;
-            `add` and `low_rank`: as they are.
+            The same shape, float32: for `ablate` and `clamp` unit rows, for `rotate` an orthonormal
+            pair, for `add` and `low_rank` the rows unchanged.
 
         Raises:
-            SteeringError: a direction that is 0, or two that are parallel, where that gives no unit
-                row or plane.
+            SteeringError: `ablate`, `clamp` or `rotate` with a zero direction, or `rotate` with two
+                parallel directions.
         """
         if self.kind in ("add", "low_rank"):
             return rows
@@ -172,14 +172,14 @@ class Operator:
         for row in rows.astype(np.float64):
             length = np.linalg.norm(row)
             if length == 0:
-                raise SteeringError(f"a direction of 0 is none to {self.kind} along")
+                raise SteeringError(f"cannot {self.kind} along a zero direction")
             unit = row / length
-            for other in basis * 2:  # the second time takes away what rounding left
+            for other in basis * 2:  # the second pass removes the first one's rounding
                 unit = unit - (unit @ other) * other
             left = np.linalg.norm(unit)
             if left < _PARALLEL:
                 raise SteeringError(
-                    f"two directions on one line span no plane to {self.kind} in; give two others"
+                    f"cannot {self.kind} in the plane of two parallel directions; give two others"
                 )
             basis.append(unit / left)
         return np.stack(basis).astype(np.float32)
@@ -197,4 +197,4 @@ def _number(value: object, name: str) -> float:
 
 
 ADD = Operator()
-"""Plain addition: what llama.cpp's control vectors do, and the default."""
+"""Plain addition, as by llama.cpp's control vectors; the default."""

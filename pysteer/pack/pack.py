@@ -226,7 +226,13 @@ class SteeringPack:
             )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the pack to one GGUF file; an older file is replaced in one step."""
+        """Write the pack to one GGUF file; an older file is replaced in one step.
+
+        Raises:
+            SteeringError: the file cannot be written.
+        """
+        from pysteer.formats import gguf_writer  # with the gguf package, and so with YAML
+
         content = gguf.PackContent(
             categories={
                 name: gguf.CategoryContent(
@@ -240,7 +246,7 @@ class SteeringPack:
             router=self.router.content() if self.router is not None else None,
             policy=self.policy.content() if self.policy is not None else None,
         )
-        gguf.write_pack(Path(path), content)
+        gguf_writer.write_pack(Path(path), content)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SteeringPack:

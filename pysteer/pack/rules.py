@@ -2,8 +2,8 @@
 
     malware and not (privacy_violation or "self harm")
 
-Names, `and`, `or`, `not` and parentheses, which bind as in Python. A name is letters, digits and
-underscores, or any text in single or double quotes; there, a backslash stands before a quote or
+Names, `and`, `or`, `not` and parentheses bind as in Python. A name is letters, digits and
+underscores, or any text in single or double quotes. In quotes, a backslash escapes a quote or
 another backslash.
 """
 
@@ -17,10 +17,10 @@ from typing import NamedTuple
 from pysteer.errors import SteeringError, UnknownCategoryError, quoted
 
 AND, OR, NOT = -1, -2, -3
-"""What `Rule.postfix` has beside the numbers of gates. NOT takes one operand, the others two."""
+"""The operators in `Rule.postfix`. NOT takes one operand, the others two."""
 
 MAX_STACK = 32
-"""The most operands that evaluating the postfix form of a rule holds at one time."""
+"""The size of the stack on which the postfix form of a rule is evaluated."""
 
 MAX_TEXT = 10_000
 
@@ -34,22 +34,22 @@ _TOKEN = re.compile(
 
 
 class _Token(NamedTuple):
-    kind: str  # "name", "end", or what the text itself is: and, or, not, (, )
+    kind: str  # "name", "end", or the text itself: and, or, not, (, )
     text: str
     column: int  # from 1
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A logical expression over gates; equal to another that is written in the same way.
+    """A logical expression over gates; equal to another of the same text.
 
     Attributes:
-        text: as it was written.
-        names: the categories whose gates it looks at, each once, as they come.
+        text: the expression.
+        names: the categories whose gates it looks at, each once, in the order of the text.
 
     Raises:
-        SteeringError: it is no such expression, with the column from 1; or it is too long, or
-            nested too deep.
+        SteeringError: invalid syntax, with the column from 1; or the text is too long or nested
+            too deep.
     """
 
     text: str
@@ -74,10 +74,10 @@ class Rule:
         return cls('"' + re.sub(r'(["\\])', r"\\\1", category) + '"')
 
     def evaluate(self, gates: Mapping[str, bool]) -> bool:
-        """Whether the rule holds.
+        """Return True if the rule holds.
 
         Args:
-            gates: category to whether its gate is open; at least `names`.
+            gates: category to True if its gate is open; at least `names`.
 
         Raises:
             UnknownCategoryError: a name is not among `gates`.
@@ -96,7 +96,7 @@ class Rule:
         return stack.pop()
 
     def postfix(self, index: Mapping[str, int]) -> list[int]:
-        """The rule as the native part evaluates it, on a stack of at most `MAX_STACK` operands.
+        """Return the rule for evaluation on a stack of at most `MAX_STACK` operands.
 
         Args:
             index: category to the number of its gate, from 0; at least `names`.
@@ -125,12 +125,13 @@ def _tokens(text: str) -> Iterator[_Token]:
             found = text[column - 1]
             if found in "'\"":
                 raise SteeringError(
-                    f"column {column}: this quote is not closed, or has a backslash before "
+                    f"column {column}: this quote is not closed, or a backslash in it escapes "
                     "something else than a quote or a backslash"
                 )
             raise SteeringError(
                 f"column {column}: unexpected {quoted(found)}; a rule has names, 'and', 'or', "
-                "'not' and parentheses; other names than letters, digits and _ stand in quotes"
+                "'not' and parentheses; put names with other characters than letters, digits and "
+                "_ in quotes"
             )
         kind = match.lastgroup or ""
         part = match[kind]
@@ -147,25 +148,27 @@ def _tokens(text: str) -> Iterator[_Token]:
 
 
 def _parsed(text: str) -> tuple[str | int, ...]:
-    """The rule in postfix order: names, and the numbers of the operators.
+    """Return the rule in postfix order: names, and the numbers of the operators.
 
-    Dijkstra's shunting yard: without recursion, so that no rule is nested too deep to be read.
+    Dijkstra's shunting yard, which needs no recursion: deep nesting cannot exhaust the stack.
     """
     found: list[str | int] = []
-    waiting: list[_Token] = []  # operators and opening parentheses whose end has not come
+    waiting: list[_Token] = []  # operators and parentheses that are still open
     expects_name = True
     for token in _tokens(text):
         kind = token.kind
         if expects_name:
             if kind == "name":
                 if not token.text.strip():
-                    raise SteeringError(f"column {token.column}: an empty name")
+                    raise SteeringError(f"column {token.column}: the name is empty")
                 found.append(token.text)
                 expects_name = False
             elif kind in ("not", "("):
                 waiting.append(token)
             else:
-                raise SteeringError(f"column {token.column}: {_told(token)} where a name should be")
+                raise SteeringError(
+                    f"column {token.column}: expected a name, found {_shown(token)}"
+                )
         elif kind in ("and", "or"):
             while waiting and _BINDS.get(waiting[-1].kind, 0) >= _BINDS[kind]:
                 found.append(_OPERATORS[waiting.pop().kind])
@@ -182,7 +185,7 @@ def _parsed(text: str) -> tuple[str | int, ...]:
                 waiting.pop()
         else:
             raise SteeringError(
-                f"column {token.column}: {_told(token)} where 'and' or 'or' should be"
+                f"column {token.column}: expected 'and' or 'or', found {_shown(token)}"
             )
     _check_stack(found)
     return tuple(found)
@@ -196,5 +199,5 @@ def _check_stack(postfix: list[str | int]) -> None:
             raise SteeringError(f"the rule is nested more than {MAX_STACK} deep")
 
 
-def _told(token: _Token) -> str:
-    return "the rule ends" if token.kind == "end" else quoted(token.text)
+def _shown(token: _Token) -> str:
+    return "the end of the rule" if token.kind == "end" else quoted(token.text)

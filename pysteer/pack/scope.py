@@ -1,4 +1,4 @@
-"""`Scope`: which tokens of a sequence are steered, and by what factor times the strength.
+"""`Scope`: the tokens of a sequence that are steered, and a factor on the strength for each.
 
 Position p counts the tokens of a sequence from 0, n of them are the prompt. The response index
 r = p - (n - 1) is 0 at the last prompt token, because its row decides the first response token.
@@ -12,7 +12,7 @@ r = p - (n - 1) is 0 at the last prompt token, because its row decides the first
     cosine m            0.5 (1 + cos(pi r/m)) where 0 <= r < m
     values v0 v1 ...    v_r where 0 <= r < the number of values
 
-and 0 elsewhere. What stands between two marker strings can be excluded from any of them.
+and 0 elsewhere. Text between two marker strings can be excluded from any scope.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TOKENS = ("all", "prompt", "response")
 COUNTED = ("first", "linear", "cosine")
 KINDS = (*TOKENS, *COUNTED, "range", "values")
 
-MAX_POSITION = 2**31 - 1  # what llama.cpp counts positions in
+MAX_POSITION = 2**31 - 1  # llama.cpp counts positions in int32
 MAX_VALUES = 2**16
 MAX_MARKER = 256
 
@@ -45,21 +45,20 @@ _USE = (
 
 @dataclass(frozen=True)
 class Scope:
-    """Which tokens are steered. The module's docstring has the formulas.
+    """The tokens that are steered. The module's docstring has the formulas.
 
     Attributes:
         kind: one of `KINDS`.
-        start: of a range, its first position, from 0.
-        stop: of a range, the position after its last, or None for no end.
-        length: of "first", "linear" and "cosine", the number of rows from r = 0.
-        values: of "values", the factors from r = 0; a tuple of finite numbers.
+        start: "range" only: the first position, from 0.
+        stop: "range" only: the position after the last, or None for no end.
+        length: "first", "linear" and "cosine" only: the number of rows from r = 0.
+        values: "values" only: the factors from r = 0; a tuple of finite numbers.
         exclude: start and end marker, or None. Rows from that of the token that completes the start
             marker up to, not including, that of the token that completes the end marker are left
             unsteered.
 
     Raises:
-        SteeringError: an unknown kind, a part that the kind does not have, or parts that leave
-            nothing to steer.
+        SteeringError: an unknown kind, an attribute of another kind, or an empty scope.
     """
 
     kind: str = "all"
@@ -101,7 +100,7 @@ class Scope:
         if self.stop is not None and self.stop <= self.start:
             raise SteeringError(
                 f"the range {self.start} {self.stop} is empty: the stop is the position after the "
-                "last, and has to be above the start"
+                "last, and must be above the start"
             )
 
     def _checked_values(self) -> tuple[float, ...]:
@@ -115,27 +114,25 @@ class Scope:
             raise SteeringError(f"the scope 'values' has more than {MAX_VALUES} numbers")
         for value in self.values:
             if not is_finite(value):
-                raise SteeringError(
-                    f"the scope 'values' needs finite numbers, and one of them is {quoted(value)}"
-                )
+                raise SteeringError(f"the scope 'values' needs finite numbers, not {quoted(value)}")
         return tuple(float(value) + 0.0 for value in self.values)  # no negative zeros
 
     @property
     def covers_prompt(self) -> bool:
-        """Whether prompt tokens before the last may be steered; of a range, n decides it."""
+        """True if prompt tokens before the last may be steered; for a range n decides."""
         return self.kind in ("all", "prompt", "range")
 
     @classmethod
     def parse(cls, given: object) -> Scope:
-        """The scope that a text such as "first 8" or a mapping such as {"first": 8} stands for.
+        """Return the scope of a text such as "first 8" or a mapping such as {"first": 8}.
 
         Args:
-            given: the text that `str` gives; or a mapping of one of `tokens` (all, prompt,
-                response), `first`, `range` ([start, stop] or [start]), `linear`, `cosine`,
-                `values`, and perhaps `exclude` ([start marker, end marker]); or a Scope.
+            given: a text as from `str`; a mapping of one of `tokens` (all, prompt, response),
+                `first`, `range` ([start, stop] or [start]), `linear`, `cosine`, `values`, and
+                perhaps `exclude` ([start marker, end marker]); or a Scope.
 
         Raises:
-            SteeringError: it is none of these, or contradicts itself.
+            SteeringError: another type, an unknown scope, or contradicting keys.
         """
         if isinstance(given, Scope):
             return given
@@ -143,23 +140,23 @@ class Scope:
             return _from_text(given)
         if isinstance(given, Mapping):
             return _from_mapping(given)
-        raise SteeringError(f"{quoted(given)} is no scope; {_USE}")
+        raise SteeringError(f"{quoted(given)} is not a scope; {_USE}")
 
     from_content = parse
 
     def content(self) -> str | dict[str, Any]:
-        """The scope as JSON data, which `from_content` reads: a text, or a mapping to exclude."""
+        """Return the scope as JSON data for `from_content`: a text, or a mapping to exclude."""
         if self.exclude is None:
             return str(self)
         if self.kind in TOKENS:
-            said: dict[str, Any] = {"tokens": self.kind}
+            found: dict[str, Any] = {"tokens": self.kind}
         elif self.kind in COUNTED:
-            said = {self.kind: self.length}
+            found = {self.kind: self.length}
         elif self.kind == "values":
-            said = {"values": list(self.values)}
+            found = {"values": list(self.values)}
         else:
-            said = {"range": [self.start] if self.stop is None else [self.start, self.stop]}
-        return {**said, "exclude": list(self.exclude)}
+            found = {"range": [self.start] if self.stop is None else [self.start, self.stop]}
+        return {**found, "exclude": list(self.exclude)}
 
     def __str__(self) -> str:
         words = [self.kind]
@@ -177,7 +174,7 @@ class Scope:
 
 
 def is_finite(value: object) -> bool:
-    """Whether `value` is a real number, neither a truth value nor infinite nor NaN."""
+    """Return True for a finite real number that is not a truth value."""
     try:
         return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:  # an int beyond the floats
@@ -185,13 +182,11 @@ def is_finite(value: object) -> bool:
 
 
 def _from_text(text: str) -> Scope:
-    said, *markers = _EXCLUDE.split(text, maxsplit=1)
+    head, *markers = _EXCLUDE.split(text, maxsplit=1)
     exclude = _quoted_markers(markers[0]) if markers else None
-    kind, *words = said.split() or [""]
+    kind, *words = head.split() or [""]
     if kind in TOKENS and words:
-        raise SteeringError(
-            f"the scope {kind!r} takes nothing after it, and has {quoted(words[0])}"
-        )
+        raise SteeringError(f"the scope {kind!r} takes no argument; remove {quoted(words[0])}")
     if kind in COUNTED:
         if len(words) != 1:
             raise SteeringError(f"the scope {kind!r} needs one number of tokens, as in '{kind} 8'")
@@ -212,15 +207,15 @@ def _from_mapping(given: Mapping[Any, Any]) -> Scope:
         raise SteeringError(
             f"unknown key {quoted(unknown[0])} in a scope; there are {_list((*named, 'exclude'))}"
         )
-    said = [key for key in given if key != "exclude"]
-    if len(said) > 1:
+    keys = [key for key in given if key != "exclude"]
+    if len(keys) > 1:
         if given.get("tokens") == "prompt":
-            other = next(key for key in said if key != "tokens")
+            other = next(key for key in keys if key != "tokens")
             raise SteeringError(f"a scope of prompt tokens has no {other!r}: leave one of them out")
-        raise SteeringError(f"a scope is one of {_list(said)}, not several at once")
-    if not said:
-        raise SteeringError(f"the scope does not say which tokens; add one of {_list(named)}")
-    [key] = said
+        raise SteeringError(f"a scope is one of {_list(keys)}, not several at once")
+    if not keys:
+        raise SteeringError(f"the scope names no tokens; add one of {_list(named)}")
+    [key] = keys
     value, exclude = given[key], given.get("exclude")
     if "exclude" in given:
         exclude = _markers(exclude)
@@ -244,7 +239,7 @@ def _range(ends: object, exclude: tuple[str, str] | None) -> Scope:
 
 
 def _quoted_markers(text: str) -> tuple[str, str]:
-    """The two JSON strings that follow the word `exclude`."""
+    """Return the two JSON strings that follow the word `exclude`, checked."""
     found: list[str] = []
     while text.strip():
         text = text.lstrip()
@@ -264,7 +259,7 @@ def _quoted_markers(text: str) -> tuple[str, str]:
 
 
 def _markers(given: object) -> tuple[str, str]:
-    """Start and end marker, checked."""
+    """Return start and end marker, checked."""
     if not isinstance(given, (list, tuple)) or len(given) != 2:
         raise SteeringError("'exclude' needs a start and an end marker, as in [<think>, </think>]")
     for marker in given:
@@ -273,20 +268,20 @@ def _markers(given: object) -> tuple[str, str]:
         if len(marker) > MAX_MARKER:
             raise SteeringError(f"a marker to exclude is longer than {MAX_MARKER} characters")
         if not is_text(marker):
-            raise SteeringError(f"a marker to exclude is {quoted(marker)}, which is not text")
+            raise SteeringError(f"a marker to exclude is {quoted(marker)}, which is not UTF-8 text")
     start, end = given
     if start == end:
         raise SteeringError(f"the start and the end marker to exclude are both {quoted(start)}")
     if start.endswith(end) or end.endswith(start):
         raise SteeringError(
             f"one of the markers {quoted(start)} and {quoted(end)} ends with the other, so that "
-            "the same text would complete both"
+            "the same text completes both"
         )
     return start, end
 
 
 def is_text(value: str) -> bool:
-    """Whether `value` can be written as UTF-8; lone surrogates cannot."""
+    """Return True if `value` can be written as UTF-8; lone surrogates cannot."""
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:

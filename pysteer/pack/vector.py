@@ -203,7 +203,9 @@ class SteeringVector:
                 "llama.cpp refuses control vectors with a direction for layer 0; "
                 "leave that layer out, or save the vector in a SteeringPack"
             )
-        gguf.write_vector(Path(path), dict(self.items()), model_hint=model_hint)
+        from pysteer.formats import gguf_writer  # with the gguf package, and so with YAML
+
+        gguf_writer.write_vector(Path(path), dict(self.items()), model_hint=model_hint)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SteeringVector:

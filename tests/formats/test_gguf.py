@@ -196,7 +196,7 @@ def same_values(found, expected):
 
 @relaxed
 @given(vector=steering_vectors())
-def test_llama_cpp_and_gguf_read_from_a_saved_vector_what_went_in(vector, tmp_path):
+def test_llama_cpp_and_gguf_read_the_saved_vector(vector, tmp_path):
     path = tmp_path / "v.gguf"
     vector.save(path, model_hint="llama")
     expected = dict(vector.items())
@@ -214,7 +214,7 @@ def test_llama_cpp_and_gguf_read_from_a_saved_vector_what_went_in(vector, tmp_pa
 
 @relaxed
 @given(vector=steering_vectors())
-def test_vectors_survive_saving_and_loading(vector, tmp_path):
+def test_vector_round_trips_through_a_file(vector, tmp_path):
     path = tmp_path / "v.gguf"
     vector.save(path)
     assert SteeringVector.load(path) == vector
@@ -223,7 +223,7 @@ def test_vectors_survive_saving_and_loading(vector, tmp_path):
 
 
 @pytest.mark.parametrize("hint", ["llama", "qwen2", "é" * 40])
-def test_the_metadata_of_a_vector(hint, tmp_path):
+def test_vector_file_has_the_metadata_of_llama_cpp(hint, tmp_path):
     path = tmp_path / "v.gguf"
     SteeringVector({1: [1.0]}).save(path, model_hint=hint)
     assert llama_cpp_string(path, "general.architecture") == "controlvector"
@@ -239,7 +239,7 @@ def test_the_metadata_of_a_vector(hint, tmp_path):
     ],
     ids=["layers 0 and 1", "layer 0", "attention"],
 )
-def test_what_a_control_vector_cannot_say_is_not_saved(vector, tmp_path):
+def test_vector_that_a_control_vector_cannot_express_raises(vector, tmp_path):
     path = tmp_path / "v.gguf"
     with pytest.raises(SteeringError):
         vector.save(path)
@@ -261,7 +261,7 @@ def write_foreign(path, tensors, *, architecture="controlvector", strings=()):
     return path
 
 
-def test_a_vector_from_another_tool_is_read(tmp_path):
+def test_vector_of_another_tool_is_read(tmp_path):
     rows = np.random.default_rng(1).normal(size=(3, 7)).astype(np.float32)
     path = write_foreign(
         tmp_path / "other.gguf",
@@ -290,7 +290,7 @@ ROW = np.ones(4, np.float32)
     ],
     ids=["layer 0", "F64", "F16", "two dimensions", "widths", "a stray tensor", "a pack's name"],
 )
-def test_pysteer_and_llama_cpp_refuse_the_same_vectors(tensors, tmp_path):
+def test_pysteer_and_llama_cpp_refuse_the_same_files(tensors, tmp_path):
     path = write_foreign(tmp_path / "v.gguf", tensors)
     with pytest.raises(ValueError, match=r"name|type|dimensions|widths"):
         llama_cpp_control_vector(path)
@@ -303,7 +303,7 @@ def test_pysteer_and_llama_cpp_refuse_the_same_vectors(tensors, tmp_path):
 
 @relaxed
 @given(pack=packs())
-def test_packs_survive_saving_and_loading(pack, tmp_path):
+def test_pack_round_trips_through_a_file(pack, tmp_path):
     path = tmp_path / "p.gguf"
     pack.save(path)
     again = SteeringPack.load(path)
@@ -318,7 +318,7 @@ def test_packs_survive_saving_and_loading(pack, tmp_path):
 
 @relaxed
 @given(pack=packs())
-def test_gguf_reads_from_a_pack_what_went_in_and_llama_cpp_refuses_it(pack, tmp_path):
+def test_gguf_reads_the_saved_pack_and_llama_cpp_refuses_it(pack, tmp_path):
     path = tmp_path / "p.gguf"
     pack.save(path)
     with pytest.raises(ValueError, match=r"name category"):
@@ -398,13 +398,13 @@ def save_and_load(build, path):
     assert SteeringPack.load(path) == pack
 
 
-def test_a_base_model_without_a_name_survives(tmp_path):
+def test_base_model_without_a_name_round_trips(tmp_path):
     save_and_load(
         lambda: SteeringPack({"a": VECTOR}, base_model=a_model(name="")), tmp_path / "p.gguf"
     )
 
 
-def test_residual_norms_keep_their_precision(tmp_path):
+def test_residual_norms_keep_float64_precision(tmp_path):
     save_and_load(
         lambda: SteeringPack({"a": VECTOR}, residual_norm={1: 1.1, 2: 1e39}), tmp_path / "p.gguf"
     )
@@ -433,7 +433,7 @@ def test_residual_norms_keep_their_precision(tmp_path):
     ],
     ids=str,
 )
-def test_a_pack_is_saved_so_that_it_can_be_loaded_or_is_refused(changes, tmp_path):
+def test_pack_is_saved_loadable_or_raises(changes, tmp_path):
     path = tmp_path / "p.gguf"
     arguments = {"categories": {"a": VECTOR}, **changes}
     try:
@@ -446,7 +446,7 @@ def test_a_pack_is_saved_so_that_it_can_be_loaded_or_is_refused(changes, tmp_pat
         assert not list(tmp_path.iterdir())
 
 
-def test_a_hint_that_is_no_unicode_is_refused(tmp_path):
+def test_model_hint_that_is_not_unicode_raises(tmp_path):
     with pytest.raises(SteeringError):
         VECTOR.save(tmp_path / "v.gguf", model_hint="\ud800")
 
@@ -463,7 +463,7 @@ class Interrupted(BaseException):
     "step", ["write_header_to_file", "write_kv_data_to_file", "write_tensors_to_file", "close"]
 )
 @pytest.mark.parametrize("older", [None, b"older"])
-def test_a_failing_save_leaves_the_folder_as_it_was(older, step, error, tmp_path, monkeypatch):
+def test_failed_save_leaves_the_folder_unchanged(older, step, error, tmp_path, monkeypatch):
     path = tmp_path / "v.gguf"
     if older is not None:
         path.write_bytes(older)
@@ -485,7 +485,7 @@ def test_a_failing_save_leaves_the_folder_as_it_was(older, step, error, tmp_path
     )
 
 
-def test_a_full_disk_leaves_the_older_file_whole(tmp_path):
+def test_full_disk_leaves_the_older_file_whole(tmp_path):
     resource = pytest.importorskip("resource")
     path = tmp_path / "v.gguf"
     VECTOR.save(path)
@@ -503,7 +503,7 @@ def test_a_full_disk_leaves_the_older_file_whole(tmp_path):
     assert SteeringVector.load(path) == large
 
 
-def test_saving_replaces_the_file_and_not_its_content(tmp_path):
+def test_save_replaces_the_file_not_its_content(tmp_path):
     path, open_elsewhere = tmp_path / "v.gguf", tmp_path / "link.gguf"
     VECTOR.save(path)
     os.link(path, open_elsewhere)
@@ -513,14 +513,14 @@ def test_saving_replaces_the_file_and_not_its_content(tmp_path):
 
 
 @pytest.mark.parametrize("where", ["missing/v.gguf", ".", "a file/v.gguf"])
-def test_impossible_targets_are_refused_and_named(where, tmp_path):
+def test_invalid_target_raises_with_its_name(where, tmp_path):
     (tmp_path / "a file").write_bytes(b"")
     with pytest.raises(SteeringError, match="cannot write"):
         VECTOR.save(tmp_path / where)
     assert [p.name for p in tmp_path.iterdir()] == ["a file"]
 
 
-def test_the_target_may_not_be_a_folder(tmp_path):
+def test_target_that_is_a_folder_raises(tmp_path):
     (tmp_path / "folder").mkdir()
     with pytest.raises(SteeringError, match=re.escape(str(tmp_path / "folder"))):
         VECTOR.save(tmp_path / "folder")
@@ -529,7 +529,7 @@ def test_the_target_may_not_be_a_folder(tmp_path):
 
 @pytest.mark.skipif(os.name == "nt", reason="no umask")
 @pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
-def test_a_saved_file_has_the_permissions_of_any_new_file(umask, tmp_path):
+def test_saved_file_has_the_permissions_of_a_new_file(umask, tmp_path):
     before = os.umask(umask)
     try:
         VECTOR.save(tmp_path / "v.gguf")

@@ -287,7 +287,7 @@ def check_sound_router(pack):
 # ---- the files themselves --------------------------------------------------------------------
 
 
-def test_the_files_made_here_are_valid(tmp_path):
+def test_base_files_of_these_tests_are_valid(tmp_path):
     path = tmp_path / "x.gguf"
     path.write_bytes(a_vector().build())
     assert SteeringVector.load(path) == SteeringVector({1: ROWS[0], 3: ROWS[1]})
@@ -321,7 +321,7 @@ def test_the_files_made_here_are_valid(tmp_path):
 
 
 @pytest.mark.parametrize("version", [2, 3])
-def test_both_versions_are_read(version, tmp_path):
+def test_both_gguf_versions_are_read(version, tmp_path):
     path = tmp_path / "x.gguf"
     path.write_bytes(vector_file(version=version).tensor("direction.1", ROWS[0]).build())
     assert SteeringVector.load(path) == SteeringVector({1: ROWS[0]})
@@ -341,7 +341,7 @@ def test_other_alignments_are_read(alignment, tmp_path):
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_a_file_cut_anywhere_is_refused(kind, tmp_path):
+def test_file_cut_anywhere_raises(kind, tmp_path):
     content = FILES[kind]().build()
     for length in range(len(content)):
         check_refused(tmp_path / "x.gguf", content[:length])
@@ -349,7 +349,7 @@ def test_a_file_cut_anywhere_is_refused(kind, tmp_path):
 
 @pytest.mark.parametrize("flip", [0x01, 0x80, 0xFF])
 @pytest.mark.parametrize("kind", FILES)
-def test_a_flipped_byte_anywhere_is_refused_or_harmless(kind, flip, tmp_path):
+def test_flipped_byte_raises_or_is_harmless(kind, flip, tmp_path):
     content = FILES[kind]().build()
     # What comes before the router is the same as in the pack without.
     for i in range(content.find(b"pysteer.router") if kind == "routed" else 0, len(content)):
@@ -365,7 +365,7 @@ def test_a_flipped_byte_anywhere_is_refused_or_harmless(kind, flip, tmp_path):
         st.tuples(st.floats(0, 1), st.binary(max_size=9), st.integers(0, 9)), max_size=4
     ),
 )
-def test_bytes_replaced_inserted_and_removed_are_refused_or_harmless(kind, edits, tmp_path):
+def test_edited_bytes_raise_or_are_harmless(kind, edits, tmp_path):
     content = bytearray(FILES[kind]().build())
     for where, new, removed in edits:
         at = int(where * len(content))
@@ -375,7 +375,7 @@ def test_bytes_replaced_inserted_and_removed_are_refused_or_harmless(kind, edits
 
 @relaxed
 @given(tail=st.binary(max_size=200), magic=st.sampled_from([b"", b"GGUF", b"GGUF\x03\0\0\0"]))
-def test_noise_is_refused(tail, magic, tmp_path):
+def test_noise_raises(tail, magic, tmp_path):
     check_refused(tmp_path / "x.gguf", magic + tail)
 
 
@@ -386,7 +386,7 @@ def fields_of(kind):
 
 
 @pytest.mark.parametrize(("kind", "label"), [p for k in FILES for p in fields_of(k)])
-def test_extreme_integers_in_any_field_are_refused(kind, label, tmp_path):
+def test_extreme_integer_in_any_field_raises(kind, label, tmp_path):
     file = FILES[kind]()
     content = file.build()
     at, size = file.fields[label]
@@ -410,14 +410,14 @@ REMOVED_TYPE, UNKNOWN_TYPE = 4, 9999
     "kind", [F16_TYPE, Q4_0_TYPE, F64_TYPE, BF16_TYPE, REMOVED_TYPE, UNKNOWN_TYPE]
 )
 @pytest.mark.parametrize("name", ["direction.1", "category.0.direction.1"])
-def test_other_tensor_types_are_refused(name, kind, tmp_path):
+def test_tensor_of_another_type_raises(name, kind, tmp_path):
     file = vector_file() if name == "direction.1" else a_pack(tensors=False)
     check_refused(tmp_path / "x.gguf", file.tensor(name, bytes(64), shape=(8,), kind=kind).build())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("kind", FILES)
-def test_directions_that_are_not_finite_are_refused(kind, value, tmp_path):
+def test_direction_that_is_not_finite_raises(kind, value, tmp_path):
     content = FILES[kind]().build()
     check_refused(tmp_path / "x.gguf", content[:-4] + struct.pack("<f", value))
     signalling = content[:-4] + struct.pack("<I", 0x7F800001)
@@ -447,7 +447,7 @@ def test_directions_that_are_not_finite_are_refused(kind, value, tmp_path):
     ],
     ids=repr,
 )
-def test_other_names_in_a_control_vector_are_refused(name, tmp_path):
+def test_unknown_tensor_in_a_control_vector_raises(name, tmp_path):
     check_refused(tmp_path / "x.gguf", vector_file().tensor(name, ROWS[0]).build())
 
 
@@ -468,7 +468,7 @@ def test_other_names_in_a_control_vector_are_refused(name, tmp_path):
     ],
     ids=repr,
 )
-def test_other_names_in_a_pack_are_refused(name, tmp_path):
+def test_unknown_tensor_in_a_pack_raises(name, tmp_path):
     check_refused(tmp_path / "x.gguf", a_pack().tensor(name, ROWS[0]).build())
 
 
@@ -482,7 +482,7 @@ def test_other_names_in_a_pack_are_refused(name, tmp_path):
     ],
     ids=["direction", "direction of a pack", "key", "architecture"],
 )
-def test_duplicates_are_refused(file, tmp_path):
+def test_duplicate_names_raise(file, tmp_path):
     check_refused(tmp_path / "x.gguf", file.build())
 
 
@@ -505,12 +505,12 @@ def test_duplicates_are_refused(file, tmp_path):
     ],
     ids=repr,
 )
-def test_other_shapes_are_refused(shape, values, tmp_path):
+def test_tensor_of_another_shape_raises(shape, values, tmp_path):
     file = vector_file().tensor("direction.1", values, shape=shape)
     check_refused(tmp_path / "x.gguf", file.build())
 
 
-def test_differing_widths_are_refused(tmp_path):
+def test_differing_widths_raise(tmp_path):
     file = a_vector().tensor("direction.4", ROWS[0][:7])
     check_refused(tmp_path / "x.gguf", file.build())
     file = a_pack().tensor("category.0.direction.2", np.ones(16))
@@ -518,12 +518,12 @@ def test_differing_widths_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("offset", [1, 4, 16, 33, 64, 2**31, 2**63, 2**64 - 32])
-def test_data_outside_the_file_or_unaligned_is_refused(offset, tmp_path):
+def test_data_outside_the_file_or_unaligned_raises(offset, tmp_path):
     file = vector_file().tensor("direction.1", ROWS, shape=(8,), offset=offset)
     check_refused(tmp_path / "x.gguf", file.build())
 
 
-def test_many_tensors_over_the_same_data_are_refused(tmp_path):
+def test_many_tensors_over_the_same_data_raise(tmp_path):
     file = vector_file().tensor("direction.1", ROWS[0])
     for layer in range(2, 50):
         file.tensor(f"direction.{layer}", b"", shape=(8,), offset=0)
@@ -550,7 +550,7 @@ def test_many_tensors_over_the_same_data_are_refused(tmp_path):
     ],
     ids=repr,
 )
-def test_other_alignments_are_refused(kind, value, tmp_path):
+def test_invalid_alignment_raises(kind, value, tmp_path):
     file = vector_file().value("general.alignment", kind, value).tensor("direction.1", ROWS[0])
     check_refused(tmp_path / "x.gguf", file.build())
 
@@ -575,16 +575,16 @@ def test_other_alignments_are_refused(kind, value, tmp_path):
     ],
     ids=repr,
 )
-def test_other_values_are_refused(kind, payload, file, tmp_path):
+def test_invalid_metadata_values_raise(kind, payload, file, tmp_path):
     check_refused(tmp_path / "x.gguf", file().value("x", kind, payload).build())
 
 
 @pytest.mark.parametrize("key", [b"\xff", b"\xed\xa0\x80"])
-def test_keys_that_are_not_utf8_are_refused(key, tmp_path):
+def test_key_that_is_not_utf8_raises(key, tmp_path):
     check_refused(tmp_path / "x.gguf", a_vector().value(key, U32, 1).build())
 
 
-def test_an_array_of_millions_of_values_is_refused_at_once(tmp_path):
+def test_array_of_millions_of_values_raises_at_once(tmp_path):
     count = 30_000_000
     payload = struct.pack("<IQ", U8, count) + bytes(count)
     start = time.monotonic()
@@ -639,7 +639,7 @@ def test_an_array_of_millions_of_values_is_refused_at_once(tmp_path):
     ],
     ids=str,
 )
-def test_other_metadata_of_a_pack_is_refused(changes, tmp_path):
+def test_invalid_metadata_of_a_pack_raises(changes, tmp_path):
     check_refused(tmp_path / "x.gguf", a_pack(**changes).build())
 
 
@@ -667,7 +667,7 @@ def test_other_metadata_of_a_pack_is_refused(changes, tmp_path):
         '{"\\udfff": 1}',
     ],
 )
-def test_other_provenance_is_refused(text, tmp_path):
+def test_invalid_provenance_raises(text, tmp_path):
     check_refused(tmp_path / "x.gguf", a_pack(pysteer__provenance=(STRING, text)).build())
 
 
@@ -776,7 +776,7 @@ NAN, INFINITY = float("nan"), float("inf")
     ],
     ids=lambda value: str(value)[-60:],
 )
-def test_other_metadata_of_a_router_is_refused(values, tmp_path):
+def test_invalid_metadata_of_a_router_raises(values, tmp_path):
     check_refused(tmp_path / "x.gguf", a_routed_pack(values).build())
 
 
@@ -794,12 +794,12 @@ def test_other_metadata_of_a_router_is_refused(values, tmp_path):
     ],
     ids=["missing", "too many rows", "too wide", "three dimensions", "turned", "NaN", "infinite"],
 )
-def test_other_tensors_of_a_router_are_refused(change, name, tmp_path):
+def test_invalid_tensors_of_a_router_raise(change, name, tmp_path):
     tensors = {name: change(ROUTER_TENSORS[name])}
     check_refused(tmp_path / "x.gguf", a_routed_pack(tensors=tensors).build())
 
 
-def test_condition_vectors_of_zero_and_stray_tensors_are_refused(tmp_path):
+def test_zero_condition_vectors_and_stray_tensors_raise(tmp_path):
     zero = {"router.conditions": np.zeros((1, 16))}
     check_refused(tmp_path / "x.gguf", a_routed_pack(tensors=zero).build())
     negative = {"router.allowances": np.full(1, -0.5)}
@@ -810,7 +810,7 @@ def test_condition_vectors_of_zero_and_stray_tensors_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("kind", TABLES["gates"])
-def test_the_tensors_are_those_of_the_gates_that_there_are(kind, tmp_path):
+def test_router_tensors_that_do_not_match_its_gates_raise(kind, tmp_path):
     gates = {name: gate for name, gate in TABLES["gates"].items() if name != kind}
     values = changed_tables(gates=gates)
     check_refused(tmp_path / "x.gguf", a_routed_pack(values).build())
@@ -827,7 +827,7 @@ def test_the_tensors_are_those_of_the_gates_that_there_are(kind, tmp_path):
     assert list(SteeringPack.load(path).router.gates) == list(gates)
 
 
-def test_a_router_without_a_gate_that_names_a_class_is_refused(tmp_path):
+def test_router_without_a_classifier_raises(tmp_path):
     values = changed_tables(gates={"probe": ONE_GATE})
     tensors = {
         name: values if name.startswith("router.probe") else None
@@ -836,12 +836,12 @@ def test_a_router_without_a_gate_that_names_a_class_is_refused(tmp_path):
     check_refused(tmp_path / "x.gguf", a_routed_pack(values, tensors).build())
 
 
-def test_a_router_of_another_width_than_the_directions_is_refused(tmp_path):
+def test_router_of_another_width_than_the_directions_raises(tmp_path):
     narrow = {name: v[..., :4] if v.ndim > 1 else v for name, v in ROUTER_TENSORS.items()}
     check_refused(tmp_path / "x.gguf", a_routed_pack(tensors=narrow).build())
 
 
-def test_a_pack_without_the_optional_metadata_loads(tmp_path):
+def test_pack_without_optional_metadata_loads(tmp_path):
     optional = {k.replace(".", "__"): None for k in PACK_VALUES if "norm" in k or "base" in k}
     path = tmp_path / "x.gguf"
     path.write_bytes(a_pack(pysteer__provenance=None, **optional).build())
@@ -857,27 +857,27 @@ def test_a_pack_without_the_optional_metadata_loads(tmp_path):
     [b"", b"G", b"GGUF", b"GGML" + bytes(100), b"\x80\x02}q\0." * 9, json.dumps({"a": 1}).encode()],
     ids=repr,
 )
-def test_what_is_no_gguf_file_is_refused(content, tmp_path):
+def test_file_that_is_not_gguf_raises(content, tmp_path):
     check_refused(tmp_path / "x.gguf", content)
 
 
-def test_a_big_endian_file_is_refused(tmp_path):
+def test_big_endian_file_raises(tmp_path):
     file = vector_file(order=">").tensor("direction.1", ROWS[0].astype(">f4").tobytes())
     check_refused(tmp_path / "x.gguf", file.build())
 
 
 @pytest.mark.parametrize("version", [0, 1, 4, 2**32 - 1])
-def test_other_versions_are_refused(version, tmp_path):
+def test_other_gguf_version_raises(version, tmp_path):
     file = vector_file(version=version).tensor("direction.1", ROWS[0])
     check_refused(tmp_path / "x.gguf", file.build())
 
 
 @pytest.mark.parametrize("file", [vector_file(), a_pack(tensors=False), File()])
-def test_a_file_without_directions_is_refused(file, tmp_path):
+def test_file_without_directions_raises(file, tmp_path):
     check_refused(tmp_path / "x.gguf", file.build())
 
 
-def test_folders_and_missing_files_are_refused(tmp_path):
+def test_folder_or_missing_file_raises(tmp_path):
     check_refused(tmp_path)
     check_refused(tmp_path / "missing.gguf")
     check_refused(tmp_path / ("x" * 300))
@@ -885,39 +885,39 @@ def test_folders_and_missing_files_are_refused(tmp_path):
 
 @pytest.mark.skipif(not os.path.exists("/dev/null"), reason="no devices")  # noqa: PTH110
 @pytest.mark.parametrize("device", ["/dev/null", "/dev/zero", "/dev/tty"])
-def test_devices_are_refused(device):
+def test_device_raises(device):
     check_refused(device)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
-def test_a_named_pipe_is_refused_and_not_waited_for(tmp_path):
+def test_named_pipe_raises_without_waiting(tmp_path):
     path = tmp_path / "pipe.gguf"
     os.mkfifo(path)
     check_refused(path)
 
 
-def test_a_path_that_no_system_allows_is_refused():
+def test_invalid_path_raises():
     check_refused("a\0b")
 
 
-def test_a_model_is_refused_as_such(tiny_llama):
+def test_model_file_raises_with_its_architecture(tiny_llama):
     check_refused(tiny_llama)
     assert "'llama'" in str(load(SteeringPack.load, tiny_llama))
 
 
-def test_the_metadata_of_a_model_is_what_the_gguf_package_reads(tiny_llama):
+def test_metadata_of_a_model_equals_that_of_the_gguf_package(tiny_llama):
     fields = GGUFReader(tiny_llama).fields
     wanted = {key: field.contents() for key, field in fields.items() if not key.startswith("GGUF.")}
     assert read_metadata(tiny_llama) == wanted
     assert len(wanted["tokenizer.ggml.tokens"]) == 320
 
 
-def test_the_file_is_named_also_if_its_name_begins_the_message(tmp_path, monkeypatch):
+def test_file_is_named_even_if_its_name_begins_the_message(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     check_refused((tmp_path / "n").relative_to(tmp_path), b"not a GGUF file at all")
 
 
-def test_a_file_name_that_is_no_category_name_is_replaced(tmp_path):
+def test_file_name_that_is_not_a_category_name_is_replaced(tmp_path):
     path = tmp_path / " .gguf"
     path.write_bytes(a_vector().build())
     assert list(load(SteeringPack.load, path).categories) == ["vector"]
@@ -937,11 +937,11 @@ LONG = "x" * 100_000
     ],
     ids=["key", "tensor", "architecture", "architecture as array", "format version"],
 )
-def test_messages_do_not_repeat_the_file(file, tmp_path):
+def test_messages_name_the_file_once(file, tmp_path):
     check_refused(tmp_path / "x.gguf", file.build())
 
 
-def test_the_loaded_vector_does_not_depend_on_the_file(tmp_path):
+def test_loaded_vector_does_not_depend_on_the_file(tmp_path):
     path = tmp_path / "x.gguf"
     path.write_bytes(a_vector().build())
     vector = SteeringVector.load(path)

@@ -1,9 +1,11 @@
-"""SteeringPack: what fits together, what fits a model, and what can be changed (nothing)."""
+"""SteeringPack: parts that fit each other and the model, immutability, provenance, imports."""
 
 import copy
 import dataclasses
 import json
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -44,7 +46,7 @@ def a_pack(**changes):
     return SteeringPack({"hate": HATE, "malware": MALWARE}, **changes)
 
 
-def test_categories_are_found_by_name():
+def test_category_is_found_by_name():
     pack = a_pack()
     assert pack["hate"] is HATE
     assert pack["malware"] is MALWARE
@@ -52,23 +54,23 @@ def test_categories_are_found_by_name():
     assert list(pack.categories) == ["hate", "malware"]
 
 
-def test_an_unknown_category_is_told_which_there_are():
+def test_unknown_category_raises_with_known_names():
     with pytest.raises(UnknownCategoryError, match=r"'fraud'.*hate, malware"):
         a_pack()["fraud"]
 
 
 @pytest.mark.parametrize("name", ["", " ", "\n", 1, None])
-def test_a_category_needs_a_name(name):
+def test_category_without_a_name_raises(name):
     with pytest.raises(SteeringError, match="not a category name"):
         SteeringPack({name: HATE})
 
 
-def test_a_pack_needs_a_category():
+def test_pack_without_categories_raises():
     with pytest.raises(SteeringError, match="at least one category"):
         SteeringPack({})
 
 
-def test_the_categories_must_agree_on_the_width():
+def test_categories_of_different_widths_raise():
     with pytest.raises(SteeringError, match="width"):
         SteeringPack({"a": HATE, "b": SteeringVector({1: [1.0, 2.0, 3.0]})})
 
@@ -77,13 +79,13 @@ def test_the_categories_must_agree_on_the_width():
     ("changes", "words"),
     [({"n_embd": 3}, "n_embd 3"), ({"n_layer": 3}, "layer 3"), ({"n_layer": 1}, "layers 0 to 0")],
 )
-def test_the_directions_must_fit_the_base_model(changes, words):
+def test_directions_that_do_not_fit_the_base_model_raise(changes, words):
     with pytest.raises(ModelMismatchError, match=words):
         a_pack(base_model=dataclasses.replace(MODEL, **changes))
 
 
 @pytest.mark.parametrize("norm", [float("nan"), float("inf"), -1.0, -1e-9])
-def test_residual_norms_are_finite_and_not_negative(norm):
+def test_residual_norm_that_is_negative_or_not_finite_raises(norm):
     with pytest.raises(SteeringError, match="layer 2"):
         a_pack(residual_norm={2: norm})
 
@@ -97,14 +99,14 @@ def test_residual_norms_are_finite_and_not_negative(norm):
         {"n_vocab": 321},
     ],
 )
-def test_another_model_than_the_base_is_refused_and_the_difference_named(changes):
+def test_other_model_than_the_base_raises_with_the_difference(changes):
     (what,) = changes
     other = dataclasses.replace(MODEL, **changes)
     with pytest.raises(ModelMismatchError, match=rf"Tiny with {what}.* has {what} "):
         a_pack(base_model=MODEL).check_fits(other)
 
 
-def test_the_name_of_the_model_is_not_compared():
+def test_name_of_the_model_is_not_compared():
     a_pack(base_model=MODEL).check_fits(dataclasses.replace(MODEL, name="a fine-tune"))
 
 
@@ -118,7 +120,7 @@ def test_the_name_of_the_model_is_not_compared():
         ({"n_layer": 3}, False),
     ],
 )
-def test_without_a_base_model_the_shape_alone_decides(changes, fits):
+def test_pack_without_a_base_model_compares_the_shape_alone(changes, fits):
     model = dataclasses.replace(MODEL, **changes)
     if fits:
         a_pack().check_fits(model)
@@ -127,7 +129,7 @@ def test_without_a_base_model_the_shape_alone_decides(changes, fits):
             a_pack().check_fits(model)
 
 
-def test_what_the_caller_does_to_its_mappings_later_does_not_reach_the_pack():
+def test_later_changes_of_the_caller_s_mappings_do_not_reach_the_pack():
     categories, norms, provenance = {"hate": HATE}, {1: 2.0}, {"method": "mean"}
     pack = SteeringPack(categories, residual_norm=norms, provenance=provenance)
     categories["malware"] = MALWARE
@@ -139,7 +141,7 @@ def test_what_the_caller_does_to_its_mappings_later_does_not_reach_the_pack():
 
 
 @pytest.mark.parametrize("name", ["categories", "residual_norm", "provenance"])
-def test_nothing_in_a_pack_can_be_changed(name):
+def test_pack_is_read_only(name):
     pack = a_pack()
     with pytest.raises(TypeError):
         getattr(pack, name)["x"] = 1
@@ -175,23 +177,23 @@ def test_copies_and_pickles_are_equal(duplicate, changes):
 
 
 @pytest.mark.parametrize("categories", [["hate"], ["malware"], ["malware", "hate"]])
-def test_a_router_may_know_some_of_the_categories(categories):
+def test_router_may_know_only_some_categories(categories):
     router = a_router(*categories)
     assert a_pack(base_model=MODEL, router=router).router is router
     assert a_pack().router is None
 
 
-def test_a_router_of_categories_that_the_pack_does_not_hold_is_refused():
+def test_router_with_unknown_categories_raises():
     with pytest.raises(SteeringError, match=r"'fraud'.*does not hold"):
         a_pack(router=a_router("hate", "fraud"))
 
 
-def test_a_router_of_another_width_is_refused():
+def test_router_of_another_width_raises():
     with pytest.raises(SteeringError, match=r"width 3.*width 2"):
         a_pack(router=a_router("hate", width=3))
 
 
-def test_a_router_for_a_layer_that_the_model_does_not_have_is_refused():
+def test_router_that_reads_a_missing_layer_raises():
     router = a_router("hate", layer=4)
     with pytest.raises(ModelMismatchError, match=r"router looks at layer 4.*layers 0 to 3"):
         a_pack(base_model=MODEL, router=router)
@@ -200,7 +202,7 @@ def test_a_router_for_a_layer_that_the_model_does_not_have_is_refused():
     a_pack(router=router).check_fits(dataclasses.replace(MODEL, n_layer=5))
 
 
-def test_what_is_no_router_is_refused():
+def test_object_that_is_not_a_router_raises():
     with pytest.raises(SteeringError, match="not a router"):
         a_pack(router={"layer": 1})
 
@@ -214,7 +216,7 @@ NESTED = {
 }
 
 
-def test_provenance_holds_what_json_can_say():
+def test_provenance_holds_any_json_data():
     pack = a_pack(provenance=NESTED)
     assert dict(pack.provenance) == NESTED
     assert pack.provenance["method"]["options"]["layers"] == [1, 2, [3]]
@@ -253,14 +255,14 @@ def test_provenance_holds_what_json_can_say():
     ],
 )
 @pytest.mark.parametrize("duplicate", [lambda p: p, copy.deepcopy, copy.copy])
-def test_no_part_of_the_provenance_can_be_changed(change, duplicate):
+def test_provenance_is_read_only_at_any_depth(change, duplicate):
     pack = duplicate(a_pack(provenance=NESTED))
     with pytest.raises(TypeError, match="read-only"):
         change(pack.provenance)
     assert dict(pack.provenance) == NESTED
 
 
-def test_what_the_caller_does_to_its_provenance_later_does_not_reach_the_pack():
+def test_later_changes_of_the_caller_s_provenance_do_not_reach_the_pack():
     mine = {"a": {"b": [1]}}
     pack = a_pack(provenance=mine)
     mine["a"]["b"].append(2)
@@ -294,10 +296,23 @@ def nested(depth):
     ],
     ids=[*"abcdefghij", "17 deep", "5001 deep", "list", "None"],
 )
-def test_what_json_cannot_say_is_refused_and_the_place_named(provenance, words):
+def test_provenance_that_is_not_json_raises_with_its_place(provenance, words):
     with pytest.raises(SteeringError, match=words):
         a_pack(provenance=provenance)
 
 
 def test_provenance_as_deep_as_allowed_is_kept():
     assert dict(a_pack(provenance=nested(15)).provenance) == nested(15)
+
+
+def test_loading_a_pack_without_a_policy_imports_neither_pydantic_nor_yaml(tmp_path):
+    path = tmp_path / "pack.gguf"
+    a_pack(router=a_router("hate")).save(path)
+    code = (
+        "import sys; from pysteer import SteeringPack; SteeringPack.load(sys.argv[1]); "
+        "print(sorted({'pydantic', 'yaml'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, path], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.strip() == "[]"

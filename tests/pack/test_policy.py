@@ -139,7 +139,7 @@ def quoted(text):
 
 
 @given(contents())
-def test_a_policy_comes_back_from_plain_data(content):
+def test_policy_round_trips_through_plain_data(content):
     policy = Policy.from_content(content)
     again = Policy.from_content(json.loads(json.dumps(policy.content())))
     assert again == policy
@@ -149,7 +149,7 @@ def test_a_policy_comes_back_from_plain_data(content):
 
 
 @given(contents())
-def test_a_policy_comes_back_from_json_files(content):
+def test_policy_round_trips_through_json_files(content):
     policy = Policy.from_content(content)
     for ascii_only, indent in itertools.product((True, False), (None, "\t", 2)):
         text = json.dumps(policy.content(), ensure_ascii=ascii_only, indent=indent)
@@ -167,7 +167,7 @@ def differs_between_yaml_versions(name):
 
 
 @given(contents(), st.sampled_from([None, False, True]), st.booleans())
-def test_a_policy_comes_back_from_what_another_program_writes_as_yaml(content, style, wide):
+def test_policy_round_trips_through_yaml_of_another_writer(content, style, wide):
     policy = Policy.from_content(content)
     categories = policy.content().get("categories", {})
     assume(not any(differs_between_yaml_versions(name) for name in categories))
@@ -179,7 +179,7 @@ def test_a_policy_comes_back_from_what_another_program_writes_as_yaml(content, s
 
 
 @given(contents())
-def test_a_policy_comes_back_from_block_style(content):
+def test_policy_round_trips_through_block_style_yaml(content):
     policy = Policy.from_content(content)
     assume(policy.content())
     assert loaded(block(policy.content())) == policy
@@ -207,7 +207,7 @@ def overlaid(mine, theirs):
 
 
 @given(contents(), contents())
-def test_of_two_policies_the_other_wins_where_it_says_something(mine, theirs):
+def test_merged_takes_the_settings_of_the_other_policy(mine, theirs):
     mine["gate"] = theirs["gate"] = "probe"
     for content, name in itertools.product((mine, theirs), ("a", "b")):
         content.setdefault("categories", {}).setdefault(name, {})
@@ -216,7 +216,7 @@ def test_of_two_policies_the_other_wins_where_it_says_something(mine, theirs):
 
 
 @given(contents())
-def test_an_empty_policy_changes_nothing_on_either_side(content):
+def test_merging_an_empty_policy_changes_nothing(content):
     policy = Policy.from_content(content)
     assert policy.merged(Policy()) == Policy().merged(policy) == policy.merged(policy) == policy
 
@@ -224,7 +224,7 @@ def test_an_empty_policy_changes_nothing_on_either_side(content):
 # --- what a policy says ------------------------------------------------------------------------
 
 
-def test_yaml_as_a_person_writes_it(tmp_path):
+def test_handwritten_yaml_is_read(tmp_path):
     path = tmp_path / "policy.yaml"
     path.write_text(WRITTEN)
     policy = Policy.load(path)
@@ -246,7 +246,7 @@ def test_yaml_as_a_person_writes_it(tmp_path):
     )
 
 
-def test_the_examples_of_the_documentation(tmp_path, monkeypatch, capsys):
+def test_examples_of_the_documentation_hold(tmp_path, monkeypatch, capsys):
     text = (Path(__file__).parents[2] / "docs" / "policy.md").read_text(encoding="utf-8")
     [written] = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
     [example] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
@@ -268,7 +268,7 @@ def test_the_examples_of_the_documentation(tmp_path, monkeypatch, capsys):
         assert Scope.parse(short) == Scope.parse(yaml.safe_load(mapping))
 
 
-def test_what_holds_if_nothing_is_said():
+def test_empty_policy_has_the_defaults():
     policy = Policy()
     assert (policy.gate, policy.conflict, policy.recheck) == (None, "strongest", None)
     assert (policy.scope, dict(policy.categories)) == (Scope("all"), {})
@@ -276,11 +276,11 @@ def test_what_holds_if_nothing_is_said():
     assert policy.settings("a") == CategorySettings("auto", 1.0, None, Scope("all"), Rule("a"))
 
 
-def test_the_gates_are_the_router_s():
+def test_gate_kinds_are_the_router_s():
     assert get_args(GateKind) == router.GATES
 
 
-def test_without_a_mode_a_category_is_gated_where_the_router_can_decide_it():
+def test_category_without_a_mode_is_gated_if_the_router_knows_its_rule():
     policy = Policy(categories={"a": {"when": "b and not c"}, "d": {"mode": "always"}})
     assert policy.settings("a").mode == "auto"
     assert policy.settings("a", known=["b", "c"]).mode == "auto"
@@ -290,7 +290,7 @@ def test_without_a_mode_a_category_is_gated_where_the_router_can_decide_it():
     assert policy.settings("d", known=[]).mode == "always"
 
 
-def test_python_values_are_taken_as_well():
+def test_python_values_are_accepted():
     scope, rule = Scope("first", length=2), Rule("b")
     settings = CategoryPolicy(scope=scope, when=rule, strength=np.float32(0.5), threshold=1)
     policy = Policy(scope=scope, categories=MappingProxyType({"a": settings}))
@@ -301,7 +301,7 @@ def test_python_values_are_taken_as_well():
     assert type(policy.settings("a").strength) is float
 
 
-def test_what_was_given_counts_and_not_only_what_it_means():
+def test_equality_compares_the_settings_given_not_their_meaning():
     assert Policy(gate="multinomial") != Policy()
     assert Policy(gate="cast").merged(Policy(gate="probe")).gate == "probe"
     assert Policy(gate="cast").merged(Policy()).gate == "cast"
@@ -314,7 +314,7 @@ def test_what_was_given_counts_and_not_only_what_it_means():
     assert len({Policy(), Policy(), Policy(gate="cast"), Policy(categories={"a": {}})}) == 3
 
 
-def test_null_in_the_other_policy_brings_the_default_back():
+def test_null_in_the_other_policy_restores_the_default():
     pack = Policy(recheck=8, categories={"a": {"threshold": 0.5, "scope": "first 2", "when": "b"}})
     nothing = {"threshold": None, "scope": None, "when": None, "mode": None}
     merged = pack.merged(Policy(recheck=None, categories={"a": nothing}))
@@ -322,7 +322,7 @@ def test_null_in_the_other_policy_brings_the_default_back():
     assert merged.settings("a") == Policy().settings("a")
 
 
-def test_a_policy_cannot_be_changed():
+def test_policy_is_immutable():
     mine = {"a": {"strength": 1}}
     policy = Policy(categories=mine)
     mine["a"]["strength"] = 2
@@ -374,7 +374,7 @@ def changed(old, new):
         (changed("32", "9999999999"), "line 4, recheck: must be a number of tokens"),
         (changed("32", "9" * 5000), "line 4, recheck: must be a number of tokens"),
         (changed("32", "'32'"), "line 4, recheck: must be a number of tokens .* not '32'"),
-        (changed("scope: response", "scope: null"), "line 5, scope: None is no scope"),
+        (changed("scope: response", "scope: null"), "line 5, scope: None is not a scope"),
         (changed("scope: response", "scope: on"), "line 5, scope: unknown scope 'on'"),
         (changed("mode: auto", "mode: true"), "line 8, categories.malware.mode: must be 'auto', "),
         (changed("mode: auto", "mode: yes"), "line 8, categories.malware.mode: .* not 'yes'"),
@@ -396,14 +396,14 @@ def changed(old, new):
         (changed("threshold: 0.4", "threshold: high"), "line 10, .*threshold: must be a finite"),
         (changed("first 8", "first 0"), "line 11, categories.malware.scope: the scope 'first' "),
         (changed("first 8", "range 8 3"), "line 11, .*scope: the range 8 3 is empty"),
-        (changed("first 8", "8"), "line 11, .*scope: 8 is no scope"),
+        (changed("first 8", "8"), "line 11, .*scope: 8 is not a scope"),
         (
             changed("scope: first 8", "scope: {tokens: prompt, linear: 8}"),
             "line 11, .*scope: a scope of prompt tokens has no 'linear'",
         ),
         (
             changed("malware and not", "malware or and not"),
-            "line 12, categories.malware.when: column 12: 'and' where a name should be",
+            "line 12, categories.malware.when: column 12: expected a name, found 'and'",
         ),
         (changed("when: malware and not privacy_violation", "when: true"), "line 12, .*not True"),
         (changed("when: malware and not privacy_violation", "when:\n"), None),
@@ -431,7 +431,7 @@ def changed(old, new):
         ("", ": the file is empty"),
     ],
 )
-def test_every_mistake_in_a_file_is_told_with_its_line(tmp_path, text, message):
+def test_invalid_setting_in_a_file_raises_with_its_line(tmp_path, text, message):
     if message is None:  # left empty is as good as left out
         assert loaded(text).settings("malware").rule == Rule("malware")
         return
@@ -486,11 +486,11 @@ def test_every_mistake_in_a_file_is_told_with_its_line(tmp_path, text, message):
         ("#" + " " * MAX_BYTES, ": larger than 1048576 bytes"),
     ],
 )
-def test_what_a_policy_has_no_use_for_in_yaml_is_refused(tmp_path, text, message):
+def test_unsupported_yaml_raises_with_its_line(tmp_path, text, message):
     assert refusal(tmp_path, text).startswith("policy.yaml" + message)
 
 
-def test_a_rule_that_begins_with_a_quote_is_told_what_to_do(tmp_path):
+def test_rule_that_begins_with_a_quote_raises_with_the_way_out(tmp_path):
     text = "categories:\n  a:\n    when: 'self harm' and b\n"
     message = refusal(tmp_path, text)
     assert message.startswith("policy.yaml, line 3: not YAML: ")
@@ -499,7 +499,7 @@ def test_a_rule_that_begins_with_a_quote_is_told_what_to_do(tmp_path):
     assert rule.names == ("self harm", "b")
 
 
-def test_json_has_lines_as_well(tmp_path):
+def test_invalid_json_raises_with_its_line(tmp_path):
     text = json.dumps({"gate": "cast", "categories": {"😀 b": {"mode": "on"}}}, indent="\t")
     message = "policy.json, line 5, categories.'😀 b'.mode: must be 'auto', 'always' or 'off'"
     assert refusal(tmp_path, text, "policy.json").startswith(message)
@@ -508,23 +508,23 @@ def test_json_has_lines_as_well(tmp_path):
     assert refusal(tmp_path, twice, "policy.json") == message
 
 
-def test_yaml_without_the_c_library_says_the_same(tmp_path, monkeypatch):
+def test_yaml_without_the_c_library_reads_the_same(tmp_path, monkeypatch):
     monkeypatch.delattr(yaml, "CSafeLoader", raising=False)
-    test_yaml_as_a_person_writes_it(tmp_path)
+    test_handwritten_yaml_is_read(tmp_path)
     text = changed("32", "0")
     assert refusal(tmp_path, text).startswith("policy.yaml, line 4, recheck: must be")
     for text in ("a: [1,\n", "a: \x01", "'", "a: b: c"):
         assert refusal(tmp_path, text).startswith("policy.yaml, line 1: not YAML: ")
 
 
-def test_a_file_that_cannot_be_read_is_named(tmp_path):
+def test_unreadable_file_raises_with_its_name(tmp_path):
     with pytest.raises(FormatError, match=r"missing\.yaml: No such file"):
         Policy.load(tmp_path / "missing.yaml")
     with pytest.raises(FormatError, match=r"directory"):
         Policy.load(tmp_path)
 
 
-def test_a_byte_order_mark_is_no_part_of_the_policy(tmp_path):
+def test_byte_order_mark_is_ignored(tmp_path):
     path = tmp_path / "policy.yaml"
     path.write_bytes(b"\xef\xbb\xbfgate: cast\n")
     assert Policy.load(path) == Policy(gate="cast")
@@ -551,7 +551,7 @@ def test_a_byte_order_mark_is_no_part_of_the_policy(tmp_path):
         ({"categories": {"a" * 500: {"x": 1}}}, "categories.'aaa"),
     ],
 )
-def test_every_mistake_in_python_is_told_with_its_path(content, message):
+def test_invalid_content_raises_with_its_path(content, message):
     with pytest.raises(SteeringError, match="^" + message) as caught:
         Policy.from_content(content)
     assert "\n" not in str(caught.value)
@@ -559,7 +559,7 @@ def test_every_mistake_in_python_is_told_with_its_path(content, message):
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 
-def test_the_constructors_refuse_as_well():
+def test_constructors_raise_with_the_path():
     with pytest.raises(PolicyError, match=r"^categories\.a\.mode: must be") as caught:
         Policy(categories={"a": {"mode": "maybe"}})
     assert caught.value.path == ("categories", "a", "mode")
@@ -578,7 +578,7 @@ KEYS = st.sampled_from(["gate", "conflict", "recheck", "scope", "categories", "o
 
 
 @given(JSON_LIKE | st.dictionaries(KEYS, JSON_LIKE))
-def test_any_data_is_a_policy_or_a_steering_error(content):
+def test_any_data_gives_a_policy_or_a_steering_error(content):
     try:
         refused, policy = "", Policy.from_content(content)
     except SteeringError as error:
@@ -588,7 +588,7 @@ def test_any_data_is_a_policy_or_a_steering_error(content):
 
 
 @given(st.text("gate:probe{}[]-,'\"\n &*!#?|>%@`~.0123 ", max_size=60) | st.text())
-def test_any_text_is_a_policy_or_a_format_error(text):
+def test_any_text_gives_a_policy_or_a_format_error(text):
     try:
         refused, policy = "", loaded(text)
     except FormatError as error:
@@ -604,7 +604,7 @@ def check(policy, categories="abc", known="ab", kinds=("margin", "probe")):
     policy.check(categories=list(categories), known=list(known), kinds=kinds if known else [])
 
 
-def test_what_a_pack_holds_passes():
+def test_policy_that_fits_the_pack_passes():
     check(Policy())
     check(Policy(categories={"a": {"mode": "auto", "threshold": 0.5, "when": "a and not b"}}))
     check(Policy(conflict="sum", categories={"c": {"mode": "auto", "when": "a or b"}}))
@@ -636,7 +636,7 @@ def test_what_a_pack_holds_passes():
         ),
     ],
 )
-def test_what_a_pack_does_not_hold_is_refused_where_it_was_written(
+def test_policy_that_does_not_fit_the_pack_raises_with_its_line(
     tmp_path, monkeypatch, content, line, message
 ):
     monkeypatch.chdir(tmp_path)
@@ -651,7 +651,7 @@ def test_what_a_pack_does_not_hold_is_refused_where_it_was_written(
     assert str(caught.value).startswith(message)
 
 
-def test_the_gate_is_margin_if_the_router_has_it_else_multinomial_unless_said():
+def test_gate_kind_defaults_to_margin_then_multinomial():
     kinds = ["probe", "multinomial"]
     assert Policy().gate_kind(["margin", *kinds]) == "margin"
     assert Policy().gate_kind(kinds) == Policy(gate=None).gate_kind(kinds) == "multinomial"
@@ -659,7 +659,7 @@ def test_the_gate_is_margin_if_the_router_has_it_else_multinomial_unless_said():
     assert Policy(gate="probe").merged(Policy()).gate_kind(kinds) == "probe"
 
 
-def test_a_gate_that_the_router_lacks_is_refused_where_it_was_written(tmp_path, monkeypatch):
+def test_gate_that_the_router_lacks_raises_with_its_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("policy.yaml").write_text("conflict: sum\ngate: cast\n")
     with pytest.raises(FormatError) as caught:
@@ -674,7 +674,7 @@ def test_a_gate_that_the_router_lacks_is_refused_where_it_was_written(tmp_path, 
 @pytest.mark.parametrize(
     ("kinds", "fits"), [(["margin", "multinomial"], True), (["multinomial"], False)]
 )
-def test_a_threshold_has_to_suit_the_gate_that_decides(kinds, fits):
+def test_threshold_outside_the_gate_s_scores_raises(kinds, fits):
     """Scores of the margin gate have no bounds; probabilities have."""
     policy = Policy(categories={"a": {"threshold": -1.5}})
     if fits:
@@ -684,14 +684,14 @@ def test_a_threshold_has_to_suit_the_gate_that_decides(kinds, fits):
         check(policy, kinds=kinds)
 
 
-def test_without_a_router_there_is_no_gate():
+def test_gated_category_without_a_router_raises():
     with pytest.raises(
         SteeringError, match=r"no gate for 'a' \(it has no router\); use always, off"
     ):
         check(Policy(categories={"a": {"mode": "auto"}}), known="")
 
 
-def test_many_and_odd_names_stay_in_one_short_line():
+def test_many_odd_names_give_one_short_line():
     names = ["a\nb", *(f"category {i}" for i in range(1000))]
     with pytest.raises(SteeringError) as caught:
         check(Policy(categories={"x" * 1000: {}}), names, names)
@@ -699,7 +699,7 @@ def test_many_and_odd_names_stay_in_one_short_line():
     assert len(str(caught.value)) < 500
 
 
-def test_a_merged_policy_knows_where_each_setting_came_from(tmp_path, monkeypatch):
+def test_merged_policy_remembers_the_place_of_each_setting(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("one.yaml").write_text("categories:\n  a:\n    when: x\n  b: {}\n")
     Path("two.yaml").write_text("\n\ncategories:\n  a:\n    strength: 2\n  b:\n    when: y\n")

@@ -127,7 +127,7 @@ def test_scores_follow_their_formula_row_by_row(kind, case):
     np.testing.assert_allclose(router.scores(kind, rows[0]), found[0], rtol=1e-9, atol=1e-12)
 
 
-def test_the_probabilities_have_benign_first_and_sum_to_one_at_any_size():
+def test_probabilities_sum_to_one_with_benign_first():
     router = a_router()
     h = 1000 * np.random.default_rng(2).normal(size=(4, 6))
     found = router.probabilities(h)
@@ -138,7 +138,7 @@ def test_the_probabilities_have_benign_first_and_sum_to_one_at_any_size():
     np.testing.assert_array_equal(router.scores("multinomial", h), found[:, 1:])
 
 
-def test_a_prompt_is_benign_where_there_is_no_harm_else_of_the_category_that_is_ahead():
+def test_class_is_benign_without_harm_else_the_category_ahead():
     rows = np.random.default_rng(3).normal(size=(200, 6))
     router = a_router(k=2)
     r = rows @ np.float64(router.margin_weight).T + router.margin_bias
@@ -153,7 +153,7 @@ def test_a_prompt_is_benign_where_there_is_no_harm_else_of_the_category_that_is_
     assert dataclasses.replace(router, gates=gates, **without).classes(rows).tolist() == probable
 
 
-def test_the_best_category_of_a_harmful_prompt_opens_its_margin_gate_and_no_benign_one_any():
+def test_margin_gate_of_the_best_category_opens_for_harmful_prompts_alone():
     rows = np.random.default_rng(3).normal(size=(200, 6))
     zero = a_gate(3, thresholds=np.zeros(3))
     router = a_router(k=3, gates=dict.fromkeys(GATES, zero))
@@ -164,7 +164,7 @@ def test_the_best_category_of_a_harmful_prompt_opens_its_margin_gate_and_no_beni
     assert (opens[harmful].sum(axis=1) > 1).any()  # its allowance lets another open too
 
 
-def test_open_margin_gates_are_compared_by_lead_and_allowance_others_by_score():
+def test_ranks_are_lead_and_allowance_for_margin_gates_else_scores():
     rows = np.random.default_rng(3).normal(size=(50, 6))
     router = a_router(k=3)
     r = rows @ np.float64(router.margin_weight).T + router.margin_bias
@@ -174,7 +174,7 @@ def test_open_margin_gates_are_compared_by_lead_and_allowance_others_by_score():
         np.testing.assert_array_equal(router.ranks(kind, rows), router.scores(kind, rows))
 
 
-def test_a_gate_opens_at_its_threshold_and_on_its_side_of_it():
+def test_gate_opens_at_its_threshold_and_on_its_side():
     gate = a_gate(thresholds=[1.0, -2.0], above=[True, False])
     scores = [[1.0, -2.0], [0.9, -1.9], [1.1, -2.1]]
     assert gate.opens(scores).tolist() == [[True, True], [False, False], [True, True]]
@@ -182,7 +182,7 @@ def test_a_gate_opens_at_its_threshold_and_on_its_side_of_it():
 
 
 @pytest.mark.parametrize("kind", GATES)
-def test_the_router_opens_the_gates_of_the_kind_asked_for(kind):
+def test_opens_uses_the_gates_of_the_kind_given(kind):
     rows = np.random.default_rng(5).normal(size=(20, 6))
     thresholds = np.median(a_router().scores(kind, rows), axis=0)
     never = a_gate(thresholds=[1e30, 1e30])
@@ -192,12 +192,12 @@ def test_the_router_opens_the_gates_of_the_kind_asked_for(kind):
     assert opens.tolist() == (a_router().scores(kind, rows) >= thresholds).tolist()
 
 
-def test_an_unknown_gate_is_told_which_there_are():
+def test_unknown_gate_raises_with_known_kinds():
     with pytest.raises(SteeringError, match=r"'svm'.*margin, multinomial, probe, centroid, cast"):
         a_router().opens("svm", np.zeros(6))
 
 
-def test_the_shares_come_from_the_confusion_table():
+def test_shares_come_from_the_confusion_table():
     router = a_router(confusion=[[6, 1, 1], [2, 5, 1], [0, 3, 9]])
     assert router.benign_false_positive_rate == 2 / 8
     assert router.category_accuracy == 14 / 20
@@ -205,13 +205,13 @@ def test_the_shares_come_from_the_confusion_table():
 
 @pytest.mark.parametrize("h", [np.zeros(3), np.zeros((2, 5)), np.zeros((1, 1, 6)), 0.0])
 @pytest.mark.parametrize("kind", GATES)
-def test_hidden_states_of_another_width_are_refused(kind, h):
+def test_hidden_state_of_another_width_raises(kind, h):
     with pytest.raises(SteeringError, match="width 6"):
         a_router().scores(kind, h)
 
 
 @pytest.mark.parametrize("kind", GATES)
-def test_hidden_states_that_are_not_finite_are_refused(kind):
+def test_hidden_state_that_is_not_finite_raises(kind):
     with pytest.raises(SteeringError, match="NaN"):
         a_router().scores(kind, [0, 0, np.nan, 0, 0, 0])
 
@@ -234,7 +234,7 @@ def only(*kinds, **changes):
 
 
 @pytest.mark.parametrize("kind", GATES)
-def test_a_router_may_have_any_of_the_gates_and_one_that_names_a_class(kind):
+def test_router_needs_a_classifier_and_may_have_any_other_gate(kind):
     rows = np.random.default_rng(0).normal(size=(3, 6))
     for classifier in CLASSIFIERS:
         router = only(classifier, kind)
@@ -256,7 +256,7 @@ def test_a_router_may_have_any_of_the_gates_and_one_that_names_a_class(kind):
             only(other, **{name: getattr(a_router(), name)})
 
 
-def test_values_are_kept_as_float32_and_cannot_be_changed():
+def test_values_are_read_only_float32():
     mine = np.ones((3, 6))
     router = a_router(weight=mine)
     mine[:] = 2
@@ -301,13 +301,13 @@ DIFFERENT = {
 
 
 @pytest.mark.parametrize("what", DIFFERENT)
-def test_any_difference_makes_two_routers_unequal_and_survives_as_plain_data(what):
+def test_any_difference_makes_routers_unequal_and_survives_as_plain_data(what):
     other = a_router(**{what: DIFFERENT[what]})
     assert other != a_router()
     assert Router.from_content(other.content()) == other
 
 
-def test_every_part_is_compared():
+def test_equality_compares_every_part():
     assert set(DIFFERENT) == {part.name for part in dataclasses.fields(Router)}
     for part in dataclasses.fields(Gate):
         if part.name == "above":
@@ -318,7 +318,7 @@ def test_every_part_is_compared():
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_every_pooling_can_be_kept(pooling):
+def test_router_accepts_every_pooling(pooling):
     router = a_router(reads=[Read(3, pooling), Read(4, "last")])
     assert router.reads == (Read(3, pooling), Read(4, "last"))
     assert router.last_layer == 4
@@ -335,7 +335,7 @@ def test_every_pooling_can_be_kept(pooling):
         (1, None, "unknown pooling"),
     ],
 )
-def test_places_that_there_are_not_are_refused(layer, pooling, words):
+def test_invalid_reads_raise(layer, pooling, words):
     with pytest.raises(SteeringError, match=words):
         Read(layer, pooling)
 
@@ -392,7 +392,7 @@ NAN, INFINITY = float("nan"), float("inf")
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_parts_that_do_not_fit_are_refused(changes, words):
+def test_parts_that_do_not_fit_raise(changes, words):
     with pytest.raises(SteeringError, match=words):
         a_router(**changes)
 
@@ -412,6 +412,6 @@ def test_parts_that_do_not_fit_are_refused(changes, words):
     ],
     ids=str,
 )
-def test_gates_that_do_not_fit_are_refused(changes, words):
+def test_gates_that_do_not_fit_raise(changes, words):
     with pytest.raises(SteeringError, match=words):
         a_gate(**changes)

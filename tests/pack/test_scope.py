@@ -34,7 +34,7 @@ def scopes(draw):
 
 
 @given(scopes())
-def test_a_scope_comes_back_from_its_text_and_from_json(scope):
+def test_scope_round_trips_through_text_and_json(scope):
     assert Scope.parse(str(scope)) == scope
     assert Scope.from_content(json.loads(json.dumps(scope.content()))) == scope
     assert Scope.parse(scope) is scope
@@ -75,13 +75,13 @@ THINK = ["<think>", "</think>"]
         ),
     ],
 )
-def test_text_and_mapping_say_the_same(text, mapping, scope):
+def test_text_and_mapping_give_the_same_scope(text, mapping, scope):
     assert Scope.parse(text) == Scope.parse(mapping) == scope
     assert str(scope) == text
     assert Scope.parse(f"  {text.replace(' ', '  ', 1)} ") == scope
 
 
-def test_numbers_may_be_written_as_people_do():
+def test_usual_spellings_of_numbers_are_read():
     assert Scope.parse("values 1. .5 1e-2 +2").values == (1.0, 0.5, 0.01, 2.0)
     assert str(Scope("values", values=(-0.0,))) == "values 0"
 
@@ -104,7 +104,7 @@ def factor(scope, p, n):
 
 
 @given(scopes())
-def test_the_prompt_is_covered_where_some_prompt_has_a_steered_token_before_its_last(scope):
+def test_covers_prompt_is_true_where_a_token_before_the_last_may_be_steered(scope):
     assume(scope.start < 20)
     found = any(factor(scope, p, n) for n in (2, 5, 25) for p in range(n - 1))
     assert scope.covers_prompt == found
@@ -120,9 +120,9 @@ NAN, INFINITY = float("nan"), float("inf")
         ("everything", "unknown scope 'everything'; use all, prompt"),
         ("All", "unknown scope"),
         ("tokens all", "unknown scope"),
-        ("all 8", "takes nothing after it"),
-        ("response 8", "takes nothing after it"),
-        ("prompt linear 8", "takes nothing after it"),
+        ("all 8", "takes no argument; remove '8'"),
+        ("response 8", "takes no argument; remove '8'"),
+        ("prompt linear 8", "takes no argument; remove 'linear'"),
         ("first", "needs one number of tokens, as in 'first 8'"),
         ("first 8 9", "needs one number"),
         ("first 0", "'first' needs a number of tokens from 1 .* not 0"),
@@ -141,7 +141,7 @@ NAN, INFINITY = float("nan"), float("inf")
         ("range 1 9999999999", "stop of a range"),
         ("values", "at least one number"),
         ("values 1 nan", "'nan' in a scope is not a finite number"),
-        ("values 1 1e999", "finite numbers, and one of them is inf"),
+        ("values 1 1e999", "finite numbers, not inf"),
         ("values 1,2", "'1,2' in a scope"),
         ("values 1_0", "'1_0' in a scope"),
         ("all exclude", "two markers in double quotes"),
@@ -154,9 +154,9 @@ NAN, INFINITY = float("nan"), float("inf")
         ('all exclude "a" "a"', "are both 'a'"),
         ('all exclude "xa" "a"', "ends with the other"),
         ('all exclude "a" "xa"', "ends with the other"),
-        ('all exclude "\\ud800" "a"', "not text"),
-        ({}, "does not say which tokens"),
-        ({"exclude": THINK}, "does not say which tokens"),
+        ('all exclude "\\ud800" "a"', "not UTF-8 text"),
+        ({}, "names no tokens"),
+        ({"exclude": THINK}, "names no tokens"),
         ({"tokens": "first"}, "'tokens' is one of all, prompt, response, not 'first'"),
         ({"tokens": ["all"]}, "'tokens' is one of"),
         ({"tokens": None}, "'tokens' is one of"),
@@ -179,10 +179,10 @@ NAN, INFINITY = float("nan"), float("inf")
         ({"values": []}, "at least one number"),
         ({"values": 1}, "at least one number"),
         ({"values": "1 2"}, "at least one number"),
-        ({"values": [1, NAN]}, "one of them is nan"),
-        ({"values": [1, -INFINITY]}, "one of them is -inf"),
-        ({"values": [1, "1"]}, "one of them is '1'"),
-        ({"values": [True]}, "one of them is True"),
+        ({"values": [1, NAN]}, "finite numbers, not nan"),
+        ({"values": [1, -INFINITY]}, "finite numbers, not -inf"),
+        ({"values": [1, "1"]}, "finite numbers, not '1'"),
+        ({"values": [True]}, "finite numbers, not True"),
         ({"values": [10**400]}, "finite numbers"),
         ({"values": [1] * 70_000}, "more than 65536"),
         ({"tokens": "all", "exclude": None}, "a start and an end marker"),
@@ -191,12 +191,12 @@ NAN, INFINITY = float("nan"), float("inf")
         ({"tokens": "all", "exclude": ["a", 1]}, "a marker to exclude is 1"),
         ({"tokens": "all", "exclude": ["a", ""]}, "a marker to exclude is ''"),
         ({"tokens": "all", "exclude": ["b" * 257, "a"]}, "longer than 256"),
-        (8, "8 is no scope"),
-        (None, "None is no scope"),
-        (["first", 8], "is no scope"),
+        (8, "8 is not a scope"),
+        (None, "None is not a scope"),
+        (["first", 8], "is not a scope"),
     ],
 )
-def test_what_contradicts_itself_is_refused_in_one_line(given, words):
+def test_invalid_scope_raises_in_one_line(given, words):
     with pytest.raises(SteeringError, match=words) as caught:
         Scope.parse(given)
     assert "\n" not in str(caught.value)
@@ -220,12 +220,12 @@ def test_what_contradicts_itself_is_refused_in_one_line(given, words):
         ({"exclude": "ab"}, "a start and an end marker"),
     ],
 )
-def test_parts_that_a_kind_does_not_have_are_refused(parts, words):
+def test_attribute_of_another_kind_raises(parts, words):
     with pytest.raises(SteeringError, match=words):
         Scope(**parts)
 
 
-def test_a_scope_cannot_be_changed():
+def test_scope_is_immutable():
     mine = [1, 2]
     scope = Scope("values", values=mine, exclude=["a", "b"])
     mine[0] = 3
@@ -237,7 +237,7 @@ def test_a_scope_cannot_be_changed():
 
 
 @given(st.text() | st.dictionaries(st.sampled_from(["tokens", *KINDS, "exclude"]), st.text()))
-def test_anything_else_is_a_steering_error(given):
+def test_any_data_gives_a_scope_or_a_steering_error(given):
     try:
         refusal, scope = "", Scope.parse(given)
     except SteeringError as error:

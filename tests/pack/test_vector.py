@@ -35,7 +35,7 @@ def dense(vector):
 
 
 @given(st.dictionaries(st.integers(0, 10**5), rows, min_size=1, max_size=5))
-def test_it_holds_what_it_was_given(directions):
+def test_vector_holds_its_arguments(directions):
     vector = SteeringVector(directions)
     assert vector.site == "residual"
     assert vector.layers == tuple(sorted(directions))
@@ -74,7 +74,7 @@ def test_products_scale_every_direction_and_keep_the_rest(vector, factor):
 
 
 @given(vectors)
-def test_negation_and_division(vector):
+def test_negation_and_division_scale(vector):
     np.testing.assert_array_equal((-vector).matrix, -vector.matrix)
     np.testing.assert_array_equal((vector / 4).matrix, vector.matrix / 4)
     np.testing.assert_allclose((vector / 3).matrix, vector.matrix / 3, rtol=1e-6)
@@ -82,7 +82,7 @@ def test_negation_and_division(vector):
 
 
 @given(vectors)
-def test_identities(vector):
+def test_arithmetic_identities_hold(vector):
     assert vector + vector == 2 * vector
     assert vector - vector == 0 * vector
     negative = -vector
@@ -92,13 +92,13 @@ def test_identities(vector):
 
 
 @given(vectors)
-def test_arithmetic_leaves_its_operands_alone(vector):
+def test_arithmetic_does_not_change_its_operands(vector):
     before = vector.matrix.copy()
     _ = vector + vector, vector - vector, vector * 3, -vector, vector / 2
     np.testing.assert_array_equal(vector.matrix, before)
 
 
-def test_fractions_and_numpy_scalars_are_numbers():
+def test_fractions_and_numpy_scalars_scale():
     vector = SteeringVector({1: [2.0, 4.0]})
     half = SteeringVector({1: [1.0, 2.0]})
     for factor in (Fraction(1, 2), np.float32(0.5), np.float16(0.5)):
@@ -109,30 +109,30 @@ def test_fractions_and_numpy_scalars_are_numbers():
     "factor",
     [float("nan"), float("inf"), -float("inf"), 1e39, 1e300, pytest.param(10**400, id="10**400")],
 )
-def test_a_factor_that_is_not_finite_in_float32_is_refused(factor):
+def test_factor_that_is_not_finite_in_float32_raises(factor):
     with np.errstate(all="ignore"), pytest.raises(SteeringError):
         SteeringVector({1: [0.0, 1.0]}) * factor
 
 
 @pytest.mark.parametrize("divisor", [0, 0.0, -0.0, float("nan"), 1e-45], ids=str)
-def test_an_impossible_divisor_is_refused(divisor):
+def test_invalid_divisor_raises(divisor):
     with np.errstate(all="ignore"), pytest.raises(SteeringError):
         SteeringVector({1: [1.0]}) / divisor
 
 
 @pytest.mark.parametrize("other", ["2", None, [1.0], {}, 1j])
-def test_what_is_no_number_or_vector_is_a_type_error(other):
+def test_operand_of_another_type_raises_type_error(other):
     vector = SteeringVector({1: [1.0]})
     for operation in ("__add__", "__sub__", "__mul__", "__truediv__"):
         assert getattr(vector, operation)(other) is NotImplemented
 
 
-def test_sums_of_different_widths_are_refused():
+def test_sum_of_different_widths_raises():
     with pytest.raises(SteeringError, match=r"width 1.*width 2"):
         SteeringVector({1: [1.0]}) + SteeringVector({1: [1.0, 2.0]})
 
 
-def test_a_sum_that_overflows_float32_is_refused():
+def test_sum_that_overflows_float32_raises():
     vector = SteeringVector({3: [3e38]})
     with np.errstate(all="ignore"), pytest.raises(SteeringError, match="layer 3"):
         vector + vector
@@ -156,25 +156,25 @@ def test_a_sum_that_overflows_float32_is_refused():
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_bad_directions_are_refused_and_named(directions, words):
+def test_invalid_direction_raises_with_its_layer(directions, words):
     with np.errstate(all="ignore"), pytest.raises(SteeringError, match=words):
         SteeringVector(directions)
 
 
 @pytest.mark.parametrize("site", ["ffn", "", "Residual", None, 0])
-def test_unknown_sites_are_refused(site):
+def test_unknown_site_raises(site):
     with pytest.raises(SteeringError, match="residual, attention"):
         SteeringVector({1: [1.0]}, site=site)
 
 
-def test_a_layer_without_direction_is_a_key_error():
+def test_layer_without_a_direction_raises_key_error():
     vector = SteeringVector({1: [1.0], 3: [2.0]})
     for layer in (0, 2, 4, -1):
         with pytest.raises(KeyError):
             vector.direction(layer)
 
 
-def test_the_values_are_a_copy_and_read_only():
+def test_values_are_a_read_only_copy():
     source = np.ones(3, np.float32)
     vector = SteeringVector({1: source})
     source[0] = 9
@@ -190,7 +190,7 @@ def test_the_values_are_a_copy_and_read_only():
 @pytest.mark.parametrize(
     "duplicate", [copy.copy, copy.deepcopy, lambda v: pickle.loads(pickle.dumps(v))]
 )
-def test_copies_are_equal_and_immutable_too(duplicate):
+def test_copies_are_equal_and_immutable(duplicate):
     vector = SteeringVector({1: [1.0, 2.0]}, site="attention")
     again = duplicate(vector)
     assert again == vector
@@ -199,7 +199,7 @@ def test_copies_are_equal_and_immutable_too(duplicate):
 
 
 @given(vectors, vectors)
-def test_equality_is_that_of_site_layers_and_values(a, b):
+def test_equality_compares_site_layers_and_values(a, b):
     same = (a.site, a.layers) == (b.site, b.layers) and a.matrix.tolist() == b.matrix.tolist()
     assert (a == b) is same
     assert (a.digest == b.digest) is same
@@ -215,13 +215,13 @@ def test_equality_is_that_of_site_layers_and_values(a, b):
         SteeringVector({1: [1.0, 2.0, 3.0, 4.0]}),
     ],
 )
-def test_what_differs_is_unequal_and_has_another_digest(other):
+def test_any_difference_makes_vectors_and_digests_unequal(other):
     vector = SteeringVector({1: [1.0, 2.0], 2: [3.0, 4.0]})
     assert vector != other
     assert vector.digest != other.digest
 
 
-def test_equal_vectors_have_equal_hashes_whatever_the_sign_of_zero():
+def test_hash_ignores_the_sign_of_zero():
     vector = SteeringVector({1: [1.0, -1.0]})
     a, b = vector - vector, 0 * vector
     assert a == b
@@ -229,7 +229,7 @@ def test_equal_vectors_have_equal_hashes_whatever_the_sign_of_zero():
     assert len({a, b}) == 1
 
 
-def test_the_digest_is_the_same_in_any_process():
+def test_digest_is_the_same_in_any_process():
     code = "from pysteer import SteeringVector as V; print(V({1: [1.5, 2], 3: [4, 5]}).digest)"
     environment = {**os.environ, "PYTHONHASHSEED": "7"}
     done = subprocess.run(
@@ -239,7 +239,7 @@ def test_the_digest_is_the_same_in_any_process():
 
 
 @pytest.mark.parametrize("layers", [[1], [1, 2, 3, 4, 5, 6]])
-def test_repr_is_short_and_says_what_it_is(layers):
+def test_repr_is_short(layers):
     text = repr(SteeringVector({layer: [1.0, 2.0] for layer in layers}))
     assert "residual" in text
     assert "n_embd=2" in text
