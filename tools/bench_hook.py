@@ -27,9 +27,9 @@ import numpy as np
 import typer
 
 from pysteer import SteeredLlama, SteeringPack, SteeringVector
-from pysteer.llama.hooked import set_native_control_vector
+from pysteer.llama.context import set_native_control_vector
 from pysteer.runtime.plan import PlanCompiler
-from pysteer.runtime.steered import Request
+from pysteer.runtime.requests import ActiveSteering
 
 BASELINE = "llama_cpp.Llama, unsteered"
 NATIVE = "llama_cpp.Llama, its control vector"
@@ -147,7 +147,7 @@ def _eval(variant: tuple[llama_cpp.Llama, object], tokens: list[int]) -> None:
     if plan is None:
         llm.eval(tokens)
     else:
-        with llm._under(Request(plan)):  # where `steering` would choose the injection
+        with llm._requests.entered(ActiveSteering(plan)):  # `steering` would choose the injection
             llm.eval(tokens)
 
 
@@ -176,9 +176,10 @@ def _measure_switches(
         for kind, strength in (("known", 1.0), ("new", 1.0 + (number + 1) / 1000)):
             start = time.perf_counter()
             with steered.steering({category: strength}):
-                steered._install(steered._sequence_for([token]))
-                steered._hook.begin_decode(one_row)
-                steered._hook.abandon_decode()
+                active = steered._requests.current()
+                steered._cache.install(steered._cache.continued(active, [token]))
+                steered.context._hook.begin_decode(one_row)
+                steered.context._hook.abandon_decode()
                 seconds[kind].append(time.perf_counter() - start)
                 steered.eval([token])
         seconds["call"].append(_timed(lambda: set_native_control_vector(native, rows)))

@@ -32,9 +32,9 @@ import numpy as np
 import typer
 
 from pysteer import Engine, HookedLlama, SteeringPack, SteeringVector, shipped
-from pysteer.engine.batch import Batch
 from pysteer.extract.routers.reads import default_reads
-from pysteer.llama.hooked import LAST_ROW, set_native_control_vector
+from pysteer.llama.batch import LAST_ROW, DecodeBatch
+from pysteer.llama.context import set_native_control_vector
 from pysteer.pack.operators import Operator
 from pysteer.pack.policy import Policy
 from pysteer.pack.router import Gate, Router
@@ -148,7 +148,7 @@ class Bench:
         }
         self.tokens = rng.integers(3, hooked.n_vocab(), (SEQUENCES, 4096)).astype(np.intc)
         self.prompt = rng.integers(3, hooked.n_vocab(), prompt).astype(np.intc)
-        self.batch = Batch(max(prompt, SEQUENCES))
+        self.batch = DecodeBatch(max(prompt, SEQUENCES))
         self._started: dict[str, list[Any]] = {}
 
     def measure(self, rounds: int, decode: int) -> list[dict[str, list[float]]]:
@@ -188,7 +188,7 @@ class Bench:
     def _fill(self, position: int, n: int = SEQUENCES) -> None:
         self.batch.clear()
         for slot in range(n):
-            self.batch.add(slot, position, self.tokens[slot, position : position + 1], output=True)
+            self.batch.add(slot, position, self.tokens[slot, position : position + 1], LAST_ROW)
 
     def _forget(self, llm: llama_cpp.Llama, position: int) -> None:
         for slot in range(SEQUENCES):
@@ -207,9 +207,9 @@ class Bench:
         for name in self.plans:
             self._started[name] = self._start(name, 1)
             for slot, sequence in enumerate(self._started[name]):
-                hooked._set_sequence(slot, sequence)
+                hooked.context.set_sequence(slot, sequence)
             self._fill(0)
-            with hooked._decoding([(slot, 0, 1, LAST_ROW) for slot in range(SEQUENCES)]):
+            with hooked.context.decoding([(slot, 0, 1, LAST_ROW) for slot in range(SEQUENCES)]):
                 self.batch.decode(hooked.ctx)
             hooked._ctx.kv_cache_clear()
 
@@ -223,11 +223,11 @@ class Bench:
             return _seconds(lambda: self.batch.decode(plain.ctx))
         # Tokens of a response: the gate has decided before, and stayed shut.
         for slot, sequence in enumerate(self._started[name]):
-            hooked._set_sequence(slot, sequence if slot < n else None)
+            hooked.context.set_sequence(slot, sequence if slot < n else None)
         runs = [(slot, position + 8, 1, LAST_ROW) for slot in range(n)]
 
         def steered() -> None:
-            with hooked._decoding(runs):
+            with hooked.context.decoding(runs):
                 self.batch.decode(hooked.ctx)
 
         return _seconds(steered)
@@ -240,7 +240,7 @@ class Bench:
                 set_native_control_vector(plain, rows[slot])
                 self.batch.clear()
                 token = self.tokens[slot, position : position + 1]
-                self.batch.add(slot, position, token, output=True)
+                self.batch.add(slot, position, token, LAST_ROW)
                 self.batch.decode(plain.ctx)
 
         seconds = _seconds(swapped)
@@ -252,15 +252,15 @@ class Bench:
 
     def _timed_prompt(self, name: str, plain: PlainLlama, hooked: HookedLlama) -> float:
         self.batch.clear()
-        self.batch.add(0, 0, self.prompt, output=True)
+        self.batch.add(0, 0, self.prompt, LAST_ROW)
         if name == PLAIN:
             return _seconds(lambda: self.batch.decode(plain.ctx))
         n = len(self.prompt)
         for slot, sequence in enumerate(self._start(name, n)):
-            hooked._set_sequence(slot, sequence if slot == 0 else None)
+            hooked.context.set_sequence(slot, sequence if slot == 0 else None)
 
         def steered() -> None:
-            with hooked._decoding([(0, 0, n, LAST_ROW)]):
+            with hooked.context.decoding([(0, 0, n, LAST_ROW)]):
                 self.batch.decode(hooked.ctx)
 
         return _seconds(steered)
@@ -334,8 +334,8 @@ def _with_loop(plain: PlainLlama, prompts: Sequence[Sequence[int]], n_tokens: in
     """Decode with plain llama.cpp, with one sampler for each sequence."""
     plain._ctx.kv_cache_clear()
     samplers = [plain._init_sampler(temp=0.0, repeat_penalty=1.1) for _ in prompts]
-    batch = Batch(512)
-    rows = [batch.add(slot, 0, np.array(p, np.intc), output=True) for slot, p in enumerate(prompts)]
+    batch = DecodeBatch(512)
+    rows = [batch.add(slot, 0, np.array(p, np.intc), LAST_ROW) for slot, p in enumerate(prompts)]
     batch.decode(plain.ctx)
     for step in range(n_tokens):
         drawn = [
@@ -344,7 +344,7 @@ def _with_loop(plain: PlainLlama, prompts: Sequence[Sequence[int]], n_tokens: in
         ]
         batch.clear()
         rows = [
-            batch.add(slot, len(prompts[slot]) + step, np.array([token], np.intc), output=True)
+            batch.add(slot, len(prompts[slot]) + step, np.array([token], np.intc), LAST_ROW)
             for slot, token in enumerate(drawn)
         ]
         if step + 1 < n_tokens:

@@ -21,7 +21,7 @@ from pysteer.errors import SteeringError
 from pysteer.evaluate.answers import Answerer
 from pysteer.evaluate.evaluation import UNNAMED, evaluate
 from pysteer.evaluate.judges.refusal import RefusalJudge
-from pysteer.evaluate.preparation import answer_identity, make_folder, quiet_arguments
+from pysteer.evaluate.preparation import answer_identity, make_folder
 from pysteer.evaluate.report import Report
 from pysteer.evaluate.settings import EvaluateSettings, Sampling
 from pysteer.extract.capture import Capture
@@ -30,6 +30,7 @@ from pysteer.extract.extraction import fit_pack_routers
 from pysteer.extract.routers.settings import RouterSettings
 from pysteer.journal import Journal
 from pysteer.judge import Judge
+from pysteer.llama.hooked import quiet_arguments
 from pysteer.pack.pack import SteeringPack
 from pysteer.pack.policy import CategoryPolicy, Policy
 from pysteer.pack.resolved import AUTO
@@ -132,7 +133,7 @@ def calibrate(
         residual_norm=candidates.residual_norm,
     )
     measurement = _Measurement(
-        Path(model), folder, settings, judge, progress, quiet_arguments(llama_arguments), parts
+        Path(model), folder, settings, judge, progress, quiet_arguments(**llama_arguments), parts
     )
     deadline = started + 60 * settings.minutes
     result = measurement.search(base, candidates, deadline, on_round)

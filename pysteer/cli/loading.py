@@ -23,12 +23,7 @@ def load_steered(model: str, pack: SteeringPack | Path | None, **arguments: Any)
     from pysteer.runtime.steered import SteeredLlama
 
     arguments.setdefault("n_threads_batch", arguments.get("n_threads"))
-    try:
-        return SteeredLlama(model, pack=pack, verbose=False, **arguments)
-    except SteeringError:
-        raise
-    except ValueError as error:
-        raise SteeringError(f"{model}: {error}; is it a GGUF model?") from None
+    return SteeredLlama(model, pack=pack, verbose=False, **arguments)
 
 
 def load_policy(path: Path, pack: SteeringPack | None) -> Policy:

@@ -1,71 +1,32 @@
-"""The cells of the KV cache: who holds them, and whose content a new request can go on from.
+"""The cells of the KV cache: their holders, and the content that a new request can go on from.
 
-All sequences share the cells of one unified cache. A cell can belong to several sequences, which
-then have the same beginning; it is free again when the last of them lets go. A finished sequence
-keeps its cells, as an idle slot, until somebody needs them.
+All sequences share the cells of one unified cache. A cell can belong to several sequences with the
+same beginning; the cell is free again when the last of them lets go. A finished sequence keeps its
+cells, as an idle slot, until another needs them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, TypeAlias
 
-import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
-Tokens = npt.NDArray[np.intc]
-Keys = npt.NDArray[np.uint64]
+from pysteer.llama.memory import ContextMemory
+from pysteer.runtime.ledger import Keys
+
+Tokens: TypeAlias = npt.NDArray[np.intc]
 
 
 class Content(NamedTuple):
-    """What the cells of a slot were computed from: token and steering fingerprint by position."""
+    """Content of the cells of a slot: token and steering fingerprint by position."""
 
     tokens: Tokens
     keys: Keys
 
 
 NOTHING = Content(np.zeros(0, np.intc), np.zeros(0, np.uint64))
-
-
-class Memory(Protocol):
-    """llama.cpp's side of it."""
-
-    def cut(self, slot: int, start: int) -> None:
-        """Forget positions `start` and later of a sequence."""
-
-    def copy(self, source: int, target: int, stop: int) -> None:
-        """Let positions before `stop` belong to another sequence too."""
-
-    def clear(self) -> None:
-        """Forget everything; the next token then lies where the very first one did."""
-
-    def is_whole(self, slot: int) -> bool:
-        """Whether the sequence still has its first positions: a sliding window drops them."""
-
-
-class LlamaMemory:
-    """The memory of a llama_context."""
-
-    def __init__(self, context: llama_cpp.llama_context_p) -> None:
-        self._memory = llama_cpp.llama_get_memory(context)
-
-    def cut(self, slot: int, start: int) -> None:
-        """See `Memory`."""
-        if not llama_cpp.llama_memory_seq_rm(self._memory, slot, start, -1):
-            raise RuntimeError(f"llama.cpp cannot cut a sequence back to {start} tokens")
-
-    def copy(self, source: int, target: int, stop: int) -> None:
-        """See `Memory`."""
-        llama_cpp.llama_memory_seq_cp(self._memory, source, target, 0, stop)
-
-    def clear(self) -> None:
-        """See `Memory`."""
-        llama_cpp.llama_memory_clear(self._memory, False)
-
-    def is_whole(self, slot: int) -> bool:
-        """See `Memory`."""
-        return bool(llama_cpp.llama_memory_seq_pos_min(self._memory, slot) == 0)
 
 
 class Slot:
@@ -80,13 +41,13 @@ class Slot:
 
 
 class Place(NamedTuple):
-    """Where a request could run.
+    """A place for a request.
 
     Attributes:
-        slot: an idle one.
-        source: the slot whose beginning is the request's; may be `slot` itself.
-        reused: how many of the request's tokens need not be decoded.
-        cells: how many of these no running sequence holds yet.
+        slot: an idle slot.
+        source: the slot with the same beginning as the request; may be `slot` itself.
+        reused: number of the request's tokens that need not be decoded.
+        cells: number of the reused cells that no running sequence holds yet.
     """
 
     slot: Slot
@@ -99,14 +60,14 @@ class KvCache:
     """The slots and cells of one context.
 
     Args:
-        memory: llama.cpp's side.
-        n_cells: how many there are.
-        n_slots: how many sequences the context has.
-        rewinds: whether a sequence can be cut back to any position. The state of recurrent models
-            cannot: there a beginning is reused whole, by the slot that has it, or not at all.
+        memory: llama.cpp's side of the cache.
+        n_cells: number of cells.
+        n_slots: number of sequences in the context.
+        rewinds: a sequence can be cut back to any position. The state of recurrent models cannot:
+            there the slot that has a beginning reuses all of it, or nothing.
     """
 
-    def __init__(self, memory: Memory, *, n_cells: int, n_slots: int, rewinds: bool) -> None:
+    def __init__(self, memory: ContextMemory, *, n_cells: int, n_slots: int, rewinds: bool) -> None:
         self._memory = memory
         self._rewinds = rewinds
         self._n_cells = n_cells
@@ -119,23 +80,23 @@ class KvCache:
 
     @property
     def unheld(self) -> int:
-        """Cells that no slot holds."""
+        """Number of cells that no slot holds."""
         return len(self._unheld)
 
     @property
     def available(self) -> int:
-        """Cells that no running sequence holds."""
+        """Number of cells that no running sequence holds."""
         return self._n_cells - self._running_cells
 
     # ---- requests come and go ----------------------------------------------------------------
 
     def find(self, tokens: Tokens, keys: Keys, limit: int) -> Place | None:
-        """The best place for a request, or None if every slot is in use.
+        """Return the best place for a request, or None if every slot is in use.
 
         Args:
             tokens: the request's tokens.
-            keys: the steering that each of them is to be computed under.
-            limit: how many of them may be reused at most.
+            keys: steering fingerprint of each token.
+            limit: number of tokens that may be reused at most.
         """
         idle = [slot for slot in self.slots if not slot.in_use]
         if not idle:
@@ -163,7 +124,7 @@ class KvCache:
         return matching if matching and self._memory.is_whole(slot.number) else 0
 
     def open(self, place: Place, content: Callable[[], Content]) -> Slot:
-        """Take a place. `content` tells, while the request runs, what its cells hold."""
+        """Take a place; `content` returns the content of the cells while the request runs."""
         slot, source, reused, _ = place
         if source is slot:
             self.cut(slot, reused)
@@ -181,7 +142,7 @@ class KvCache:
         return slot
 
     def rest(self, slot: Slot) -> None:
-        """The request ended; what its cells hold may serve another."""
+        """Mark a slot as idle; its cells may serve another request."""
         content = slot.content()
         n = len(slot.cells)
         kept = Content(content.tokens[:n].copy(), content.keys[:n].copy())
@@ -194,7 +155,7 @@ class KvCache:
         slot.last_used = self._clock
 
     def clear(self) -> None:
-        """Forget what idle slots hold, and which was used when; no request may be running."""
+        """Empty all slots, and forget when they were used; no request may be running."""
         for slot in self.slots:
             self.cut(slot, 0)
             slot.last_used = 0
@@ -203,7 +164,7 @@ class KvCache:
     # ---- cells -------------------------------------------------------------------------------
 
     def take(self, slot: Slot, n: int) -> None:
-        """Give a running sequence `n` more cells, of those that nobody holds."""
+        """Give a running sequence `n` more of the unheld cells."""
         if n == 1:
             cell = self._unheld.pop()
             self._holders[cell] = self._running_holders[cell] = 1
@@ -217,7 +178,7 @@ class KvCache:
         self._running_cells += n
 
     def cut(self, slot: Slot, length: int) -> int:
-        """Cut a sequence back to `length` tokens, or to none if it cannot be; tells to how many."""
+        """Cut a sequence back to `length` tokens, or empty it; return the number of tokens left."""
         if length >= len(slot.cells):
             return len(slot.cells)
         if not self._rewinds or (length and not self._memory.is_whole(slot.number)):
@@ -237,15 +198,15 @@ class KvCache:
         return length
 
     def recover(self, slot: Slot, length: int) -> int:
-        """As `cut`, after a failed decode: what it left in the memory is in no cell of ours."""
+        """As `cut`, after a failed decode, which may have left more in memory than in our cells."""
         length = self.cut(slot, length)
         self._memory.cut(slot.number, length)
         return length
 
     def evict(self, n: int) -> bool:
-        """Free up to `n` cells of the idle slot that was used longest ago; False if there is none.
+        """Free up to `n` cells of the least recently used idle slot; False if no slot is idle.
 
-        From its end, so that what is left still serves as a beginning.
+        Frees from the end, so that the rest still serves as a beginning.
         """
         idle = [slot for slot in self.slots if slot.cells and not slot.in_use]
         if not idle:

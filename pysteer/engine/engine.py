@@ -12,34 +12,36 @@ from functools import partial
 from types import TracebackType
 from typing import Any
 
+import llama_cpp
+
 from pysteer.chat.handler import ChatCall, completion_arguments, prompt_tokens
 from pysteer.chat.spans import last_user_text
 from pysteer.engine.handle import Handle, PlainShape, Shape
 from pysteer.engine.request import Request, check_prompt
-from pysteer.engine.scheduler import EngineStatistics, Scheduler
+from pysteer.engine.scheduler import Scheduler
+from pysteer.engine.statistics import EngineStatistics
 from pysteer.engine.text import Pieces
 from pysteer.errors import SteeringError
 from pysteer.llama.hooked import HookedLlama
+from pysteer.llama.vocabulary import token_piece
 from pysteer.pack.pack import BaseModel, SteeringPack
 from pysteer.pack.resolved import Steering
-from pysteer.runtime.plan import PlanCompiler
+from pysteer.runtime.arguments import (
+    INHERIT,
+    Inherit,
+    PackLike,
+    PolicyLike,
+    read_pack,
+    read_policy,
+)
+from pysteer.runtime.plan import CompiledPlan
+from pysteer.runtime.request_plans import RequestPlans
 from pysteer.runtime.sequence import SequenceSteering
-from pysteer.runtime.steered import IN_FORCE, InForce, PolicyLike, read_policy
 
 _NOT_HERE = {
     "logprobs": "the engine gives no log-probabilities; use SteeredLlama",
     "suffix": "the engine writes after a prompt only; use SteeredLlama",
 }
-
-
-class _SharedLlama(HookedLlama):
-    """One whose memory belongs to many sequences."""
-
-    def reset(self) -> None:
-        """Nothing: what a failed decode has left there is for the scheduler to take away.
-
-        `Llama.reset` would take away the state of all sequences of a recurrent or hybrid model.
-        """
 
 
 class Engine:
@@ -56,24 +58,35 @@ class Engine:
         pack: a `SteeringPack`, a pack file, or a plain control-vector file; None: nothing can be
             steered.
         policy: a `Policy`, its data, or a YAML file, which goes before the pack's own.
-        max_sequences: how many requests are decoded at once; more wait.
-        max_queue: how many may wait; `submit` then does.
-        prompt_share: how many prompt tokens a decode may have while other requests are writing.
-        **llama_arguments: everything that `llama_cpp.Llama` takes. `n_ctx` tokens are shared by all
-            requests; without it, 512 for each.
+        max_sequences: number of requests decoded at once; more wait.
+        max_queue: number of requests that may wait; then `submit` waits.
+        prompt_share: number of prompt tokens that a decode may have while other requests are
+            writing.
+        **llama_arguments: all arguments of `llama_cpp.Llama`. All requests share the `n_ctx`
+            tokens; the default is 512 for each.
 
     Raises:
-        FormatError: the pack or policy file is damaged or something else.
+        FormatError: the pack or policy file is damaged or of another kind.
         ModelMismatchError: the pack is for another model.
         HookError: the llama.cpp or the model cannot be hooked.
-        SteeringError: the policy does not fit the pack, or a number is out of range.
+        SteeringError: the model cannot be loaded, the policy does not fit the pack, or a number is
+            out of range.
+
+    Examples:
+        >>> from pysteer import shipped
+        >>> pack = shipped.default_pack()
+        >>> prompts = ["The sea is", "The sky is"]
+        >>> with Engine(shipped.default_model(), pack=pack, verbose=False) as engine:
+        ...     handles = [engine.submit(prompt=p, steering=None, max_tokens=4) for p in prompts]
+        ...     [handle.result()["steering"]["mode"] for handle in handles]
+        ['off', 'off']
     """
 
     def __init__(
         self,
         model_path: str | os.PathLike[str],
         *,
-        pack: SteeringPack | str | os.PathLike[str] | None = None,
+        pack: PackLike | None = None,
         policy: PolicyLike | None = None,
         max_sequences: int = 16,
         max_queue: int = 256,
@@ -87,22 +100,16 @@ class Engine:
         ):
             if type(number) is not int or number < 1:
                 raise SteeringError(f"{name}={number!r}: give a number from 1")
-        if pack is not None and not isinstance(pack, SteeringPack):
-            pack = SteeringPack.load(pack)
-        read = read_policy(policy)
+        loaded, read = read_pack(pack), read_policy(policy)
         llama_arguments.setdefault("n_ctx", 512 * max_sequences)
-        llm = _SharedLlama(model_path, max_sequences=max_sequences, **llama_arguments)
+        llm = HookedLlama(model_path, max_sequences=max_sequences, **llama_arguments)
         try:
-            if pack is not None:
-                pack.check_fits(llm.base_model)
-            self._compiler = PlanCompiler(
-                pack, read, n_layer=llm.n_layer, n_embd=llm.n_embd(), sites=llm.sites
-            )
+            self._plans = RequestPlans(llm, loaded, read)
             self._llm = llm
             self._base_model = llm.base_model
             self._pieces = Pieces(llm)
-            self._seeds = random.Random(llm._seed)
-            self._lock = threading.Lock()
+            self._seeds = random.Random(llama_arguments.get("seed") or llama_cpp.LLAMA_DEFAULT_SEED)
+            self._seeds_lock = threading.Lock()
             self._scheduler = Scheduler(llm, max_queue=max_queue, prompt_share=prompt_share)
         except BaseException:
             llm.close()
@@ -114,16 +121,16 @@ class Engine:
     @property
     def pack(self) -> SteeringPack | None:
         """The pack given at construction."""
-        return self._compiler.pack
+        return self._plans.pack
 
     @property
     def base_model(self) -> BaseModel:
-        """What identifies the model, whatever its quantisation."""
+        """Identity of the model, the same for all its quantisations."""
         return self._base_model
 
     @property
     def statistics(self) -> EngineStatistics:
-        """What was done so far."""
+        """Counts of the work so far."""
         return self._scheduler.statistics()
 
     def submit(
@@ -131,7 +138,7 @@ class Engine:
         *,
         messages: Sequence[Mapping[str, Any]] | None = None,
         prompt: str | Sequence[int] | None = None,
-        steering: Steering | InForce = IN_FORCE,
+        steering: Steering | Inherit = INHERIT,
         policy: PolicyLike | None = None,
         timeout: float | None = None,
         keep_first_logits: bool = False,
@@ -144,94 +151,81 @@ class Engine:
             prompt: text, or tokens; instead of messages.
             steering: of this request; see `SteeredLlama`. Left out, the policy decides.
             policy: of this request; goes before the engine's.
-            timeout: seconds to wait for room in the queue; None is as long as it takes.
-            keep_first_logits: whether the handle is to have `first_logits`: what the model, steered
-                as the request asks, says of the first token.
-            **arguments: what else `create_chat_completion` or `create_completion` take, with their
-                defaults: max_tokens, temperature, seed, stop, grammar, response_format, tools, ...
+            timeout: seconds to wait for room in the queue; None waits without limit.
+            keep_first_logits: give the handle `first_logits`: the logits of the first token, under
+                the request's steering.
+            **arguments: the other arguments of `create_chat_completion` or `create_completion`,
+                with their defaults: max_tokens, temperature, seed, stop, grammar, response_format,
+                tools, ...
 
         Returns:
             A handle: iterate over it for a stream, call `result()` for the dictionary, `cancel()`
-            to end it.
+            to end the request.
 
         Raises:
-            EngineBusyError: no room in the queue by then.
+            EngineBusyError: the queue stayed full.
             EngineClosedError: the engine is closed.
-            SteeringError: arguments that cannot be.
+            SteeringError: invalid arguments.
         """
         if (messages is None) == (prompt is None):
             raise SteeringError("submit takes messages= or prompt=, one of them")
         if arguments.pop("stream", False):
-            raise SteeringError("stream: iterate over what submit returns")
+            raise SteeringError("stream: iterate over the handle that submit returns")
         for name, reason in _NOT_HERE.items():
             if arguments.get(name) is not None and arguments[name] is not False:
                 raise SteeringError(f"{name}: {reason}")
-        with self._scheduler.kept():
-            request = self._request(
-                messages, prompt, steering, policy, arguments, keep_first_logits
-            )
+        user = None
+        with self._scheduler.queue.kept():
+            # What is made here outlives an engine that nobody closes, so it must not refer to it.
+            shape: Shape
+            if messages is not None:
+                given = {**arguments, "messages": list(messages)}
+                shape = chat = ChatCall(self._llm, given, hold=self._scheduler.queue.kept)
+                completion = chat.completion
+                user = last_user_text(messages)
+            else:
+                shape = PlainShape()
+                completion = completion_arguments({**arguments, "prompt": prompt})
+            plan = self._plans.plan(steering, policy)
+            request = self._request(shape, completion, plan, user)
+            request.keep_first_logits = keep_first_logits
             try:
-                self._scheduler.put(request, timeout)
+                self._scheduler.queue.put(request, timeout)
             except BaseException:
                 request.sampler.close()
                 raise
         return request.handle
 
     def _request(
-        self,
-        messages: Sequence[Mapping[str, Any]] | None,
-        prompt: str | Sequence[int] | None,
-        steering: Steering | InForce,
-        policy: PolicyLike | None,
-        arguments: dict[str, Any],
-        keep_first_logits: bool,
+        self, shape: Shape, completion: Mapping[str, Any], plan: CompiledPlan, user: str | None
     ) -> Request:
-        # What is made here outlives an engine that nobody closes, so it must not refer to it.
         llm = self._llm
-        shape: Shape
-        user = None
-        if messages is not None:
-            given = {**arguments, "messages": list(messages)}
-            shape = chat = ChatCall(llm, given, hold=self._scheduler.kept)
-            completion = chat.completion
-            user = last_user_text(messages)
-        else:
-            shape = PlainShape()
-            completion = completion_arguments({**arguments, "prompt": prompt})
-        read = read_policy(policy)
-        with self._lock:  # the compiler keeps what it compiled
-            plan = (
-                self._compiler.by_policy(read)
-                if isinstance(steering, InForce)
-                else self._compiler.compile(steering, read)
-            )
-            seed = completion["seed"]
-            if seed is None:
-                seed = self._seeds.randint(0, 2**32 - 1)
         tokens = prompt_tokens(llm, completion["prompt"])
         check_prompt(tokens, n_vocab=llm.n_vocab(), length_limit=llm.n_ctx())
         echo = completion["echo"] and isinstance(completion["prompt"], str)
+        seed = completion["seed"]
+        if seed is None:
+            with self._seeds_lock:
+                seed = self._seeds.randint(0, 2**32 - 1)
         return Request(
             llm,
             completion,
             prompt=tokens,
-            length_limit=llm.n_ctx(),
             seed=seed,
             pieces=self._pieces,
             steering=SequenceSteering(
-                plan, tokens, user=user, n_positions=llm.n_ctx(), piece=partial(_piece, llm)
+                plan, tokens, user=user, n_positions=llm.n_ctx(), piece=partial(token_piece, llm)
             ),
             handle=Handle(
                 model=completion["model"] or llm.model_path,
                 shape=shape,
                 echo=completion["prompt"] if echo else "",
             ),
-            keep_first_logits=keep_first_logits,
         )
 
     def tokenize(self, text: str) -> list[int]:
-        """The tokens of a text by itself: none is added, and none is special."""
-        with self._scheduler.kept():
+        """Return the tokens of a text by itself: no token is added, and no text is special."""
+        with self._scheduler.queue.kept():
             return self._llm.tokenize(text.encode("utf-8"), add_bos=False, special=False)
 
     @contextmanager
@@ -249,11 +243,11 @@ class Engine:
         Raises:
             EngineClosedError: the engine is closed.
         """
-        self._scheduler.hold()
+        self._scheduler.queue.hold()
         try:
             yield
         finally:
-            self._scheduler.release()
+            self._scheduler.queue.release()
 
     def close(self, *, drain: bool = False) -> None:
         """End: running and waiting requests as cancelled, or, with `drain`, when they are done.
@@ -275,7 +269,3 @@ class Engine:
         trace: TracebackType | None,
     ) -> None:
         self.close(drain=error is None)
-
-
-def _piece(llm: HookedLlama, token: int) -> bytes:
-    return llm.detokenize([token], special=True)

@@ -1,4 +1,4 @@
-"""What the engine raises besides the errors of the rest of pysteer."""
+"""Errors of the engine, besides those of the rest of pysteer."""
 
 from __future__ import annotations
 
@@ -8,21 +8,17 @@ from pysteer.errors import SteeringError
 
 
 class EngineBusyError(SteeringError):
-    """The queue is full, and stayed full for as long as the caller was ready to wait."""
+    """The queue is full, and stayed full until the timeout."""
 
 
 class EngineClosedError(SteeringError):
-    """The engine was closed; what was still running has ended as cancelled."""
+    """The engine is closed; requests still running have ended as cancelled."""
 
 
 def require_other_thread(decodes: threading.Thread | None) -> None:
-    """See to it that the thread which decodes does not wait for itself.
-
-    Raises:
-        SteeringError: it is the one that calls.
-    """
+    """Raise SteeringError if the caller is the thread that decodes, which would wait for itself."""
     if threading.current_thread() is decodes:
         raise SteeringError(
-            "a logits processor or stopping criterion is a callback of the thread that decodes, "
-            "which would wait here for itself; wait in another thread"
+            "a logits processor or stopping criterion is a callback in the thread that decodes, "
+            "and waiting here would block that thread forever; wait in another thread"
         )

@@ -1,4 +1,4 @@
-"""What `Engine.submit` returns: a request seen from the outside."""
+"""`Handle`: a request seen from the outside."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ Chunk = dict[str, Any]
 
 
 class End(NamedTuple):
-    """How a request ended.
+    """The end of a request.
 
     Attributes:
-        text: all that was written.
-        finish_reason: why no more was.
-        prompt_tokens: length of the prompt.
-        completion_tokens: how many tokens were written.
-        steering: what steered it; see `pysteer.runtime.report`.
+        text: the whole text written.
+        finish_reason: why the text ended.
+        prompt_tokens: number of prompt tokens.
+        completion_tokens: number of tokens written.
+        steering: report of the steering; see `pysteer.runtime.report`.
     """
 
     text: str
@@ -37,37 +37,38 @@ class End(NamedTuple):
 
 
 class Shape(Protocol):
-    """What a completion and its chunks are turned into."""
+    """Turns a completion, or its chunks, into the results of a request."""
 
     def result(self, completion: Completion) -> dict[str, Any]:
-        """The dictionary for `Handle.result`."""
+        """Return the dictionary for `Handle.result`."""
 
     def stream(self, chunks: Iterator[Chunk]) -> Iterator[dict[str, Any]]:
-        """What iterating gives."""
+        """Return the items of iterating over the handle."""
 
 
 class PlainShape:
-    """Completions as `create_completion` gives them."""
+    """Leaves completions as `create_completion` returns them."""
 
     def result(self, completion: Completion) -> dict[str, Any]:
-        """The completion."""
+        """Return the completion."""
         return completion
 
     def stream(self, chunks: Iterator[Chunk]) -> Iterator[dict[str, Any]]:
-        """The chunks."""
+        """Return the chunks."""
         return chunks
 
 
 class Handle:
     """One request: its stream, its result, and the way to end it.
 
-    Iterating gives the chunks that `create_chat_completion(stream=True)`, or for a `prompt`
-    `create_completion(stream=True)`, gives; from the first chunk, however often and from whichever
-    thread. The last one has "steering", as the result has.
+    Iterating yields the chunks of `create_chat_completion(stream=True)`, or for a `prompt` of
+    `create_completion(stream=True)`: from the first chunk on, however often, in any thread. The
+    last chunk has "steering", as the result has.
 
     Attributes:
-        first_logits: float32 of shape (n_vocab,), what the model said of the first token of the
-            text, if `submit` was asked to keep it, and once there is one.
+        cancelled: `cancel` was called.
+        first_logits: float32 (n_vocab,), logits of the first token of the text; None until then,
+            and where `submit` was not asked to keep them.
     """
 
     def __init__(self, *, model: str, shape: Shape, echo: str = "") -> None:
@@ -90,11 +91,11 @@ class Handle:
 
     @property
     def done(self) -> bool:
-        """Whether the request has ended: by itself, cancelled, or by an error."""
+        """The request has ended: by itself, cancelled, or by an error."""
         return self._end is not None or self._error is not None
 
     def cancel(self) -> None:
-        """End the request soon; its result is then what was written, with "cancelled" as reason.
+        """End the request soon; the result has the text so far and "cancelled" as finish reason.
 
         Does nothing to a request that is done.
         """
@@ -105,15 +106,15 @@ class Handle:
             wake()
 
     def result(self, timeout: float | None = None) -> dict[str, Any]:
-        """The dictionary that `create_chat_completion` or `create_completion` gives.
+        """Return the dictionary of `create_chat_completion` or `create_completion`.
 
         Args:
-            timeout: seconds to wait; None is as long as it takes.
+            timeout: seconds to wait; None waits without limit.
 
         Raises:
             TimeoutError: not done by then. The request goes on.
-            SteeringError: decoding failed, or a logits processor or the like raised; whatever it
-                was is raised here.
+            SteeringError: decoding failed.
+            BaseException: raised by a logits processor or stopping criterion of the request.
         """
         with self._changed:
             if not self.done:
@@ -143,22 +144,22 @@ class Handle:
     # ---- the scheduler's side ----------------------------------------------------------------
 
     def attach(self, wake: Callable[[], None], thread: threading.Thread) -> None:
-        """Call `wake` when the request is cancelled. `thread` is the one that decodes."""
+        """Call `wake` when the request is cancelled; `thread` is the thread that decodes."""
         self._on_cancel = wake
         self._decodes_in = thread
 
     def push(self, text: str) -> None:
-        """More text was written."""
+        """Add text to the stream."""
         with self._changed:
             self._texts.append(text)
             self._changed.notify_all()
 
     def finish(self, end: End) -> None:
-        """It ended."""
+        """End the request."""
         self._close(end, None)
 
     def fail(self, error: BaseException) -> None:
-        """It ended with an error."""
+        """End the request with an error."""
         self._close(None, error)
 
     def _close(self, end: End | None, error: BaseException | None) -> None:
@@ -220,7 +221,7 @@ class Handle:
 
 
 class _Chunks:
-    """An iterator that tells whether the chunk it gave last was the last one."""
+    """An iterator over chunks that knows, in `ended`, that its latest chunk was the last."""
 
     def __init__(self, chunks: Iterator[Chunk]) -> None:
         self._chunks = chunks

@@ -17,10 +17,10 @@ from pysteer.runtime.sequence import SequenceSteering
 
 
 def check_prompt(prompt: Sequence[int], *, n_vocab: int, length_limit: int) -> None:
-    """See to it that a prompt can be decoded. llama.cpp ends the process over some that cannot.
+    """Check that a prompt can be decoded; llama.cpp ends the process over some invalid ones.
 
     Raises:
-        SteeringError: it is empty, too long, or has tokens that there are not.
+        SteeringError: the prompt is empty, too long, or has unknown tokens.
     """
     if not prompt:
         raise SteeringError("the prompt is empty, and this model has no token to begin with")
@@ -35,21 +35,28 @@ def check_prompt(prompt: Sequence[int], *, n_vocab: int, length_limit: int) -> N
 
 
 class Request:
-    """A request and everything it remembers between two decodes, whether it has a slot or not.
+    """A request and its state between two decodes, with a slot or without.
 
     Args:
         llm: the model.
-        arguments: those of `create_completion`, all of them.
+        arguments: all arguments of `create_completion`.
         prompt: the prompt's tokens; see `check_prompt`.
-        length_limit: how many tokens, prompt and text together, the context takes.
         seed: of the sampler.
         pieces: the model's vocabulary.
-        steering: what steers it.
-        handle: where it is seen from the outside.
-        keep_first_logits: whether the handle is to get those that the first token is drawn from.
+        steering: the steering of the sequence.
+        handle: the request as its caller sees it.
+
+    Attributes:
+        n_past: number of tokens that are decoded and in the cache.
+        n_tokens: number of tokens, prompt and text.
+        length_limit: number of tokens that the context takes, prompt and text together.
+        slot: the sequence of the context, while the request has one.
+        order: older requests have smaller numbers.
+        alone_until: until this many of its tokens are decoded, the request gets batches of its own.
+        keep_first_logits: put the logits of the first token into the handle.
 
     Raises:
-        SteeringError: arguments that cannot be.
+        SteeringError: invalid arguments.
     """
 
     def __init__(
@@ -58,30 +65,25 @@ class Request:
         arguments: Mapping[str, Any],
         *,
         prompt: Sequence[int],
-        length_limit: int,
         seed: int,
         pieces: Pieces,
         steering: SequenceSteering,
         handle: Handle,
-        keep_first_logits: bool = False,
     ) -> None:
-        room = length_limit - len(prompt)
+        self.length_limit = llm.n_ctx()
+        room = self.length_limit - len(prompt)
         wanted = arguments["max_tokens"]
         stop = arguments["stop"]
         self.n_prompt = len(prompt)
         self._tokens = np.array(prompt, np.intc)
         self.n_tokens = len(prompt)
         self.n_past = 0
-        """How many of the tokens are decoded and in the cache."""
-        self.length_limit = length_limit
         self.slot: Slot | None = None
         self.order = 0
-        """Older requests have smaller numbers."""
         self.alone_until = 0
-        """Until so many of its tokens are decoded, they are so in batches of its own."""
         self.steering = steering
         self.handle = handle
-        self.keep_first_logits = keep_first_logits
+        self.keep_first_logits = False
         self.stopping_criteria = arguments["stopping_criteria"]
         self.writing = Writing(
             pieces,
@@ -94,27 +96,27 @@ class Request:
 
     @property
     def pending(self) -> int:
-        """How many tokens are to be decoded before the next can be drawn."""
+        """Number of tokens to decode before the next can be drawn."""
         return self.n_tokens - self.n_past
 
     @property
     def alone(self) -> bool:
-        """Whether its next tokens belong in a batch of its own."""
+        """The next tokens belong in a batch of their own."""
         return self.n_past < self.alone_until
 
     def tokens(self, start: int, stop: int) -> Tokens:
-        """A view of its tokens, prompt and text."""
+        """Return a view of the tokens, prompt and text."""
         return self._tokens[start:stop]
 
     def _evaluated(self) -> Tokens:
         return self._tokens[: self.n_past]
 
     def content(self) -> Content:
-        """What its cells hold."""
+        """Return the content of the cells."""
         return Content(self._tokens[: self.n_past], self.steering.keys(0, self.n_past))
 
     def append(self, token: int) -> None:
-        """It goes on with `token`."""
+        """Add a token to decode next."""
         if self.n_tokens == len(self._tokens):
             self._tokens = np.concatenate(
                 [self._tokens, np.zeros(self.n_tokens // 2 + 64, np.intc)]
@@ -124,7 +126,7 @@ class Request:
         self.n_tokens += 1
 
     def finish(self, reason: FinishReason) -> None:
-        """End it; what was written so far is the text."""
+        """End the request with the text so far."""
         self.sampler.close()
         try:
             end = End(
@@ -134,7 +136,7 @@ class Request:
                 completion_tokens=len(self.writing.tokens),
                 steering=self.steering.report(self.n_past).to_dict(),
             )
-        except Exception as error:  # a defect of ours, which must not keep it from ending
+        except Exception as error:  # a defect of ours; the request has to end all the same
             self.handle.fail(error)
             return
         rest = self.writing.take_rest()
@@ -143,6 +145,6 @@ class Request:
         self.handle.finish(end)
 
     def fail(self, error: BaseException) -> None:
-        """End it with an error."""
+        """End the request with an error."""
         self.sampler.close()
         self.handle.fail(error)

@@ -1,39 +1,27 @@
-"""One sampler per request: llama-cpp-python's own chain, over the tokens of that request alone."""
+"""One chain of samplers per request: the chain of llama-cpp-python, over that request's tokens."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import llama_cpp
 import numpy as np
 import numpy.typing as npt
-from llama_cpp import Llama, LogitsProcessorList
-from llama_cpp._internals import LlamaSampler
+from llama_cpp import Llama
 from llama_cpp.llama_grammar import LlamaGrammar
 
 from pysteer.errors import SteeringError, quoted
 
 Processor = Callable[[npt.NDArray[np.intc], npt.NDArray[np.single]], npt.NDArray[np.single]]
 
-OPTIONS = (
-    "top_k",
-    "top_p",
-    "min_p",
-    "typical_p",
-    "repeat_penalty",
-    "frequency_penalty",
-    "presence_penalty",
-    "tfs_z",
-    "mirostat_mode",
-    "mirostat_eta",
-    "mirostat_tau",
-)
-"""Arguments of `create_completion` that go to the sampler as they are."""
+_MIROSTAT_M = 100  # as llama-cpp-python sets it
+_MIN_KEEP = 1
 
 
-class Candidates:
+class CandidateTokens:
     """All tokens with their logits, in the form that llama.cpp's samplers take.
 
     One for all requests: `llama_sampler_sample` would keep as much for each, which is 12 bytes per
@@ -52,13 +40,13 @@ class Candidates:
             self._tokens.ctypes.data, ctypes.POINTER(llama_cpp.llama_token_data)
         )
 
-    def draw(self, chain: Any, context: Any, row: int) -> int:
-        """What a chain of samplers makes of the logits of the batch's row `row`."""
-        array, n_vocab = self._array, len(self._tokens)
-        logits = llama_cpp.llama_get_logits_ith(context, row)
+    def draw(self, chain: Any, logits: npt.NDArray[np.float32]) -> int:
+        """Return the token that a chain of samplers draws from logits of shape (n_vocab,)."""
+        array = self._array
         np.copyto(self._tokens, self._unsorted)  # samplers sort
-        self._logits[:] = np.ctypeslib.as_array(logits, shape=(n_vocab,))
-        array.data, array.size, array.selected, array.sorted = self._data, n_vocab, -1, False
+        self._logits[:] = logits
+        array.data, array.size, array.selected = self._data, len(self._tokens), -1
+        array.sorted = False
         llama_cpp.llama_sampler_apply(chain, ctypes.byref(array))
         assert array.selected >= 0
         token = int(array.data[array.selected].id)
@@ -66,32 +54,17 @@ class Candidates:
         return token
 
 
-class _Host:
-    """What `Llama._init_sampler` reads of a `Llama`, for one request."""
-
-    def __init__(self, llm: Llama, seed: int, tokens: Callable[[], npt.NDArray[np.intc]]) -> None:
-        self._seed = seed
-        self._n_vocab = llm._n_vocab
-        self._model = llm._model
-        self.last_n_tokens_size = llm.last_n_tokens_size
-        self._tokens = tokens
-
-    @property
-    def _input_ids(self) -> npt.NDArray[np.intc]:
-        return self._tokens()
-
-
 class Sampler:
     """Draws one request's tokens. Keeps its state (seed, penalties, grammar) between them.
 
     Args:
         llm: the model.
-        arguments: those of `create_completion`, all of them.
+        arguments: all arguments of `create_completion`.
         seed: of this request.
-        tokens: gives the request's evaluated tokens, for logits processors.
+        tokens: returns the request's evaluated tokens, for logits processors.
 
     Raises:
-        SteeringError: a grammar that does not parse, a bias for a token that there is not.
+        SteeringError: a grammar that llama.cpp cannot parse, or a bias for an unknown token.
     """
 
     def __init__(
@@ -102,69 +75,90 @@ class Sampler:
         seed: int,
         tokens: Callable[[], npt.NDArray[np.intc]],
     ) -> None:
-        self._error: BaseException | None = None
-        grammar: LlamaGrammar | None = arguments["grammar"]
-        if grammar is not None:
-            _check_grammar(llm, grammar)
-        processors: list[Processor] = list(arguments["logits_processor"] or [])
+        self._tokens = tokens
+        self._processors: list[Processor] = list(arguments["logits_processor"] or [])
         if arguments["logit_bias"] is not None:
-            processors.append(_bias(arguments["logit_bias"], llm._n_vocab))
-        guarded = LogitsProcessorList([self._guarded(processors)]) if processors else None
-        self._chain: LlamaSampler = Llama._init_sampler(
-            cast(Llama, _Host(llm, seed, tokens)),
-            temp=arguments["temperature"],
-            grammar=grammar,
-            logits_processor=guarded,
-            **{name: arguments[name] for name in OPTIONS},
-        )
+            self._processors.append(_bias(arguments["logit_bias"], llm.n_vocab()))
+        self._chain = _chain(llm, arguments, seed)
+        self._free = weakref.finalize(self, llama_cpp.llama_sampler_free, self._chain)
+        self._free.atexit = False
 
-    def _guarded(self, processors: Sequence[Processor]) -> Processor:
-        """Keep what a processor raises: an exception cannot pass through llama.cpp's frames."""
-
-        def process(
-            tokens: npt.NDArray[np.intc], scores: npt.NDArray[np.single]
-        ) -> npt.NDArray[np.single]:
-            before = scores
-            try:
-                for processor in processors:
-                    scores = processor(tokens, scores)
-                scores = np.asarray(scores, np.single)
-                if scores.shape != before.shape:
-                    raise SteeringError(
-                        f"a logits processor returned shape {scores.shape}, not {before.shape}"
-                    )
-            except BaseException as error:  # not only an Exception: nothing may be lost here
-                self._error = error
-                return before
-            return scores
-
-        return process
-
-    def sample(self, candidates: Candidates, context: Any, row: int) -> int:
-        """Draw the token after the batch's row `row`.
+    def sample(self, candidates: CandidateTokens, logits: npt.NDArray[np.float32]) -> int:
+        """Draw the next token from logits of shape (n_vocab,).
 
         Raises:
-            BaseException: whatever one of the request's logits processors raised.
+            SteeringError: a logits processor returned something else than logits.
+            BaseException: raised by a logits processor.
         """
-        token = candidates.draw(self._chain.sampler, context, row)
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
-        return token
+        if self._processors:
+            logits = self._processed(logits)
+        return candidates.draw(self._chain, logits)
+
+    def _processed(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        scores = logits.copy()
+        for processor in self._processors:
+            scores = processor(self._tokens(), scores)
+        scores = np.asarray(scores, np.single)
+        if scores.shape != logits.shape:
+            raise SteeringError(
+                f"a logits processor returned shape {scores.shape}, not {logits.shape}"
+            )
+        return scores
 
     def close(self) -> None:
-        """Free it; must happen before the model is freed. May be called again."""
-        self._chain.close()
+        """Free the chain; must happen before the model is freed. May be called again."""
+        self._free()
 
 
-def _check_grammar(llm: Llama, grammar: LlamaGrammar) -> None:
-    """A grammar that does not parse gives a null sampler, at which llama.cpp would crash."""
+def _chain(llm: Llama, arguments: Mapping[str, Any], seed: int) -> Any:
+    """Return a chain of samplers in the order of `llama_cpp.Llama`."""
+    n_vocab = llm.n_vocab()
+    grammar: LlamaGrammar | None = arguments["grammar"]
+    constraint = [] if grammar is None else [_grammar_sampler(llm, grammar)]
+    stages = [
+        llama_cpp.llama_sampler_init_penalties(
+            n_vocab,
+            llm.last_n_tokens_size,
+            arguments["repeat_penalty"],
+            arguments["frequency_penalty"],
+            arguments["presence_penalty"],
+        ),
+        *constraint,
+    ]
+    temperature, mirostat = arguments["temperature"], arguments["mirostat_mode"]
+    tau, eta = arguments["mirostat_tau"], arguments["mirostat_eta"]
+    if temperature < 0.0:
+        stages.append(llama_cpp.llama_sampler_init_dist(seed))
+    elif temperature == 0.0:
+        stages.append(llama_cpp.llama_sampler_init_greedy())
+    elif mirostat == 1:
+        stages.append(llama_cpp.llama_sampler_init_mirostat(n_vocab, seed, tau, eta, _MIROSTAT_M))
+    elif mirostat == 2:
+        stages.append(llama_cpp.llama_sampler_init_mirostat_v2(seed, tau, eta))
+    else:
+        stages += [
+            llama_cpp.llama_sampler_init_top_k(arguments["top_k"]),
+            llama_cpp.llama_sampler_init_typical(arguments["typical_p"], _MIN_KEEP),
+            llama_cpp.llama_sampler_init_top_p(arguments["top_p"], _MIN_KEEP),
+            llama_cpp.llama_sampler_init_min_p(arguments["min_p"], _MIN_KEEP),
+            llama_cpp.llama_sampler_init_temp(temperature),
+            llama_cpp.llama_sampler_init_dist(seed),
+        ]
+    chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
+    for stage in stages:
+        llama_cpp.llama_sampler_chain_add(chain, stage)
+    return chain
+
+
+def _grammar_sampler(llm: Llama, grammar: LlamaGrammar) -> Any:
     sampler = llama_cpp.llama_sampler_init_grammar(
-        llm._model.vocab, grammar._grammar.encode("utf-8"), grammar._root.encode("utf-8")
+        llama_cpp.llama_model_get_vocab(llm.model),
+        grammar._grammar.encode("utf-8"),
+        grammar._root.encode("utf-8"),
     )
-    if not sampler:
+    if not sampler:  # at which llama.cpp would crash
         raise SteeringError(f"llama.cpp cannot parse the grammar {quoted(grammar._grammar)}")
-    llama_cpp.llama_sampler_free(sampler)
+    return sampler
 
 
 def _bias(logit_bias: Mapping[Any, float], n_vocab: int) -> Processor:

@@ -1,7 +1,7 @@
-"""From tokens to text, one token at a time: UTF-8, stop strings, and when a request has its fill.
+"""From tokens to text, one token at a time: UTF-8, stop strings, and the end of the text.
 
-Follows `llama_cpp.Llama.create_completion` to the letter, which looks at the whole text again after
-every token; here a token costs the same however much was written before.
+Gives the text of `llama_cpp.Llama.create_completion`, which looks at the whole text again after
+every token; here a token costs the same however long the text is.
 """
 
 from __future__ import annotations
@@ -11,19 +11,24 @@ from array import array
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from llama_cpp import Llama, llama_vocab_is_eog
+from llama_cpp import Llama
 from llama_cpp.llama_tokenizer import LlamaTokenizer
+
+from pysteer.llama.vocabulary import ends_text
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
 
 class Pieces(dict[int, "bytes | None"]):
-    """Token to the bytes it stands for, None for a token that ends the text; filled as asked."""
+    """Token to its bytes, or None for a token that ends the text; filled when asked.
+
+    Args:
+        llm: the model; nothing new is looked up once the model is closed.
+    """
 
     def __init__(self, llm: Llama) -> None:
-        """Pieces of `llm`'s vocabulary; look nothing new up once the model is closed."""
         super().__init__()
-        self._model = llm._model
+        self._llm = llm
         self.bos = llm.token_bos()
         # Other tokenizers than llama.cpp's own may write a token differently after another one.
         self.in_context: Callable[[list[int], list[int]], bytes] | None = (
@@ -31,20 +36,19 @@ class Pieces(dict[int, "bytes | None"]):
         )
 
     def __missing__(self, token: int) -> bytes | None:
-        ends = llama_vocab_is_eog(self._model.vocab, token)
-        piece = None if ends else self._model.detokenize([token])
+        piece = None if ends_text(self._llm, token) else self._llm.detokenize([token])
         self[token] = piece
         return piece
 
 
 class Writing:
-    """What one request has written so far.
+    """The text of one request so far.
 
     Args:
         pieces: the model's vocabulary.
         prompt: the prompt's tokens.
         stop: strings that end the text and are not part of it.
-        max_tokens: at least 1. A character begun with the last of them is completed.
+        max_tokens: at least 1. A character begun with the last token is completed.
         bos_first: the prompt was empty; then llama-cpp-python counts the BOS token as written.
     """
 
@@ -73,11 +77,11 @@ class Writing:
 
     @property
     def remaining(self) -> int:
-        """How many more tokens may be written."""
+        """Number of tokens that may still be written."""
         return self._max_tokens - len(self.tokens)
 
     def add(self, token: int) -> FinishReason | None:
-        """Write one more token; tells whether that was the last."""
+        """Write a token; return the reason if the text ends with it."""
         piece = self._pieces[token]
         if piece is None:
             return "stop"
@@ -117,7 +121,7 @@ class Writing:
         return False
 
     def _held_back(self) -> int:
-        """How many bytes at the end could be the beginning of a stop string."""
+        """Return the number of bytes at the end that could begin a stop string."""
         longest = 0
         for stop in self._stop:
             for n in range(min(len(stop) - 1, len(self._text)), longest, -1):
@@ -127,7 +131,7 @@ class Writing:
         return longest
 
     def take(self) -> str:
-        """The text since the last call that no stop string can take back any more."""
+        """Return the text since the last call, up to where a stop string could still cut it."""
         end = self._searched - (self._held_back() if self._stop else 0)
         if end <= self._sent:
             return ""
@@ -136,12 +140,12 @@ class Writing:
         return fresh
 
     def take_rest(self) -> str:
-        """What `take` has held back; call it once, after the last token."""
+        """Return the text that `take` has held back; call once, after the last token."""
         fresh = self._decoder.decode(bytes(self._text[self._sent :]), final=True)
         self._sent = len(self._text)
         return fresh
 
     @property
     def text(self) -> str:
-        """All of it, without bytes that are no UTF-8."""
+        """The whole text, without bytes that are not UTF-8."""
         return self._text.decode("utf-8", errors="ignore")

@@ -24,7 +24,7 @@ from pysteer.evaluate.settings import Sampling
 from pysteer.journal import Journal
 from pysteer.pack.policy import Policy
 from pysteer.pack.resolved import Steering
-from pysteer.runtime.steered import InForce
+from pysteer.runtime.arguments import Inherit
 
 Floats = npt.NDArray[np.float64]
 
@@ -37,18 +37,18 @@ class Query:
 
     Attributes:
         prompt: the user's message.
-        steering: as a request takes it; `IN_FORCE`: by the policy.
+        steering: as a request takes it; `INHERIT`: by the policy.
         policy: of the request.
     """
 
     prompt: str
-    steering: Steering | InForce = None
+    steering: Steering | Inherit = None
     policy: Policy | None = None
 
     def content(self) -> list[Any]:
         """Return the query as JSON data."""
         steering: Any = self.steering
-        if isinstance(steering, InForce):
+        if isinstance(steering, Inherit):
             steering = {"by": "policy"}
         elif isinstance(steering, Mapping):
             steering = {"categories": dict(steering)}

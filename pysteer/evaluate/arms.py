@@ -12,7 +12,7 @@ from pysteer.evaluate.report import STEERED, UNSTEERED
 from pysteer.pack.policy import CategoryPolicy, Policy
 from pysteer.pack.resolved import AUTO, ResolvedPolicy, Steering
 from pysteer.prompts import Prompt
-from pysteer.runtime.steered import IN_FORCE, InForce
+from pysteer.runtime.arguments import INHERIT, Inherit
 
 
 class OwnCategory:
@@ -25,8 +25,8 @@ class OwnCategory:
 OWN_CATEGORY: Final = OwnCategory()
 """Steering that forces each prompt's own category."""
 
-ArmSteering: TypeAlias = "Steering | InForce | OwnCategory"
-"""Steering as a request takes it; `IN_FORCE`: by the policy; `OWN_CATEGORY`."""
+ArmSteering: TypeAlias = "Steering | Inherit | OwnCategory"
+"""Steering as a request takes it; `INHERIT`: by the policy; `OWN_CATEGORY`."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Arm:
         """The steering in words."""
         if self.steering is None:
             return "not steered"
-        if isinstance(self.steering, InForce):
+        if isinstance(self.steering, Inherit):
             how = "the policy decides"
         elif isinstance(self.steering, OwnCategory):
             how = "each prompt's own category, forced"
@@ -69,14 +69,14 @@ def main_arms(steering: ArmSteering, strengths: Sequence[float]) -> list[Arm]:
     ]
 
 
-def default_steering(resolved: ResolvedPolicy) -> InForce | OwnCategory:
+def default_steering(resolved: ResolvedPolicy) -> Inherit | OwnCategory:
     """Return the steering of the policy if it switches anything on, else `OWN_CATEGORY`."""
-    return IN_FORCE if resolved.default_steering else OWN_CATEGORY
+    return INHERIT if resolved.default_steering else OWN_CATEGORY
 
 
 def asks_router(resolved: ResolvedPolicy, steering: ArmSteering) -> bool:
     """Return whether requests of a steering ask the router for every category that can be gated."""
-    if isinstance(steering, InForce):
+    if isinstance(steering, Inherit):
         return all(resolved.settings(name).mode == AUTO for name in resolved.gateable)
     return steering == AUTO
 
@@ -87,7 +87,7 @@ def check_steering(resolved: ResolvedPolicy, steering: ArmSteering) -> None:
     Raises:
         SteeringError: the pack has no such category, or no router that knows a gated category.
     """
-    if isinstance(steering, (InForce, OwnCategory)):
+    if isinstance(steering, (Inherit, OwnCategory)):
         return
     if steering == AUTO and not resolved.gateable:
         raise SteeringError("--steer auto: this pack has no router; use own, or CATEGORY=STRENGTH")

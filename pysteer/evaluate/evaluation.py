@@ -18,13 +18,14 @@ from pysteer.evaluate.answers import Answerer
 from pysteer.evaluate.arms import check_steering, default_steering, main_arms
 from pysteer.evaluate.judges.refusal import RefusalJudge
 from pysteer.evaluate.likelihood import Likelihood
-from pysteer.evaluate.preparation import answer_identity, make_folder, quiet_arguments
+from pysteer.evaluate.preparation import answer_identity, make_folder
 from pysteer.evaluate.records import judged_records, with_likelihoods
 from pysteer.evaluate.report import BENIGN, Report
 from pysteer.evaluate.settings import EvaluateSettings, IsolationMode
 from pysteer.evaluate.summaries import Setup, summarised
 from pysteer.journal import Journal
 from pysteer.judge import Judge, Reward
+from pysteer.llama.hooked import quiet_arguments
 from pysteer.pack.pack import SteeringPack
 from pysteer.pack.policy import Policy
 from pysteer.pack.resolved import ResolvedPolicy
@@ -86,7 +87,7 @@ def evaluate(
     settings = _completed(settings or EvaluateSettings(), resolved)
     harmful, harmless = _selected(prompts, benign, settings.limit)
     make_folder(folder)
-    arguments = quiet_arguments(llama_arguments)
+    arguments = quiet_arguments(**llama_arguments)
     arms = main_arms(settings.steering, settings.strengths)
     digest = hashlib.sha256(Path(pack).read_bytes()).hexdigest()
     identity = {

@@ -13,14 +13,13 @@ from itertools import pairwise, takewhile
 from types import TracebackType
 from typing import Any, NamedTuple
 
-import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
 from pysteer.chat.handler import rendered_prompt
 from pysteer.chat.messages import user_message
-from pysteer.engine.batch import Batch
 from pysteer.errors import SteeringError
+from pysteer.llama.batch import LAST_ROW, NO_ROW, DecodeBatch
 from pysteer.llama.hooked import HookedLlama
 from pysteer.progress import Advance, ignore
 
@@ -67,16 +66,9 @@ class Likelihood:
         self, model_path: str | os.PathLike[str], *, n_ctx: int = 4096, **llama_arguments: Any
     ) -> None:
         arguments = {"verbose": False, **llama_arguments}
-        try:
-            self._llm = HookedLlama(
-                model_path, max_sequences=1 + _SEQUENCES, n_ctx=n_ctx, **arguments
-            )
-        except SteeringError:
-            raise
-        except ValueError as error:
-            raise SteeringError(f"{model_path}: {error}; is it a GGUF model?") from None
-        self._memory = llama_cpp.llama_get_memory(self._llm.ctx)
-        self._batch = Batch(self._llm.n_batch)
+        self._llm = HookedLlama(model_path, max_sequences=1 + _SEQUENCES, n_ctx=n_ctx, **arguments)
+        self._memory = self._llm.context.memory
+        self._batch = DecodeBatch(self._llm.n_batch)
 
     def per_token(
         self,
@@ -110,7 +102,7 @@ class Likelihood:
             for start in range(0, len(one.answers), _SEQUENCES)
         ]
         shared = _shared([piece.prompt for piece in pieces])
-        llama_cpp.llama_memory_clear(self._memory, False)
+        self._memory.clear()
         if shared:
             self._decode([_TokenRow(_PREFIX, at, token) for at, token in enumerate(shared)])
         for chunk in self._chunks(pieces, len(shared)):
@@ -153,13 +145,13 @@ class Likelihood:
             for index, _ in one.answers:
                 slots[index] = len(slots) + 1
             slot = slots[one.answers[0][0]]
-            llama_cpp.llama_memory_seq_cp(self._memory, _PREFIX, slot, 0, shared)
+            self._memory.copy(_PREFIX, slot, shared)
             rows += [_TokenRow(slot, at, one.prompt[at]) for at in range(shared, len(one.prompt))]
             rows[-1] = rows[-1]._replace(targets=[tokens[0] for _, tokens in one.answers])
         for one, values in zip(chunk, self._decode(rows), strict=True):
             first, *others = (slots[index] for index, _ in one.answers)
             for slot in others:
-                llama_cpp.llama_memory_seq_cp(self._memory, first, slot, 0, len(one.prompt))
+                self._memory.copy(first, slot, len(one.prompt))
             sums.update(zip((index for index, _ in one.answers), values, strict=True))
         rows = []
         owners: list[int] = []
@@ -171,7 +163,7 @@ class Likelihood:
         for index, (value,) in zip(owners, self._decode(rows), strict=True):
             sums[index] += value
         for slot in slots.values():
-            llama_cpp.llama_memory_seq_rm(self._memory, slot, -1, -1)
+            self._memory.cut(slot, 0)
         for one in chunk:
             for index, tokens in one.answers:
                 yield index, sums[index] / len(tokens)
@@ -183,17 +175,12 @@ class Likelihood:
             part = rows[start : start + self._llm.n_batch]
             self._batch.clear()
             for row in part:
-                token = np.array([row.token], np.intc)
-                self._batch.add(row.slot, row.position, token, output=bool(row.targets))
-            with self._llm._decoding([]):
-                status = self._batch.decode(self._llm.ctx)
-            if status != 0:
-                raise SteeringError(f"llama.cpp could not decode a batch (status {status})")
+                outputs = LAST_ROW if row.targets else NO_ROW
+                self._batch.add(row.slot, row.position, [row.token], outputs)
+            self._llm.context.decode(self._batch)
             for number, row in enumerate(part):
                 if row.targets:
-                    logits = np.ctypeslib.as_array(
-                        self._llm._ctx.get_logits_ith(number), shape=(self._llm._n_vocab,)
-                    )
+                    logits = self._llm.context.logits(number)
                     found.append(_log_probabilities(logits, row.targets))
         return found
 

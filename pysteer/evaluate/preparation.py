@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,17 +20,6 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SteeringError(f"{folder}: {error.strerror}; name another folder") from None
-
-
-def quiet_arguments(llama_arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return arguments of `llama_cpp.Llama` with defaults: silent, and all threads at work."""
-    threads = llama_arguments.get("n_threads") or os.cpu_count() or 1
-    return {
-        "verbose": False,
-        "n_threads": threads,
-        "n_threads_batch": threads,
-        **llama_arguments,
-    }
 
 
 def answer_identity(

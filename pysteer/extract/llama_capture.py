@@ -16,7 +16,6 @@ from pysteer.chat.handler import rendered_prompt
 from pysteer.chat.messages import user_message
 from pysteer.chat.spans import shared_start
 from pysteer.chat.template import chooses_format, has_template
-from pysteer.errors import SteeringError
 from pysteer.extract.capture import (
     Row,
     Tokens,
@@ -25,7 +24,7 @@ from pysteer.extract.capture import (
     run_once,
     token_batches,
 )
-from pysteer.llama.hooked import HookedLlama
+from pysteer.llama.hooked import HookedLlama, quiet_arguments
 from pysteer.pack.pack import BaseModel
 
 _log = logging.getLogger(__name__)
@@ -58,21 +57,10 @@ class LlamaCapture:
         token_budget: int = 512,
         **llama_arguments: Any,
     ) -> None:
-        threads = llama_arguments.get("n_threads") or os.cpu_count()
-        arguments = {
-            "verbose": False,
-            "n_threads": threads,
-            "n_threads_batch": threads,
-            **llama_arguments,
-        }
+        arguments = quiet_arguments(**llama_arguments)
         batch = min(token_budget, n_ctx)
         arguments.update(n_batch=batch, n_ubatch=batch, n_ctx=n_ctx)
-        try:
-            self.llm = HookedLlama(model_path, max_sequences=_MAX_SEQUENCES, **arguments)
-        except SteeringError:
-            raise
-        except ValueError as error:
-            raise SteeringError(f"{model_path}: {error}; is it a GGUF model?") from None
+        self.llm = HookedLlama(model_path, max_sequences=_MAX_SEQUENCES, **arguments)
         self._path = Path(model_path)
         self._identity = file_identity(self._path)
         self._rendered = has_template(self.llm) or chooses_format(llama_arguments)
@@ -160,7 +148,8 @@ class LlamaCapture:
         groups = run_once(rows, disjoint=True)
         lengths = [len(rows[group[0]].tokens) - shared for group in groups]
         room = self.llm.n_batch - shared
-        max_rows = self.llm.max_sequences if self.llm.batches_sequences else 1
+        context = self.llm.context
+        max_rows = context.max_sequences if context.batches_sequences else 1
         for batch in token_batches(lengths, room, max_rows, padded=False):
             chosen = [i for group in batch for i in groups[group]]
             found = self.llm.capture_means(

@@ -1,4 +1,4 @@
-"""What this machine and this model can do, checked by doing it."""
+"""Checks of what this machine can do with a model, by doing it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pysteer import _native
-from pysteer.errors import SteeringError
-from pysteer.llama.hooked import HookedLlama, load_native, set_native_control_vector
+from pysteer.llama.context import set_native_control_vector
+from pysteer.llama.hooked import HookedLlama
+from pysteer.llama.versions import load_native
 from pysteer.pack.pack import BaseModel, SteeringPack
 from pysteer.pack.vector import SteeringVector
 from pysteer.runtime.plan import Injection
@@ -32,13 +33,13 @@ _RELATIVE_STRENGTH = 0.2  # of the residual norm: enough to move the logits, too
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was tried.
+    """One check.
 
     Attributes:
-        name: what was compared with what.
-        ok: whether it is as it should be; None where this machine or model cannot do it.
-        value: the largest absolute difference in logits, where there is one.
-        detail: the rest, for a person.
+        name: the statement that was checked.
+        ok: the statement holds; None where this machine or model cannot do it.
+        value: largest absolute difference in logits, where logits were compared.
+        detail: further text for people.
     """
 
     name: str
@@ -49,7 +50,15 @@ class Check:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Everything `diagnose` found out."""
+    """Results of `diagnose`.
+
+    Attributes:
+        versions: name to version of the programs that take part.
+        model: identity of the model.
+        sites: site to layers.
+        memory: name of a memory to the number of sites in it.
+        checks: the checks.
+    """
 
     versions: dict[str, str]
     model: BaseModel
@@ -64,10 +73,10 @@ class Diagnosis:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what takes part.
+    """Return the versions of the programs that take part.
 
     Raises:
-        HookError: the llama.cpp that is loaded cannot be hooked.
+        HookError: the loaded llama.cpp cannot be hooked.
     """
     load_native()
     return {
@@ -86,17 +95,17 @@ def diagnose(
     n_gpu_layers: int = 0,
     on_step: Callable[[str], None] = lambda _: None,
 ) -> Diagnosis:
-    """Steer a model with a known vector natively and both of pysteer's ways, and compare logits.
+    """Steer a model with a known vector, natively and by pysteer, and compare the logits.
 
     The vector is pseudo-random with a fixed seed, at the residual of every layer from 1 on, its
-    norm a fifth of the model's own residual norm at that layer. Every logit of a prompt of several
-    micro-batches and of some single-token decodes after it is compared.
+    norm a fifth of the model's own residual norm at that layer. Compared are all logits of a prompt
+    of several micro-batches, and of some single-token decodes after it.
 
     Args:
         model_path: a GGUF model.
         n_threads: threads to use; None lets llama.cpp decide.
         n_gpu_layers: blocks to offload.
-        on_step: told what comes next.
+        on_step: called with the name of each step before it.
 
     Raises:
         HookError: the model or the llama.cpp cannot be hooked at all.
@@ -113,16 +122,10 @@ def diagnose(
         "n_gpu_layers": n_gpu_layers,
     }
     on_step("find the sites")
-    try:
-        hooked = HookedLlama(model_path, **arguments)
-    except SteeringError:
-        raise
-    except ValueError as error:
-        raise SteeringError(f"{model_path}: {error}") from None
-    with closing(hooked):
+    with closing(HookedLlama(model_path, **arguments)) as hooked:
         model, sites = hooked.base_model, hooked.sites
         memory: dict[str, int] = {}
-        for _, _, _, name in hooked.site_nodes:
+        for _, _, _, name in hooked.context.site_nodes:
             memory[name] = memory.get(name, 0) + 1
         tokens = _tokens(model.n_vocab)
         try:
@@ -201,7 +204,7 @@ def _effect(
     norm: float,
     tokens: list[int],
 ) -> Check:
-    """What llama.cpp's control vector cannot do: that it acts, and ends when it is switched off."""
+    """Check that steering beyond llama.cpp's control vector acts, and ends when switched off."""
     vector = SteeringVector(dict(_known_vector((layer,), model.n_embd, norm).items()), site=site)
     name = f"pysteer steers {site}, layer {layer}, and stops"
     pack = SteeringPack({"known": vector})
@@ -249,7 +252,7 @@ def _known_vector(layers: tuple[int, ...], n_embd: int, norm: float) -> Steering
 
 
 def _logits(llm: llama_cpp.Llama, tokens: list[int]) -> tuple[npt.NDArray[np.float32], float]:
-    """Logits of a prompt and of single-token decodes after it, and tokens/s of the latter."""
+    """Return logits of a prompt and of single-token decodes after it, and the decodes' tokens/s."""
     llm.reset()
     llm.eval(tokens[:_N_PROMPT])
     for token in tokens[_N_PROMPT:]:

@@ -1,4 +1,4 @@
-"""Which steering each cached token was computed under."""
+"""The steering that each cached token was computed under, as fingerprints."""
 
 from __future__ import annotations
 
@@ -11,13 +11,20 @@ Keys: TypeAlias = npt.NDArray[np.uint64]
 """Per token, a fingerprint of its steering; 0 is none."""
 
 
+def matching(keys: Keys, others: Keys) -> int:
+    """Return the number of keys from the start that are the same in both arrays."""
+    n = min(len(keys), len(others))
+    differ = np.flatnonzero(keys[:n] != others[:n])
+    return int(differ[0]) if len(differ) else n
+
+
 class CacheLedger:
     """One key per token of a KV cache.
 
-    Positions count from 0. What lies beyond the recorded positions is unknown and never reused.
+    Positions count from 0. Positions beyond the recorded ones are unknown and never reused.
 
     Args:
-        keys: those of the first tokens, uint64, as `keys()` gives them.
+        keys: keys of the first tokens, uint64, as `keys()` returns them.
     """
 
     def __init__(self, keys: Keys | None = None) -> None:
@@ -27,11 +34,11 @@ class CacheLedger:
             self.record(0, keys)
 
     def keys(self) -> Keys:
-        """The keys of the tokens recorded, uint64; a copy."""
+        """Return a copy of the keys of the recorded tokens, uint64."""
         return self._keys[: self._known].copy()
 
     def record(self, start: int, keys: Keys) -> None:
-        """Tokens from `start` on were computed under `keys`; what was known after is forgotten."""
+        """Record that tokens from `start` on were computed under `keys`; forget all after them."""
         if start > self._known:
             raise ValueError(f"tokens {self._known} to {start} have never been recorded")
         self._known = start + len(keys)
@@ -42,7 +49,5 @@ class CacheLedger:
         self._keys[start : self._known] = keys
 
     def reusable(self, keys: Keys) -> int:
-        """How many tokens from the start were computed under the first of `keys`."""
-        n = min(self._known, len(keys))
-        differ = np.flatnonzero(self._keys[:n] != keys[:n])
-        return int(differ[0]) if len(differ) else n
+        """Return the number of tokens from the start that were computed under `keys`."""
+        return matching(self._keys[: self._known], keys)

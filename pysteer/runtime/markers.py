@@ -1,4 +1,4 @@
-"""Which tokens stand between two marker strings, such as `<think>` and `</think>`."""
+"""Tokens between two marker strings, such as `<think>` and `</think>`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ import numpy.typing as npt
 class MarkerTracker:
     """Follows a text token by token.
 
-    A marker may begin and end anywhere inside tokens. A token stands between a pair of markers from
-    the one that completes the start marker up to, not including, the one that completes the end
-    marker: the row of a token decides the next one, so what is written between them is what these
-    rows decide.
+    A marker may begin and end anywhere inside tokens. The token that completes the start marker is
+    the first between the markers, and the token before the one that completes the end marker is the
+    last: the row of a token decides the next token, so these rows decide the text between them.
 
     Args:
         pairs: start and end markers, at most 32 pairs.
@@ -27,7 +26,7 @@ class MarkerTracker:
         self.n_tokens = 0
 
     def feed(self, pieces: Iterable[bytes]) -> npt.NDArray[np.uint32]:
-        """Take the texts of the next tokens.
+        """Add the texts of the next tokens.
 
         Returns:
             uint32 (n,): bit k is set where the token stands between the markers of pair k.
@@ -51,6 +50,6 @@ class MarkerTracker:
                 break
             text = text[at + len(marker) :]
             self._inside[k] = not self._inside[k]
-        # What may be the beginning of the next marker; a marker found is not part of another.
+        # Keep a possible beginning of the next marker; a marker found is not part of another.
         keep = len(marker) - 1
         self._tails[k] = text[-keep:] if keep else b""

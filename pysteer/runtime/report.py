@@ -1,4 +1,4 @@
-"""What steering did to a request: what fired, with scores, where, and how many tokens."""
+"""Report of the steering of a request: categories, scores, sites, and numbers of tokens."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ class CategoryReport:
     """One category of a request.
 
     Attributes:
-        strength: what its directions were multiplied by, before the scope's factor.
-        gated: whether the router decided; else it was forced.
-        active: whether any token was steered by it.
-        fired: whether its gate opened at the last prompt token or at a check since; None if forced
-            or not decided yet.
-        score: what its own gate saw at the last decision; None without one.
-        threshold: where its own gate opens.
-        site: where in a block it acts.
-        layers: at which layers.
-        tokens_steered: how many tokens of prompt and response.
+        strength: factor of the directions, before the scope's factor.
+        gated: the router decided; else the category was forced.
+        active: at least one token was steered by the category.
+        fired: the gate opened at the last prompt token or at a check since; None if forced or not
+            decided yet.
+        score: score of the category's own gate at the last decision; None without a gate.
+        threshold: the score at which the category's own gate opens.
+        site: where in a block the category acts.
+        layers: the layers at which the category acts.
+        tokens_steered: number of steered tokens of prompt and response.
     """
 
     strength: float
@@ -42,15 +42,15 @@ class SteeringReport:
     """The `steering` field of a result.
 
     Attributes:
-        mode: "off" (nothing asked for), "forced", "auto" (all gated) or "mixed".
-        categories: those asked for; not what a closed gate left out of the plan's effect.
-        scores: what the router saw, for each category it knows; empty if it was not asked.
-        ranks: what the categories were compared by, where several fired: the scores, but for margin
-            gates how far each is ahead of the others; see `pysteer.pack.router.Router.ranks`.
+        mode: "off" (no category), "forced", "auto" (all gated) or "mixed".
+        categories: the requested categories, with open gates and closed ones.
+        scores: the router's scores, for each category it knows; empty if nothing was gated.
+        ranks: the order among several categories that fired: the scores, but for margin gates the
+            lead of each over the others; see `pysteer.pack.router.Router.ranks`.
         gate: the kind of gate, or None.
-        prompt_reprocessed: whether the prompt was computed once more because of what fired.
-        checks: how many times the router decided.
-        tokens_steered: tokens of prompt and response that any category acted on.
+        prompt_reprocessed: the prompt was computed once more because a category fired.
+        checks: number of the router's decisions.
+        tokens_steered: number of tokens of prompt and response that any category acted on.
     """
 
     mode: str
@@ -68,12 +68,12 @@ class SteeringReport:
         return [name for name, category in self.categories.items() if category.fired]
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON data."""
+        """Return the report as JSON data."""
         return asdict(self)
 
 
 def report(plan: CompiledPlan, sequence: _native.Sequence | None, n_tokens: int) -> SteeringReport:
-    """What `plan` did to the first `n_tokens` tokens of a sequence."""
+    """Return the effect of `plan` on the first `n_tokens` tokens of a sequence."""
     decisions = sequence.decided_at if sequence is not None else []
     scores: dict[str, float] = {}
     ranks: dict[str, float] = {}

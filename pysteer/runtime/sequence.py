@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from pysteer.chat.spans import pooled_span, span_of
-from pysteer.runtime.ledger import Keys
+from pysteer.runtime.ledger import Keys, matching
 from pysteer.runtime.markers import MarkerTracker
 from pysteer.runtime.plan import CompiledPlan
 from pysteer.runtime.report import SteeringReport, report
@@ -16,15 +16,20 @@ _END = 2**31  # beyond every position
 
 
 class SequenceSteering:
-    """A plan at work on one sequence: what its gates found, and what follows for every token.
+    """A plan at work on one sequence: its gates' decisions, and the steering of every token.
 
     Args:
-        plan: what the request asks for.
-        prompt: its tokens.
-        user: what the user said last, if that is known; a router that pools over it looks at the
-            whole prompt otherwise, and one that pools over what follows it at the last token.
-        n_positions: the most tokens that the sequence can have.
-        piece: the text of a token, as bytes; called only for plans that need it.
+        plan: the plan of the request.
+        prompt: the prompt's tokens.
+        user: the user's last message, where it is known; otherwise a router that pools over the
+            message looks at the whole prompt, and one that pools over its suffix at the last token.
+        n_positions: number of tokens that the sequence can have at most.
+        piece: returns the text of a token as bytes; called only for plans that need it.
+
+    Attributes:
+        native: the native state of the sequence; None if nothing is steered.
+        n_prompt: number of prompt tokens.
+        begun: a token of the sequence was decoded.
 
     Raises:
         SteeringError: the router has no token to look at.
@@ -41,7 +46,7 @@ class SequenceSteering:
     ) -> None:
         self.plan = plan
         self.n_prompt = len(prompt)
-        self.begun = False  # whether any of its tokens was decoded
+        self.begun = False
         spans: list[tuple[int, int]] = []
         if plan.router is not None:
             poolings = [read.pooling for read in plan.router.reads]
@@ -59,7 +64,7 @@ class SequenceSteering:
     def follow(self, start: int, tokens: Sequence[int]) -> None:
         """Take note of tokens, at positions from `start` on, before they are decoded.
 
-        Only exclusion by markers depends on what the tokens are; tokens known already are skipped.
+        Only exclusion by markers depends on the tokens themselves. Known tokens are skipped.
         """
         if self._tracker is None or self.native is None:
             return
@@ -75,11 +80,10 @@ class SequenceSteering:
         self.native.set_excluded(start, self._tracker.feed(map(self._piece, tokens)))
 
     def keys(self, start: int, stop: int) -> Keys:
-        """Fingerprints of the steering of the tokens at positions [start, stop), uint64.
+        """Return fingerprints of the steering of the tokens at positions [start, stop), uint64.
 
-        As far as the KV cache depends on it; what acts in the last block alone is not part of it.
-
-        Of tokens yet to be computed: what they would be computed under, given the decisions so far.
+        They cover all that the KV cache depends on, which leaves out the last block. For tokens yet
+        to be computed they follow from the decisions so far.
         """
         if self.native is None:
             return np.zeros(max(stop - start, 0), np.uint64)
@@ -87,12 +91,12 @@ class SequenceSteering:
         return keys
 
     def logits_key(self, position: int) -> int:
-        """A fingerprint of all of the steering of one token."""
+        """Return a fingerprint of the whole steering of one token."""
         return 0 if self.native is None else int(self.native.logits_key(position))
 
     @property
     def first_to_decode(self) -> int:
-        """The position from which on no cached token can stand in for computing it.
+        """Position from which tokens have to be decoded, even if they are in the cache.
 
         A router has to see the last prompt token, and all tokens that it averages over.
         """
@@ -103,30 +107,32 @@ class SequenceSteering:
             return self._first_read
         return decided[-1] + 1 if self.plan.rechecks and self.plan.pools else _END
 
-    @property
-    def wants_reprocess(self) -> bool:
-        """Whether a category fired that steers prompt tokens which were computed without it."""
-        return self.native is not None and self.native.wants_reprocess
+    def reprocess_from(self, n_tokens: int) -> int:
+        """Return the position from which tokens have to be decoded again.
 
-    def hold(self, n_tokens: int) -> int:
-        """Make the decision hold from the first token on.
+        That is where a category has fired that steers prompt tokens, which were computed without
+        it; the decision then holds from the first token on.
+
+        Args:
+            n_tokens: number of tokens decoded.
 
         Returns:
-            The position from which on the first `n_tokens` tokens have to be decoded again.
+            `n_tokens` if none has to be.
         """
+        if self.native is None or not self.native.wants_reprocess:
+            return n_tokens
         before, last = self.keys(0, n_tokens), self.logits_key(n_tokens - 1)
-        if self.native is not None:
-            self.native.hold()
-        changed = np.flatnonzero(before != self.keys(0, n_tokens))
-        if len(changed):
-            return int(changed[0])
-        return n_tokens if last == self.logits_key(n_tokens - 1) else n_tokens - 1
+        self.native.hold()
+        changed = matching(before, self.keys(0, n_tokens))
+        if changed < n_tokens or last == self.logits_key(n_tokens - 1):
+            return changed
+        return n_tokens - 1
 
     def restart(self) -> None:
-        """Evaluation starts again: forget what the router has seen since its last decision."""
+        """Forget the tokens that the router has seen since its last decision: decoding restarts."""
         if self.native is not None:
             self.native.restart()
 
     def report(self, n_tokens: int) -> SteeringReport:
-        """What was done to the first `n_tokens` tokens."""
+        """Return the effect on the first `n_tokens` tokens."""
         return report(self.plan, self.native, n_tokens)

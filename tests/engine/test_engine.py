@@ -1,4 +1,4 @@
-"""The engine: each request gets the answer that it gets alone, whatever runs beside it."""
+"""The engine: every request gets its solo answer, whatever runs beside it."""
 
 import threading
 import time
@@ -39,7 +39,7 @@ ONE_BY_ONE = ["mamba", "lfm2"]
         ("lfm2", {"n_ubatch": 16}),
     ],
 )
-def test_a_request_gets_the_answer_that_it_gets_alone(tiny_model, family, arguments):
+def test_request_in_a_batch_gets_its_solo_answer(tiny_model, family, arguments):
     path = tiny_model(family)
     requests = random_requests(40)
     solo = solo_answers(path, requests)
@@ -57,12 +57,12 @@ def test_a_request_gets_the_answer_that_it_gets_alone(tiny_model, family, argume
 
 
 @pytest.mark.parametrize("family", ONE_BY_ONE)
-def test_recurrent_and_hybrid_models_are_decoded_one_sequence_at_a_time(tiny_model, family):
+def test_recurrent_and_hybrid_models_decode_one_sequence_at_a_time(tiny_model, family):
     """llama.cpp orders the rows of their batches by itself."""
     in_decodes = []
     with Engine(tiny_model(family), max_sequences=4, **ARGUMENTS) as engine:
         assert not engine._llm.batches_sequences
-        batch = engine._scheduler._batch
+        batch = engine._scheduler.decoder.batch
         decode = batch.decode
 
         def watched(context):
@@ -77,8 +77,8 @@ def test_recurrent_and_hybrid_models_are_decoded_one_sequence_at_a_time(tiny_mod
     assert set.union(*in_decodes) == {0, 1, 2, 3}
 
 
-def test_logits_in_a_batch_differ_from_those_alone_by_no_more_than_llama_cpps_own(tiny_llama):
-    """The engine's rows against llama.cpp's, with the same tokens alone and in a plain batch."""
+def test_logits_in_a_batch_differ_no_more_than_llama_cpps_own(tiny_llama):
+    """The engine's logits against llama.cpp's for the same tokens alone."""
     rows = {}
     prompts = [PROMPTS["a"], PROMPTS["b"], PROMPTS[""]]
 
@@ -118,8 +118,8 @@ FIXED_PROMPTS = [
 ]
 
 
-def test_chats_on_the_default_model(default_model):
-    """Prompts at which no token so far is so close to another that the size of a batch decides."""
+def test_chats_on_the_default_model_equal_steered_llama(default_model):
+    """At these prompts no two tokens are so close that the size of a batch decides."""
     request = {"max_tokens": 7, "temperature": 0.0}
     chats = [
         ([{"role": "user", "content": content}], steering) for content, steering in FIXED_PROMPTS
@@ -181,7 +181,7 @@ GRAMMAR = 'root ::= "the " ("air" | "hand") " in the " [a-c]+'
     ],
     ids=str,
 )
-def test_arguments_do_what_they_do_in_create_completion(engine, plain, options):
+def test_sampling_arguments_give_the_text_of_create_completion(engine, plain, options):
     options = {"max_tokens": 20, "logit_bias": GREEDY["logit_bias"], **options}
     if "grammar" in options:
         options["grammar"] = llama_cpp.LlamaGrammar.from_string(options["grammar"], verbose=False)
@@ -211,7 +211,7 @@ TOOL = {
 }
 
 
-def test_tools_and_json(engine, plain):
+def test_tools_and_json_equal_create_chat_completion(engine, plain):
     messages = [{"role": "user", "content": "the air"}]
     for options in (
         {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "weather"}}},
@@ -226,7 +226,7 @@ def test_tools_and_json(engine, plain):
         assert result == expected
 
 
-BETWEEN = {"tokens": "all", "exclude": ["a", "e"]}  # for which the tokens' text is looked up
+BETWEEN = {"tokens": "all", "exclude": ["a", "e"]}  # needs the text of each token
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ BETWEEN = {"tokens": "all", "exclude": ["a", "e"]}  # for which the tokens' text
         ({"prompt": "a", "policy": {"scope": "first 0"}}, "from 1"),
     ],
 )
-def test_what_cannot_be_is_refused_by_submit(engine, arguments, message):
+def test_invalid_arguments_raise_at_submit(engine, arguments, message):
     with pytest.raises(SteeringError, match=message):
         engine.submit(**arguments)
     assert text(engine.submit(prompt="a", **GREEDY).result())
@@ -256,7 +256,7 @@ def test_what_cannot_be_is_refused_by_submit(engine, arguments, message):
 # ---- the cache -----------------------------------------------------------------------------------
 
 
-def test_prefixes_are_shared_under_the_same_steering_only(engine):
+def test_prefix_is_reused_under_the_same_steering_only(engine):
     prompt = list(range(270, 310))
     used = []
 
@@ -276,8 +276,8 @@ def test_prefixes_are_shared_under_the_same_steering_only(engine):
     assert len({used[0], used[2], used[4]}) == 3
 
 
-def test_running_out_of_cells_changes_no_text(tiny_llama):
-    """Less context than the requests need together: some make room, and are computed again."""
+def test_preemption_changes_no_text(tiny_llama):
+    """The context is too small for all requests, so some make room and are computed again."""
     requests = [
         {**request, "max_tokens": 30} for request in random_requests(16, seed=3, longest=20)
     ]
@@ -290,7 +290,7 @@ def test_running_out_of_cells_changes_no_text(tiny_llama):
         assert engine.statistics.preemptions > 0
 
 
-def test_one_that_does_not_fit_alone_ends_as_long_as_it_can_be(tiny_llama):
+def test_request_that_fills_the_context_ends_with_length(tiny_llama):
     arguments = {**ARGUMENTS, "n_ctx": 256}
     with Engine(tiny_llama, max_sequences=2, **arguments) as engine:
         result = engine.submit(prompt=[10] * 240, max_tokens=None, **GREEDY).result()
@@ -301,14 +301,16 @@ def test_one_that_does_not_fit_alone_ends_as_long_as_it_can_be(tiny_llama):
 # ---- scheduling ----------------------------------------------------------------------------------
 
 
-def test_a_long_prompt_holds_up_nobody(tiny_llama):
-    """While another request writes, it gets a token from every decode, and a decode has at most
-    prompt_share tokens of the prompt; when nobody writes, a decode has all that fit."""
+def test_long_prompt_leaves_each_decode_to_writing_requests(tiny_llama):
+    """Every decode has a token of the writing request and at most prompt_share prompt tokens.
+
+    When no request writes, a decode has all prompt tokens that fit.
+    """
     arguments = {**ARGUMENTS, "n_ctx": 2048}
-    decodes = []  # how many rows of each slot
+    decodes = []  # number of rows of each slot
     started, waiting = threading.Event(), threading.Event()
     with Engine(tiny_llama, max_sequences=4, prompt_share=16, **arguments) as engine:
-        batch = engine._scheduler._batch
+        batch = engine._scheduler.decoder.batch
         decode = batch.decode
 
         def watched(context):
@@ -332,7 +334,7 @@ def test_a_long_prompt_holds_up_nobody(tiny_llama):
     assert list(map(sum, decodes)) == [400]
 
 
-def test_the_queue_is_bounded(engine):
+def test_full_queue_raises_busy(engine):
     long = {"prompt": [10, 11, 12], "max_tokens": 200, **GREEDY}
     handles = [engine.submit(**long) for _ in range(4)]
     deadline = time.monotonic() + 20
@@ -347,7 +349,7 @@ def test_the_queue_is_bounded(engine):
 
 
 @pytest.mark.parametrize("when", ["queued", "reading", "writing", "done"])
-def test_cancelling(engine, when):
+def test_cancel_ends_only_its_request(engine, when):
     others = [engine.submit(prompt=[10 + k, 11], max_tokens=40, **GREEDY) for k in range(3)]
     if when == "queued":
         others += [engine.submit(prompt=[9, 11], max_tokens=40, **GREEDY)]
@@ -370,7 +372,7 @@ def test_cancelling(engine, when):
     assert handle.done
 
 
-def test_an_error_ends_its_own_request_only(engine):
+def test_processor_error_ends_only_its_request(engine):
     def broken(tokens, logits):
         raise ZeroDivisionError("mine")
 
@@ -391,7 +393,7 @@ def test_an_error_ends_its_own_request_only(engine):
 # ---- the end -------------------------------------------------------------------------------------
 
 
-def test_closing(tiny_llama):
+def test_close_cancels_running_requests(tiny_llama):
     engine = Engine(tiny_llama, max_sequences=2, **ARGUMENTS)
     running = [engine.submit(prompt=[10 + k], max_tokens=300, **GREEDY) for k in range(5)]
     threads = [threading.Thread(target=engine.close) for _ in range(3)]
@@ -407,7 +409,7 @@ def test_closing(tiny_llama):
         engine.submit(prompt=[10])
 
 
-def test_closing_may_wait_for_what_runs(tiny_llama):
+def test_close_with_drain_waits_for_running_requests(tiny_llama):
     engine = Engine(tiny_llama, max_sequences=2, **ARGUMENTS)
     running = [engine.submit(prompt=[10 + k], max_tokens=20, **GREEDY) for k in range(5)]
     engine.close(drain=True)
@@ -425,7 +427,7 @@ def test_closing_may_wait_for_what_runs(tiny_llama):
     assert handle.result(timeout=1)["choices"][0]["finish_reason"] == "cancelled"
 
 
-def test_nobody_has_to_close(tiny_llama):
+def test_dropped_engine_ends_its_thread(tiny_llama):
     engine = Engine(tiny_llama, max_sequences=2, **ARGUMENTS)
     thread = engine._scheduler.thread
     handle = engine.submit(prompt=[10], max_tokens=300, **GREEDY)
@@ -436,6 +438,6 @@ def test_nobody_has_to_close(tiny_llama):
 
 
 @pytest.mark.parametrize("sizes", [{"max_sequences": 0}, {"max_queue": True}, {"prompt_share": -1}])
-def test_sizes_that_cannot_be(tiny_llama, sizes):
+def test_sizes_below_1_raise(tiny_llama, sizes):
     with pytest.raises(SteeringError, match="give a number from 1"):
         Engine(tiny_llama, **sizes)

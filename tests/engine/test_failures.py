@@ -1,4 +1,4 @@
-"""What goes wrong ends the request that it belongs to, with its own error, and nothing else."""
+"""A failure ends the request that it belongs to, with its own error, and no other."""
 
 import asyncio
 import threading
@@ -33,7 +33,7 @@ def engine(tiny_llama):
 
 
 class Faulty:
-    """An object one of whose methods raises instead of doing its work, as often as asked."""
+    """An object with one method that raises, `left` times, instead of doing its work."""
 
     def __init__(self, what, method, error):
         self._what = what
@@ -62,11 +62,11 @@ def how_it_ended(handle):
 
 
 def held_up(engine):
-    """Hold the scheduler in a decode, so that what is submitted meanwhile meets it in one step.
+    """Hold the scheduler in a decode, so that requests submitted meanwhile start in one step.
 
     Returns the handle of that decode's request, and the way to let it go on.
     """
-    batch = engine._scheduler._batch
+    batch = engine._scheduler.decoder.batch
     decode, started, go_on = batch.decode, threading.Event(), threading.Event()
 
     def waiting(context):
@@ -89,8 +89,8 @@ def held_up(engine):
 
 
 @pytest.mark.parametrize("n_batch", [512, 8])
-def test_a_steering_that_is_too_strong_spoils_nobody_elses_answer(tiny_llama, n_batch):
-    """Neither in the same batch nor later, by what is no number in cells that were let go."""
+def test_too_strong_steering_fails_only_its_request(tiny_llama, n_batch):
+    """Neither in the same batch nor later, by NaN in released cells."""
     requests = random_requests(24, seed=5)
     solo = solo_answers(tiny_llama, requests)
     arguments = {**ARGUMENTS, "n_ctx": 1024, "n_batch": n_batch}
@@ -107,7 +107,7 @@ def test_a_steering_that_is_too_strong_spoils_nobody_elses_answer(tiny_llama, n_
 
 
 @pytest.mark.parametrize("family", ["llama", "mamba", "lfm2"])
-def test_nothing_of_a_failed_prompt_stays_in_the_memory_of_its_slot(tiny_model, family):
+def test_failed_prompt_leaves_nothing_in_its_slot(tiny_model, family):
     path = tiny_model(family)
     requests = random_requests(6, seed=2)
     solo = solo_answers(path, requests)
@@ -119,8 +119,8 @@ def test_nothing_of_a_failed_prompt_stays_in_the_memory_of_its_slot(tiny_model, 
 
 
 @pytest.mark.parametrize("family", ["mamba", "lfm2"])
-def test_a_failure_leaves_the_state_of_other_sequences_alone(tiny_model, family):
-    """Of recurrent blocks, whose states are all that is known of what the others have read."""
+def test_failure_leaves_other_recurrent_states_alone(tiny_model, family):
+    """The state of recurrent blocks is all that is left of the tokens read."""
     path = tiny_model(family)
     request = {**REQUEST, "max_tokens": 40, "logit_bias": None}
     [alone] = solo_answers(path, [request])
@@ -139,13 +139,14 @@ def test_a_failure_leaves_the_state_of_other_sequences_alone(tiny_model, family)
         assert all("not finite" in how_it_ended(handle) for handle in failures)
 
 
-def test_a_batch_that_llama_cpp_cannot_decode_is_decoded_in_parts(engine, tiny_llama):
-    """Only a request that cannot be decoded by itself either has failed."""
+def test_failed_batch_is_decoded_in_parts(engine, tiny_llama):
+    """Only a request that fails by itself, too, has failed."""
     requests = random_requests(4, seed=7)
     solo = solo_answers(tiny_llama, requests)
     first, release = held_up(engine)
     handles = [engine.submit(**request) for request in requests]
-    engine._scheduler._batch = faulty = Faulty(engine._scheduler._batch, "decode", OSError("mine"))
+    decoder = engine._scheduler.decoder
+    decoder.batch = faulty = Faulty(decoder.batch, "decode", OSError("mine"))
     faulty.left = 1
     release()
     assert first.result()
@@ -163,12 +164,12 @@ def test_a_batch_that_llama_cpp_cannot_decode_is_decoded_in_parts(engine, tiny_l
 
 
 class _Outcome(BaseException):
-    """Like those by which pytest skips a test and asyncio cancels a task."""
+    """Not an Exception, like those by which pytest skips a test and asyncio cancels a task."""
 
 
 @pytest.mark.parametrize("where", ["logits_processor", "stopping_criteria"])
 @pytest.mark.parametrize("error", [ZeroDivisionError, SystemExit, asyncio.CancelledError, _Outcome])
-def test_a_callback_that_raises_ends_its_own_request_only(engine, where, error):
+def test_raising_callback_ends_only_its_request(engine, where, error):
     def broken(tokens, logits):
         raise error("mine")
 
@@ -193,15 +194,15 @@ def test_a_callback_that_raises_ends_its_own_request_only(engine, where, error):
     ],
     ids=["none", "text", "too short", "no numbers"],
 )
-def test_a_logits_processor_that_returns_no_logits_is_an_error(engine, returned, error):
+def test_processor_that_returns_no_logits_raises(engine, returned, error):
     processors = llama_cpp.LogitsProcessorList([lambda tokens, logits: returned])
     request = {**REQUEST, "logit_bias": None, "logits_processor": processors}
     with pytest.raises(error):
         engine.submit(**request).result(30)
 
 
-def test_a_callback_cannot_wait_for_its_own_engine(engine):
-    """Which would wait for ever: it is called by the thread that decodes."""
+def test_callback_that_waits_for_its_own_engine_raises(engine):
+    """The thread that decodes calls it, and would wait for itself."""
     caught = []
 
     def attempt(what):
@@ -226,7 +227,7 @@ def test_a_callback_cannot_wait_for_its_own_engine(engine):
     assert text(engine.submit(**REQUEST).result(30))
 
 
-def test_a_callback_may_close_its_engine(tiny_llama):
+def test_callback_may_close_its_engine(tiny_llama):
     engine = Engine(tiny_llama, max_sequences=2, **ARGUMENTS)
     other = engine.submit(**{**REQUEST, "max_tokens": 400})
     handle = engine.submit(**REQUEST, stopping_criteria=lambda tokens, logits: engine.close())
@@ -238,16 +239,14 @@ def test_a_callback_may_close_its_engine(tiny_llama):
 # ---- in the engine itself ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("part", "method"),
-    [("_cache", "find"), ("_cache", "open"), ("_cache", "take"), ("_cache", "rest")],
-)
-def test_a_defect_of_the_engine_loses_no_request(engine, part, method, caplog):
+@pytest.mark.parametrize("method", ["find", "open", "take", "rest"])
+def test_defect_of_the_cache_loses_no_request(engine, method, caplog):
     scheduler = engine._scheduler
     first, release = held_up(engine)
     handles = [first, *[engine.submit(**REQUEST) for _ in range(4)]]
-    faulty = Faulty(getattr(scheduler, part), method, HookError("a defect"))
-    setattr(scheduler, part, faulty)
+    scheduler.running.cache = faulty = Faulty(
+        scheduler.running.cache, method, HookError("a defect")
+    )
     faulty.left = 1
     release()
     ends = list(map(how_it_ended, handles))
@@ -258,25 +257,24 @@ def test_a_defect_of_the_engine_loses_no_request(engine, part, method, caplog):
     assert text(engine.submit(**REQUEST).result(30)), "it goes on"
 
 
-def test_a_scheduler_that_breaks_down_ends_every_request(engine):
-    """A defect, and what is there to get over it fails as well: everybody is told the reason, and
-    the model is freed."""
+def test_broken_scheduler_ends_every_request(engine):
+    """A defect whose recovery fails, too: every request gets the reason, and the model is freed."""
     scheduler = engine._scheduler
     handle, release = held_up(engine)
     handles = [handle, *[engine.submit(**REQUEST) for _ in range(4)]]
-    first = Faulty(scheduler._cache, "take", HookError("first defect"))
-    scheduler._cache = second = Faulty(first, "recover", HookError("second defect"))
+    first = Faulty(scheduler.running.cache, "take", HookError("first defect"))
+    scheduler.running.cache = second = Faulty(first, "recover", HookError("second defect"))
     first.left, second.left = 1, 1000
     release()
     scheduler.thread.join(30)
     assert not scheduler.thread.is_alive()
     assert list(map(how_it_ended, handles)) == ["first defect", *["second defect"] * 4]
-    assert engine._llm._closed
+    assert engine._llm.closed
     with pytest.raises(EngineClosedError):
         engine.submit(**REQUEST)
 
 
-def test_one_that_cannot_be_told_its_end_keeps_nobody_from_theirs(tiny_llama, monkeypatch):
+def test_request_whose_report_fails_keeps_no_other_from_ending(tiny_llama, monkeypatch):
     engine = Engine(tiny_llama, max_sequences=4, **ARGUMENTS)
     _, release = held_up(engine)
     handles = [engine.submit(**REQUEST) for _ in range(3)]
@@ -284,7 +282,7 @@ def test_one_that_cannot_be_told_its_end_keeps_nobody_from_theirs(tiny_llama, mo
     def broken(*_):
         raise OSError("a defect")
 
-    monkeypatch.setattr(engine._scheduler._queue[0].steering, "report", broken)
+    monkeypatch.setattr(engine._scheduler.queue.first().steering, "report", broken)
     engine._scheduler.stop(drain=False)
     release()
     engine.close()
@@ -292,11 +290,11 @@ def test_one_that_cannot_be_told_its_end_keeps_nobody_from_theirs(tiny_llama, mo
         handles[0].result(0)
     for handle in handles[1:]:
         assert handle.result(0)["choices"][0]["finish_reason"] == "cancelled"
-    assert engine._llm._closed
+    assert engine._llm.closed
 
 
-def test_a_strength_too_small_to_change_anything_stops_nobody(engine):
-    """It fires, and there is nothing that would have to be computed again."""
+def test_strength_too_small_for_any_effect_ends_normally(engine):
+    """The category fires, and nothing has to be computed again."""
     policy = {"categories": {"a": {"strength": 1e-46}}}
     asked = {**REQUEST, "prompt": PROMPTS["a"], "steering": {"a": "auto"}, "policy": policy}
     result = engine.submit(**asked).result(30)
@@ -305,9 +303,8 @@ def test_a_strength_too_small_to_change_anything_stops_nobody(engine):
     assert text(result) == text(unsteered)
 
 
-def test_a_window_that_has_moved_on_is_computed_again(tiny_model):
-    """Of a sliding window's cache, which keeps 256 tokens here, there is nothing left that the
-    prompt could be taken back to where its steering begins."""
+def test_moved_window_is_recomputed(tiny_model):
+    """A sliding window keeps 256 tokens here, too few to cut back to where the steering begins."""
     path = tiny_model("gemma3", n_layer=6)  # the sixth sees all tokens
     rows = []
     request = {

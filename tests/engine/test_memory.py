@@ -1,9 +1,10 @@
-"""What one more active sequence takes, besides llama.cpp's own KV cache."""
+"""Memory of one more active sequence, besides llama.cpp's own KV cache."""
 
 import threading
+from pathlib import Path
 
 import numpy as np
-from memory import measurable, resident_bytes
+from memory import in_own_process, measurable, resident_bytes
 from serving import ARGUMENTS, pack_for
 
 from pysteer import Engine
@@ -12,13 +13,16 @@ from pysteer.runtime.plan import PlanCompiler
 
 N = 32
 CONTEXT = 2048
-LARGE_VOCABULARY = 32_000  # for samplers may keep something for every token
+LARGE_VOCABULARY = 32_000  # samplers may keep something for every token
 POLICY = {"recheck": 8, "scope": {"tokens": "all", "exclude": ["a", "e"]}}
 
 
 class Meeting:
-    """Holds the scheduler of an engine in a decode: the first one until `begin`, and another when
-    so many requests write, until the end of the block."""
+    """Holds an engine's scheduler in two decodes.
+
+    In the first until `begin`, and in the first decode at which n requests write until the end of
+    the block.
+    """
 
     def __init__(self, engine, n):
         self._scheduler = engine._scheduler
@@ -26,14 +30,14 @@ class Meeting:
         self._begun, self._reached, self._over = [threading.Event() for _ in range(3)]
 
     def __enter__(self):
-        self._decode = self._scheduler._batch.decode
-        self._scheduler._batch.decode = self._wait
+        self._decode = self._scheduler.decoder.batch.decode
+        self._scheduler.decoder.batch.decode = self._wait
         return self
 
     def _wait(self, context):
         assert self._begun.wait(60)
         status = self._decode(context)
-        if sum(len(r.writing.tokens) > 2 for r in self._scheduler._active) == self._n:
+        if sum(len(r.writing.tokens) > 2 for r in self._scheduler.running.active) == self._n:
             self._reached.set()
             assert self._over.wait(60)
         return status
@@ -43,19 +47,19 @@ class Meeting:
         assert self._reached.wait(60)
 
     def __exit__(self, *_):
-        self._scheduler._batch.decode = self._decode
+        self._scheduler.decoder.batch.decode = self._decode
         self._over.set()
 
 
-@measurable
-def test_an_active_sequence_takes_a_few_kilobytes(tiny_model):
-    path = tiny_model("llama", n_vocab=LARGE_VOCABULARY)
+def bytes_per_active_sequence(path):
+    """Measure three rounds: llama.cpp takes what it needs for batches of N in the first."""
+    path = Path(path)
     rng = np.random.default_rng(0)
     prompts = rng.integers(300, LARGE_VOCABULARY, (N, 12)).tolist()
     arguments = {**ARGUMENTS, "n_ctx": CONTEXT}
     resident = []
     with Engine(path, pack=pack_for(path), max_sequences=N, **arguments) as engine:
-        for _ in range(3):  # what llama.cpp needs for batches of N, it takes in the first round
+        for _ in range(3):
             before = resident_bytes()
             with Meeting(engine, N) as meeting:
                 handles = [
@@ -67,14 +71,12 @@ def test_an_active_sequence_takes_a_few_kilobytes(tiny_model):
             for handle in handles:
                 handle.result()
             del handles, handle
-    print("bytes per active sequence:", [round(number) for number in resident])
-    assert min(resident[1:]) < 16 * 1024
+    return resident
 
 
-@measurable
-def test_of_which_its_steering_takes_little(tiny_llama):
-    """Gated, checked anew, not between markers, and as long as its context."""
-    pack = pack_for(tiny_llama)
+def bytes_per_native_sequence(path):
+    """Measure sequences that are gated, rechecked, and have markers, of the context's length."""
+    pack = pack_for(Path(path))
     plan = PlanCompiler(pack, Policy(**POLICY), n_layer=4, n_embd=64).compile("auto")
     excluded = np.ones(CONTEXT, np.uint32)
 
@@ -87,6 +89,20 @@ def test_of_which_its_steering_takes_little(tiny_llama):
     before = resident_bytes()
     kept += [new() for _ in range(1000)]
     each = (resident_bytes() - before) / 1000
+    del kept
+    return each
+
+
+@measurable
+def test_active_sequence_takes_a_few_kilobytes(tiny_model):
+    path = tiny_model("llama", n_vocab=LARGE_VOCABULARY)
+    resident = in_own_process(bytes_per_active_sequence, path)
+    print("bytes per active sequence:", [round(number) for number in resident])
+    assert min(resident[1:]) < 16 * 1024
+
+
+@measurable
+def test_native_sequence_takes_a_few_kilobytes(tiny_llama):
+    each = in_own_process(bytes_per_native_sequence, tiny_llama)
     print("bytes per native sequence:", round(each))
     assert 4 * CONTEXT < each < 14 * 1024
-    del kept

@@ -1,4 +1,4 @@
-"""Much random traffic: every request ends as it should, and nothing is left of any of them."""
+"""Much random traffic: every request ends as it should, and leaves nothing behind."""
 
 import sys
 import time
@@ -14,9 +14,9 @@ from pysteer import Engine
 
 
 def check_cells(engine):
-    """Nothing runs, so idle slots hold the cells that are held, as llama.cpp sees it too."""
+    """Check that nothing runs, and that llama.cpp agrees with the cells of the idle slots."""
     assert engine.statistics.running == engine.statistics.waiting == 0
-    cache = engine._scheduler._cache
+    cache = engine._scheduler.running.cache
     assert cache.available == cache._n_cells
     assert not cache._running_holders.any()
     assert not any(slot.in_use for slot in cache.slots)
@@ -31,7 +31,7 @@ def check_cells(engine):
 
 
 @pytest.mark.parametrize("family", ["llama", "mamba", "lfm2"])
-def test_random_traffic(tiny_model, family):
+def test_random_traffic_ends_as_it_should(tiny_model, family):
     path = tiny_model(family)
     requests = varied_requests(40, seed=1, longest=30, most_tokens=90)
     traffic = Traffic(path, requests, solo_answers(path, requests))
@@ -49,7 +49,7 @@ def test_random_traffic(tiny_model, family):
 
 
 @pytest.mark.slow
-def test_a_thousand_random_requests_in_flat_memory(tiny_llama):
+def test_thousand_random_requests_keep_memory_flat(tiny_llama):
     requests = varied_requests(250, seed=3, longest=50, most_tokens=60)
     traffic = Traffic(tiny_llama, requests, solo_answers(tiny_llama, requests))
     cases = random_cases(1500, len(requests), seed=4)

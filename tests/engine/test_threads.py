@@ -1,4 +1,4 @@
-"""Threads that meet: at one handle, at the end of the engine, and at that of the interpreter."""
+"""Threads that meet at a handle, at the end of the engine, and at the end of the interpreter."""
 
 import gc
 import subprocess
@@ -26,7 +26,7 @@ def engine(tiny_llama):
 
 
 def in_threads(n, what):
-    """What `what` returns in each of n threads that start together."""
+    """Return the results of `what` in n threads that start together."""
     start = threading.Barrier(n)
 
     def work(_):
@@ -41,7 +41,7 @@ def in_threads(n, what):
 
 
 @pytest.mark.parametrize("asked", ASKED)
-def test_a_handle_gives_every_thread_the_same(engine, asked):
+def test_handle_gives_every_thread_the_same_result(engine, asked):
     for _ in range(3):
         handle = engine.submit(**asked, steering={"a": 1.0}, max_tokens=20, **GREEDY)
         streams = in_threads(4, lambda handle=handle: list(handle))
@@ -56,7 +56,7 @@ def test_a_handle_gives_every_thread_the_same(engine, asked):
         assert streams[0][-1]["steering"] == results[0]["steering"]
 
 
-def test_an_error_reaches_every_thread(engine):
+def test_error_reaches_every_waiting_thread(engine):
     def broken(tokens, logits):
         raise ZeroDivisionError("mine")
 
@@ -72,7 +72,7 @@ def test_an_error_reaches_every_thread(engine):
     assert all(in_threads(4, wait))
 
 
-def test_cancelled_by_many_while_others_wait(engine):
+def test_cancel_from_many_threads_ends_every_request(engine):
     handles = [engine.submit(**LONG) for _ in range(6)]
     ends = []
 
@@ -88,7 +88,7 @@ def test_cancelled_by_many_while_others_wait(engine):
 # ---- the end of the engine -----------------------------------------------------------------------
 
 
-def test_threads_that_submit_while_it_closes_get_an_answer_or_are_told(tiny_llama):
+def test_submit_while_closing_answers_or_raises_closed(tiny_llama):
     for delay in (0.0, 0.003, 0.03):
         engine = Engine(tiny_llama, max_sequences=2, max_queue=1, **ARGUMENTS)
         start = threading.Barrier(4)
@@ -110,11 +110,11 @@ def test_threads_that_submit_while_it_closes_get_an_answer_or_are_told(tiny_llam
             engine.close()
             for future in futures:
                 assert set(future.result(30)) <= {"length", "cancelled"}
-        assert engine._llm._closed
+        assert engine._llm.closed
 
 
-def test_the_model_outlives_the_last_sampler(tiny_llama, monkeypatch):
-    """That of a request which waits for room in the queue when the engine closes, too."""
+def test_model_outlives_the_last_sampler(tiny_llama, monkeypatch):
+    """Also the sampler of a request that waits for room in the queue when the engine closes."""
     engine = Engine(tiny_llama, max_sequences=1, max_queue=1, **ARGUMENTS)
     freed = []
     close = engine._llm.close
@@ -127,7 +127,7 @@ def test_the_model_outlives_the_last_sampler(tiny_llama, monkeypatch):
         if threading.current_thread() is not engine._scheduler.thread:
             time.sleep(0.3)
         freed.append("sampler")
-        sampler._chain.close()
+        sampler._free()
 
     handles = [engine.submit(**LONG)]
     next(iter(handles[0]))
@@ -136,7 +136,7 @@ def test_the_model_outlives_the_last_sampler(tiny_llama, monkeypatch):
     monkeypatch.setattr(Sampler, "close", close_sampler)
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(engine.submit, **LONG)
-        while engine._scheduler._users == 0:
+        while engine._scheduler.queue.users == 0:
             time.sleep(0.001)
         engine.close()
         with pytest.raises(EngineClosedError):
@@ -144,8 +144,8 @@ def test_the_model_outlives_the_last_sampler(tiny_llama, monkeypatch):
     assert freed == ["sampler"] * 3 + ["model"]
 
 
-def test_the_model_outlives_what_a_chat_handler_asks_of_it(tiny_llama):
-    """A handler may ask something new when it makes the result, in any thread, at any time."""
+def test_model_outlives_questions_of_a_chat_handler(tiny_llama):
+    """A handler may ask new questions when it makes the result, in any thread, at any time."""
     asked, go_on = threading.Event(), threading.Event()
 
     def handler(*, llama, messages, stream, **_):
@@ -171,7 +171,7 @@ def test_the_model_outlives_what_a_chat_handler_asks_of_it(tiny_llama):
         assert asked.wait(30)
         closing = pool.submit(engine.close)
         time.sleep(0.2)
-        still_open = not engine._llm._closed
+        still_open = not engine._llm.closed
         go_on.set()
         assert result.result(30)
         closing.result(30)
@@ -181,8 +181,8 @@ def test_the_model_outlives_what_a_chat_handler_asks_of_it(tiny_llama):
 
 
 @pytest.mark.parametrize("asked", ASKED)
-def test_the_collector_may_find_it_while_a_thread_holds_a_handle(tiny_llama, asked):
-    """Whose lock the scheduler needs to tell it its end."""
+def test_engine_collected_while_a_handle_is_locked_ends(tiny_llama, asked):
+    """The scheduler needs that lock to end the request."""
     engine = Engine(tiny_llama, pack=pack_for(tiny_llama), max_sequences=1, **ARGUMENTS)
     policy = {"scope": {"tokens": "all", "exclude": ["a", "e"]}}
     handle = engine.submit(**asked, steering={"a": 1.0}, policy=policy, max_tokens=400, **GREEDY)
@@ -209,7 +209,7 @@ def test_the_collector_may_find_it_while_a_thread_holds_a_handle(tiny_llama, ask
 
 
 @pytest.mark.parametrize("kept", ["engine", "handle"])
-def test_the_interpreter_may_exit_while_it_decodes(tiny_llama, kept):
+def test_interpreter_exits_while_the_engine_decodes(tiny_llama, kept):
     program = (
         "import atexit, time\n"
         "atexit.register(lambda: print('alive' if thread.is_alive() else 'ended'))\n"

@@ -9,7 +9,7 @@ import pytest
 
 from pysteer import Engine, SteeringPack, SteeringVector
 from pysteer.engine import EngineBusyError, EngineClosedError
-from pysteer.llama.hooked import set_native_control_vector
+from pysteer.llama.context import set_native_control_vector
 
 OPTIONS = {
     "n_threads": 1,
@@ -32,7 +32,7 @@ def ask(engine, prompts, **arguments):
     return [handle.result()["choices"][0]["text"] for handle in handles]
 
 
-def test_a_group_starts_at_once_and_from_an_empty_cache(tiny_llama):
+def test_group_starts_at_once_from_an_empty_cache(tiny_llama):
     with Engine(tiny_llama, max_sequences=4, **OPTIONS) as engine:
         first = ask(engine, PROMPTS)
         before = engine.statistics
@@ -44,7 +44,7 @@ def test_a_group_starts_at_once_and_from_an_empty_cache(tiny_llama):
     assert after.tokens_decoded == 2 * before.tokens_decoded
 
 
-def test_what_runs_already_is_waited_for(tiny_llama):
+def test_group_waits_for_running_requests(tiny_llama):
     with Engine(tiny_llama, max_sequences=2, **OPTIONS) as engine:
         early = engine.submit(prompt="the cat", max_tokens=30, temperature=0.0)
         with engine.together():
@@ -54,7 +54,7 @@ def test_what_runs_already_is_waited_for(tiny_llama):
         assert late.result()
 
 
-def test_more_than_the_queue_takes_is_an_error_not_a_standstill(tiny_llama):
+def test_group_larger_than_the_queue_raises_busy(tiny_llama):
     with Engine(tiny_llama, max_sequences=2, max_queue=2, **OPTIONS) as engine:
         with engine.together():
             handles = [engine.submit(prompt=p, max_tokens=1) for p in PROMPTS[:2]]
@@ -63,7 +63,7 @@ def test_more_than_the_queue_takes_is_an_error_not_a_standstill(tiny_llama):
         assert all(handle.result() for handle in handles)
 
 
-def test_a_request_cancelled_before_its_start_ends(tiny_llama):
+def test_request_cancelled_before_its_start_ends(tiny_llama):
     with Engine(tiny_llama, max_sequences=2, **OPTIONS) as engine:
         with engine.together():
             gone = engine.submit(prompt="the cat", max_tokens=8)
@@ -73,7 +73,7 @@ def test_a_request_cancelled_before_its_start_ends(tiny_llama):
         assert stays.result(timeout=30)["choices"][0]["finish_reason"] != "cancelled"
 
 
-def test_two_groups_from_two_threads_do_not_mix(tiny_llama):
+def test_groups_of_two_threads_do_not_mix(tiny_llama):
     with Engine(tiny_llama, max_sequences=2, **OPTIONS) as engine:
         alone = [ask(engine, PROMPTS[:2]), ask(engine, PROMPTS[2:])]
         found = [None, None]
@@ -94,14 +94,14 @@ def test_two_groups_from_two_threads_do_not_mix(tiny_llama):
     assert found == alone
 
 
-def test_a_closed_engine_holds_nothing(tiny_llama):
+def test_group_on_a_closed_engine_raises(tiny_llama):
     engine = Engine(tiny_llama, max_sequences=2, **OPTIONS)
     engine.close()
     with pytest.raises(EngineClosedError), engine.together():
         pass
 
 
-def test_closing_inside_a_group_ends_it(tiny_llama):
+def test_close_inside_a_group_ends_its_requests(tiny_llama):
     engine = Engine(tiny_llama, max_sequences=2, **OPTIONS)
     with engine.together():
         handle = engine.submit(prompt="the cat", max_tokens=8)
@@ -109,7 +109,7 @@ def test_closing_inside_a_group_ends_it(tiny_llama):
     assert handle.result(timeout=30)["choices"][0]["finish_reason"] == "cancelled"
 
 
-def test_first_logits_are_llama_cpps_own_steered_or_not(tiny_llama):
+def test_first_logits_equal_llama_cpp(tiny_llama):
     rows = np.random.default_rng(0).normal(size=(3, 64)).astype(np.float32)
     pack = SteeringPack({"a": SteeringVector({1 + i: row for i, row in enumerate(rows)})})
     with Engine(tiny_llama, pack=pack, max_sequences=2, **OPTIONS) as engine:

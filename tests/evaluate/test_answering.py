@@ -11,7 +11,7 @@ from pysteer.evaluate.arms import main_arms
 from pysteer.pack.resolved import ResolvedPolicy
 from pysteer.progress import SILENT
 from pysteer.prompts import Prompt
-from pysteer.runtime.steered import IN_FORCE
+from pysteer.runtime.arguments import INHERIT
 
 
 class Engine:
@@ -56,7 +56,7 @@ def run(routed_pack):
         return answer_everything(
             engine,
             resolved,
-            main_arms(IN_FORCE, []),
+            main_arms(INHERIT, []),
             harmful,
             benign,
             isolation=isolation,

@@ -16,7 +16,7 @@ from pysteer.evaluate.arms import (
 from pysteer.pack.policy import Policy
 from pysteer.pack.resolved import ResolvedPolicy
 from pysteer.prompts import Prompt
-from pysteer.runtime.steered import IN_FORCE
+from pysteer.runtime.arguments import INHERIT
 
 VECTOR = SteeringVector({1: np.ones(64)})
 PLAIN = SteeringPack({"a": VECTOR, "b": VECTOR}, policy=Policy(categories={"a": {"strength": 0.5}}))
@@ -47,24 +47,24 @@ def test_default_steering_without_router_is_own_category():
 
 def test_default_steering_follows_policy_that_switches_on_a_category():
     resolved = ResolvedPolicy(PLAIN, Policy(categories={"b": {"mode": "always"}}))
-    assert default_steering(resolved) is IN_FORCE
+    assert default_steering(resolved) is INHERIT
 
 
 def test_default_steering_with_router_asks_router_for_all_categories(routed):
-    assert default_steering(routed) is IN_FORCE
+    assert default_steering(routed) is INHERIT
     assert routed.gateable == ("says q", "says z")
-    assert asks_router(routed, IN_FORCE)
+    assert asks_router(routed, INHERIT)
     assert asks_router(routed, "auto")
     assert not asks_router(routed, {"says q": "auto"})
     assert not asks_router(routed, OWN_CATEGORY)
     off = ResolvedPolicy(routed.pack, Policy(categories={"says q": {"mode": "off"}}))
-    assert not asks_router(off, IN_FORCE)
+    assert not asks_router(off, INHERIT)
 
 
 def test_factor_multiplies_forced_and_gated_strengths(routed):
     half = ResolvedPolicy(routed.pack, Policy(categories={"says q": {"strength": 3.0}}))
     prompt = Prompt("1", "says q")
-    gated = query(half, Arm("x", IN_FORCE, 0.5), prompt, 0)
+    gated = query(half, Arm("x", INHERIT, 0.5), prompt, 0)
     assert gated.policy == Policy(
         categories={"says q": {"strength": 1.5}, "says z": {"strength": 0.5}}
     )

@@ -13,6 +13,7 @@ from pysteer.errors import HookError, SteeringError
 from pysteer.extract.capture import Row, pooled_row, run_once, token_batches
 from pysteer.extract.inputs import prompt_ends
 from pysteer.extract.llama_capture import LlamaCapture
+from pysteer.llama.batch import DecodeBatch
 
 FAMILIES = ["llama", "qwen3", "gemma2", "phi3", "gpt2"]
 N_LAYER, N_EMBD = 4, 64
@@ -434,11 +435,11 @@ def test_several_ranges_of_a_prompt_take_one_pass_and_equal_single_rows(
     if engine == "llama":
         capture = llama("llama", n_ctx=256, token_budget=128)
         decoded = []
-        decode = capture.llm._ctx.decode
+        decode = DecodeBatch.decode
         monkeypatch.setattr(
-            capture.llm._ctx,
+            DecodeBatch,
             "decode",
-            lambda batch: decoded.append(batch.n_tokens()) or decode(batch),
+            lambda batch, context: decoded.append(batch.n_rows) or decode(batch, context),
         )
     else:
         from pysteer.extract.torch_capture import TorchCapture

@@ -1,4 +1,4 @@
-"""A router for a tiny model, made by hand from activations that llama.cpp itself computes."""
+"""A router for a tiny model, made by hand from llama.cpp's own activations."""
 
 from contextlib import closing
 
@@ -21,7 +21,7 @@ def mean_state(path, tokens, layer, span=None, site="residual"):
 
 
 def state_of(path, tokens, router, *, user=None, spans=None):
-    """What a router looks at, from a capture for each of its reads.
+    """Return the state that a router reads, from a capture for each of its reads.
 
     Args:
         user: token range of the user's message; None: there is none, so the whole prompt.
@@ -50,7 +50,7 @@ class _Place:
 
 
 def router_for(path, prompts, *, layer=1, pooling="prompt", site="residual", reads=None):
-    """Opens category k's probe for `prompts[k]`, and for none of the others.
+    """Return a router whose probe k opens for `prompts[k]` alone.
 
     So does its margin gate, if there are prompts for no gate; else that finds harm everywhere.
 

@@ -1,4 +1,4 @@
-"""What the tests of the engine share: a pack, random requests, and the answers they get alone."""
+"""A pack, random requests and their solo answers, for the tests of the engine."""
 
 from contextlib import closing
 from functools import cache
@@ -11,7 +11,7 @@ from pysteer.pack.operators import Operator
 from pysteer.pack.policy import Policy
 
 N_EMBD = 64
-F32 = 0  # of the KV cache: halves would hide differences
+F32 = 0  # type of the KV cache: halves would hide differences
 ARGUMENTS = {
     "n_ctx": 512,
     "verbose": False,
@@ -20,7 +20,7 @@ ARGUMENTS = {
     "type_k": F32,
     "type_v": F32,
 }
-HIGH_BYTES = range(5 + 128, 5 + 256)  # so that a character never lacks its rest
+HIGH_BYTES = range(5 + 128, 5 + 256)  # kept out, so that every character is complete
 GREEDY = {"temperature": 0.0, "logit_bias": dict.fromkeys(HIGH_BYTES, -1e3)}
 PROMPTS = {
     "a": [10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20],
@@ -40,7 +40,7 @@ STEERINGS = [
     ("auto", {"conflict": "sum", "categories": {"b": {"when": "not a"}}}),
 ]
 TOO_STRONG = [{"wild": 3e38}, {"a": "auto", "wild": 3e38}, {"huge": 1.0}]
-"""What takes the hidden state past float32; the last by additions of less than that."""
+"""Steerings that take the hidden state past float32; the last by smaller additions."""
 
 
 def vector(seed, layers=(1, 2), **options):
@@ -90,18 +90,18 @@ def random_requests(n, seed=0, longest=40):
 
 
 def solo_answers(path, requests, **arguments):
-    """What a `SteeredLlama` answers to each request, from an empty context."""
+    """Return the answers of a `SteeredLlama`, each from an empty context."""
     with closing(SteeredLlama(path, pack=pack_for(path), **{**ARGUMENTS, **arguments})) as llm:
         found = []
         for request in requests:
             llm.reset()
-            llm._ledger.record(0, [])
+            llm._cache.forget()
             found.append(llm.create_completion(**request))
     return found
 
 
 def told(result):
-    """What is said of the steering, without numbers that differ between batch sizes."""
+    """Return the report without numbers that differ between batch sizes."""
     steering = dict(result["steering"])
     steering.pop("scores")
     steering.pop("ranks")
@@ -112,5 +112,5 @@ def told(result):
 
 
 def outcome(result):
-    """All that has to be the same for a request alone and in a batch."""
+    """Return everything that has to be equal for a request alone and in a batch."""
     return text(result), result["choices"][0]["finish_reason"], result["usage"], told(result)

@@ -1,5 +1,4 @@
-"""Random traffic for an engine: what threads of clients ask of it, and whether each ask ended as
-it should."""
+"""Random traffic for an engine, from threads of clients that check the end of every request."""
 
 import itertools
 import threading
@@ -47,7 +46,7 @@ KINDS = {
 
 
 class Case(NamedTuple):
-    """One thing to ask.
+    """One request of a client.
 
     Attributes:
         number: which case it is.
@@ -69,8 +68,10 @@ class Mine(Exception):
 
 
 def varied_requests(n, seed, *, longest, most_tokens):
-    """Requests that differ in prompt, length, steering, policy, sampling and seed; many of the
-    prompts begin alike."""
+    """Return requests of different prompts, lengths, steering, policies, sampling and seeds.
+
+    Many of the prompts begin alike.
+    """
     rng = np.random.default_rng(seed)
     heads = [rng.integers(266, 320, rng.integers(0, longest // 2)).tolist() for _ in range(6)]
     requests = []
@@ -107,7 +108,7 @@ def random_cases(n, n_requests, seed):
 
 
 class Traffic:
-    """Lets clients work through cases, and holds each end against the request's solo answer.
+    """Lets clients work through cases, and compares each end with the solo answer.
 
     Args:
         path: the model.
@@ -123,7 +124,7 @@ class Traffic:
         self._others: list[tuple[Case, dict[str, Any]]] = []
 
     def run(self, engine, cases):
-        """Work through the cases; raises what any client finds to be wrong."""
+        """Work through the cases; raise the first error of a client."""
         waiting = iter(cases)
         lock = threading.Lock()
 
@@ -202,14 +203,16 @@ class Traffic:
             self._others.append((case, result))
 
     def check_the_rounded(self):
-        """See to it that the few answers which are others are so because of how sums are rounded,
-        which depends on the size of a batch; returns how many."""
+        """Check that the few other answers come from rounding; return their number.
+
+        Sums round differently in batches of different sizes.
+        """
         for case, result in self._others:
             assert any(_fits(result, rounded) for rounded in self._rounded(case)), (case, result)
         return len(self._others)
 
     def _rounded(self, case):
-        """Solo answers with logits that differ by as little."""
+        """Return solo answers with logits that differ as little as by rounding."""
         rng = np.random.default_rng(case.number)
 
         def noise(tokens, logits):
@@ -225,7 +228,7 @@ class Traffic:
 
 
 def _fits(result, alone):
-    """Whether a result is what the request gets alone, as far as it was not cancelled."""
+    """Tell whether a result is the solo answer, up to where it was cancelled."""
     if result["choices"][0]["finish_reason"] == "cancelled":
         return text(alone).startswith(text(result))
     return outcome(result) == outcome(alone)

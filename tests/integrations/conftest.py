@@ -1,4 +1,4 @@
-"""Models with the same weights: those that requests steer, and two to compare them with."""
+"""Models with the same weights: two steered by requests, and two to compare with."""
 
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from pysteer import SteeredLlama, SteeringPack, SteeringVector
-from pysteer.llama.hooked import set_native_control_vector
+from pysteer.llama.context import set_native_control_vector
 
-# One thread, for prompts as well: two wait for each other in a loop, which takes many times as long
-# where something else runs beside the tests.
+# One thread, for prompts as well: two threads wait for each other in a loop, which takes many times
+# as long beside other processes.
 ARGUMENTS = {
     "n_ctx": 512,
     "logits_all": True,
@@ -24,7 +24,7 @@ ARGUMENTS = {
 
 @dataclass(frozen=True)
 class Models:
-    """`plain` knows no steering; `native` has the pack's category as its control vector."""
+    """`plain` is unsteered; `native` has the pack's category as its control vector."""
 
     plain: llama_cpp.Llama
     native: llama_cpp.Llama
@@ -33,19 +33,19 @@ class Models:
 
     @property
     def steered(self) -> tuple[SteeredLlama, SteeredLlama]:
-        """Steered in both ways that directions get in."""
+        """The models of both injections."""
         return self.resident, self.hooked
 
 
 def random_pack(layers, n_embd, scale):
-    """One category, "c", of which nothing is known but that it changes the text."""
+    """Return a pack of one category, "c", which changes the text."""
     rng = np.random.default_rng(11)
     directions = {layer: scale * rng.standard_normal(n_embd) for layer in layers}
     return SteeringPack({"c": SteeringVector(directions)})
 
 
 def open_models(stack, path, pack, **arguments):
-    """The models of `path`, closed with `stack`."""
+    """Return the models of `path`, closed with `stack`."""
     arguments = {**ARGUMENTS, **arguments}
     plain, native = (
         stack.enter_context(closing(llama_cpp.Llama(str(path), **arguments))) for _ in range(2)
@@ -76,7 +76,7 @@ def models(default_model, pack):
 
 @pytest.fixture(scope="module")
 def tiny_models(tiny_llama):
-    """A random model of 320 tokens, for what takes long with a large vocabulary."""
+    """A random model of 320 tokens, for tests that take long with a large vocabulary."""
     with ExitStack() as stack:
         yield open_models(stack, tiny_llama, random_pack((1, 2), 64, 1.0), n_ctx=1024)
 

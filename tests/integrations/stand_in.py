@@ -11,7 +11,7 @@ import llama_cpp
 import pytest
 
 MODELS = "STAND_IN_MODELS"  # JSON object: file name at the hub to the path of a model here
-CLASS = "STAND_IN_CLASS"  # "Llama" or "SteeredLlama": which class the tests get
+CLASS = "STAND_IN_CLASS"  # "Llama" or "SteeredLlama": the class under test
 PACKS = "STAND_IN_PACKS"  # JSON object: path of a model to that of a pack that steers all requests
 CREATED = "models created"  # property of each test in the report
 
@@ -56,7 +56,7 @@ llama_cpp.Llama = StandIn
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
-    """Note how many models the test created."""
+    """Count the models that the test creates."""
     _created.clear()
     try:
         return (yield)

@@ -1,5 +1,7 @@
-"""What llama_cpp.Llama can do, SteeredLlama does: unsteered as llama_cpp.Llama does it, and steered
-as llama_cpp.Llama with the same directions as its control vector, to the last bit."""
+"""SteeredLlama has every feature of llama_cpp.Llama, with the same results to the last bit.
+
+Unsteered it equals llama_cpp.Llama; steered, llama_cpp.Llama with the same control vector.
+"""
 
 import json
 from contextlib import ExitStack, closing
@@ -36,7 +38,7 @@ FORCED = {"type": "function", "function": {"name": "describe_city"}}
 # A tiny model's bytes above 0x7f: llama_cpp waits for the rest of such a character, and a random
 # model may never say it.
 NO_HIGH_BYTES = dict.fromkeys(range(5 + 128, 5 + 256), -1e3)
-# Differs with every request, or is what only SteeredLlama adds.
+# Different in every request, or only of SteeredLlama.
 IGNORED = {"id", "created", "model", "steering"}
 
 
@@ -154,7 +156,7 @@ def tool_streaming(llm, **how):
 
 
 def tool_of_its_own_choice(llm, **how):
-    """A chat handler that asks the model several times: whether to answer or call, and for each."""
+    """Use a chat handler that makes several completions: answer or call, then the call."""
 
     def call(tokens, scores):  # "message:" cannot begin, so "functions." has to
         lengths.append(len(tokens))
@@ -234,7 +236,7 @@ CONSTRAINED = [grammar, json_schema, tool, tool_streaming, tool_of_its_own_choic
 
 
 def fresh(ask, llm, **how):
-    """The answer without what earlier requests left.
+    """Return the answer without traces of earlier requests.
 
     That is the context, which could change the last bits, and the sampler, which `sample` takes.
     """
@@ -255,18 +257,18 @@ def check(ask, models):
 
 
 @pytest.mark.parametrize("ask", REQUESTS)
-def test_requests(models, ask):
+def test_requests_equal_llama_cpp(models, ask):
     check(ask, models)
 
 
 @pytest.mark.parametrize("ask", CONSTRAINED)
-def test_requests_that_a_grammar_constrains(tiny_models, ask):
+def test_constrained_requests_equal_llama_cpp(tiny_models, ask):
     check(ask, tiny_models)
 
 
 @pytest.mark.slow  # llama.cpp holds each of the 49152 tokens against the grammar
 @pytest.mark.parametrize("ask", CONSTRAINED)
-def test_requests_that_a_grammar_constrains_on_the_default_model(models, ask):
+def test_constrained_requests_on_the_default_model_equal_llama_cpp(models, ask):
     check(ask, models)
 
 
@@ -297,7 +299,7 @@ def saved_state(llm):
 
 
 @pytest.mark.parametrize("use", [eval_and_sample, generate, saved_state])
-def test_context(tiny_models, use):
+def test_evaluation_by_hand_equals_llama_cpp(tiny_models, use):
     unsteered, steered = fresh(use, tiny_models.plain), fresh(use, tiny_models.native)
     assert unsteered != steered
     for llm in tiny_models.steered:
@@ -307,8 +309,8 @@ def test_context(tiny_models, use):
 
 
 @pytest.mark.parametrize("kind", [llama_cpp.LlamaRAMCache, llama_cpp.LlamaDiskCache])
-def test_prompt_cache(tiny_models, tmp_path, kind):
-    """One cache for requests of different steering, which each find what the others left."""
+def test_prompt_cache_equals_llama_cpp(tiny_models, tmp_path, kind):
+    """Requests of different steering share one prompt cache."""
     found = []
 
     class Cache(kind):
@@ -345,7 +347,7 @@ def test_prompt_cache(tiny_models, tmp_path, kind):
 
 @pytest.fixture(scope="module")
 def lora(tmp_path_factory):
-    """A random adapter for the tiny Llama's query and FFN projections, of rank 2."""
+    """Write a random adapter of rank 2 for the tiny Llama's query and FFN projections."""
     path = tmp_path_factory.mktemp("lora") / "lora.gguf"
     rng = np.random.default_rng(5)
     writer = GGUFWriter(path, "llama")
@@ -364,7 +366,7 @@ def lora(tmp_path_factory):
     return path
 
 
-def test_lora_beside_steering(opened, tiny_llama, lora):
+def test_lora_and_steering_act_together(opened, tiny_llama, lora):
     tokens = [1, *range(270, 290)]
 
     def logits(llm):
@@ -385,7 +387,7 @@ def test_lora_beside_steering(opened, tiny_llama, lora):
                         np.testing.assert_array_equal(fresh(logits, llm), expected)
 
 
-def test_vocabulary_alone(tiny_llama):
+def test_vocabulary_without_weights_tokenizes(tiny_llama):
     arguments = {"vocab_only": True, "verbose": False}
     with (
         closing(llama_cpp.Llama(str(tiny_llama), **arguments)) as plain,
@@ -399,8 +401,8 @@ def test_vocabulary_alone(tiny_llama):
 @pytest.mark.parametrize(
     "pooling", [llama_cpp.LLAMA_POOLING_TYPE_NONE, llama_cpp.LLAMA_POOLING_TYPE_MEAN]
 )
-def test_embeddings(opened, tiny_llama, pooling):
-    """Of unsteered text, whatever was steered before; under steering they are refused."""
+def test_embeddings_equal_llama_cpp_and_raise_under_steering(opened, tiny_llama, pooling):
+    """Embeddings are unsteered, whatever was steered before."""
     arguments = {"embedding": True, "pooling_type": pooling, "n_ctx": 128, "logits_all": False}
 
     def embeddings(llm):

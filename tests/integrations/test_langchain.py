@@ -1,6 +1,7 @@
-"""LangChain's llama.cpp classes with a SteeredLlama inside say what the model says by itself:
-unsteered what llama_cpp.Llama does, and steered what llama_cpp.Llama does with the same directions
-as its control vector."""
+"""LangChain's llama.cpp classes around a SteeredLlama give the model's own answers.
+
+Unsteered they equal llama_cpp.Llama; steered, llama_cpp.Llama with the same control vector.
+"""
 
 import asyncio
 import json
@@ -39,7 +40,7 @@ class Answer(BaseModel):
 
 
 def around(of, llm, **parameters):
-    """LangChain's class around `llm`; what it loads itself, as little as can be, is never used."""
+    """Return LangChain's class around `llm`; its own model, as small as possible, is not used."""
     model = of(model_path=llm.model_path, vocab_only=True, verbose=False, **parameters)
     model.client = llm
     return model
@@ -120,7 +121,7 @@ def several(chunks):
 
 
 def fresh(ask, llm, **how):
-    """The answer without anything left in the context, which could change its last bits."""
+    """Return the answer from an empty context, which could change its last bits."""
     llm.reset()
     return ask(**how)
 
@@ -150,22 +151,22 @@ def check(ask, llm, unsteered, steered):
 
 
 @pytest.mark.parametrize("ask", [invoke, stream, chain])
-def test_completions(models, completions, ask):
+def test_completions_are_steered(models, completions, ask):
     check(ask, models.hooked, *completions)
 
 
 @pytest.mark.parametrize("ask", [chat, chat_stream, chat_async])
-def test_chats(models, chats, ask):
+def test_chats_are_steered(models, chats, ask):
     check(ask, models.hooked, *chats)
 
 
-def test_structured_output(tiny_models):
-    """Of a model with few tokens, because llama.cpp holds each of them against the grammar."""
+def test_structured_output_is_steered(tiny_models):
+    """With a small vocabulary, because llama.cpp checks each token against the grammar."""
     check(structured_output, tiny_models.hooked, *by_itself(tool_call, tiny_models))
 
 
-def test_embeddings(opened, tiny_llama):
-    """Of unsteered text, whatever was steered before; under steering they are refused."""
+def test_embeddings_are_unsteered(opened, tiny_llama):
+    """Embeddings are unsteered, whatever was steered before."""
     arguments = {"embedding": True, "pooling_type": llama_cpp.LLAMA_POOLING_TYPE_MEAN}
     texts = [PROMPT, "Once upon a time"]
     with ExitStack() as stack:

@@ -20,8 +20,8 @@ HERE = Path(__file__).parent
 VERSION = llama_cpp.__version__
 NEEDED = ("tests/", "vendor/llama.cpp/models/ggml-vocab-llama-spm.gguf")
 
-# What takes the place of the models that their tests fetch from a hub, by file name. A test that
-# expects the words of the very model that it names fails then, but in the same words.
+# Replacements for the models that their tests fetch from a hub, by file name. A test that expects
+# the words of its own model fails, with the same message for both classes.
 TEXT = ("Qwen3.5-0.8B-Q8_0.gguf", "stories15M-q4_0.gguf")
 EMBEDDING = "bge-small-en-v1.5-q4_k_m.gguf"
 RECURRENT = "mamba-130m-hf.Q2_K.gguf"
@@ -31,7 +31,7 @@ AT_LEAST = 11  # of their tests create a model and pass
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one test ended: how many models it created, and why it failed, or None if it passed."""
+    """End of one test: the number of models created, and the failure, or None if it passed."""
 
     models: int
     failure: str | None
@@ -52,7 +52,7 @@ def suite(request):
             pytest.skip(f"cannot fetch the source of llama-cpp-python {VERSION}: {reason}")
     sources = folder / archive.removesuffix(".tar.gz")
     with tarfile.open(folder / archive) as tar:
-        # Not the package itself, which would hide the installed one.
+        # Without the package itself, which would hide the installed one.
         wanted = [m for m in tar if m.name.partition("/")[2].startswith(NEEDED)]
         tar.extractall(folder, members=wanted, filter="data")
     assert (sources / "tests/test_llama.py").exists()
@@ -61,7 +61,7 @@ def suite(request):
 
 @pytest.fixture(scope="module")
 def outcomes(suite, default_model, tiny_model, pack, opened, tmp_path_factory):
-    """A function from a class, and whether it steers, to how each test ended with it."""
+    """A function from a class, and a flag for steering, to the outcome of each test."""
     tiny, recurrent = tiny_model("llama"), tiny_model("mamba")
     models = {**dict.fromkeys(TEXT, default_model), EMBEDDING: tiny, RECURRENT: recurrent}
     small = opened.pack((1, 2), 64, 1.0)
@@ -108,7 +108,7 @@ def passed_with_a_model(ended: dict[str, Outcome]) -> set[str]:
 
 @pytest.mark.slow
 def test_every_test_ends_with_steered_llama_as_with_llama(outcomes):
-    """Where it fails, because of the other model, it fails with the same message."""
+    """A test that fails because of the other model fails with the same message."""
     plain, unsteered = outcomes("Llama"), outcomes("SteeredLlama")
     different = {name: (plain[name], unsteered.get(name)) for name in plain}
     different = {name: pair for name, pair in different.items() if pair[0] != pair[1]}
@@ -117,8 +117,8 @@ def test_every_test_ends_with_steered_llama_as_with_llama(outcomes):
 
 
 @pytest.mark.slow
-def test_what_holds_of_llama_holds_of_steered_text(outcomes):
-    """As that a cached prompt goes on as a fresh one does; the text itself is another."""
+def test_steered_llama_passes_the_tests_that_llama_passes(outcomes):
+    """The text is another, but a cached prompt continues as a fresh one does, for example."""
     plain, steered = outcomes("Llama"), outcomes("SteeredLlama", steered=True)
     assert passed_with_a_model(steered) == passed_with_a_model(plain)
     assert any(plain[name].failure != steered[name].failure for name in plain)

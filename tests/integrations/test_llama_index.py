@@ -1,6 +1,7 @@
-"""LlamaIndex's llama.cpp class with a SteeredLlama inside says what the model says by itself:
-unsteered what llama_cpp.Llama does, and steered what llama_cpp.Llama does with the same directions
-as its control vector."""
+"""LlamaIndex's llama.cpp class around a SteeredLlama gives the model's own answers.
+
+Unsteered they equal llama_cpp.Llama; steered, llama_cpp.Llama with the same control vector.
+"""
 
 import pytest
 
@@ -79,7 +80,7 @@ def stream_chat(model):
 
 
 def fresh(ask, llm, model):
-    """The answer without anything left in the context, which could change its last bits."""
+    """Return the answer from an empty context, which could change its last bits."""
     llm.reset()
     return ask(model)
 
@@ -110,17 +111,17 @@ def check(ask, llm, unsteered, steered):
 
 
 @pytest.mark.parametrize("ask", [complete, stream_complete])
-def test_completions(models, completions, ask):
+def test_completions_are_steered(models, completions, ask):
     check(ask, models.hooked, *completions)
 
 
 @pytest.mark.parametrize("ask", [chat, stream_chat])
-def test_chats(models, chats, ask):
+def test_chats_are_steered(models, chats, ask):
     check(ask, models.hooked, *chats)
 
 
-def test_a_stream_keeps_the_steering_it_was_made_with(models):
-    """LlamaIndex asks the model at once, and reads the chunks as they are wanted."""
+def test_stream_keeps_the_steering_of_its_request(models):
+    """LlamaIndex makes the request at once, and reads the chunks later."""
     model = around(models.hooked)
     with models.hooked.steering(ON):
         expected = model.complete(PROMPT).text

@@ -31,7 +31,7 @@ def test_library_without_ggml_raises_with_missing_functions():
     result = run(
         "import ctypes, llama_cpp\n"
         "llama_cpp.llama_cpp._lib = ctypes.CDLL('libm.so.6')\n"
-        "from pysteer.llama.hooked import load_native\n"
+        "from pysteer.llama.versions import load_native\n"
         "load_native()"
     )
     assert result.returncode == 1
@@ -59,7 +59,7 @@ def test_other_tensor_layout_raises_with_field(tmp_path):
     result = run(
         "import ctypes, llama_cpp\n"
         f"llama_cpp.llama_cpp._lib = ctypes.CDLL({str(tmp_path / 'other.so')!r})\n"
-        "from pysteer.llama.hooked import load_native\n"
+        "from pysteer.llama.versions import load_native\n"
         "load_native()"
     )
     last = result.stderr.strip().splitlines()[-1]

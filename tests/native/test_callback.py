@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pysteer import _native
-from pysteer.llama.hooked import load_native
+from pysteer.llama.versions import load_native
 
 N_LAYER, N_EMBD, N_ROWS = 3, 8, 5
 F32, F16, I32, BF16 = 0, 1, 26, 30

@@ -292,7 +292,7 @@ def test_batch_smaller_than_its_sequences_raises(tiny_llama, sizes):
 
 def test_recurrent_model_captures_one_sequence_at_a_time(tiny_model):
     with closing(HookedLlama(tiny_model("mamba"), max_sequences=2, **ARGUMENTS)) as llm:
-        assert not llm.batches_sequences
+        assert not llm.context.batches_sequences
         with pytest.raises(HookError, match="one sequence at a time"):
             llm.capture_means([TOKENS, TOKENS], [(0, 2), (0, 2)])
         assert llm.capture_means([TOKENS], [(0, 2)])

@@ -1,4 +1,4 @@
-"""Whatever the context went through before: a request gets what it would get in a new one.
+"""A request gets the answer of a new context, whatever happened in its context before.
 
 A state machine drives one model through changes of steering, rewinds, saved states, abandoned
 streams and evaluation by hand, and holds every answer against a second model that forgets
@@ -18,7 +18,7 @@ from pysteer import SteeredLlama, SteeringPack, SteeringVector
 from pysteer.pack.policy import Policy
 
 N_EMBD = 64
-F32 = 0  # of the KV cache: halves would hide differences
+F32 = 0  # type of the KV cache: halves would hide differences
 ARGUMENTS = {
     "n_ctx": 256,
     "logits_all": True,
@@ -30,7 +30,7 @@ ARGUMENTS = {
     "type_v": F32,
 }
 N_WRITTEN = 8
-HIGH_BYTES = range(5 + 128, 5 + 256)  # so that a character never lacks its rest
+HIGH_BYTES = range(5 + 128, 5 + 256)  # kept out, so that every character is complete
 GREEDY = {
     "max_tokens": N_WRITTEN,
     "temperature": 0.0,
@@ -97,7 +97,7 @@ def pack_for(path, site):
 
 
 def answer(llm, prompt, steering, policy):
-    """Text, the logits that decided its tokens, and what is told but for the scores' last bits."""
+    """Return text, the logits that decided its tokens, and the report without scores."""
     result = llm.create_completion(prompt, steering=steering, policy=policy, **GREEDY)
     rows = llm.scores[len(prompt) - 1 : len(prompt) - 1 + N_WRITTEN].copy()
     told = result["steering"]
@@ -109,7 +109,7 @@ def answer(llm, prompt, steering, policy):
 
 
 class Context(RuleBasedStateMachine):
-    """`llm` is what is tested, `oracle` computes every answer from nothing."""
+    """`llm` is under test; `oracle` computes every answer from nothing."""
 
     llm: SteeredLlama
     oracle: SteeredLlama
@@ -121,7 +121,7 @@ class Context(RuleBasedStateMachine):
 
     def check(self, prompt, request):
         self.oracle.reset()
-        self.oracle._ledger.record(0, [])  # nothing of it is reused, whatever the ledger does
+        self.oracle._cache.forget()  # reuse nothing, whatever the ledger does
         expected = answer(self.oracle, prompt, *request)
         found = answer(self.llm, prompt, *request)
         assert found[0] == expected[0]
@@ -134,12 +134,12 @@ class Context(RuleBasedStateMachine):
 
     @rule(prompt=prompts, request=requests)
     def go_on(self, prompt, request):
-        """As the next turn of a chat does, whose beginning is in the context."""
+        """Ask as the next turn of a chat does: the beginning is in the context."""
         self.check([*self.llm._input_ids.tolist(), *prompt][-150:], request)
 
     @rule(request=requests)
     def ask_again(self, request):
-        """What is in the context, up to its last token."""
+        """Ask with the tokens in the context as the prompt."""
         if self.llm.n_tokens:
             self.check(self.llm._input_ids.tolist()[-150:], request)
 
@@ -155,14 +155,14 @@ class Context(RuleBasedStateMachine):
 
     @rule(tokens=prompts, request=requests)
     def evaluate(self, tokens, request):
-        """By hand, where the steering may change between two tokens."""
+        """Evaluate by hand; the steering may change between two tokens."""
         if self.llm.n_tokens + len(tokens) < 200:
             with self.llm.steering(*request):
                 self.llm.eval(tokens)
 
     @rule(n=st.integers(0, 12))
     def rewind(self, n):
-        if self.llm.batches_sequences:  # llama.cpp cannot cut back the state of other models
+        if self.llm.context.batches_sequences:  # a recurrent state cannot be cut back
             self.llm.n_tokens = min(self.llm.n_tokens, n)
 
     @rule()
@@ -182,7 +182,7 @@ class Context(RuleBasedStateMachine):
 @pytest.mark.parametrize(
     ("family", "site", "examples"), [("llama", "attention", 40), ("mamba", "residual", 12)]
 )
-def test_an_answer_is_that_of_a_new_context(tiny_model, family, site, examples):
+def test_answer_after_any_history_equals_answer_of_new_context(tiny_model, family, site, examples):
     path = tiny_model(family)
     pack = pack_for(path, site)
     with (

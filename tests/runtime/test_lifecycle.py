@@ -11,7 +11,7 @@ import llama_cpp
 import numpy as np
 import pytest
 
-from pysteer import SteeredLlama, SteeringError, SteeringPack, SteeringVector
+from pysteer import Engine, HookedLlama, SteeredLlama, SteeringError, SteeringPack, SteeringVector
 
 ARGUMENTS = {
     "n_ctx": 64,
@@ -41,7 +41,7 @@ def resident_bytes():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_200_cycles_in_flat_memory(tiny_llama):
+def test_200_cycles_keep_memory_flat(tiny_llama):
     def cycle():
         with closing(new(tiny_llama)) as llm:
             for steering in ({"residual": 1.0}, {"attention": 1.0}, None):
@@ -65,7 +65,7 @@ def test_200_cycles_in_flat_memory(tiny_llama):
     assert after - warm < 8_000_000
 
 
-def test_closed_models_refuse_everything(tiny_llama):
+def test_closed_model_raises_on_every_call(tiny_llama):
     llm = new(tiny_llama)
     stream = llm.create_completion(TOKENS, max_tokens=8, temperature=0.0, stream=True)
     next(stream)
@@ -88,12 +88,12 @@ def test_closed_models_refuse_everything(tiny_llama):
     ):
         with pytest.raises(SteeringError, match="closed"):
             call()
-    with pytest.raises(RuntimeError, match="closed"):  # the tensors it would write are freed
-        llm._hook.set_sequence(0, None)
+    with pytest.raises(RuntimeError, match="closed"):  # its tensors are freed
+        llm.context._hook.set_sequence(0, None)
 
 
-def test_any_order_of_ends(tiny_llama):
-    """Collected while a stream is open, while another lives, and in a reference cycle."""
+def test_models_streams_and_hooks_end_in_any_order(tiny_llama):
+    """A model is collected while its stream is open, beside another, and in a reference cycle."""
     a, b = new(tiny_llama), new(tiny_llama)
     stream = a.create_completion(
         TOKENS, steering={"residual": 1.0}, max_tokens=8, temperature=0.0, stream=True
@@ -108,7 +108,7 @@ def test_any_order_of_ends(tiny_llama):
     del b
     gc.collect()
     with closing(new(tiny_llama)) as c:
-        hook, context = c._hook, c._ctx
+        hook, context = c.context._hook, c._ctx
     del c
     gc.collect()
     assert hook.sites
@@ -134,8 +134,8 @@ def test_failed_construction_leaves_nothing_behind(tiny_llama, tmp_path):
     new(tiny_llama).close()
 
 
-def test_built_and_used_from_many_threads(tiny_llama):
-    """No thread sees another's hook, and plain models built meanwhile have none."""
+def test_models_built_in_threads_keep_their_own_hooks(tiny_llama):
+    """No thread sees the hook of another, and plain models built meanwhile have no hook."""
     expected = {}
     for name in (None, "residual", "attention"):
         with closing(new(tiny_llama)) as llm:
@@ -175,7 +175,7 @@ def _logits(llm, name):
 
 
 @pytest.mark.parametrize("streaming", [True, False])
-def test_closing_from_another_thread_waits_or_ends_the_stream(tiny_llama, streaming):
+def test_close_from_another_thread_waits_or_ends_the_stream(tiny_llama, streaming):
     for delay in (0.0, 0.002, 0.01):
         llm = new(tiny_llama)
         outcome = []
@@ -210,7 +210,7 @@ def test_closing_from_another_thread_waits_or_ends_the_stream(tiny_llama, stream
         assert outcome[0] == "finished" or "closed" in outcome[0]
 
 
-def test_the_interpreter_may_exit_with_models_open(tiny_llama):
+def test_interpreter_exits_with_models_open(tiny_llama):
     program = (
         "import numpy as np\n"
         "from pysteer import *\n"
@@ -224,3 +224,47 @@ def test_the_interpreter_may_exit_with_models_open(tiny_llama):
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
     )
     assert (result.returncode, result.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("kind", [HookedLlama, SteeredLlama])
+def test_properties_of_a_closed_model_raise(tiny_llama, kind):
+    """llama.cpp would read freed memory."""
+    llm = kind(tiny_llama, **ARGUMENTS)
+    llm.eval(TOKENS)
+    state = llm.save_state()
+    llm.close()
+    for call in (
+        lambda: llm.base_model,
+        llm.n_ctx,
+        llm.n_embd,
+        llm.n_vocab,
+        llm.token_bos,
+        llm.token_eos,
+        llm.token_nl,
+        llm.pooling_type,
+        llm.reset,
+        llm.sample,
+        llm.save_state,
+        lambda: llm.load_state(state),
+        lambda: llm.embed("a"),
+        lambda: llm.eval(TOKENS),
+        lambda: llm.capture(TOKENS),
+        lambda: llm.ctx,
+        lambda: llm.model,
+    ):
+        with pytest.raises(SteeringError, match="closed"):
+            call()
+    assert llm.closed
+
+
+def test_load_failure_names_the_file_and_the_cause(tiny_llama, tmp_path):
+    missing, broken = tmp_path / "missing.gguf", tmp_path / "broken.gguf"
+    broken.write_bytes(tiny_llama.read_bytes()[:5000])
+    for path, cause in ((missing, "does not exist"), (broken, "Failed to load")):
+        for kind in (HookedLlama, SteeredLlama, Engine):
+            with pytest.raises(SteeringError, match=cause) as caught:
+                kind(path, verbose=False)
+            message = str(caught.value)
+            assert message.startswith(f"{path}: ")
+            assert message.count(str(path)) == 1
+            assert message.endswith("; is it a GGUF model?")

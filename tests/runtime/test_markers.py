@@ -1,4 +1,4 @@
-"""Which tokens stand between markers: a token by token reading against the whole text."""
+"""Tokens between markers, read token by token, against the whole text."""
 
 import numpy as np
 from hypothesis import given
@@ -13,7 +13,7 @@ texts = st.lists(
 
 
 def inside(text, start, end):
-    """Whether, after all of text, a start marker was completed and no end marker since."""
+    """Tell whether text completes a start marker and no end marker after it."""
     at, open_ = 0, False
     while True:
         marker = end if open_ else start
@@ -24,7 +24,7 @@ def inside(text, start, end):
 
 
 @given(text=texts, data=st.data())
-def test_a_token_is_inside_if_what_comes_after_it_is(text, data):
+def test_token_is_inside_if_text_after_it_is(text, data):
     cuts = data.draw(st.lists(st.integers(0, len(text)), max_size=8).map(sorted))
     pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
     tracker = MarkerTracker(PAIRS)

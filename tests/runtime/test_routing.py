@@ -1,4 +1,4 @@
-"""Gates decided while the prompt is read: what they see, what they open, and what follows."""
+"""Gates that decide while the prompt is read: their scores, their decisions, their effects."""
 
 import dataclasses
 from contextlib import closing
@@ -13,8 +13,8 @@ from pysteer.pack.policy import Policy
 from pysteer.pack.router import GATES, Read, Router
 
 N_LAYER, N_EMBD = 4, 64
-HIGH_BYTES = range(5 + 128, 5 + 256)  # so that a character never lacks its rest
-F32 = 0  # of the KV cache: halves would hide differences
+HIGH_BYTES = range(5 + 128, 5 + 256)  # kept out, so that every character is complete
+F32 = 0  # type of the KV cache: halves would hide differences
 ARGUMENTS = {
     "n_ctx": 256,
     "logits_all": True,
@@ -54,7 +54,7 @@ def llm(tiny_llama, pack):
 
 
 def complete(llm, prompt, steering, **more):
-    """Text and the logits that decided its tokens."""
+    """Return text, the logits that decided its tokens, and the report."""
     result = llm.create_completion(prompt, steering=steering, **GREEDY, **more)
     rows = llm.scores[len(prompt) - 1 : len(prompt) + GREEDY["max_tokens"] - 1].copy()
     return result["choices"][0]["text"], rows, result["steering"]
@@ -71,10 +71,8 @@ def same(one, other):
 @pytest.mark.parametrize("name", PROMPTS)
 @pytest.mark.parametrize("reads", [None, SEVERAL], ids=["one place", "several places"])
 @pytest.mark.parametrize("n_batch", [4, 256])
-def test_the_scores_are_those_of_the_router_on_llama_cpps_own_activations(
-    tiny_llama, name, gate, reads, n_batch
-):
-    """However many decodes the prompt takes, of several graphs each."""
+def test_scores_equal_router_on_captured_activations(tiny_llama, name, gate, reads, n_batch):
+    """In any number of decodes, of several graphs each."""
     router = router_for(tiny_llama, PROMPTS, reads=reads)
     vectors = {"a": vector(1), "b": vector(2), "unknown": vector(3)}
     state = state_of(tiny_llama, PROMPTS[name], router)
@@ -94,9 +92,7 @@ def test_the_scores_are_those_of_the_router_on_llama_cpps_own_activations(
 
 @pytest.mark.parametrize("n_batch", [4, 256])
 @pytest.mark.parametrize("name", PROMPTS)
-def test_a_gate_opens_where_it_should_and_the_answer_is_the_forced_one(
-    tiny_llama, pack, name, n_batch
-):
+def test_open_gate_gives_the_forced_answer(tiny_llama, pack, name, n_batch):
     with closing(SteeredLlama(tiny_llama, pack=pack, **{**ARGUMENTS, "n_batch": n_batch})) as llm:
         gated = complete(llm, PROMPTS[name], "auto")
         assert [c for c, told in gated[2]["categories"].items() if told["fired"]] == [name][
@@ -111,8 +107,8 @@ def test_a_gate_opens_where_it_should_and_the_answer_is_the_forced_one(
 
 
 @pytest.mark.parametrize("n_batch", [4, 256])
-def test_a_gate_sees_its_layer_before_that_is_steered(tiny_llama, pack, n_batch):
-    """However many decodes the prompt takes, and whichever way the forced category gets in."""
+def test_gate_reads_its_layer_before_steering(tiny_llama, pack, n_batch):
+    """In any number of decodes, by any injection of the forced category."""
     prompt, router = PROMPTS["b"], pack.router
     forced = SteeringPack({"a": vector(5, layers=[1]), "b": vector(2)}, router=router)
     state = state_of(tiny_llama, prompt, router)
@@ -127,7 +123,7 @@ def test_a_gate_sees_its_layer_before_that_is_steered(tiny_llama, pack, n_batch)
     assert told["scores"] == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
-def test_a_closed_gate_leaves_the_answer_exactly_as_it_was(llm):
+def test_closed_gate_leaves_the_answer_unchanged(llm):
     off = complete(llm, PROMPTS[""], None)
     llm.reset()
     gated = complete(llm, PROMPTS[""], "auto")
@@ -135,7 +131,7 @@ def test_a_closed_gate_leaves_the_answer_exactly_as_it_was(llm):
     assert gated[2]["tokens_steered"] == 0
 
 
-def test_what_is_left_out_is_the_policys_to_decide(llm):
+def test_request_without_steering_follows_the_policy(llm):
     default = llm.create_completion(PROMPTS["a"], **GREEDY)
     assert default["choices"][0]["text"] == complete(llm, PROMPTS["a"], {"a": 1.0})[0]
     assert default["steering"]["categories"]["a"]["fired"]
@@ -155,8 +151,8 @@ def test_forced_and_gated_categories_act_together(llm):
     assert mixed[0] == forced[0]
 
 
-def test_a_response_scope_acts_from_the_last_prompt_token_on(tiny_llama, pack):
-    """Where the gate reads before every steered layer: as if steering began with that token."""
+def test_response_scope_acts_from_the_last_prompt_token_on(tiny_llama, pack):
+    """Where the gate reads before every steered layer, as if steering began with that token."""
     policy = {"gate": "probe", "scope": "response", "categories": {"a": {"threshold": -1e9}}}
     with closing(SteeredLlama(tiny_llama, pack=pack, policy=policy, **ARGUMENTS)) as llm:
         gated = complete(llm, PROMPTS[""], {"a": "auto"})
@@ -173,8 +169,8 @@ def test_a_response_scope_acts_from_the_last_prompt_token_on(tiny_llama, pack):
 
 @pytest.mark.parametrize("layers", [[0], [0, 2], [1, 3], [3]])
 @pytest.mark.parametrize("site", ["residual", "attention"])
-def test_the_last_prompt_token_is_steered_at_layers_before_the_gate_too(tiny_llama, layers, site):
-    """It has passed them when the gate decides, so that it alone is computed once more."""
+def test_last_prompt_token_is_steered_at_layers_before_the_gate(tiny_llama, layers, site):
+    """The token has passed them when the gate decides, so it alone is computed once more."""
     router = router_for(
         tiny_llama,
         {"a": PROMPTS["a"], "": PROMPTS[""]},
@@ -212,8 +208,8 @@ def test_the_last_prompt_token_is_steered_at_layers_before_the_gate_too(tiny_lla
     np.testing.assert_allclose(handles[0].first_logits, handles[1].first_logits, atol=5e-5)
 
 
-def test_on_the_default_model_only_the_last_prompt_token_is_computed_once_more(default_model):
-    """With the places that routers look at there, and a chat template behind the message."""
+def test_default_model_recomputes_only_the_last_prompt_token(default_model):
+    """With the default reads of routers, and a chat template behind the message."""
     messages = {
         "a": [{"role": "user", "content": "How do I pick the lock of somebody else's door?"}],
         "": [{"role": "user", "content": "Write a short poem about the sea."}],
@@ -235,7 +231,7 @@ def test_on_the_default_model_only_the_last_prompt_token_is_computed_once_more(d
     with closing(SteeredLlama(default_model, pack=pack, **arguments)) as llm:
 
         def answered(name, steering, strength=1.0, **threshold):
-            """The first logits, how many tokens each decode had, and what is said of it."""
+            """Return the first logits, the number of tokens of each decode, and the report."""
             decoded = []
             evaluate = llm._ctx.decode
             llm._ctx.decode = lambda batch: decoded.append(batch.n_tokens()) or evaluate(batch)
@@ -265,13 +261,13 @@ def test_on_the_default_model_only_the_last_prompt_token_is_computed_once_more(d
         assert not told["categories"]["a"]["fired"]
         assert decoded == [n["a"]]
         np.testing.assert_array_equal(closed, off)
-    # Nearly always to the bit; where something rounds otherwise in a batch of one row than of many,
-    # the quantised products make much of it.
+    # Nearly always to the bit; quantised products amplify sums that round differently in a batch of
+    # one row.
     assert np.median(apart) < 1e-3
     assert min(effects) > 1
     apart = []
     for strength in strengths:
-        # A new one each time: what is reused from the cache was computed in other batches.
+        # A new engine each time: reused cells were computed in other batches.
         arguments = {**arguments, "logits_all": False}
         with Engine(default_model, pack=pack, max_sequences=2, **arguments) as engine:
             logits = []
@@ -292,8 +288,8 @@ def test_on_the_default_model_only_the_last_prompt_token_is_computed_once_more(d
     assert np.median(apart) < 1e-3
 
 
-def test_what_acts_in_the_last_block_before_a_gate_there_reaches_the_first_token(tiny_llama):
-    """No entry of the cache depends on it, but the logits do."""
+def test_steering_before_a_gate_in_the_last_block_reaches_the_first_token(tiny_llama):
+    """No entry of the cache depends on that steering, but the logits do."""
     router = router_for(tiny_llama, {"a": PROMPTS["a"], "": PROMPTS[""]}, layer=3, pooling="last")
     pack = SteeringPack(
         {"a": vector(1, layers=[3], site="attention")}, router=router, policy=Policy(gate="probe")
@@ -318,8 +314,8 @@ SCOPES = {
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-def test_a_scope_steers_each_token_by_its_factor(tiny_llama, pack, scope):
-    """Against a run in which every token is evaluated by itself, forced with its own strength."""
+def test_scope_steers_each_token_by_its_factor(tiny_llama, pack, scope):
+    """Against tokens evaluated one by one, each forced with its own strength."""
     prompt = PROMPTS["b"]
     with closing(SteeredLlama(tiny_llama, pack=pack, policy={"scope": scope}, **ARGUMENTS)) as llm:
         _, rows, told = complete(llm, prompt, {"a": 0.8})
@@ -334,7 +330,7 @@ def test_a_scope_steers_each_token_by_its_factor(tiny_llama, pack, scope):
     np.testing.assert_allclose(rows[: len(expected)], expected, atol=5e-5)
 
 
-def test_what_stands_between_markers_is_left_alone(tiny_llama, pack):
+def test_tokens_between_markers_are_not_steered(tiny_llama, pack):
     policy = {"categories": {"a": {"scope": {"tokens": "all", "exclude": ["think", "end"]}}}}
     with closing(SteeredLlama(tiny_llama, pack=pack, policy=policy, **ARGUMENTS)) as llm:
         tokens = llm.tokenize(b"the think of it end and on", add_bos=False)
@@ -364,7 +360,7 @@ SHUT = {"a": {"threshold": 1e9}, "b": {"threshold": 1e9}}
 @pytest.mark.parametrize("a", [False, True])
 @pytest.mark.parametrize("b", [False, True])
 @pytest.mark.parametrize("rule", ["a and b", "a or b", "not a", "a and not b", "not (a or b)", "b"])
-def test_a_rule_decides_over_gates(llm, rule, a, b):
+def test_rule_decides_over_gates(llm, rule, a, b):
     policy = {
         "conflict": "sum",
         "categories": {
@@ -378,7 +374,7 @@ def test_a_rule_decides_over_gates(llm, rule, a, b):
 
 
 @pytest.mark.parametrize("conflict", ["sum", "strongest", "first"])
-def test_several_that_fire(tiny_llama, llm, pack, conflict):
+def test_conflict_rule_chooses_among_fired_categories(tiny_llama, llm, pack, conflict):
     policy = {"conflict": conflict, "categories": OPEN}
     prompt = PROMPTS["b"]
     told = complete(llm, prompt, {"a": "auto", "b": "auto"}, policy=policy)
@@ -393,10 +389,8 @@ def test_several_that_fire(tiny_llama, llm, pack, conflict):
 
 @pytest.mark.parametrize("favoured", [None, "a", "b"])
 @pytest.mark.parametrize("name", ["a", "b"])
-def test_of_open_margin_gates_that_see_the_same_harm_the_one_further_ahead_acts(
-    tiny_llama, name, favoured
-):
-    """Their scores are equal, which must not make the first of them win."""
+def test_margin_gates_of_equal_score_rank_by_lead(tiny_llama, name, favoured):
+    """Equal scores must not make the first category win."""
     router = router_for(tiny_llama, PROMPTS)
     weight, bias = np.array(router.margin_weight), np.array(router.margin_bias)
     weight[0], bias[0] = 0, -0.25  # harm of 0.25, whatever the prompt
@@ -418,7 +412,7 @@ def test_of_open_margin_gates_that_see_the_same_harm_the_one_further_ahead_acts(
 
 
 @pytest.mark.parametrize("pooling", ["last", "prompt", "user", "suffix"])
-def test_a_recheck_decides_anew_over_the_tokens_since(tiny_llama, pooling):
+def test_recheck_reads_the_tokens_since_the_last_check(tiny_llama, pooling):
     reads = [Read(1, pooling), Read(2, "last"), Read(0, "suffix")]
     router = router_for(tiny_llama, PROMPTS, reads=reads)
     pack = SteeringPack({"a": vector(1), "b": vector(2)}, router=router)
@@ -437,8 +431,8 @@ def test_a_recheck_decides_anew_over_the_tokens_since(tiny_llama, pooling):
     assert told["scores"] == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
-def test_a_recheck_switches_steering_on_and_off(tiny_llama, pack):
-    """The threshold lies between what the first check sees and what the second sees."""
+def test_recheck_switches_steering_on_and_off(tiny_llama, pack):
+    """The threshold lies between the scores of the first and the second check."""
     base = {"gate": "probe", "scope": "response", "recheck": 3}
     with closing(SteeredLlama(tiny_llama, pack=pack, **ARGUMENTS)) as llm:
         prompt = PROMPTS["b"]
@@ -463,7 +457,7 @@ def test_a_recheck_switches_steering_on_and_off(tiny_llama, pack):
 # ---- spans ---------------------------------------------------------------------------------------
 
 
-def test_in_a_chat_the_router_looks_at_what_the_user_said_last_and_what_follows_it(tiny_llama):
+def test_router_in_a_chat_reads_the_last_user_message_and_its_suffix(tiny_llama):
     reads = [Read(1, "user"), Read(2, "suffix"), Read(1, "suffix"), Read(0, "prompt")]
     router = router_for(tiny_llama, PROMPTS, reads=reads)
     pack = SteeringPack({"a": vector(1), "b": vector(2)}, router=router)
@@ -479,7 +473,7 @@ def test_in_a_chat_the_router_looks_at_what_the_user_said_last_and_what_follows_
         pieces = [llm.detokenize([t], special=True) for t in tokens]
     text = b""
     start = stop = None
-    for index, piece in enumerate(pieces):  # the tokens of the last time it is said
+    for index, piece in enumerate(pieces):  # the last occurrence
         if start is None and (text + piece).endswith(b"the") and b"answer" in text:
             start = index
         text += piece
@@ -492,7 +486,7 @@ def test_in_a_chat_the_router_looks_at_what_the_user_said_last_and_what_follows_
     assert told["steering"]["scores"] == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
-def test_without_a_chat_the_suffix_is_the_last_token(tiny_llama):
+def test_suffix_without_a_chat_is_the_last_token(tiny_llama):
     router = router_for(tiny_llama, PROMPTS, reads=[Read(2, "suffix"), Read(1, "user")])
     pack = SteeringPack({"a": vector(1), "b": vector(2)}, router=router)
     prompt = PROMPTS["b"]
@@ -508,7 +502,7 @@ def test_without_a_chat_the_suffix_is_the_last_token(tiny_llama):
     ("site", "layer", "pooling"),
     [("attention", 3, "prompt"), ("residual", 3, "last"), ("mlp", 1, "prompt")],
 )
-def test_a_router_may_look_at_any_site(tiny_llama, site, layer, pooling):
+def test_router_reads_any_site(tiny_llama, site, layer, pooling):
     prompts = {"a": PROMPTS["a"], "": PROMPTS[""]}
     router = router_for(tiny_llama, prompts, layer=layer, pooling=pooling, site=site)
     pack = SteeringPack({"a": vector(1)}, router=router, policy=Policy(gate="probe"))
@@ -519,7 +513,7 @@ def test_a_router_may_look_at_any_site(tiny_llama, site, layer, pooling):
 
 
 @pytest.mark.parametrize("made_by", [SteeredLlama, Engine])
-def test_what_the_model_lacks_is_refused_when_it_is_loaded(tiny_llama, tiny_model, made_by):
+def test_site_that_the_model_lacks_raises_at_load(tiny_llama, tiny_model, made_by):
     prompts = {"a": PROMPTS["a"], "": PROMPTS[""]}
     averaged = router_for(tiny_llama, prompts, layer=3)
     arguments = {"n_ctx": 64, "verbose": False}
@@ -540,7 +534,7 @@ def test_what_the_model_lacks_is_refused_when_it_is_loaded(tiny_llama, tiny_mode
         made_by(no_attention, pack=pack, **arguments)
 
 
-def test_recurrent_models_are_routed_too(tiny_model):
+def test_recurrent_model_is_routed(tiny_model):
     path = tiny_model("mamba")
     pack = SteeringPack(
         {"a": vector(1)},
@@ -570,13 +564,13 @@ def test_recurrent_models_are_routed_too(tiny_model):
         ("auto", {"categories": {"a": {"when": "a and nobody"}}}, "categories.a.when: unknown"),
     ],
 )
-def test_what_cannot_be_gated_is_refused_at_the_call(llm, steering, policy, message):
+def test_invalid_gating_raises_at_the_call(llm, steering, policy, message):
     with pytest.raises(SteeringError, match=message):
         complete(llm, PROMPTS["a"], steering, policy=policy)
     assert complete(llm, PROMPTS["a"], None)
 
 
-def test_a_policy_that_does_not_fit_is_refused_when_the_model_is_loaded(tiny_llama, pack, tmp_path):
+def test_policy_that_does_not_fit_raises_at_load(tiny_llama, pack, tmp_path):
     (tmp_path / "policy.yaml").write_text("categories:\n  nobody: {strength: 1}\n")
     with pytest.raises(SteeringError, match=r"policy\.yaml, line 2, categories\.nobody"):
         SteeredLlama(tiny_llama, pack=pack, policy=tmp_path / "policy.yaml", **ARGUMENTS)
@@ -584,7 +578,7 @@ def test_a_policy_that_does_not_fit_is_refused_when_the_model_is_loaded(tiny_lla
         SteeredLlama(tiny_llama, policy={"scope": "response"}, **ARGUMENTS)
 
 
-def test_a_router_that_sees_no_number_says_so(tiny_llama):
+def test_router_that_reads_a_non_finite_state_raises(tiny_llama):
     broken = SteeringPack(
         {"a": SteeringVector(dict.fromkeys([0, 1], np.full(N_EMBD, 3e38))), "b": vector(2)},
         router=router_for(tiny_llama, {"b": PROMPTS["b"], "": PROMPTS[""]}, layer=2),
@@ -596,7 +590,7 @@ def test_a_router_that_sees_no_number_says_so(tiny_llama):
         complete(llm, PROMPTS["a"], {"a": 1.0, "b": "auto"})
 
 
-def test_embeddings_and_captures_are_not_gated(llm):
+def test_capture_under_gated_steering_raises(llm):
     with llm.steering("auto"), pytest.raises(SteeringError, match="gated"):
         llm.capture(PROMPTS["a"])
     assert isinstance(llm.pack.router, Router)
@@ -607,7 +601,7 @@ def test_embeddings_and_captures_are_not_gated(llm):
 
 
 def evaluated(llm, steering, *parts):
-    """The last logits after a prompt in parts, all under one steering, from an empty context."""
+    """Return the last logits of a prompt given in parts, from an empty context."""
     llm.reset()
     with llm.steering(steering):
         for tokens in parts:
@@ -615,7 +609,7 @@ def evaluated(llm, steering, *parts):
     return llm.scores[llm.n_tokens - 1].copy()
 
 
-def test_a_gate_that_comes_into_force_later_sees_the_prompt_that_is_there(llm):
+def test_gate_in_force_after_the_prompt_reads_the_prompt(llm):
     response = [266, 267, 270]
     for name, steering in (("a", {"a": 1.0}), ("", None)):
         expected = evaluated(llm, steering, PROMPTS[name], response)
@@ -627,8 +621,8 @@ def test_a_gate_that_comes_into_force_later_sees_the_prompt_that_is_there(llm):
         np.testing.assert_allclose(llm.scores[llm.n_tokens - 1], expected, atol=5e-5)
 
 
-def test_what_is_evaluated_behind_the_prompt_is_steered_at_layers_before_the_gate(tiny_llama):
-    """Also where prompt and response are given at once, and there are checks in the response."""
+def test_response_evaluated_after_the_prompt_is_steered_before_the_gate(tiny_llama):
+    """Also with prompt and response given at once, and with checks in the response."""
     response = [266, 267, 270, 271, 272]
     router = router_for(
         tiny_llama, {"a": PROMPTS["a"], "": PROMPTS[""]}, reads=[Read(0, "prompt"), Read(2, "last")]
@@ -647,7 +641,7 @@ def test_what_is_evaluated_behind_the_prompt_is_steered_at_layers_before_the_gat
                 found = llm.scores[llm.n_tokens - 1].copy()
                 scores = llm.last_steering.scores
         np.testing.assert_allclose(found, expected, atol=5e-5)
-    # The last check saw what came since the one before, as steered as it was computed last.
+    # The last check saw the tokens since the one before, as steered as they were computed last.
     n = len(PROMPTS["a"])
     found = []
     with closing(SteeredLlama(tiny_llama, pack=pack, **ARGUMENTS)) as llm:
@@ -656,15 +650,15 @@ def test_what_is_evaluated_behind_the_prompt_is_steered_at_layers_before_the_gat
                 tokens = [*PROMPTS["a"], *response]
                 rows = llm.capture(tokens, layers=[layer], pool="mean", span=span)
                 found.append(rows["residual"][layer].astype(np.float64))
-    vector_itself = pack["a"].direction(0)  # the gate looks at its layer before that is steered
+    vector_itself = pack["a"].direction(0)  # the gate reads its layer before steering
     found[0] = found[0] - vector_itself
     expected = router.probe_scores(np.concatenate(found))
     assert scores["a"] == pytest.approx(float(expected[0]), rel=1e-4)
 
 
 @pytest.mark.parametrize("other", ["a", ""])
-def test_a_loaded_state_is_not_steered_by_what_another_prompt_opened(llm, other):
-    """Nor held to that prompt's length."""
+def test_loaded_state_ignores_gates_that_another_prompt_opened(llm, other):
+    """Neither its gates nor the length of its prompt."""
     response = [266, 267, 270]
     expected = evaluated(llm, {"b": 1.0}, PROMPTS["b"], response)
     llm.reset()

@@ -1,4 +1,4 @@
-"""SteeredLlama: each request its own steering, and no cache entry computed under another."""
+"""SteeredLlama: every request gets its own steering, and reuses no tokens of another."""
 
 import pickle
 from contextlib import closing
@@ -67,7 +67,7 @@ def text(result):
 
 
 def from_scratch(path, steering, ask, **arguments):
-    """The answer of a model that has never computed anything else."""
+    """Return the answer of a new model."""
     with closing(SteeredLlama(path, pack=PACK, **{**ARGUMENTS, **arguments})) as fresh:
         return ask(fresh, steering)
 
@@ -114,7 +114,7 @@ def test_each_request_has_its_own_steering(tiny_llama, llm, ask, category):
 
 
 @pytest.mark.parametrize("ask", [complete, chat, call])
-def test_unsteered_answers_are_those_of_llama_cpp(llm, plain, ask):
+def test_unsteered_answer_equals_llama_cpp(llm, plain, ask):
     def unsteered(model, _):
         if ask is chat:
             return text(model.create_chat_completion(MESSAGES, **GREEDY))
@@ -124,7 +124,7 @@ def test_unsteered_answers_are_those_of_llama_cpp(llm, plain, ask):
     assert ask(llm, None) == unsteered(plain, None)
 
 
-def test_context_manager_nests_and_ends(llm):
+def test_steering_blocks_nest_and_end(llm):
     off, a, b = (complete(llm, s) for s in (None, {"a": 3.0}, {"b": 3.0}))
     assert len({off, a, b}) == 3
 
@@ -147,7 +147,7 @@ def test_context_manager_nests_and_ends(llm):
 
 
 @pytest.mark.parametrize("method", ["create_completion", "create_chat_completion"])
-def test_a_stream_keeps_the_steering_it_was_made_with(llm, method):
+def test_stream_keeps_the_steering_of_its_request(llm, method):
     argument = PROMPT if method == "create_completion" else MESSAGES
 
     def pieces(stream):
@@ -165,7 +165,7 @@ def test_a_stream_keeps_the_steering_it_was_made_with(llm, method):
         assert "".join(own) == expected
 
 
-def test_generate_accepts_sent_tokens_as_llama_cpp_does(llm, plain):
+def test_generate_accepts_sent_tokens(llm, plain):
     tokens = plain.tokenize(PROMPT.encode())
 
     def run(model):
@@ -181,7 +181,7 @@ def test_generate_accepts_sent_tokens_as_llama_cpp_does(llm, plain):
 
 
 class CountingLlama(SteeredLlama):
-    """Counts the tokens that are computed."""
+    """Counts evaluated tokens."""
 
     computed = 0
 
@@ -202,7 +202,7 @@ def cost(llm, steering, prompt, n=1):
     return llm.computed - before
 
 
-def test_only_what_must_be_recomputed_is(counting):
+def test_request_recomputes_only_tokens_of_other_steering(counting):
     prompt = list(range(10, 40))
     longer = [*prompt, *range(40, 45)]
     assert cost(counting, {"a": 1.0}, prompt) == 30
@@ -215,7 +215,7 @@ def test_only_what_must_be_recomputed_is(counting):
     assert cost(counting, {"a": 0.0}, longer) == 0, "strength 0 is no steering"
 
 
-def test_steering_the_last_block_leaves_the_cache_valid(counting):
+def test_steering_the_last_block_keeps_the_cache_valid(counting):
     """Keys and values come from earlier blocks; only the logits must be computed again."""
     prompt = list(range(10, 40))
     assert cost(counting, None, prompt) == 30
@@ -239,8 +239,8 @@ def test_reused_cache_gives_the_logits_of_a_fresh_run(tiny_llama, llm, category)
         np.testing.assert_allclose(reused, fresh.scores[len(tokens) - 1], atol=1e-5)
 
 
-def test_going_on_without_reset_recomputes_what_was_steered_otherwise(tiny_llama, llm):
-    """generate(reset=False) continues the context; its tokens count, their old steering not."""
+def test_generate_without_reset_recomputes_tokens_of_other_steering(tiny_llama, llm):
+    """generate(reset=False) continues the tokens of the context, but not their old steering."""
     head, tail = list(range(10, 30)), list(range(30, 36))
     with llm.steering({"a": 3.0}):
         llm.eval(head)
@@ -252,8 +252,8 @@ def test_going_on_without_reset_recomputes_what_was_steered_otherwise(tiny_llama
         assert continued == [next(stream) for _ in range(6)]
 
 
-def test_steering_can_change_between_two_tokens(tiny_llama, llm):
-    """eval() appends: earlier tokens keep the steering they were computed under."""
+def test_steering_changes_between_two_evaluated_tokens(tiny_llama, llm):
+    """eval() appends: earlier tokens keep their steering."""
     head, tail = list(range(10, 20)), list(range(20, 24))
     with llm.steering({"a": 3.0}):
         llm.eval(head)
@@ -262,7 +262,7 @@ def test_steering_can_change_between_two_tokens(tiny_llama, llm):
     mixed = llm.scores[13].copy()
     answers = [from_scratch(tiny_llama, s, _last_logits) for s in ({"a": 3.0}, {"b": 3.0}, None)]
     assert all(np.abs(mixed - other).max() > 1e-3 for other in answers)
-    # and a request under either starts over
+    # A request under either starts over.
     for steering in ({"a": 3.0}, {"b": 3.0}):
         assert complete(llm, steering) == from_scratch(tiny_llama, steering, complete)
 
@@ -273,7 +273,7 @@ def _last_logits(llm, steering):
     return llm.scores[13].copy()
 
 
-def test_saved_states_remember_their_steering(tiny_llama, llm):
+def test_saved_state_remembers_its_steering(tiny_llama, llm):
     with llm.steering({"a": 3.0}):
         llm.eval(llm.tokenize(PROMPT.encode()))
     state = pickle.loads(pickle.dumps(llm.save_state()))
@@ -283,7 +283,7 @@ def test_saved_states_remember_their_steering(tiny_llama, llm):
             assert complete(other, steering) == from_scratch(tiny_llama, steering, complete)
 
 
-def test_states_of_a_plain_llama_count_as_unsteered(llm, plain):
+def test_state_of_a_plain_llama_counts_as_unsteered(llm, plain):
     plain.eval(plain.tokenize(PROMPT.encode()))
     llm.load_state(plain.save_state())
     expected = text(plain.create_completion(PROMPT, **GREEDY))
@@ -292,14 +292,14 @@ def test_states_of_a_plain_llama_count_as_unsteered(llm, plain):
     assert complete(llm, None) == expected
 
 
-def test_prompt_cache_never_mixes_steerings(tiny_llama, llm):
+def test_prompt_cache_keeps_steerings_apart(tiny_llama, llm):
     llm.set_cache(llama_cpp.LlamaRAMCache())
     for steering in ({"a": 3.0}, None, {"b": 3.0}, {"a": 3.0}):
         assert complete(llm, steering) == from_scratch(tiny_llama, steering, complete)
 
 
-def test_recurrent_models_start_over(tiny_model):
-    """Their state cannot be cut back, so a change of steering recomputes everything."""
+def test_recurrent_model_starts_over_under_other_steering(tiny_model):
+    """The state cannot be cut back, so a change of steering recomputes everything."""
     path = tiny_model("mamba")
     with closing(SteeredLlama(path, pack=PACK, **ARGUMENTS)) as llm:
         for steering in ({"a": 3.0}, None, {"b": 3.0}, {"a": 3.0}):
@@ -335,7 +335,7 @@ def test_recurrent_models_start_over(tiny_model):
     ],
 )
 @pytest.mark.parametrize("ask", WAYS)
-def test_impossible_steering_is_refused_at_the_call(llm, ask, steering, error, message):
+def test_invalid_steering_raises_at_the_call(llm, ask, steering, error, message):
     with pytest.raises(error, match=message):
         ask(llm, steering)
     with pytest.raises(error, match=message), llm.steering(steering):
@@ -343,20 +343,20 @@ def test_impossible_steering_is_refused_at_the_call(llm, ask, steering, error, m
     assert ask(llm, None)
 
 
-def test_true_is_no_strength_even_where_a_plan_for_1_is_kept(llm):
+def test_strength_true_raises_though_a_plan_for_1_is_cached(llm):
     assert complete(llm, {"a": 1.0})
     with pytest.raises(SteeringError, match="not a number"):
         complete(llm, {"a": True})
 
 
-def test_without_a_pack_there_is_nothing_to_steer_with(tiny_llama):
+def test_steering_without_a_pack_raises(tiny_llama):
     with closing(SteeredLlama(tiny_llama, **ARGUMENTS)) as llm:
         assert complete(llm, None)
         with pytest.raises(SteeringError, match="pack="):
             complete(llm, {"a": 1.0})
 
 
-def test_a_pack_for_another_model_is_refused(tiny_llama, tiny_model):
+def test_pack_for_another_model_raises(tiny_llama, tiny_model):
     wide = SteeringPack({"a": SteeringVector({1: np.ones(N_EMBD * 2)})})
     deep = SteeringPack({"a": SteeringVector({N_LAYER: np.ones(N_EMBD)})})
     for pack in (wide, deep):
@@ -368,7 +368,7 @@ def test_a_pack_for_another_model_is_refused(tiny_llama, tiny_model):
         SteeredLlama(tiny_llama, pack=made_for_qwen, **ARGUMENTS)
 
 
-def test_resident_is_refused_where_llama_cpp_cannot(tiny_llama):
+def test_resident_injection_raises_for_other_sites(tiny_llama):
     with closing(SteeredLlama(tiny_llama, pack=PACK, injection="resident", **ARGUMENTS)) as llm:
         for category in ("first", "attention"):
             with pytest.raises(HookError, match="resident"):
@@ -377,30 +377,30 @@ def test_resident_is_refused_where_llama_cpp_cannot(tiny_llama):
         SteeredLlama(tiny_llama, pack=PACK, injection="other", **ARGUMENTS)
 
 
-def test_a_control_vector_taken_away_behind_the_back_is_noticed(llm):
-    """Somebody disables llama.cpp's control vector: the graph then no longer adds anything."""
+def test_control_vector_disabled_from_outside_raises(llm):
+    """Without llama.cpp's control vector the graph adds nothing."""
     complete(llm, {"a": 1.0})
     llama_cpp.llama_set_adapter_cvec(llm.ctx, None, 0, N_EMBD, 0, 0)
     with pytest.raises(HookError, match="reached 0 of"):
         complete(llm, {"b": 1.0})
-    assert llm.n_tokens == 0  # nothing goes on from what was computed wrongly
+    assert llm.n_tokens == 0  # nothing continues from wrong results
     assert complete(llm, None)
 
 
-def test_a_pack_without_router_warns_once_that_nothing_is_steered(llm, caplog):
+def test_pack_without_router_warns_once(llm, caplog):
     llm.create_completion(PROMPT, **GREEDY)
     llm.create_completion(PROMPT, **GREEDY)
     warnings = [record for record in caplog.records if "the pack has no router" in record.message]
     assert len(warnings) == 1
 
 
-def test_a_plain_control_vector_file_is_a_pack_of_one(tiny_llama, tmp_path, llm):
+def test_control_vector_file_is_a_pack_of_one_category(tiny_llama, tmp_path, llm):
     PACK["a"].save(tmp_path / "kindness.gguf")
     with closing(SteeredLlama(tiny_llama, pack=tmp_path / "kindness.gguf", **ARGUMENTS)) as other:
         assert complete(other, {"kindness": 3.0}) == complete(llm, {"a": 3.0})
 
 
-def test_embeddings_are_never_steered(tiny_llama):
+def test_embed_inside_a_steering_block_raises(tiny_llama):
     with closing(SteeredLlama(tiny_llama, pack=PACK, embedding=True, **ARGUMENTS)) as llm:
         expected = llm.embed("the air")
         with llm.steering({"a": 3.0}):
@@ -416,7 +416,7 @@ def test_pickling_keeps_the_pack(llm):
 
 
 @pytest.mark.parametrize("steering", [None, {"a": 1.0}])
-def test_a_window_that_dropped_its_first_tokens_is_not_gone_on_from(tiny_model, steering):
+def test_window_that_dropped_its_first_tokens_is_recomputed(tiny_model, steering):
     """With swa_full=False llama.cpp cannot cut a sequence back to where prompts begin to differ."""
     path = tiny_model("gemma3", n_layer=6)  # the sixth sees all tokens
     arguments = {**ARGUMENTS, "n_ctx": 1024, "swa_full": False, "n_ubatch": 8}
@@ -435,8 +435,8 @@ def test_a_window_that_dropped_its_first_tokens_is_not_gone_on_from(tiny_model, 
     np.testing.assert_allclose(found[0], found[1], atol=1e-4)
 
 
-def test_a_token_that_does_not_exist_is_an_error_where_markers_are_looked_for(llm):
-    """To look for them a token's text is needed, and llama.cpp ends the process over none."""
+def test_unknown_token_with_markers_raises(llm):
+    """Markers need the text of each token, and llama.cpp ends the process over an unknown one."""
     policy = {"scope": {"tokens": "all", "exclude": ["ab", "c"]}}
     with (
         llm.steering({"a": 1.0}, policy=policy),

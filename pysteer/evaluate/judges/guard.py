@@ -225,14 +225,9 @@ class GuardJudge:
         if form is not None and form not in FORMATS:
             raise SteeringError(f"unknown guard format {quoted(form)}; use {', '.join(FORMATS)}")
         arguments = {"verbose": False, **llama_arguments}
-        try:
-            self._engine = Engine(
-                path, max_sequences=max_sequences, n_ctx=n_ctx * max_sequences, **arguments
-            )
-        except SteeringError:
-            raise
-        except ValueError as error:
-            raise SteeringError(f"{path}: {error}; is it a GGUF model?") from None
+        self._engine = Engine(
+            path, max_sequences=max_sequences, n_ctx=n_ctx * max_sequences, **arguments
+        )
         try:
             model = self._engine.base_model
             found = form or format_of(f"{model.name} {path.stem}", model.architecture)

@@ -1,0 +1,167 @@
+"""Batches: which tokens of the running requests go into one, and what is drawn from it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from pysteer.engine.request import Request
+from pysteer.engine.running import RunningRequests
+from pysteer.engine.sampling import CandidateTokens
+from pysteer.engine.statistics import EngineStatistics
+from pysteer.llama.batch import LAST_ROW, NO_ROW, DecodeBatch
+from pysteer.llama.context import CacheFullError, HookedContext
+
+_log = logging.getLogger(__name__)
+
+
+class Share(NamedTuple):
+    """Consecutive tokens of one request in a batch."""
+
+    request: Request
+    n: int
+
+
+class Decoder:
+    """Decodes the next tokens of all running requests, and draws from their logits.
+
+    Args:
+        context: the model's context.
+        running: the requests.
+        statistics: counts decodes and tokens.
+        prompt_share: number of prompt tokens that a batch may have while other sequences generate.
+
+    Attributes:
+        batch: the batch under way.
+    """
+
+    def __init__(
+        self,
+        context: HookedContext,
+        running: RunningRequests,
+        statistics: EngineStatistics,
+        *,
+        prompt_share: int,
+    ) -> None:
+        self._context = context
+        self._running = running
+        self._statistics = statistics
+        self._prompt_share = prompt_share
+        self._candidates = CandidateTokens(context.n_vocab)
+        self.batch = DecodeBatch(context.n_batch)
+
+    def step(self) -> None:
+        """Decode one batch, or several where sequences cannot share one."""
+        shares = self._shares()
+        while shares and not self._running.make_room(sum(share.n for share in shares)):
+            shares = self._shares()  # of the requests left; nobody is admitted before they go on
+        together = []
+        for share in shares:
+            # llama.cpp orders the rows of a recurrent model's batch by itself.
+            if not self._context.batches_sequences or share.request.alone:
+                self._decode([share])
+            else:
+                together.append(share)
+        self._decode(together)
+
+    def _shares(self) -> list[Share]:
+        """Return the next batch: a token of each sequence that generates, and parts of prompts.
+
+        While some generate, those that read share `prompt_share` tokens evenly, so that no prompt
+        holds up the others' text, nor another prompt, for longer.
+        """
+        generating = [request for request in self._running.active if request.pending == 1]
+        reading = [request for request in self._running.active if request.pending > 1]
+        shares = [Share(request, 1) for request in generating]
+        room = self._context.n_batch - len(shares)
+        if shares:
+            room = min(room, self._prompt_share)
+        reading.sort(key=lambda request: request.pending)
+        for left, request in zip(range(len(reading), 0, -1), reading, strict=True):
+            n = min(request.pending, room // left)
+            if n:
+                shares.append(Share(request, n))
+            room -= n
+        return shares
+
+    def _decode(self, shares: Sequence[Share]) -> None:
+        shares = [share for share in shares if share.request.slot is not None]
+        if not shares:
+            return
+        rows = self._fill(shares)
+        try:
+            self._context.decode(self.batch)
+        except CacheFullError:
+            self._running.relieve(1)
+            return
+        except Exception as error:
+            if len(shares) == 1:
+                self._running.fail(shares[0].request, error)
+            else:  # a batch for each shows whose fault it is
+                _log.info("a batch of %d sequences failed: %s", len(shares), error)
+                for share in shares:
+                    self._set_apart(share)
+            return
+        self._statistics.decodes += 1
+        self._statistics.tokens_decoded += self.batch.n_rows
+        for request, n in shares:
+            assert request.slot is not None
+            self._running.cache.take(request.slot, n)
+            request.n_past += n
+        for (request, _), row in zip(shares, rows, strict=True):
+            if request.pending == 0:
+                try:
+                    self._draw(request, row)
+                # Of a stopping criterion or a logits processor, and not only an Exception: nothing
+                # that one request's callback does may end the others.
+                except BaseException as error:
+                    self._running.fail(request, error)
+
+    def _fill(self, shares: Sequence[Share]) -> list[int]:
+        """Fill the batch; return the last row of each share."""
+        rows: list[int] = []
+        self.batch.clear()
+        for request, n in shares:
+            start, stop = request.n_past, request.n_past + n
+            assert request.slot is not None
+            outputs = LAST_ROW if stop == request.n_tokens else NO_ROW
+            tokens = request.tokens(start, stop)
+            rows.append(self.batch.add(request.slot.number, start, tokens, outputs))
+        return rows
+
+    def _set_apart(self, share: Share) -> None:
+        """Take back a request's part of a failed decode, and decode it alone next."""
+        request = share.request
+        assert request.slot is not None
+        request.alone_until = request.n_past + share.n
+        kept = min(request.n_past, request.steering.first_to_decode)
+        request.n_past = self._running.cache.recover(request.slot, kept)
+
+    def _draw(self, request: Request, row: int) -> None:
+        """Draw the next token of a request from the logits of the batch's row `row`."""
+        changed = request.steering.reprocess_from(request.n_past)
+        if changed < request.n_past:
+            assert request.slot is not None
+            request.n_past = self._running.cache.cut(request.slot, changed)
+            return
+        logits = self._context.logits(row)
+        if request.keep_first_logits and request.handle.first_logits is None:
+            request.handle.first_logits = logits.copy()
+        if request.stopping_criteria is not None and request.stopping_criteria(
+            request.tokens(0, request.n_past), logits
+        ):
+            self._running.finish(request, "stop")
+            return
+        token = request.sampler.sample(self._candidates, logits)
+        ended = request.writing.add(token)
+        if ended is not None:
+            self._running.finish(request, ended)
+            return
+        text = request.writing.take()
+        if text:
+            request.handle.push(text)
+        if request.n_tokens == request.length_limit:
+            self._running.finish(request, "length")
+            return
+        request.append(token)

@@ -1,0 +1,50 @@
+"""The arguments by which models and requests are steered: `pack`, `steering` and `policy`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, Final, TypeAlias
+
+from pysteer.pack.pack import SteeringPack
+from pysteer.pack.policy import Policy
+
+PackLike: TypeAlias = "SteeringPack | str | os.PathLike[str]"
+"""A pack, a pack file, or a plain llama.cpp control-vector file."""
+
+PolicyLike: TypeAlias = "Policy | Mapping[str, Any] | str | os.PathLike[str]"
+"""A policy, its data, or a YAML file."""
+
+
+class Inherit:
+    """Type of `INHERIT`."""
+
+    def __repr__(self) -> str:
+        return "INHERIT"
+
+
+INHERIT: Final = Inherit()
+"""The argument was left out: the `with llm.steering(...)` block or the policy decides."""
+
+
+def read_pack(pack: PackLike | None) -> SteeringPack | None:
+    """Return the pack that an argument stands for.
+
+    Raises:
+        FormatError: the file is not a pack.
+    """
+    return pack if pack is None or isinstance(pack, SteeringPack) else SteeringPack.load(pack)
+
+
+def read_policy(policy: PolicyLike | None) -> Policy | None:
+    """Return the policy that an argument stands for.
+
+    Raises:
+        FormatError: the file is not a policy.
+        SteeringError: the data is not a policy.
+    """
+    if policy is None or isinstance(policy, Policy):
+        return policy
+    if isinstance(policy, Mapping):
+        return Policy.from_content(policy)
+    return Policy.load(policy)

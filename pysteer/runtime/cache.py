@@ -1,0 +1,202 @@
+"""The tokens in a model's context, and the steering under which each was computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Final
+
+import numpy as np
+from llama_cpp import LlamaState
+
+from pysteer.llama.hooked import HookedLlama
+from pysteer.llama.vocabulary import token_piece
+from pysteer.runtime.ledger import CacheLedger
+from pysteer.runtime.plan import UNSTEERED
+from pysteer.runtime.report import SteeringReport, report
+from pysteer.runtime.requests import ActiveSteering
+from pysteer.runtime.sequence import SequenceSteering
+
+# Attributes of a LlamaState: fingerprints of its tokens' steering, and the length of its prompt.
+_KEYS: Final = "steering_keys"
+_N_PROMPT: Final = "steering_n_prompt"
+
+
+class SteeredCache:
+    """Everything known of the tokens in the context of a `llama_cpp.Llama`.
+
+    The model's own `n_tokens` and `input_ids` say which tokens there are; they may change behind
+    the cache's back, by `reset()` or by hand.
+
+    Args:
+        llm: the model.
+
+    Attributes:
+        sequence: the steering of the tokens in the context, once one was started.
+    """
+
+    def __init__(self, llm: HookedLlama) -> None:
+        self._llm = llm
+        self._ledger = CacheLedger()
+        self._logits_key = 0  # of the last token decoded
+        self._installed: SequenceSteering | None = None
+        self._loaded_n_prompt: int | None = None  # of a loaded state, until a sequence goes on
+        self.sequence: SequenceSteering | None = None
+
+    @property
+    def tokens(self) -> list[int]:
+        """The tokens in the context."""
+        tokens: list[int] = self._llm.input_ids[: self._llm.n_tokens].tolist()
+        return tokens
+
+    @property
+    def n_prompt(self) -> int | None:
+        """The number of prompt tokens in the context, where it is known."""
+        return self._loaded_n_prompt if self.sequence is None else self.sequence.n_prompt
+
+    @property
+    def cuts_back(self) -> bool:
+        """The context can be cut back to an earlier position.
+
+        The state of recurrent models cannot, nor can a sliding window that has dropped the first
+        tokens (`swa_full=False`): what an earlier position attended to is gone.
+        """
+        context = self._llm.context
+        return context.batches_sequences and (self._llm.n_tokens == 0 or context.memory.is_whole(0))
+
+    def report(self) -> SteeringReport:
+        """Return what was done to the tokens in the context."""
+        if self.sequence is None:
+            return report(UNSTEERED, None, 0)
+        return self.sequence.report(self._llm.n_tokens)
+
+    # ---- sequences ---------------------------------------------------------------------------
+
+    def start(self, active: ActiveSteering, prompt: Sequence[int]) -> SequenceSteering:
+        """Return the steering of a sequence that begins with `prompt`."""
+        return SequenceSteering(
+            active.plan,
+            prompt,
+            user=active.user,
+            n_positions=self._llm.n_ctx(),
+            piece=partial(token_piece, self._llm),
+        )
+
+    def continued(self, active: ActiveSteering, tokens: Sequence[int]) -> SequenceSteering:
+        """Return the steering of the context, to which `tokens` are to be added by hand.
+
+        Under another plan than before, or in an empty context, another sequence begins.
+        """
+        sequence, llm = self.sequence, self._llm
+        ended = sequence is not None and sequence.begun and llm.n_tokens == 0
+        if sequence is None or sequence.plan is not active.plan or ended:
+            cached = self.tokens
+            prompt = [*cached, *tokens]
+            if cached and self.n_prompt is not None:
+                prompt = prompt[: self.n_prompt]
+            sequence = self.start(active, prompt)
+            sequence.follow(0, cached)
+        self.sequence = sequence
+        return sequence
+
+    def install(self, sequence: SequenceSteering | None) -> None:
+        """Steer by a sequence from the next decode on; None: not at all."""
+        if sequence is None or sequence is not self._installed:
+            self._llm.context.set_sequence(0, None if sequence is None else sequence.native)
+            self._installed = sequence
+
+    # ---- tokens ------------------------------------------------------------------------------
+
+    def reuse(self, sequence: SequenceSteering, tokens: list[int], *, reset: bool) -> list[int]:
+        """Cut the context back to the tokens that a sequence would compute the same way.
+
+        `llama_cpp.Llama.generate` then reuses those of them that match the prompt, and evaluates
+        at least one token if the cached logits are of another steering.
+
+        Args:
+            sequence: the sequence about to begin.
+            tokens: the argument of `generate`.
+            reset: the argument of `generate`: `tokens` are the whole prompt, or follow the context.
+
+        Returns:
+            The tokens to call `generate` with.
+        """
+        llm, n = self._llm, self._llm.n_tokens
+        reusable = min(self._ledger.reusable(sequence.keys(0, n)), sequence.first_to_decode, n)
+        stale = reusable < n or (n > 0 and sequence.logits_key(n - 1) != self._logits_key)
+        if reset and stale:
+            reusable = min(reusable, max(len(tokens) - 1, 0))
+        if reset and not self.cuts_back:
+            prefix = llm.longest_token_prefix(self.tokens, tokens[:-1])
+            reusable = min(reusable, prefix)
+        if reusable == n:
+            return tokens
+        cut = self.rewind(reusable)
+        return tokens if reset else [*cut, *tokens]
+
+    def rewind(self, position: int) -> list[int]:
+        """Cut the context back to a position, or empty it; return the tokens that are gone."""
+        tokens = self.tokens
+        if not self.cuts_back:
+            self._llm.reset()
+            return tokens
+        self._llm.n_tokens = position
+        return tokens[position:]
+
+    def evaluate(
+        self,
+        sequence: SequenceSteering,
+        tokens: Sequence[int],
+        evaluate: Callable[[Sequence[int]], None],
+    ) -> None:
+        """Evaluate tokens under a sequence, and once more where a gate's decision changes them.
+
+        Args:
+            sequence: the steering; see `continued`.
+            tokens: the tokens that follow those in the context.
+            evaluate: `HookedLlama.eval`.
+        """
+        if not sequence.begun and sequence.first_to_decode < self._llm.n_tokens:
+            tokens = [*self.rewind(sequence.first_to_decode), *tokens]
+        self._evaluate(sequence, tokens, evaluate)
+        changed = sequence.reprocess_from(self._llm.n_tokens)
+        if changed < self._llm.n_tokens:
+            self._evaluate(sequence, self.rewind(changed), evaluate)
+
+    def _evaluate(
+        self,
+        sequence: SequenceSteering,
+        tokens: Sequence[int],
+        evaluate: Callable[[Sequence[int]], None],
+    ) -> None:
+        start = self._llm.n_tokens
+        sequence.follow(start, tokens)
+        sequence.begun = True
+        self.install(sequence)
+        try:
+            evaluate(tokens)
+        finally:
+            # Tokens decoded before a failure count, too; a reset context records nothing.
+            stop = self._llm.n_tokens
+            if stop > start:
+                self._ledger.record(start, sequence.keys(start, stop))
+                self._logits_key = sequence.logits_key(stop - 1)
+
+    # ---- states ------------------------------------------------------------------------------
+
+    def save_to(self, state: LlamaState) -> None:
+        """Put the steering of the tokens in the context into a saved state."""
+        setattr(state, _KEYS, self._ledger.keys()[: self._llm.n_tokens])
+        setattr(state, _N_PROMPT, self.n_prompt)
+
+    def load_from(self, state: LlamaState) -> None:
+        """Take over the steering of a loaded state's tokens; without any, they are unsteered."""
+        keys = getattr(state, _KEYS, None)
+        self._ledger = CacheLedger(np.zeros(state.n_tokens, np.uint64) if keys is None else keys)
+        # The decisions of another sequence's gates say nothing of this one.
+        self.sequence = None
+        self._loaded_n_prompt = getattr(state, _N_PROMPT, None)
+
+    def forget(self) -> None:
+        """Reuse no token of the context."""
+        self._ledger = CacheLedger()

@@ -1,0 +1,68 @@
+"""From the arguments of requests to compiled plans, for `SteeredLlama` and `Engine` alike."""
+
+from __future__ import annotations
+
+import threading
+
+from pysteer.llama.hooked import HookedLlama
+from pysteer.pack.pack import SteeringPack
+from pysteer.pack.policy import Policy
+from pysteer.pack.resolved import Steering
+from pysteer.runtime.arguments import Inherit, PolicyLike, read_policy
+from pysteer.runtime.plan import CompiledPlan, Injection, PlanCompiler
+
+
+class RequestPlans:
+    """Plans of the requests to one model. Any thread may ask.
+
+    Args:
+        llm: the model.
+        pack: a pack for the model; None: nothing can be steered.
+        policy: goes before the pack's own.
+        injection: the way of directions into the model; see `PlanCompiler`.
+
+    Raises:
+        ModelMismatchError: the pack is for another model.
+        SteeringError: the policy does not fit the pack.
+        HookError: the model lacks a site that the policy asks for.
+    """
+
+    def __init__(
+        self,
+        llm: HookedLlama,
+        pack: SteeringPack | None,
+        policy: Policy | None,
+        *,
+        injection: Injection = "auto",
+    ) -> None:
+        if pack is not None:
+            pack.check_fits(llm.base_model)
+        self._lock = threading.Lock()  # the compiler keeps the latest plans
+        self._compiler = PlanCompiler(
+            pack,
+            policy,
+            n_layer=llm.n_layer,
+            n_embd=llm.n_embd(),
+            # A vocabulary alone was not probed, and no pack goes with it.
+            sites=llm.sites if any(llm.sites.values()) else None,
+            injection=injection,
+        )
+
+    @property
+    def pack(self) -> SteeringPack | None:
+        """The pack given at construction."""
+        return self._compiler.pack
+
+    def plan(self, steering: Steering | Inherit, policy: PolicyLike | None) -> CompiledPlan:
+        """Return the plan of a request; where `steering` is `INHERIT`, that of the policy.
+
+        Raises:
+            UnknownCategoryError: a category that the pack lacks.
+            SteeringError: invalid steering or policy.
+            FormatError: the file is not a policy.
+        """
+        read = read_policy(policy)
+        with self._lock:
+            if isinstance(steering, Inherit):
+                return self._compiler.by_policy(read)
+            return self._compiler.compile(steering, read)
