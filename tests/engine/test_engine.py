@@ -61,7 +61,7 @@ def test_recurrent_and_hybrid_models_decode_one_sequence_at_a_time(tiny_model, f
     """llama.cpp orders the rows of their batches by itself."""
     in_decodes = []
     with Engine(tiny_model(family), max_sequences=4, **ARGUMENTS) as engine:
-        assert not engine._llm.batches_sequences
+        assert not engine._llm.context.batches_sequences
         batch = engine._scheduler.decoder.batch
         decode = batch.decode
 
