@@ -119,6 +119,11 @@ def rendered_prompt(
         return prompt_tokens(llm, prompts[0])
 
 
+def chat_arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call of `create_chat_completion`, each by its name."""
+    return {**dict(zip(list(_CHAT.parameters)[1:], args, strict=False)), **kwargs}
+
+
 def completion_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return all arguments of `create_completion`, defaults filled in.
 

@@ -20,18 +20,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import takewhile
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from pysteer.chat.messages import Message, replace_user_text
 
 Span: TypeAlias = tuple[int, int]
 """Token range [start, stop)."""
 
-SENTINELS = ("1 and 2", "3 or 4", "5 not 6")
+SENTINELS = ("1", "2 or 3")
 """Messages whose first characters differ, and so do the last, hence the tokens at either end.
 Digits, because hardly a tokenizer joins them to the spaces, line breaks and punctuation around a
-message. Two messages would do; the third is for vocabularies with one token for all unknown words.
-"""
+message. Their lengths differ for vocabularies with one token for all unknown words."""
 
 _SEAM = 8
 """Tokens of the template next to the message that the message may change."""
@@ -126,37 +125,3 @@ def _n_template(prompt: Sequence[int], template: Sequence[int]) -> int:
     n = min(len(prompt), len(template))
     seam = range(min(max(len(template) - _SEAM, 0), n), n)
     return next((i for i in seam if prompt[i] != template[i]), n)
-
-
-# ---- the search that serving uses until it renders ---------------------------------------------
-
-
-def last_user_text(messages: Sequence[Any]) -> str | None:
-    """Return the text of the last user message; None if there is none."""
-    for message in reversed(list(messages)):
-        if not isinstance(message, dict) or message.get("role") != "user":
-            continue
-        content = message.get("content")
-        if isinstance(content, list):
-            content = "\n".join(
-                str(part["text"]) for part in content if isinstance(part, dict) and "text" in part
-            )
-        return content if isinstance(content, str) and content.strip() else None
-    return None
-
-
-def span_of(text: str, pieces: Sequence[bytes]) -> Span:
-    """Return the tokens that hold a text, where it stands last; else the whole prompt."""
-    wanted = text.strip().encode()
-    joined = b"".join(pieces)
-    first = joined.rfind(wanted)
-    if first < 0 or not wanted:
-        return 0, len(pieces)
-    start = stop = at = 0
-    for index, piece in enumerate(pieces):
-        if at <= first:
-            start = index
-        if at < first + len(wanted):
-            stop = index + 1
-        at += len(piece)
-    return start, stop

@@ -14,8 +14,8 @@ from typing import Any
 
 import llama_cpp
 
+from pysteer.chat.conversation import Conversation
 from pysteer.chat.handler import ChatCall, completion_arguments, prompt_tokens
-from pysteer.chat.spans import last_user_text
 from pysteer.engine.handle import Handle, PlainShape, Shape
 from pysteer.engine.request import Request, check_prompt
 from pysteer.engine.scheduler import Scheduler
@@ -174,7 +174,7 @@ class Engine:
         for name, reason in _NOT_HERE.items():
             if arguments.get(name) is not None and arguments[name] is not False:
                 raise SteeringError(f"{name}: {reason}")
-        user = None
+        conversation = None
         with self._scheduler.queue.kept():
             # What is made here outlives an engine that nobody closes, so it must not refer to it.
             shape: Shape
@@ -182,12 +182,12 @@ class Engine:
                 given = {**arguments, "messages": list(messages)}
                 shape = chat = ChatCall(self._llm, given, hold=self._scheduler.queue.kept)
                 completion = chat.completion
-                user = last_user_text(messages)
+                conversation = Conversation(self._llm, given, hold=self._scheduler.queue.kept)
             else:
                 shape = PlainShape()
                 completion = completion_arguments({**arguments, "prompt": prompt})
             plan = self._plans.plan(steering, policy)
-            request = self._request(shape, completion, plan, user)
+            request = self._request(shape, completion, plan, conversation)
             request.keep_first_logits = keep_first_logits
             try:
                 self._scheduler.queue.put(request, timeout)
@@ -197,7 +197,11 @@ class Engine:
         return request.handle
 
     def _request(
-        self, shape: Shape, completion: Mapping[str, Any], plan: CompiledPlan, user: str | None
+        self,
+        shape: Shape,
+        completion: Mapping[str, Any],
+        plan: CompiledPlan,
+        conversation: Conversation | None,
     ) -> Request:
         llm = self._llm
         tokens = prompt_tokens(llm, completion["prompt"])
@@ -214,7 +218,11 @@ class Engine:
             seed=seed,
             pieces=self._pieces,
             steering=SequenceSteering(
-                plan, tokens, user=user, n_positions=llm.n_ctx(), piece=partial(token_piece, llm)
+                plan,
+                tokens,
+                conversation=conversation,
+                n_positions=llm.n_ctx(),
+                piece=partial(token_piece, llm),
             ),
             handle=Handle(
                 model=completion["model"] or llm.model_path,

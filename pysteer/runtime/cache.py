@@ -77,7 +77,7 @@ class SteeredCache:
         return SequenceSteering(
             active.plan,
             prompt,
-            user=active.user,
+            conversation=active.conversation,
             n_positions=self._llm.n_ctx(),
             piece=partial(token_piece, self._llm),
         )

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
+from pysteer.chat.conversation import Conversation
 from pysteer.llama.hooked import HookedLlama
 from pysteer.pack.resolved import Steering
 from pysteer.runtime.arguments import INHERIT, Inherit, PolicyLike
@@ -23,12 +24,12 @@ class ActiveSteering(NamedTuple):
 
     Attributes:
         plan: the plan.
-        user: the user's last message, for the router; None where it is not known.
+        conversation: the messages of a chat, for the router; None outside of chats.
         of_request: put in force by a request, and not by a `with llm.steering(...)` block.
     """
 
     plan: CompiledPlan
-    user: str | None = None
+    conversation: Conversation | None = None
     of_request: bool = False
 
 
@@ -37,7 +38,7 @@ class RequestOptions(NamedTuple):
 
     steering: Steering | Inherit = INHERIT
     policy: PolicyLike | None = None
-    user: str | None = None
+    conversation: Conversation | None = None
 
 
 class SteeredRequests:
@@ -116,14 +117,15 @@ class SteeredRequests:
             The result of the method, with the report in it; a stream is advanced under the
             request's steering, whenever that happens.
         """
-        outer, user = self._in_force.get(), options.user
+        outer, conversation = self._in_force.get(), options.conversation
         if outer is not None and outer.of_request:
             if isinstance(options.steering, Inherit) and options.policy is None:
                 result = call(*args, **kw)
                 self._add_report(result)
                 return result
-            user = outer.user if user is None else user
-        active = ActiveSteering(self.plan(options.steering, options.policy), user, of_request=True)
+            conversation = conversation or outer.conversation
+        plan = self.plan(options.steering, options.policy)
+        active = ActiveSteering(plan, conversation, of_request=True)
         with self._llm.context.lock:
             self._llm.require_open()
             with self.entered(active):

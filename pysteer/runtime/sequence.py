@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from pysteer.chat.spans import pooled_span, span_of
+from pysteer.chat.conversation import Conversation
+from pysteer.chat.spans import pooled_span
 from pysteer.runtime.ledger import Keys, matching
 from pysteer.runtime.markers import MarkerTracker
 from pysteer.runtime.plan import CompiledPlan
@@ -21,8 +22,8 @@ class SequenceSteering:
     Args:
         plan: the plan of the request.
         prompt: the prompt's tokens.
-        user: the user's last message, where it is known; otherwise a router that pools over the
-            message looks at the whole prompt, and one that pools over its suffix at the last token.
+        conversation: finds the user's message in the prompt, for routers that read the message or
+            its suffix. None: not a chat, so the whole prompt stands for the message.
         n_positions: number of tokens that the sequence can have at most.
         piece: returns the text of a token as bytes; called only for plans that need it.
 
@@ -40,7 +41,7 @@ class SequenceSteering:
         plan: CompiledPlan,
         prompt: Sequence[int],
         *,
-        user: str | None,
+        conversation: Conversation | None,
         n_positions: int,
         piece: Callable[[int], bytes],
     ) -> None:
@@ -50,10 +51,10 @@ class SequenceSteering:
         spans: list[tuple[int, int]] = []
         if plan.router is not None:
             poolings = [read.pooling for read in plan.router.reads]
-            said = (0, len(prompt))
-            if user and not {"user", "suffix"}.isdisjoint(poolings):
-                said = span_of(user, list(map(piece, prompt)))
-            spans = [pooled_span(pooling, said, len(prompt)) for pooling in poolings]
+            message = (0, len(prompt))
+            if conversation is not None and not {"user", "suffix"}.isdisjoint(poolings):
+                message = conversation.message_span(prompt)
+            spans = [pooled_span(pooling, message, len(prompt)) for pooling in poolings]
         self._first_read = min([start for start, _ in spans], default=0)
         self.native = plan.start(len(prompt), spans, n_positions)
         self._piece = piece

@@ -10,7 +10,8 @@ from typing import Any
 
 from llama_cpp import Llama, LlamaState
 
-from pysteer.chat.spans import last_user_text
+from pysteer.chat.conversation import Conversation
+from pysteer.chat.handler import chat_arguments
 from pysteer.errors import HookError, SteeringError
 from pysteer.llama.hooked import HookedLlama
 from pysteer.pack.pack import SteeringPack
@@ -171,8 +172,8 @@ class SteeredLlama(HookedLlama):
         **kwargs: Any,
     ) -> Any:
         """`llama_cpp.Llama.create_chat_completion`, steered; see the class."""
-        messages = args[0] if args else kwargs.get("messages", ())
-        options = RequestOptions(steering, policy, last_user_text(messages))
+        conversation = Conversation(self, chat_arguments(args, kwargs))
+        options = RequestOptions(steering, policy, conversation)
         return self._requests.run(super().create_chat_completion, options, *args, **kwargs)
 
     # ---- tokens ------------------------------------------------------------------------------

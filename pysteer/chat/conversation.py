@@ -1,0 +1,74 @@
+"""The conversation of one chat request."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from functools import lru_cache
+from typing import Any
+
+from llama_cpp import Llama
+
+from pysteer.chat.handler import Hold, rendered_prompt
+from pysteer.chat.messages import Message
+from pysteer.chat.spans import Span, message_span, template_ends
+
+_log = logging.getLogger(__name__)
+
+
+class Conversation:
+    """Finds the last user message in the prompts of one chat request.
+
+    The first prompt costs one rendering and one tokenisation by the model's chat handler for each
+    sentinel. A handler that cannot be called for that (it raises, or evaluates tokens itself, as
+    multimodal handlers do) breaks no request: the whole prompt stands for the message, and a
+    warning says so once.
+
+    Args:
+        llm: the model; nothing is decoded.
+        arguments: those of `create_chat_completion`.
+        hold: see `pysteer.chat.handler.Hold`.
+    """
+
+    def __init__(
+        self, llm: Llama, arguments: Mapping[str, Any], *, hold: Hold = nullcontext
+    ) -> None:
+        self._llm = llm
+        self._arguments = arguments
+        self._hold = hold
+        self._found: Span | None = None
+        self._head: list[int] = []  # the first prompt's tokens up to the end of the message
+
+    def message_span(self, prompt: Sequence[int]) -> Span:
+        """Return where the last user message is in a prompt; see `pysteer.chat.spans`.
+
+        A handler that makes several completions for one answer starts each prompt with the same
+        messages, so the message stays where it was in the first.
+
+        Args:
+            prompt: tokens of a prompt that the handler has rendered for this request.
+        """
+        if self._found is None or list(prompt[: len(self._head)]) != self._head:
+            self._found = self._find(prompt)
+            self._head = list(prompt[: self._found[1]])
+        return self._found
+
+    def _find(self, prompt: Sequence[int]) -> Span:
+        try:
+            return message_span(prompt, template_ends(self._render, self._arguments["messages"]))
+        except Exception as error:  # of any kind: handlers are foreign code
+            _warn_once(
+                f"the chat handler of format {self._llm.chat_format!r} renders no other user "
+                f"message ({type(error).__name__}: {error}), so the router reads the whole prompt"
+            )
+            return 0, len(prompt)
+
+    def _render(self, messages: Sequence[Message]) -> list[int]:
+        arguments = {**self._arguments, "messages": list(messages)}
+        return rendered_prompt(self._llm, arguments, hold=self._hold)
+
+
+@lru_cache(maxsize=256)
+def _warn_once(text: str) -> None:
+    _log.warning(text)

@@ -1,0 +1,140 @@
+"""Chat handlers of all kinds, and what the router reads under them."""
+
+import logging
+from contextlib import closing
+
+import numpy as np
+import pytest
+from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+from states import captured_states, read_states, reading_pack, rows_by_pooling
+from templates import TEMPLATES
+
+from pysteer import Engine, HookedLlama, SteeredLlama
+from pysteer.chat.conversation import Conversation, _warn_once
+from pysteer.chat.handler import rendered_prompt
+from pysteer.chat.messages import user_message
+from pysteer.extract.llama_capture import LlamaCapture
+
+ARGUMENTS = {"n_ctx": 512, "verbose": False, "n_threads": 1, "n_threads_batch": 1}
+REQUEST = {"steering": "auto", "max_tokens": 1, "temperature": 0.0}
+MESSAGES = [user_message("the stone in the water")]
+PACK = reading_pack(32)
+
+
+@pytest.fixture(autouse=True)
+def _forget_warnings():
+    _warn_once.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def path(chat_model):
+    return chat_model("chatml")
+
+
+@pytest.fixture(scope="module")
+def own_handler():
+    return Jinja2ChatFormatter(
+        template=TEMPLATES["chatml"].source, bos_token="<s>", eos_token="</s>"
+    ).to_chat_handler()
+
+
+class Handler:
+    """A handler that calls another, and does something of its own before."""
+
+    def __init__(self, handler, before=lambda number, llama: None):
+        self.handler = handler
+        self.before = before
+        self.calls = 0
+
+    def __call__(self, *, llama, **arguments):
+        self.calls += 1
+        self.before(self.calls, llama)
+        return self.handler(llama=llama, **arguments)
+
+
+def served(path, server, pack=PACK, messages=MESSAGES, **arguments):
+    """The result of a chat completion."""
+    if server == "llama":
+        with closing(SteeredLlama(path, pack=pack, **ARGUMENTS, **arguments)) as llm:
+            return llm.create_chat_completion(messages, **REQUEST)
+    with Engine(path, pack=pack, max_sequences=1, **ARGUMENTS, **arguments) as engine:
+        return engine.submit(messages=messages, **REQUEST).result()
+
+
+both_servers = pytest.mark.parametrize("server", ["llama", "engine"])
+
+
+@both_servers
+def test_handler_is_called_once_for_the_prompt_and_once_for_each_sentinel(
+    path, own_handler, server
+):
+    handler = Handler(own_handler)
+    served(path, server, chat_handler=handler)
+    assert handler.calls <= 2 + 2  # the engine calls it once more to shape the result
+
+
+@both_servers
+def test_router_that_reads_no_message_costs_no_renderings(path, own_handler, server):
+    handler = Handler(own_handler)
+    served(path, server, reading_pack(32, poolings=("last", "prompt")), chat_handler=handler)
+    assert handler.calls <= 2
+
+
+def test_unsteered_chat_costs_no_renderings(path, own_handler):
+    handler = Handler(own_handler)
+    with closing(SteeredLlama(path, pack=PACK, chat_handler=handler, **ARGUMENTS)) as llm:
+        llm.create_chat_completion(MESSAGES, **{**REQUEST, "steering": None})
+    assert handler.calls == 1
+
+
+def fails_when_called_again(number, _llama):
+    if number > 1:
+        raise RuntimeError("once only")
+
+
+def evaluates_by_itself(_number, llama):
+    llama.reset()
+    llama.eval([70, 71])
+
+
+@pytest.mark.parametrize("before", [fails_when_called_again, evaluates_by_itself])
+def test_handler_that_renders_no_sentinel_router_reads_the_whole_prompt_with_one_warning(
+    path, own_handler, before, caplog
+):
+    handler = Handler(own_handler, before)
+    with caplog.at_level(logging.WARNING):
+        with closing(SteeredLlama(path, pack=PACK, chat_handler=handler, **ARGUMENTS)) as llm:
+            for _ in range(2):
+                handler.calls = 0
+                llm.reset()
+                result = llm.create_chat_completion(MESSAGES, **REQUEST)
+                states = read_states(result)
+                np.testing.assert_array_equal(states["user"], states["prompt"])
+                np.testing.assert_array_equal(states["suffix"], states["last"])
+    assert caplog.text.count("the router reads the whole prompt") == 1
+
+
+def test_later_prompt_of_the_same_request_message_stays_where_it_was(path):
+    """A handler that asks which tool to use appends the answer to the prompt, and goes on."""
+    with closing(HookedLlama(path, **ARGUMENTS)) as llm:
+        conversation = Conversation(llm, {"messages": MESSAGES})
+        prompt = rendered_prompt(llm, {"messages": MESSAGES})
+        start, stop = conversation.message_span(prompt)
+        assert llm.detokenize(prompt[start:stop]) == b"the stone in the water"
+        assert conversation.message_span([*prompt, 70, 71, 72]) == (start, stop)
+        other = rendered_prompt(llm, {"messages": [user_message("it")]})
+        assert conversation.message_span(other) == (start, len(other) - len(prompt) + stop)
+
+
+@both_servers
+@pytest.mark.parametrize("chat_format", ["chatml", "llama-2", "alpaca"])
+def test_chosen_format_served_state_is_the_fitted_one(path, server, chat_format):
+    message = "the stone\nin the water"
+    with closing(LlamaCapture(path, chat_format=chat_format, **ARGUMENTS)) as capture:
+        rows = rows_by_pooling(capture, message)
+        fitted = captured_states(capture, rows)
+    states = read_states(
+        served(path, server, messages=[user_message(message)], chat_format=chat_format)
+    )
+    for pooling, state in states.items():
+        np.testing.assert_array_equal(state, fitted[pooling], err_msg=pooling)

@@ -1,0 +1,57 @@
+"""Another text for the last user message."""
+
+import pytest
+
+from pysteer.chat.messages import replace_user_text, user_message
+
+SYSTEM = {"role": "system", "content": "s"}
+ANSWER = {"role": "assistant", "content": "a"}
+IMAGE = {"type": "image_url", "image_url": "x"}
+
+
+def part(text):
+    return {"type": "text", "text": text}
+
+
+def in_parts(*parts):
+    return {"role": "user", "content": list(parts)}
+
+
+@pytest.mark.parametrize(
+    ("messages", "expected"),
+    [
+        ([user_message("a")], [user_message("new")]),
+        (
+            [SYSTEM, user_message("a"), ANSWER, user_message("a"), ANSWER],
+            [SYSTEM, user_message("a"), ANSWER, user_message("new"), ANSWER],
+        ),
+        ([user_message(" ")], [user_message("new")]),
+        ([{**user_message("a"), "name": "n"}], [{**user_message("new"), "name": "n"}]),
+        (
+            [in_parts(part("a"), IMAGE, part(""), part("b"))],
+            [in_parts(part("new"), IMAGE, part("new"), part("new"))],
+        ),
+    ],
+)
+def test_last_user_message_gets_the_new_text(messages, expected):
+    before = repr(messages)
+    assert replace_user_text(messages, "new") == expected
+    assert repr(messages) == before
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [],
+        [SYSTEM, ANSWER],
+        [user_message("a"), user_message("")],
+        [{"role": "user", "content": None}],
+        [{"role": "user"}],
+        [in_parts()],
+        [in_parts(IMAGE)],
+        [in_parts(part(""), IMAGE)],
+        ["not a message"],
+    ],
+)
+def test_without_text_in_the_last_user_message_is_none(messages):
+    assert replace_user_text(messages, "new") is None
