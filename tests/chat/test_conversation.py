@@ -1,6 +1,5 @@
 """Chat handlers of all kinds, and what the router reads under them."""
 
-import logging
 from contextlib import closing
 
 import numpy as np
@@ -65,22 +64,20 @@ both_servers = pytest.mark.parametrize("server", ["llama", "engine"])
 
 
 @both_servers
-def test_handler_is_called_once_for_the_prompt_and_once_for_each_sentinel(
-    path, own_handler, server
-):
+def test_handler_call_count_is_one_for_each_rendering(path, own_handler, server):
     handler = Handler(own_handler)
     served(path, server, chat_handler=handler)
     assert handler.calls <= 2 + 2  # the engine calls it once more to shape the result
 
 
 @both_servers
-def test_router_that_reads_no_message_costs_no_renderings(path, own_handler, server):
+def test_handler_call_count_without_reads_of_the_message_does_not_rise(path, own_handler, server):
     handler = Handler(own_handler)
     served(path, server, reading_pack(32, poolings=("last", "prompt")), chat_handler=handler)
     assert handler.calls <= 2
 
 
-def test_unsteered_chat_costs_no_renderings(path, own_handler):
+def test_handler_call_count_unsteered_is_one(path, own_handler):
     handler = Handler(own_handler)
     with closing(SteeredLlama(path, pack=PACK, chat_handler=handler, **ARGUMENTS)) as llm:
         llm.create_chat_completion(MESSAGES, **{**REQUEST, "steering": None})
@@ -98,23 +95,21 @@ def evaluates_by_itself(_number, llama):
 
 
 @pytest.mark.parametrize("before", [fails_when_called_again, evaluates_by_itself])
-def test_handler_that_renders_no_sentinel_router_reads_the_whole_prompt_with_one_warning(
+def test_handler_that_renders_no_other_message_has_the_router_read_all_and_warns_once(
     path, own_handler, before, caplog
 ):
     handler = Handler(own_handler, before)
-    with caplog.at_level(logging.WARNING):
-        with closing(SteeredLlama(path, pack=PACK, chat_handler=handler, **ARGUMENTS)) as llm:
-            for _ in range(2):
-                handler.calls = 0
-                llm.reset()
-                result = llm.create_chat_completion(MESSAGES, **REQUEST)
-                states = read_states(result)
-                np.testing.assert_array_equal(states["user"], states["prompt"])
-                np.testing.assert_array_equal(states["suffix"], states["last"])
+    with closing(SteeredLlama(path, pack=PACK, chat_handler=handler, **ARGUMENTS)) as llm:
+        for _ in range(2):
+            handler.calls = 0
+            llm.reset()
+            states = read_states(llm.create_chat_completion(MESSAGES, **REQUEST))
+            np.testing.assert_array_equal(states["user"], states["prompt"])
+            np.testing.assert_array_equal(states["suffix"], states["last"])
     assert caplog.text.count("the router reads the whole prompt") == 1
 
 
-def test_later_prompt_of_the_same_request_message_stays_where_it_was(path):
+def test_message_span_in_a_later_prompt_of_the_request_stays(path):
     """A handler that asks which tool to use appends the answer to the prompt, and goes on."""
     with closing(HookedLlama(path, **ARGUMENTS)) as llm:
         conversation = Conversation(llm, {"messages": MESSAGES})
@@ -128,7 +123,7 @@ def test_later_prompt_of_the_same_request_message_stays_where_it_was(path):
 
 @both_servers
 @pytest.mark.parametrize("chat_format", ["chatml", "llama-2", "alpaca"])
-def test_chosen_format_served_state_is_the_fitted_one(path, server, chat_format):
+def test_served_state_under_a_chosen_format_equals_fitted_state(path, server, chat_format):
     message = "the stone\nin the water"
     with closing(LlamaCapture(path, chat_format=chat_format, **ARGUMENTS)) as capture:
         rows = rows_by_pooling(capture, message)

@@ -36,7 +36,7 @@ def decoded(llm, arguments):
 
 
 @pytest.mark.parametrize("chat_format", ["own template", "chatml", "llama-2", "vicuna"])
-def test_rendered_prompt_is_the_one_that_a_chat_decodes(llm, chat_format, monkeypatch):
+def test_rendered_prompt_equals_the_decoded_one(llm, chat_format, monkeypatch):
     if chat_format != "own template":
         monkeypatch.setattr(llm, "chat_format", chat_format)
     llm.n_tokens = 0
@@ -44,7 +44,7 @@ def test_rendered_prompt_is_the_one_that_a_chat_decodes(llm, chat_format, monkey
     assert rendered_prompt(llm, CHAT) == ChatCall(llm, CHAT).completion["prompt"]
 
 
-def test_prompt_given_as_text_is_tokenised_as_a_completion_does(llm, monkeypatch):
+def test_rendered_prompt_of_text_equals_the_decoded_one(llm, monkeypatch):
     """This handler renders a string, with tools in it."""
     monkeypatch.setattr(llm, "chat_format", "chatml-function-calling")
     choice = {"type": "function", "function": {"name": "look"}}
@@ -53,7 +53,7 @@ def test_prompt_given_as_text_is_tokenised_as_a_completion_does(llm, monkeypatch
     assert rendered_prompt(llm, chat) == decoded(llm, chat)
 
 
-def test_handler_of_several_completions_first_prompt_is_rendered(llm, monkeypatch):
+def test_handler_of_several_completions_renders_its_first_prompt(llm, monkeypatch):
     monkeypatch.setattr(llm, "chat_format", "chatml-function-calling")
     chat = {**CHAT, "tools": TOOLS, "tool_choice": "auto"}
     with pytest.raises(SteeringError, match="more than one completion"):
@@ -63,14 +63,14 @@ def test_handler_of_several_completions_first_prompt_is_rendered(llm, monkeypatc
 
 
 @pytest.mark.parametrize("text", ["", "the", "<|im_start|>the"])
-def test_prompt_tokens_are_those_of_a_completion(llm, text):
+def test_prompt_tokens_equal_those_of_a_completion(llm, text):
     llm.reset()
     used = llm.create_completion(text, max_tokens=1)["usage"]
     assert prompt_tokens(llm, text) == llm.input_ids[: max(used["prompt_tokens"], 1)].tolist()
     assert prompt_tokens(llm, [7, 8]) == [7, 8]
 
 
-def test_handler_that_completes_nothing_raises(llm, monkeypatch):
+def test_handler_without_a_completion_raises(llm, monkeypatch):
     monkeypatch.setattr(llm, "chat_handler", lambda **arguments: {})
     with pytest.raises(SteeringError, match="completed no prompt"):
         rendered_prompt(llm, CHAT)

@@ -33,7 +33,7 @@ def in_parts(*parts):
         ),
     ],
 )
-def test_last_user_message_gets_the_new_text(messages, expected):
+def test_replace_user_text_changes_the_last_user_message(messages, expected):
     before = repr(messages)
     assert replace_user_text(messages, "new") == expected
     assert repr(messages) == before
@@ -53,5 +53,5 @@ def test_last_user_message_gets_the_new_text(messages, expected):
         ["not a message"],
     ],
 )
-def test_without_text_in_the_last_user_message_is_none(messages):
+def test_replace_user_text_without_a_text_returns_none(messages):
     assert replace_user_text(messages, "new") is None

@@ -11,13 +11,13 @@ from functools import partial
 import numpy as np
 import pytest
 from chat_cases import CONTENTS_IN_PARTS, CONVERSATIONS, MESSAGES, marked
+from pysteer.extract.examples import rows_of
 from states import LAYER, POOLINGS, captured_states, read_states, reading_pack, rows_by_pooling
 from templates import TEMPLATES, message_tokens
 
 from pysteer import Engine, SteeredLlama
 from pysteer.chat.spans import pooled_span
 from pysteer.extract.capture import Row
-from pysteer.extract.examples import rows_of
 from pysteer.extract.llama_capture import LlamaCapture
 from pysteer.prompts import Prompt
 
@@ -92,26 +92,26 @@ def assert_last_message_is_read(both, source, messages):
 
 
 @pytest.mark.parametrize("message", MESSAGES.values(), ids=MESSAGES)
-def test_message_alone_served_state_is_the_fitted_one(message, template, both):
+def test_served_state_of_a_message_equals_fitted_state(message, template, both):
     assert_served_is_fitted(both, TEMPLATES[template].source, message)
 
 
 @pytest.mark.parametrize("messages", CONVERSATIONS.values(), ids=CONVERSATIONS)
-def test_conversation_router_reads_the_last_user_message(messages, template, both):
+def test_router_in_a_conversation_reads_the_last_user_message(messages, template, both):
     if not TEMPLATES[template].system:
         messages = [message for message in messages if message["role"] != "system"]
     assert_last_message_is_read(both, TEMPLATES[template].source, messages)
 
 
 @pytest.mark.parametrize("messages", CONTENTS_IN_PARTS.values(), ids=CONTENTS_IN_PARTS)
-def test_content_in_parts_router_reads_all_of_its_text(messages, chat_model, vocabulary):
+def test_router_of_content_in_parts_reads_all_of_its_text(messages, chat_model, vocabulary):
     with ExitStack() as stack:
         both = Both(stack, chat_model("vision", vocabulary))
         assert_last_message_is_read(both, TEMPLATES["vision"].source, messages)
 
 
 @pytest.mark.parametrize("message", ["white space at both ends", "end of a turn", "long"])
-def test_default_model_served_state_is_the_fitted_one(message, default_model):
+def test_served_state_on_the_default_model_equals_fitted_state(message, default_model):
     """Quantised, with a KV cache of 16-bit floats."""
     with ExitStack() as stack:
         both = Both(stack, default_model)
@@ -120,7 +120,7 @@ def test_default_model_served_state_is_the_fitted_one(message, default_model):
         assert_last_message_is_read(both, source, CONVERSATIONS["system message says it"])
 
 
-def test_messages_captured_together_states_differ_in_the_last_bits_at_most(chat_model):
+def test_states_captured_together_differ_in_the_last_bits_at_most(chat_model):
     with ExitStack() as stack:
         both = Both(stack, chat_model("gemma"), type_k=0, type_v=0)
         prompts = [Prompt(message) for message in MESSAGES.values()]

@@ -7,12 +7,12 @@ import pytest
 from chat_cases import marked
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
+from pysteer.extract.examples import rows_of
 from templates import TEMPLATES, message_tokens
 
 from pysteer.chat.conversation import Conversation
 from pysteer.chat.messages import user_message
 from pysteer.chat.spans import message_span, pooled_span, template_ends
-from pysteer.extract.examples import rows_of
 from pysteer.extract.llama_capture import LlamaCapture
 from pysteer.prompts import Prompt
 
@@ -47,8 +47,7 @@ def span_in(template, text):
     tail=st.text(st.sampled_from("<>nd\n"), max_size=12),
     text=st.text(st.sampled_from("<>usend the?!\n"), min_size=1, max_size=12),
 )
-def test_any_template_span_holds_the_message_and_little_else(head, tail, text):
-    """Little else: where characters of both are one token, what is joined differently for that."""
+def test_span_under_any_template_holds_the_message_and_what_is_joined_to_it(head, tail, text):
     start, stop = span_in(lambda message: f"<user>{head}|{message}|{tail}<end>", text)
     before, after = tokens_of(f"<user>{head}|"), tokens_of(f"|{tail}<end>")
     whole = tokens_of(f"<user>{head}|{text}|{tail}<end>")
@@ -75,17 +74,17 @@ def test_any_template_span_holds_the_message_and_little_else(head, tail, text):
         (lambda m: m, "abc", (0, 3)),
     ],
 )
-def test_message_span(template, text, expected):
+def test_message_span_lies_between_the_template_s_ends(template, text, expected):
     assert span_in(template, text) == expected
 
 
 @pytest.mark.parametrize("messages", [[], [user_message("")], [{"role": "tool", "content": "a"}]])
-def test_without_a_user_message_ends_are_none_and_the_span_is_the_whole_prompt(messages):
+def test_span_without_a_user_message_is_the_whole_prompt(messages):
     assert template_ends(renderer(str), messages) is None
     assert message_span((1, 2, 3), None) == (0, 3)
 
 
-def test_unknown_words_of_one_token_do_not_pass_for_the_template():
+def test_span_of_unknown_words_includes_them():
     known = {"<user>": 1, "<end>": 2, "sea": 3}
 
     def render(messages):
@@ -95,7 +94,7 @@ def test_unknown_words_of_one_token_do_not_pass_for_the_template():
     assert message_span(render(messages), template_ends(render, messages)) == (1, 4)
 
 
-def test_template_with_another_date_still_ends_where_it_did():
+def test_span_under_a_template_with_another_date_stays():
     dates = iter("1234")
     filler = "abcdefghij"
     render = renderer(lambda message: f"{next(dates)}{filler}{message}<end>")
@@ -115,7 +114,7 @@ def test_template_with_another_date_still_ends_where_it_did():
         ("suffix", (0, 8), (7, 8)),  # nothing follows it
     ],
 )
-def test_pooled_span(pooling, message, expected):
+def test_pooled_span_follows_the_pooling(pooling, message, expected):
     assert pooled_span(pooling, message, 8) == expected
 
 
@@ -151,9 +150,7 @@ def captures(chat_model):
     earlier=st.none() | messages_of_fragments,
 )
 @example(name="smollm2", vocabulary="byte-level", message="user", earlier="user")
-def test_any_message_fitting_and_serving_find_it_where_its_text_is(
-    name, vocabulary, message, earlier, captures
-):
+def test_span_of_any_message_is_where_its_text_is(name, vocabulary, message, earlier, captures):
     assume(message.strip())
     capture, source = captures[name, vocabulary], TEMPLATES[name].source
     messages = [user_message(message)]

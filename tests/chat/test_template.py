@@ -17,9 +17,7 @@ MESSAGES = [user_message(" the stone\n")]
 
 
 @pytest.mark.parametrize("name", ["chatml", "llama-3", "mistral"])
-def test_template_that_llama_cpp_python_recognises_renders_in_extraction_and_in_chats(
-    name, chat_model
-):
+def test_recognised_template_renders_extraction_and_chats(name, chat_model):
     path = chat_model(name)
     with closing(SteeredLlama(path, **ARGUMENTS)) as llm:
         expected = tokens_of(llm, rendered(llm, TEMPLATES[name].source, MESSAGES))
@@ -32,7 +30,7 @@ def test_template_that_llama_cpp_python_recognises_renders_in_extraction_and_in_
         assert capture.prompt_tokens(MESSAGES[0]["content"]) == expected
 
 
-def test_chosen_chat_format_goes_before_the_template(chat_model):
+def test_chosen_chat_format_replaces_the_template(chat_model):
     with closing(HookedLlama(chat_model("gemma"), chat_format="chatml", **ARGUMENTS)) as llm:
         assert llm.chat_format == "chatml"
         assert b"<|im_start|>" in llm.detokenize(
@@ -40,7 +38,7 @@ def test_chosen_chat_format_goes_before_the_template(chat_model):
         )
 
 
-def test_model_without_a_template_takes_prompts_bare_and_chats_as_llama_cpp_python_does(tmp_path):
+def test_model_without_a_template_extracts_bare_prompts_and_chats_by_the_fallback(tmp_path):
     path = write_tiny("llama", tmp_path / "bare.gguf", n_layer=2, n_embd=32, chat_template="")
     with closing(HookedLlama(path, **ARGUMENTS)) as llm:
         assert llm.chat_format == "llama-2"

@@ -34,7 +34,10 @@ CONVERSATIONS = {
     "several turns": [*_TURNS, {"role": "user", "content": "in the water\n"}],
     "said before": [*_TURNS, {"role": "user", "content": "the stone"}],
     "answered": [*_TURNS, {"role": "user", "content": "the stone"}, _TURNS[1]],
-    "system message": [{"role": "system", "content": "the sea"}, {"role": "user", "content": "the"}],
+    "system message": [
+        {"role": "system", "content": "the sea"},
+        {"role": "user", "content": "the"},
+    ],
     "system message says it": [
         {"role": "system", "content": "say a\n"},
         *_TURNS,

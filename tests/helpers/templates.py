@@ -43,7 +43,8 @@ TEMPLATES = {
         "{% set turns = messages[1:] %}"
         "{% else %}{% set system = '' %}{% set turns = messages %}{% endif %}"
         "{% for m in turns %}{% if m.role == 'user' %}"
-        "{{ bos_token + '[INST] ' + (system if loop.first else '') + m.content | trim + ' [/INST]' }}"
+        "{{ bos_token + '[INST] ' + (system if loop.first else '') + m.content | trim }}"
+        "{{ ' [/INST]' }}"
         "{% else %}{{ ' ' + m.content | trim + ' ' + eos_token }}{% endif %}{% endfor %}"
     ),
     "gemma": Template(
@@ -61,7 +62,8 @@ TEMPLATES = {
         ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"],
     ),
     "zephyr": Template(
-        "{% for m in messages %}\n{% if m.role == 'user' %}\n{{ '<|user|>\n' + m.content + eos_token }}"
+        "{% for m in messages %}\n{% if m.role == 'user' %}"
+        "\n{{ '<|user|>\n' + m.content + eos_token }}"
         "\n{% elif m.role == 'system' %}\n{{ '<|system|>\n' + m.content + eos_token }}"
         "\n{% else %}\n{{ '<|assistant|>\n' + m.content + eos_token }}\n{% endif %}"
         "\n{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}"
@@ -91,7 +93,11 @@ TEMPLATES = {
         "{{ bos_token }}{% for m in messages if m.role == 'system' %}{{ m.content }}{% endfor %}"
         "{% for m in messages %}{% if m.role == 'user' %}{{ '" + DEEPSEEK_USER + "' + m.content }}"
         "{% elif m.role == 'assistant' %}{{ '" + DEEPSEEK_ASSISTANT + "' + m.content + eos_token }}"
-        "{% endif %}{% endfor %}" + _GENERATE + "{{ '" + DEEPSEEK_ASSISTANT + "<think>\n' }}{% endif %}",
+        "{% endif %}{% endfor %}"
+        + _GENERATE
+        + "{{ '"
+        + DEEPSEEK_ASSISTANT
+        + "<think>\n' }}{% endif %}",
         [DEEPSEEK_USER, DEEPSEEK_ASSISTANT],
     ),
     "smollm2": Template(
@@ -180,7 +186,7 @@ def tokens_of(llm, text):
 
 
 def _n_outside(llm, tokens, neutral, text):
-    """How many of the first tokens are in `text`, and are those of `neutral`, which begins alike."""
+    """How many of the first tokens are in `text`, and are those of `neutral`."""
     n, length = 0, len(text.encode())
     for token, expected, piece in zip(tokens, neutral, pieces_of(llm, tokens), strict=False):
         length -= len(piece)
