@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 import pytest
 from chat_cases import CONTENTS_IN_PARTS, CONVERSATIONS, MESSAGES, marked
-from pysteer.extract.examples import rows_of
+from pysteer.extract.inputs import tokenizer
 from states import LAYER, POOLINGS, captured_states, read_states, reading_pack, rows_by_pooling
 from templates import TEMPLATES, message_tokens
 
@@ -123,8 +123,8 @@ def test_served_state_on_the_default_model_equals_fitted_state(message, default_
 def test_states_captured_together_differ_in_the_last_bits_at_most(chat_model):
     with ExitStack() as stack:
         both = Both(stack, chat_model("gemma"), type_k=0, type_v=0)
-        prompts = [Prompt(message) for message in MESSAGES.values()]
-        rows = rows_of(both.capture, prompts, "user")
+        tokenize = tokenizer(both.capture)
+        rows = [tokenize(Prompt(message)).row("user") for message in MESSAGES.values()]
         found = dict(both.capture.activations(rows, site="residual", layers=[LAYER]))
         for index, message in enumerate(MESSAGES.values()):
             for served in both.served([{"role": "user", "content": message}]):

@@ -7,7 +7,7 @@ import pytest
 from chat_cases import marked
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
-from pysteer.extract.examples import rows_of
+from pysteer.extract.inputs import tokenizer
 from templates import TEMPLATES, message_tokens
 
 from pysteer.chat.conversation import Conversation
@@ -155,7 +155,7 @@ def test_span_of_any_message_is_where_its_text_is(name, vocabulary, message, ear
     capture, source = captures[name, vocabulary], TEMPLATES[name].source
     messages = [user_message(message)]
     expected = message_tokens(capture.llm, source, messages, partial(marked, messages))
-    (row,) = rows_of(capture, [Prompt(message)], "user")
+    row = tokenizer(capture)(Prompt(message)).row("user")
     assert (row.tokens, (row.start, row.stop)) == expected
     assert Conversation(capture.llm, {"messages": messages}).message_span(row.tokens) == expected[1]
     if earlier is not None:

@@ -68,11 +68,13 @@ CONTENTS_IN_PARTS = {
 
 
 def marked(messages, text):
-    """The messages, with another text in the last user message."""
+    """The messages, with another text in the last user message, if that has any."""
     index = max(i for i, message in enumerate(messages) if message["role"] == "user")
     content = messages[index]["content"]
     if isinstance(content, list):
-        places = [i for i, part in enumerate(content) if "text" in part] or [0]
+        places = [i for i, part in enumerate(content) if "text" in part]
+        if not places:
+            return messages
         new = {"type": "text", "text": text}
         content = [*content[: places[0]], new, *content[places[-1] + 1 :]]
     else:

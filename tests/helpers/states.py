@@ -1,7 +1,7 @@
 """Hidden states as a router is fitted on them, and as it sees them while a model serves."""
 
 import numpy as np
-from pysteer.extract.examples import rows_of
+from pysteer.extract.inputs import tokenizer
 
 from pysteer import SteeringPack, SteeringVector
 from pysteer.pack.policy import Policy
@@ -61,7 +61,8 @@ def read_states(result):
 
 def rows_by_pooling(capture, text):
     """Pooling to the row that a router is fitted on."""
-    return {pooling: rows_of(capture, [Prompt(text)], pooling)[0] for pooling in POOLINGS}
+    prompt = tokenizer(capture)(Prompt(text))
+    return {pooling: prompt.row(pooling) for pooling in POOLINGS}
 
 
 def captured_states(capture, rows):

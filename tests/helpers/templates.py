@@ -169,10 +169,10 @@ def message_tokens(llm, source, messages, marked):
     """
     text = rendered(llm, source, messages)
     tokens = tokens_of(llm, text)
-    head, tail = rendered(llm, source, marked("\ue000")).split("\ue000")
+    head, _, tail = rendered(llm, source, marked("\ue000")).partition("\ue000")
     assert text.startswith(head)
     assert text.endswith(tail)
-    if len(text) == len(head) + len(tail):
+    if len(text) == len(head) + len(tail):  # the message is empty, or has no text at all
         return tokens, (0, len(tokens))
     neutral = tokens_of(llm, f"{head}0{tail}")
     start = _n_outside(llm, tokens, neutral, head)
