@@ -1,1 +1,1 @@
-"""Chat messages, and which tokens of a prompt are whose."""
+"""Chat messages, their rendering, and the rule for the tokens of the user's message."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from functools import lru_cache
 from typing import Any
 
 from llama_cpp import Llama
@@ -15,6 +14,7 @@ from pysteer.chat.messages import Message
 from pysteer.chat.spans import Span, message_span, template_ends
 
 _log = logging.getLogger(__name__)
+_warned: set[tuple[str | None, type[Exception]]] = set()  # chat format and error
 
 
 class Conversation:
@@ -38,7 +38,7 @@ class Conversation:
         self._arguments = arguments
         self._hold = hold
         self._found: Span | None = None
-        self._head: list[int] = []  # the first prompt's tokens up to the end of the message
+        self._first: list[int] = []  # the first prompt
 
     def message_span(self, prompt: Sequence[int]) -> Span:
         """Return where the last user message is in a prompt; see `pysteer.chat.spans`.
@@ -49,26 +49,28 @@ class Conversation:
         Args:
             prompt: tokens of a prompt that the handler has rendered for this request.
         """
-        if self._found is None or list(prompt[: len(self._head)]) != self._head:
-            self._found = self._find(prompt)
-            self._head = list(prompt[: self._found[1]])
-        return self._found
+        prompt = list(prompt)
+        if self._found is None or prompt[: self._found[1]] != self._first[: self._found[1]]:
+            self._found, self._first = self._find(prompt), prompt
+        return (0, len(prompt)) if self._found == (0, len(self._first)) else self._found
 
     def _find(self, prompt: Sequence[int]) -> Span:
         try:
             return message_span(prompt, template_ends(self._render, self._arguments["messages"]))
         except Exception as error:  # of any kind: handlers are foreign code
-            _warn_once(
-                f"the chat handler of format {self._llm.chat_format!r} renders no other user "
-                f"message ({type(error).__name__}: {error}), so the router reads the whole prompt"
-            )
+            self._warn(error)
             return 0, len(prompt)
+
+    def _warn(self, error: Exception) -> None:
+        chat_format = self._llm.chat_format
+        if (chat_format, type(error)) not in _warned:
+            _warned.add((chat_format, type(error)))
+            _log.warning(
+                "the chat handler of format %r renders no other user message (%s: %s), so the "
+                "router reads the whole prompt",
+                *(chat_format, type(error).__name__, error),
+            )
 
     def _render(self, messages: Sequence[Message]) -> list[int]:
         arguments = {**self._arguments, "messages": list(messages)}
         return rendered_prompt(self._llm, arguments, hold=self._hold)
-
-
-@lru_cache(maxsize=256)
-def _warn_once(text: str) -> None:
-    _log.warning(text)

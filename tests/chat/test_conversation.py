@@ -9,7 +9,7 @@ from states import captured_states, read_states, reading_pack, rows_by_pooling
 from templates import TEMPLATES
 
 from pysteer import Engine, HookedLlama, SteeredLlama
-from pysteer.chat.conversation import Conversation, _warn_once
+from pysteer.chat.conversation import Conversation, _warned
 from pysteer.chat.handler import rendered_prompt
 from pysteer.chat.messages import user_message
 from pysteer.extract.llama_capture import LlamaCapture
@@ -22,7 +22,7 @@ PACK = reading_pack(32)
 
 @pytest.fixture(autouse=True)
 def _forget_warnings():
-    _warn_once.cache_clear()
+    _warned.clear()
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +117,9 @@ def test_message_span_in_a_later_prompt_of_the_request_stays(path):
         start, stop = conversation.message_span(prompt)
         assert llm.detokenize(prompt[start:stop]) == b"the stone in the water"
         assert conversation.message_span([*prompt, 70, 71, 72]) == (start, stop)
+        without = Conversation(llm, {"messages": []})
+        assert without.message_span(prompt) == (0, len(prompt))
+        assert without.message_span([*prompt, 70]) == (0, len(prompt) + 1)
         other = rendered_prompt(llm, {"messages": [user_message("it")]})
         assert conversation.message_span(other) == (start, len(other) - len(prompt) + stop)
 

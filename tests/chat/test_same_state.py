@@ -11,13 +11,13 @@ from functools import partial
 import numpy as np
 import pytest
 from chat_cases import CONTENTS_IN_PARTS, CONVERSATIONS, MESSAGES, marked
-from pysteer.extract.inputs import tokenizer
 from states import LAYER, POOLINGS, captured_states, read_states, reading_pack, rows_by_pooling
 from templates import TEMPLATES, message_tokens
 
 from pysteer import Engine, SteeredLlama
 from pysteer.chat.spans import pooled_span
 from pysteer.extract.capture import Row
+from pysteer.extract.inputs import tokenizer
 from pysteer.extract.llama_capture import LlamaCapture
 from pysteer.prompts import Prompt
 

@@ -7,12 +7,12 @@ import pytest
 from chat_cases import marked
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
-from pysteer.extract.inputs import tokenizer
 from templates import TEMPLATES, message_tokens
 
 from pysteer.chat.conversation import Conversation
 from pysteer.chat.messages import user_message
 from pysteer.chat.spans import message_span, pooled_span, template_ends
+from pysteer.extract.inputs import tokenizer
 from pysteer.extract.llama_capture import LlamaCapture
 from pysteer.prompts import Prompt
 

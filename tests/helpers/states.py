@@ -1,9 +1,9 @@
 """Hidden states as a router is fitted on them, and as it sees them while a model serves."""
 
 import numpy as np
-from pysteer.extract.inputs import tokenizer
 
 from pysteer import SteeringPack, SteeringVector
+from pysteer.extract.inputs import tokenizer
 from pysteer.pack.policy import Policy
 from pysteer.pack.router import Gate, Read, Router
 from pysteer.prompts import Prompt
