@@ -1,12 +1,12 @@
-# Every target sets up .venv by itself and needs Python, a C++ compiler and make.
+# Every target sets up .venv by itself. Needed: Python, a C++ compiler and make.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-# What an installed .venv depends on: Python files are used where they lie.
+# Prerequisites of an installed .venv. Python files are missing here because they are used in place.
 SOURCES := Makefile pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/*)
-# llama.cpp's kernels for AMX, which some servers have, crash as GCC compiles them (ggml-org/llama.cpp
-# 20824 and 26954): on such a machine it is compiled without them.
+# GCC's build of llama.cpp's AMX kernels crashes (ggml-org/llama.cpp 20824 and 26954): on processors with
+# AMX (some servers), llama.cpp is compiled without them.
 NO_AMX := $(shell flags="-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"; grep -qs amx_int8 /proc/cpuinfo \
   && $${CXX:-c++} $$flags -E -x c /dev/null > /dev/null 2>&1 && echo $$flags)
 ifneq ($(NO_AMX),)
@@ -23,7 +23,7 @@ help: ## List the targets.
 demo: $(VENV)/.demo ## Answer prompts without and with steering, on the default model.
 	$(BIN)/pysteer demo
 
-# Two at a time: threads that wait for each other in one must not keep the other from its processor.
+# Two processes. Waiting threads sleep, so that neither process takes the other's processor by spinning.
 test: $(VENV)/.dev ## Run the tests.
 	OMP_WAIT_POLICY=passive $(BIN)/pytest -n 2 --dist loadfile -m "not slow"
 
@@ -32,10 +32,10 @@ test-slow: $(VENV)/.dev ## Run the tests that take minutes.
 
 test-all: test test-slow ## Run all tests.
 
-# $(call sanitized,NAME,LIBRARY,COMMAND,TESTS): tests with the native part under a sanitizer. In a second
-# environment, which sees the packages of the first but has pysteer itself from a wheel; with libstdc++
-# beside the sanitizer, or that does not find the real function that throws; and in a folder of its own,
-# so that Python does not take the sources for the package.
+# $(call sanitized,NAME,LIBRARY,COMMAND,TESTS): run tests with the native part under a sanitizer, in
+# - a second environment, which sees the packages of the first and installs pysteer from a wheel;
+# - a folder of its own, so that Python does not import pysteer from the sources.
+# libstdc++ is preloaded beside the sanitizer, which otherwise does not find the real function that throws.
 define sanitized
 rm -rf build/$(2)
 $(BIN)/python -m venv build/$(2)
@@ -51,17 +51,17 @@ endef
 asan: $(VENV)/.dev ## Run the tests with the native part under AddressSanitizer.
 	$(call sanitized,address,asan,env ASAN_OPTIONS=detect_leaks=0,-m "not slow and not torch" ../../tests)
 
-# Python and llama.cpp are not compiled for it: their own accesses are left out, their locks are not. It
-# cannot see how OpenMP's threads wait for each other, hence one. Some kernels lay out memory at random
-# in ways that it does not know; setarch -R has them not do so, where that is allowed. Its reports go to
-# files, because pytest keeps to itself what a test writes that passes.
+# Python and llama.cpp are not compiled for ThreadSanitizer: it ignores their accesses and sees their locks.
+# It cannot see OpenMP's threads wait for each other, hence one thread. Some kernels randomise the layout of
+# memory in ways that ThreadSanitizer does not know; setarch -R turns that off, where allowed. Reports go to
+# files, because pytest hides the output of tests that pass.
 tsan: $(VENV)/.dev ## Run the tests that use threads with the native part under ThreadSanitizer.
 	$(call sanitized,thread,tsan,$$(setarch -R true 2> /dev/null && echo setarch -R) \
 	  env OMP_THREAD_LIMIT=1 TSAN_OPTIONS="ignore_noninstrumented_modules=1 log_path=report",-m "not slow" \
 	  $(addprefix ../../tests/,engine native/test_abi.py native/test_callback.py runtime/test_lifecycle.py) \
 	  || { cat report.* 2> /dev/null; exit 1; })
 
-lint: $(VENV)/.dev ## Check style, types, formatting, and that the native part compiles without warnings.
+lint: $(VENV)/.dev ## Check style, types and formatting; compile the native part with warnings as errors.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -69,7 +69,7 @@ lint: $(VENV)/.dev ## Check style, types, formatting, and that the native part c
 	$(PIP) wheel --quiet --no-deps -w build/strict -C build-dir=build/strict-objects \
 	  -C cmake.define.PYSTEER_WERROR=ON .
 
-bench: $(VENV)/.dev $(BENCH_MODEL) ## Measure what steering costs.
+bench: $(VENV)/.dev $(BENCH_MODEL) ## Measure the cost of steering.
 	$(BIN)/python tools/bench_hook.py $(BENCH_MODEL)
 	$(BIN)/python tools/bench_runtime.py
 	$(BIN)/python tools/bench_runtime.py $(BENCH_MODEL) --rounds 4 --decode 6 --prompt 128
@@ -78,7 +78,7 @@ $(BENCH_MODEL): tools/tiny_models.py | $(VENV)/.dev
 	mkdir -p $(@D)
 	$(BIN)/python tools/tiny_models.py bench $@ --shape 1.1b --ftype Q4_K_M
 
-pack: $(VENV)/.dev ## Rebuild the pack that ships with the package; half an hour.
+pack: $(VENV)/.dev ## Rebuild the pack that ships with pysteer; half an hour.
 	$(BIN)/pysteer calibrate --unsafe tools/default_pack/unsafe.jsonl --safe tools/default_pack/harmless.jsonl \
 	  --benign tools/default_pack/everyday.jsonl --category-steps 10 --max-benign-change 0.01 --max-look-alike 0.15 \
 	  --trials 4 --minutes 60 --cache build/pack -o pysteer/data/default.gguf
@@ -99,5 +99,5 @@ $(VENV)/.dev: $(SOURCES) | $(VENV)/bin/python
 	$(PIP) install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@ $(VENV)/.demo
 
-clean: ## Remove what was built; keep .venv.
+clean: ## Remove build/ and dist/; keep .venv.
 	rm -rf build dist
