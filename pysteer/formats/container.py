@@ -159,7 +159,8 @@ def read(path: Path, *, architectures: tuple[str, ...]) -> Container:
     Raises:
         FormatError: the file cannot be read, breaks a rule above, or is of another architecture.
     """
-    with naming(path), _opened(path) as cursor:
+    with naming(path), opened(path) as data:
+        cursor = _Cursor(data)
         n_tensors, metadata = _head(cursor, architectures)
         _check_architecture(metadata, architectures)
         return Container(metadata, _tensors(cursor, n_tensors, metadata))
@@ -171,19 +172,24 @@ def read_metadata(path: Path) -> dict[str, Value]:
     Raises:
         FormatError: the file cannot be read, or breaks a rule above.
     """
-    with naming(path), _opened(path) as cursor:
-        return _head(cursor, None)[1]
+    with naming(path), opened(path) as data:
+        return _head(_Cursor(data), None)[1]
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[_Cursor]:
+def opened(path: Path) -> Iterator[mmap.mmap]:
+    """Map a file into memory.
+
+    Raises:
+        FormatError: the path is not a regular file, or the file is empty.
+    """
     if not stat.S_ISREG(path.stat().st_mode):  # a pipe would wait, a device never end
         raise FormatError("not a file")
     with path.open("rb") as file:
         if file.seek(0, 2) == 0:
             raise FormatError("the file is empty")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            yield _Cursor(data)
+            yield data
 
 
 def _head(cursor: _Cursor, architectures: tuple[str, ...] | None) -> tuple[int, dict[str, Value]]:

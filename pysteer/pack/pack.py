@@ -16,7 +16,7 @@ from pysteer.errors import (
     naming,
     quoted,
 )
-from pysteer.formats import gguf
+from pysteer.formats import gguf, registry
 from pysteer.pack.operators import Operator
 from pysteer.pack.router import Router
 from pysteer.pack.vector import MAX_LAYER, SteeringVector, finite
@@ -256,7 +256,7 @@ class SteeringPack:
             FormatError: the file is damaged, or neither of the two.
         """
         path = Path(path)
-        content = gguf.read_pack(path)
+        content = registry.read_pack(path)
         with naming(path):
             model, router = content.base_model, content.router
             policy = None
