@@ -40,9 +40,9 @@ class LlamaCapture:
 
     Args:
         model_path: a GGUF model.
-        n_ctx: how many tokens a sequence may have.
+        n_ctx: most tokens of a sequence.
         token_budget: tokens per batch; not more than `n_ctx`.
-        **llama_arguments: everything else that `llama_cpp.Llama` takes.
+        **llama_arguments: other arguments of `llama_cpp.Llama`.
 
     Raises:
         HookError: the llama.cpp or the model cannot be hooked.

@@ -1,4 +1,4 @@
-"""What an extraction reads from the model, cached: activations, their means, and answers."""
+"""Cached reads from a model: activations, their means, and answers."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ MAX_SEED = 2**32 - 1
 
 @dataclass(frozen=True)
 class ExtractSettings:
-    """How directions and the router are found.
+    """Settings of an extraction: directions, their scale, and the router.
 
     Attributes:
         method: a name in `pysteer.extract.methods.METHODS`.

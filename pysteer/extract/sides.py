@@ -17,7 +17,7 @@ from pysteer.prompts import Prompt, grouped
 _log = logging.getLogger(__name__)
 
 MIN_TO_HOLD_OUT = 5
-"""Groups with fewer prompts hold none out."""
+"""Fewest prompts of a group from which some are held out."""
 
 MAX_HELD_OUT = 200
 """Most prompts held out of a group. More would hardly sharpen the figures, and the activations of

@@ -40,7 +40,7 @@ _NORM = re.compile(r"norm|(^|_)ln(_|$)", re.IGNORECASE)
 
 
 class TorchModel:
-    """A causal language model, its tokenizer, and where its sites are.
+    """A causal language model, its tokenizer and its sites.
 
     No architecture is listed by name: the blocks are the module list with as many modules as the
     configuration has layers, and a block's attention and feed-forward parts are its children with

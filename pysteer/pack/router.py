@@ -1,6 +1,6 @@
 """`Router`: decides from the hidden state of a prompt which categories act.
 
-Data and pure functions of it, in numpy; `pysteer.extract.router` fits a router.
+Data and pure functions of it, in numpy; `pysteer.extract.routers` fits a router.
 """
 
 from __future__ import annotations

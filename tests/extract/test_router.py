@@ -376,7 +376,7 @@ DIFFERENT = np.random.default_rng(0).normal(size=(20, 2, 3))
         (np.ones((20, 3)), {}, "shape"),
         (np.ones((20, 2, 3)), {"reads": [Read(1, "user")]}, "1 reads"),
         (DIFFERENT, {"reads": [Read(1, "user")] * 2}, "twice"),
-        (DIFFERENT, {"gates": ("svm",)}, "unknown gates 'svm'"),
+        (DIFFERENT, {"gates": ("svm",)}, "unknown item of gates 'svm'"),
         (DIFFERENT, {"gates": ("probe", "cast")}, "one of margin, multinomial"),
         (DIFFERENT, {"gates": ()}, "one of margin, multinomial"),
         (DIFFERENT, {"groups": ["a"] * 19}, "19 groups"),

@@ -1,4 +1,4 @@
-"""Routers from prompts: which prompts a router is fitted to, and their activations."""
+"""Routers from prompts: the choice of prompts, and their activations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a router looks in a model, unless told otherwise."""
+"""The default reads of a router: layers and tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings of a router's fit, and the numbers of prompts it takes."""
+"""Settings of a router's fit, and its limits on prompts."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ MIN_PROMPTS = 5
 """Fewest prompts of a class that can be split: four to learn from, one to test with."""
 
 MAX_PROMPTS = 5000
-"""Of more prompts a sample is used: more hardly help, and the time grows with their cube."""
+"""Most prompts of a fit; of more a sample is used. More hardly help, and the time is cubic."""
 
 
 @dataclass(frozen=True)
 class RouterSettings:
-    """How a router is fitted.
+    """Settings of a router's fit.
 
     Attributes:
         gates: kinds of gate, of `pysteer.pack.router.GATES`, one of `CLASSIFIERS` among them.
