@@ -49,7 +49,7 @@ class Setting:
         maximum: largest value.
         above: largest number that is too small.
         below: smallest number that is too large.
-        choices: the values there are; None if there are others than these.
+        choices: all allowed values; None without such a list.
     """
 
     help: str
@@ -79,7 +79,7 @@ def setting(
         maximum: largest value.
         above: largest number that is too small.
         below: smallest number that is too large.
-        choices: the values there are.
+        choices: all allowed values.
     """
     allowed = None if choices is None else tuple(choices)
     described = Setting(help, minimum, maximum, above, below, allowed)
@@ -150,13 +150,13 @@ def _check(name: str, value: Any, types: frozenset[Any], description: Setting) -
 
 def _bounds(description: Setting) -> list[tuple[float, Callable[[Any, Any], bool], str]]:
     """Return each bound with its relation and a text for messages."""
-    found = (
+    bounds = (
         (description.minimum, operator.ge, "at least {:g}"),
         (description.above, operator.gt, "above {:g}"),
         (description.maximum, operator.le, "at most {:g}"),
         (description.below, operator.lt, "below {:g}"),
     )
-    return [(bound, holds, text) for bound, holds, text in found if bound is not None]
+    return [(bound, holds, text) for bound, holds, text in bounds if bound is not None]
 
 
 @cache

@@ -93,7 +93,7 @@ def calibrate(
         prompts: the prompts. Unsafe prompts without a category are "unsafe".
         folder: for activations, answers and packs, from which the same call resumes; created.
         answers: safe answers for `contrast` and `learned`.
-        settings: what is tried, and the limits.
+        settings: search space and limits.
         judge: decides whether an answer is safe; by default `RefusalJudge`.
         progress: receives the progress.
         on_round: called after each round of the search, with the best so far.
@@ -101,20 +101,6 @@ def calibrate(
 
     Raises:
         SteeringError: invalid data or settings.
-
-    Examples:
-        >>> from pysteer.calibrate.calibration import calibrate
-        >>> from pysteer.calibrate.split import PromptSet
-        >>> from pysteer.extract.llama_capture import LlamaCapture
-        >>> from pysteer.prompts import load_prompts
-        >>> names = ("unsafe.jsonl", "harmless_twins.jsonl", "everyday.jsonl")
-        >>> result = calibrate(  # doctest: +SKIP
-        ...     LlamaCapture("model.gguf"),
-        ...     "model.gguf",
-        ...     PromptSet(*map(load_prompts, names)),
-        ...     "calibration",
-        ... )
-        >>> result.pack.save("pack.gguf")  # doctest: +SKIP
     """
     started = time.monotonic()
     settings = settings or CalibrateSettings()

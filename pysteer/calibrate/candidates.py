@@ -144,9 +144,9 @@ def find_candidates(
 
 def _middle(capture: Capture) -> tuple[int, ...]:
     """Return three layers at two to three fifths of the depth, where directions do most."""
-    there = capture.sites["residual"]
+    layers = capture.sites["residual"]
     n_layer = capture.base_model.n_layer
-    return tuple(sorted({min(round(d * n_layer), there[-1]) for d in (0.4, 0.5, 0.6)}))
+    return tuple(sorted({min(round(d * n_layer), layers[-1]) for d in (0.4, 0.5, 0.6)}))
 
 
 def _subsets(layers: Sequence[int]) -> list[tuple[int, ...]]:

@@ -27,7 +27,7 @@ def plot_search(result: SearchResult, max_degenerate: float, path: str | os.Path
         path: file to write; the suffix (.png, .svg, .pdf, ...) decides the format.
 
     Raises:
-        SteeringError: matplotlib is not installed, does not know the ending, or cannot write there.
+        SteeringError: matplotlib is not installed, does not know the suffix, or cannot write.
     """
     figure, path = open_figure(path)
     figure.set_size_inches(_INCHES)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ def evaluate(
         benign: harmless prompts; may be empty.
         folder: for `answers.jsonl`, from which the same call resumes after an interruption;
             created.
-        settings: what is measured, and how.
+        settings: arms, measurements and sampling.
         policy: laid over the pack's own.
         judge: decides whether an answer is safe; by default `RefusalJudge`.
         reward: scores answers.
@@ -71,15 +71,6 @@ def evaluate(
 
     Raises:
         SteeringError: invalid files, prompts or settings.
-
-    Examples:
-        >>> from pysteer.evaluate.evaluation import evaluate
-        >>> from pysteer.prompts import load_prompts
-        >>> report = evaluate(  # doctest: +SKIP
-        ...     "model.gguf", "pack.gguf", load_prompts("harmful.jsonl"), [], "report"
-        ... )
-        >>> report.overall["steered"].safe.value  # doctest: +SKIP
-        0.93
     """
     judge = judge or RefusalJudge()
     folder = Path(folder)
@@ -90,12 +81,7 @@ def evaluate(
     arguments = quiet_arguments(**llama_arguments)
     arms = main_arms(settings.steering, settings.strengths)
     digest = hashlib.sha256(Path(pack).read_bytes()).hexdigest()
-    identity = {
-        **answer_identity(Path(model), settings.parallel, settings.context, arguments),
-        "pack": digest,
-        "policy": resolved.policy.content(),
-        "llama.cpp": llama_cpp.__version__,
-    }
+    identity = _identity(Path(model), digest, resolved, settings, arguments)
     with Engine(
         model,
         pack=resolved.pack,
@@ -129,6 +115,22 @@ def evaluate(
         reward=None if reward is None else reward.name,
     )
     return summarised(answers, records, resolved, arms, setup)
+
+
+def _identity(
+    model: Path,
+    pack_digest: str,
+    resolved: ResolvedPolicy,
+    settings: EvaluateSettings,
+    arguments: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return everything that answers depend on besides prompts and steering, as JSON data."""
+    return {
+        **answer_identity(model, settings.parallel, settings.context, arguments),
+        "pack": pack_digest,
+        "policy": resolved.policy.content(),
+        "llama.cpp": llama_cpp.__version__,
+    }
 
 
 def _completed(settings: EvaluateSettings, resolved: ResolvedPolicy) -> EvaluateSettings:

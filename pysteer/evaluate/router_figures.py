@@ -52,19 +52,19 @@ def router_figures(
     rows = [name for name in known if name in present]
     rows += [name for name in present if name not in known and name != BENIGN]
     rows += [BENIGN] if BENIGN in present else []
-    found = [_found(prompt, thresholds) for prompt in routed]
+    decided = [_decision(prompt, thresholds) for prompt in routed]
     true = [prompt.category for prompt in routed]
     # One matrix over all labels, cut to the rows and columns that can have counts.
     labels = list(dict.fromkeys([*rows, *columns]))
     counts = np.zeros((len(labels), len(labels)), np.int64)
     if routed:
-        counts = confusion_matrix(true, found, labels=labels)
+        counts = confusion_matrix(true, decided, labels=labels)
     at = {name: i for i, name in enumerate(labels)}
     confusion = counts[np.ix_([at[row] for row in rows], [at[column] for column in columns])]
     classes = [*(name for name in rows if name in known), *([NOTHING] if BENIGN in rows else [])]
     pairs = [
         (NOTHING if t == BENIGN else t, f)
-        for t, f in zip(true, found, strict=True)
+        for t, f in zip(true, decided, strict=True)
         if t == BENIGN or t in known
     ]
     f1: dict[str, float] = {}
@@ -92,13 +92,13 @@ def router_figures(
         },
         false_positives=share(bool(prompt.fired) for prompt in benign),
         false_positives_of={
-            name: sum(1 for prompt in benign if _found(prompt, thresholds) == name)
+            name: sum(1 for prompt in benign if _decision(prompt, thresholds) == name)
             for name in known
         },
     )
 
 
-def _found(prompt: RoutedPrompt, thresholds: Mapping[str, float]) -> str:
+def _decision(prompt: RoutedPrompt, thresholds: Mapping[str, float]) -> str:
     def excess(name: str) -> float:
         return abs(prompt.ranks.get(name, 0.0) - thresholds.get(name, 0.0))
 

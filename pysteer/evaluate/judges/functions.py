@@ -112,12 +112,12 @@ def _imported(argument: str) -> Callable[[str, str], Any]:
     module, _, name = argument.partition(":")
     sys.path.insert(0, "")
     try:
-        found = getattr(importlib.import_module(module), name or "judge")
+        function = getattr(importlib.import_module(module), name or "judge")
     except Exception as error:  # a module may raise anything while it is imported
         raise SteeringError(f"python:{argument}: {error}; write python:MODULE:FUNCTION") from None
     finally:
         sys.path.remove("")
-    if not callable(found):
-        raise SteeringError(f"python:{argument}: {name} is {quoted(found)}, not a function")
-    function: Callable[[str, str], Any] = found
-    return function
+    if not callable(function):
+        raise SteeringError(f"python:{argument}: {name} is {quoted(function)}, not a function")
+    judging: Callable[[str, str], Any] = function
+    return judging
