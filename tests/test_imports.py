@@ -1,4 +1,4 @@
-"""What importing pysteer must not drag in."""
+"""Imports: light until a name is asked for, and complete then."""
 
 import subprocess
 import sys
@@ -17,16 +17,43 @@ HEAVY = [
 ]
 
 
-@pytest.mark.parametrize("module", ["pysteer", "pysteer.cli", "pysteer.extract"])
-def test_importing_loads_no_heavy_package(module):
-    code = (
-        f"import sys, {module}; assert {module!r} in sys.modules; "
-        f"print(sorted(set(sys.modules) & set({HEAVY})))"
-    )
+# Installed with pysteer itself, and still no business of somebody who only imports it.
+ASKED_FOR = ["llama_cpp", "numpy", "pydantic", "yaml", "prompt_toolkit", "typer", "rich", "gguf"]
+
+
+def loaded_by(statement, packages):
+    """The packages of a list that a statement loads, in a fresh interpreter."""
+    code = f"import sys; {statement}; print(sorted(set(sys.modules) & set({packages})))"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
     )
-    assert done.stdout.strip() == "[]"
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("module", ["pysteer", "pysteer.cli", "pysteer.extract"])
+def test_import_loads_no_heavy_package(module):
+    assert loaded_by(f"import {module}; assert {module!r} in sys.modules", HEAVY) == "[]"
+
+
+def test_import_of_pysteer_loads_no_dependency():
+    assert loaded_by("import pysteer", ASKED_FOR) == "[]"
+
+
+def test_pack_and_vector_load_neither_llama_cpp_nor_pydantic():
+    packages = ["llama_cpp", "pydantic", "prompt_toolkit"]
+    assert loaded_by("from pysteer import SteeringPack, SteeringVector", packages) == "[]"
+
+
+def test_star_import_binds_every_public_name():
+    assert loaded_by("from pysteer import *; import pysteer; "
+                     "assert set(pysteer.__all__) <= set(globals())", ["torch"]) == "[]"
+
+
+def test_unknown_name_raises_attribute_error():
+    import pysteer
+
+    with pytest.raises(AttributeError, match="'SteeredLama'"):
+        _ = pysteer.SteeredLama
 
 
 def test_every_public_name_is_there():
