@@ -45,8 +45,13 @@ def test_pack_and_vector_load_neither_llama_cpp_nor_pydantic():
 
 
 def test_star_import_binds_every_public_name():
-    assert loaded_by("from pysteer import *; import pysteer; "
-                     "assert set(pysteer.__all__) <= set(globals())", ["torch"]) == "[]"
+    assert (
+        loaded_by(
+            "from pysteer import *; import pysteer; assert set(pysteer.__all__) <= set(globals())",
+            ["torch"],
+        )
+        == "[]"
+    )
 
 
 def test_unknown_name_raises_attribute_error():

@@ -132,7 +132,7 @@ def evaluate(
 
 
 def _steering(steer: list[str] | None) -> Any:
-    from pysteer.evaluate.arms import OWN_CATEGORY
+    from pysteer.evaluate.steering import OWN_CATEGORY
 
     if not steer:
         return None

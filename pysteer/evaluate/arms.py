@@ -4,29 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, TypeAlias
 
 from pysteer.errors import SteeringError
 from pysteer.evaluate.answers import Query
 from pysteer.evaluate.report import STEERED, UNSTEERED
+from pysteer.evaluate.steering import OWN_CATEGORY, ArmSteering, OwnCategory
 from pysteer.pack.policy import CategoryPolicy, Policy
-from pysteer.pack.resolved import AUTO, ResolvedPolicy, Steering
+from pysteer.pack.resolved import AUTO, ResolvedPolicy
 from pysteer.prompts import Prompt
 from pysteer.runtime.arguments import INHERIT, Inherit
-
-
-class OwnCategory:
-    """Type of `OWN_CATEGORY`."""
-
-    def __repr__(self) -> str:
-        return "own"
-
-
-OWN_CATEGORY: Final = OwnCategory()
-"""Steering that forces each prompt's own category."""
-
-ArmSteering: TypeAlias = "Steering | Inherit | OwnCategory"
-"""Steering as a request takes it; `INHERIT`: by the policy; `OWN_CATEGORY`."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 from pysteer.settings import check, setting
 
 if TYPE_CHECKING:
-    from pysteer.evaluate.arms import ArmSteering
+    from pysteer.evaluate.steering import ArmSteering
 
 IsolationMode: TypeAlias = Literal["gated", "forced"]
 """How the isolation matrix switches a category on: its gate decides, or it is forced."""

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from typing import Any
 
 from pysteer.evaluate.answering import AnswerSet
-from pysteer.evaluate.arms import Arm, OwnCategory
+from pysteer.evaluate.arms import Arm
 from pysteer.evaluate.intervals import Mean, mean, share
 from pysteer.evaluate.isolation import matrix
 from pysteer.evaluate.report import (
@@ -26,6 +26,7 @@ from pysteer.evaluate.report import (
 )
 from pysteer.evaluate.router_figures import RoutedPrompt, router_figures
 from pysteer.evaluate.settings import EvaluateSettings
+from pysteer.evaluate.steering import OwnCategory
 from pysteer.pack.resolved import ResolvedPolicy
 
 

@@ -8,11 +8,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pysteer import FormatError, Policy, SteeringError, SteeringPack
-from pysteer.evaluate.arms import OWN_CATEGORY
 from pysteer.evaluate.evaluation import evaluate
 from pysteer.evaluate.judges import CallableJudge, CallableReward
 from pysteer.evaluate.report import Report
 from pysteer.evaluate.settings import EvaluateSettings, Sampling
+from pysteer.evaluate.steering import OWN_CATEGORY
 from pysteer.journal import Journal
 from pysteer.prompts import Prompt
 
