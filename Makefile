@@ -58,7 +58,8 @@ asan: $(VENV)/.dev ## Run the tests with the native part under AddressSanitizer.
 tsan: $(VENV)/.dev ## Run the tests that use threads with the native part under ThreadSanitizer.
 	$(call sanitized,thread,tsan,$$(setarch -R true 2> /dev/null && echo setarch -R) \
 	  env OMP_THREAD_LIMIT=1 TSAN_OPTIONS="ignore_noninstrumented_modules=1 log_path=report",-m "not slow" \
-	  $(addprefix ../../tests/,engine native/test_abi.py native/test_callback.py runtime/test_lifecycle.py) \
+	  $(addprefix ../../tests/,engine native/test_abi.py native/test_callback.py \
+	    runtime/test_concurrency.py runtime/test_lifecycle.py) \
 	  || { cat report.* 2> /dev/null; exit 1; })
 
 lint: $(VENV)/.dev ## Check style, types and formatting; compile the native part with warnings as errors.
