@@ -217,6 +217,6 @@ class _StandIn:
         if name in _METHODS:
             return lambda *args, **kwargs: self._vocabulary.ask(name, *args, **kwargs)
         raise SteeringError(
-            f"this chat handler uses the model's {name!r}, which the engine cannot lend it; "
-            "use SteeredLlama"
+            f"this chat handler uses the model's {name!r} and not its vocabulary alone; Engine "
+            "cannot serve such a handler, SteeredLlama can"
         )

@@ -76,6 +76,12 @@ def test_handler_without_a_completion_raises(llm, monkeypatch):
         rendered_prompt(llm, CHAT)
 
 
+def test_handler_that_evaluates_tokens_raises_and_names_the_attribute(llm, monkeypatch):
+    monkeypatch.setattr(llm, "chat_handler", lambda *, llama, **arguments: llama.eval([7]))
+    with pytest.raises(SteeringError, match=r"uses the model's 'eval'.* SteeredLlama can"):
+        rendered_prompt(llm, CHAT)
+
+
 def test_unknown_argument_raises(llm):
     with pytest.raises(SteeringError, match="unexpected keyword"):
         rendered_prompt(llm, {**CHAT, "temprature": 1})

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 from chat_cases import marked
-from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from templates import TEMPLATES, message_tokens
 
@@ -142,7 +142,7 @@ def captures(chat_model):
         }
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300)
+@settings(max_examples=300)
 @given(
     name=st.sampled_from(NAMES),
     vocabulary=st.sampled_from(["sentencepiece", "byte-level"]),
