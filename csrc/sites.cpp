@@ -188,7 +188,7 @@ const SiteNode * SiteMap::find(Place place) const noexcept {
     return nullptr;
 }
 
-std::optional<Place> SiteMap::recognise(const Tensor * node, bool products) const noexcept {
+std::optional<Place> SiteMap::place_of(const Tensor * node, bool products) const noexcept {
     const std::optional<Place> residual = residual_place(node);
     return residual || !products ? residual : product_place(node);
 }

@@ -46,7 +46,10 @@ class SiteMap {
 
     // The place that a node computes; `products`: look for the sites attention and mlp, too. Cheap: called for every
     // node of every graph.
-    std::optional<Place> recognise(const Tensor * node, bool products) const noexcept;
+    std::optional<Place> recognise(const Tensor * node, bool products) const noexcept {
+        // Most names differ from the residual's in their first character.
+        return products || node->name[0] == residual_base_[0] ? place_of(node, products) : std::nullopt;
+    }
 
   private:
     // A node of the probe graph.
@@ -68,6 +71,7 @@ class SiteMap {
     void learn_residual();
     void learn_products();
     void add_found(Place place, const Node & node);
+    std::optional<Place> place_of(const Tensor * node, bool products) const noexcept;
     std::optional<Place> residual_place(const Tensor * node) const noexcept;
     std::optional<Place> product_place(const Tensor * node) const noexcept;
 
