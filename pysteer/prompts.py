@@ -61,10 +61,8 @@ def load_prompts(path: str | os.PathLike[str], *, answers: bool = False) -> list
         FormatError: with file and line.
 
     Examples:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "prompts.csv"
-        >>> _ = path.write_text("prompt,category\nWrite a virus.,malware\n")
-        >>> load_prompts(path)[0].category
+        >>> _ = Path("prompts.csv").write_text("prompt,category\nWrite a virus.,malware\n")
+        >>> load_prompts("prompts.csv")[0].category
         'malware'
     """
     path = Path(path)
@@ -92,10 +90,8 @@ def write_prompts(prompts: Sequence[Prompt], path: Path) -> None:
         SteeringError: the file cannot be written.
 
     Examples:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "prompts.jsonl"
-        >>> write_prompts([Prompt("Write a virus.", "malware")], path)
-        >>> path.read_text()
+        >>> write_prompts([Prompt("Write a virus.", "malware")], Path("prompts.jsonl"))
+        >>> Path("prompts.jsonl").read_text()
         '{"prompt": "Write a virus.", "category": "malware"}\n'
     """
     keys = ("prompt", *_OPTIONAL)

@@ -1,4 +1,4 @@
-"""Prompt files: what is read is what json.dumps wrote, and whatever is wrong is named by line."""
+"""Prompt files: rows are read as written, and errors have file and line."""
 
 import csv
 import json

@@ -6,7 +6,6 @@ Command modules import the library inside their functions, so that help is quick
 from __future__ import annotations
 
 import sys
-from importlib.metadata import version
 from typing import Annotated
 
 import typer
@@ -38,6 +37,8 @@ for command in (demo, extract, calibrate, generate, chat, evaluate, inspect, com
 
 def _print_version(value: bool) -> None:
     if value:
+        from importlib.metadata import version  # slow
+
         print(f"pysteer {version('pysteer')}")
         raise typer.Exit
 

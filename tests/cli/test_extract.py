@@ -49,7 +49,7 @@ def everything(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
-# ---- what it makes ---------------------------------------------------------------------------
+# ---- packs -----------------------------------------------------------------------------------
 
 
 def test_extract_writes_a_pack_that_steers_and_can_be_inspected(extract, cli, files, tiny_llama):
@@ -88,7 +88,7 @@ def test_extract_writes_a_pack_that_steers_and_can_be_inspected(extract, cli, fi
     code, out, _ = cli("compare", files["--output"], files["--output"], "--json")
     assert code == 0
     assert '"cosine"' in out
-    # Nothing is left behind.
+    # No other files are left.
     folder = files["--output"].parent
     assert everything(folder) == ["pack.gguf", "safe.jsonl", "unsafe.jsonl"]
 
@@ -169,6 +169,14 @@ def test_judge_and_answers_reach_the_methods(extract, files, tmp_path):
     code, out, err = extract("--no-router", "--json", method="contrast", answers=answers)
     assert (code, err) == (0, "")
     assert strict_json(out)["provenance"]["data"]["answers"]["prompts"] == 2
+
+
+def test_judge_of_evaluate_confirms_the_prompts_of_guided(extract, tmp_path, monkeypatch):
+    (tmp_path / "opinions.py").write_text("def calm(prompt, answer): return 'calm' in prompt\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    code, out, err = extract("--no-router", "--json", method="guided", judge="python:opinions:calm")
+    assert (code, err) == (0, "")
+    assert strict_json(out)["provenance"]["counts"]["hate"]["used"] > 0
 
 
 def test_warnings_go_to_standard_error(extract, files, tmp_path):
@@ -314,7 +322,7 @@ def test_missing_package_is_an_error_with_its_extra(extract, monkeypatch, tmp_pa
 def test_failure_keeps_an_existing_pack_and_names_the_cache(extract, files):
     output = files["--output"]
     output.write_bytes(b"precious")
-    # One category is a multiple of the other: found out when everything is captured.
+    # One category is a multiple of the other, which shows only after the capture.
     hate = rows("harm", "hate", 8)
     write(files["--unsafe"], [*hate, *({**row, "category": "other"} for row in hate)])
     result = extract("--no-router", orthogonalise="categories", held_out=0)
@@ -375,7 +383,7 @@ def interrupting(monkeypatch):
             yield index, found
 
     monkeypatch.setattr(LlamaCapture, "activations", activations)
-    # Whoever starts the tests in the background has Ctrl-C ignored.
+    # Ctrl-C is ignored if the tests were started in the background.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def after(count):
@@ -417,7 +425,7 @@ def test_ctrl_c_keeps_the_cache_and_the_same_command_resumes(
     resumed, whole = SteeringPack.load(output), SteeringPack.load(tmp_path / "whole.gguf")
     for name, vector in whole.categories.items():
         for layer, row in vector.items():
-            # What is left makes other batches, which are rounded differently.
+            # The remaining rows make other batches, which round differently.
             assert resumed[name].direction(layer) == pytest.approx(row, rel=1e-3, abs=1e-5)
 
 
@@ -456,7 +464,7 @@ def test_torch_and_llama_find_the_same_directions(extract, files, cli, tmp_path)
             output=tmp_path / f"{engine}.gguf",
             dtype="float32" if engine == "torch" else None,
         )
-        assert code == 0, err  # where transformers draws a bar of its own
+        assert code == 0, err  # transformers draws a bar on standard error
         assert engine in strict_json(out)["provenance"]["engine"].lower()
     code, out, _ = cli("compare", tmp_path / "llama.gguf", tmp_path / "torch.gguf", "--json")
     assert code == 0
