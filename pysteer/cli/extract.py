@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
+from inspect import cleandoc
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -101,17 +102,21 @@ def _read_pooling(text: str) -> Any:
     return int(start), int(stop)
 
 
-_METHODS_HELP = "; ".join(f"{name}: {method.summary}" for name, method in METHODS.items())
+def _methods() -> str:
+    """Return the methods as a paragraph of help whose lines typer leaves as they are."""
+    lines = [f"  {name:<9} {method.summary}" for name, method in METHODS.items()]
+    return "\n".join(["\b", "Methods:", *lines])
 
 
 @with_options(
     leave_out=("options", "layers"),
-    method=Spelling(metavar="NAME", help=f"Method that finds directions. {_METHODS_HELP}."),
+    method=Spelling(metavar="NAME", help="Method that finds directions; see above."),
     pooling=Spelling(
         read=_read_pooling,
         metavar="TOKENS",
         example="3:10",
-        help="Tokens whose activations are averaged: last, prompt, user, response, or a range.",
+        help="Tokens whose activations are averaged: last, prompt, user, response, or a range such "
+        "as 3:10.",
     ),
     matched=words(
         {"auto": None, "matched": True, "generic": False},
@@ -188,6 +193,9 @@ def extract(
         console.print_json(describe(pack, files.output, seconds))
     else:
         print_pack(pack, files.output, seconds)
+
+
+extract.__doc__ = f"{cleandoc(extract.__doc__ or '')}\n\n{_methods()}"
 
 
 def _numeric_option(text: str) -> tuple[str, float]:

@@ -223,11 +223,11 @@ def _describe(description: Setting, spelling: Spelling, kind: Any, names: tuple[
     choices = [str(choice) for choice in description.choices or () if choice != ""]
     if metavar is None:
         metavar = _METAVARS.get(kind)
-    if choices and spelling.read is None and spelling.metavar is None:
-        metavar = f"[{'|'.join(choices)}]"
-        if len(metavar) > _LONGEST_METAVAR:
-            metavar = "NAME"
-            help = spelling.help or f"{help} One of {', '.join(choices)}."
+    listed = f"[{'|'.join(choices)}]"
+    if choices and metavar is None:
+        metavar = listed if len(listed) <= _LONGEST_METAVAR else "NAME"
+    if metavar != listed and not spelling.help and any(choice not in help for choice in choices):
+        help = f"{help} Known: {', '.join(choices)}."
     numeric = kind in (int, float)
     return typer.Option(
         *names,

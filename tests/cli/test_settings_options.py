@@ -109,7 +109,7 @@ def test_help_has_text_default_and_range_of_each_setting(search, capsys):
         "--mask / --no-mask Mask dimensions. [default: mask]",
         "--router / --no-router Fit a router. [default: router]",
         "--unit Norm 1.",
-        f"--site NAME Where. One of {10 * 'a'}, {10 * 'b'}",
+        f"--site NAME Where. Known: {10 * 'a'}, {10 * 'b'}",
         "--debug",
     ):
         assert part in text
