@@ -1,6 +1,6 @@
 """The home format: control vectors that llama.cpp accepts, and packs.
 
-A control vector is what `llama-cli --control-vector` loads: architecture "controlvector", tensors
+A control vector is a file for `llama-cli --control-vector`: architecture "controlvector", tensors
 `direction.N`, float32, N >= 1, added to the output of block N.
 
 A pack is one GGUF file of architecture "pysteer". Its tensors are called

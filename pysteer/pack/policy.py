@@ -1,4 +1,4 @@
-"""`Policy`: which categories act, when and how strongly, as data of a pack or a YAML file.
+"""`Policy`: the categories that act, when and how strongly, as data of a pack or a YAML file.
 
 `pysteer.pack.resolved.ResolvedPolicy` is a pack under a policy; the runtime compiles it.
 """
@@ -169,9 +169,9 @@ class CategorySettings:
 
 
 class Policy(_Settings):
-    """Which categories act, when and how strongly.
+    """Rules for which categories act, when and how strongly.
 
-    Immutable; equal to another that was given the same settings.
+    Immutable; equal to another policy that was given the same settings.
 
     Attributes:
         gate: the kind of gate that decides; one of `pysteer.pack.router.GATES`. None: "margin" if

@@ -136,7 +136,7 @@ class ResolvedPolicy:
     def gateable(self) -> tuple[str, ...]:
         """The categories that can be gated, in the pack's order.
 
-        These are the categories whose rules name only categories that the router knows; none for a
+        These are the categories whose rules name only categories that the router knows; empty for a
         pack without a router.
         """
         return tuple(
@@ -193,7 +193,7 @@ class ResolvedPolicy:
         Raises:
             UnknownCategoryError: a category that the pack does not hold.
             SteeringError: `steering` is of another type, a strength is not a finite number, or a
-                category is to be gated that cannot be gated.
+                gated category is not one of `gateable`.
         """
         if steering is None:
             return {}
@@ -229,8 +229,8 @@ class ResolvedPolicy:
     def _check_gateable(self, category: str) -> None:
         if category not in self.gateable:
             raise SteeringError(
-                f"category {quoted(category)} is to be gated, and this pack has no router "
-                "that knows it; give it a number as strength"
+                f"cannot gate category {quoted(category)}: this pack has no router that knows it; "
+                "give a number as its strength"
             )
 
 

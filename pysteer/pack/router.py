@@ -117,7 +117,7 @@ class Read:
 
     def __post_init__(self) -> None:
         if type(self.layer) is not int or not 0 <= self.layer <= MAX_LAYER:
-            raise SteeringError(f"there is no layer {quoted(self.layer)} for the router to look at")
+            raise SteeringError(f"the router looks at the invalid layer {quoted(self.layer)}")
         if self.pooling not in POOLINGS:
             raise SteeringError(
                 f"the router has the unknown pooling {quoted(self.pooling)}; "
@@ -338,7 +338,7 @@ class Router(ArrayData):
     def margin_scores(self, h: npt.ArrayLike) -> Floats:
         """Return the lesser of how harmful h is, and how far each category is ahead of all others.
 
-        With r = W h + b, harm is -r_0, negative for what is benign, and the lead of category c is
+        With r = W h + b, harm is -r_0, negative for benign h, and the lead of category c is
         r_c minus the largest r of the other categories; 0 if there is no other. The score is
         min(harm, lead + allowance): a category's gate opens at 0 for prompts that are harmful and
         no further from the category than its allowance. As allowances are not negative, the gate of

@@ -97,7 +97,7 @@ class SteeringVector:
 
     @property
     def site(self) -> str:
-        """Where in a block the operator acts."""
+        """The place in a block where the operator acts."""
         return self._site
 
     @property
@@ -316,7 +316,7 @@ def _layer(layer: object) -> int:
     if number < 0:
         raise SteeringError(f"layer {quoted(number)} is negative; layers count from 0")
     if number > MAX_LAYER:
-        raise SteeringError(f"there is no layer {quoted(number)}")
+        raise SteeringError(f"layer {quoted(number)} is above {MAX_LAYER}, the highest allowed")
     return number
 
 

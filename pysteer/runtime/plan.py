@@ -126,7 +126,7 @@ class PlanCompiler:
 
     Args:
         pack: a pack that fits the model; None: nothing can be steered.
-        policy: the policy of requests that bring none; laid over the pack's own.
+        policy: the policy of requests without their own; laid over the pack's.
         n_layer: the model's number of blocks.
         n_embd: the model's width.
         sites: site to the layers at which the model's graph has the site; None: all layers.
@@ -183,7 +183,7 @@ class PlanCompiler:
         key = _key(steering, policy)
         try:
             plan = self._plans.get(key)
-        except TypeError:  # a strength that cannot be hashed is no number: `requested` names it
+        except TypeError:  # a strength that cannot be hashed is not a number; `requested` raises
             plan = None
         if plan is not None:
             return plan

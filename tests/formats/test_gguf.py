@@ -143,7 +143,7 @@ GGML = ggml_library()
 
 
 def llama_cpp_control_vector(path):
-    """What llama.cpp's `--control-vector` makes of a file, rule by rule; ValueError if refused."""
+    """Read a file by the rules of llama.cpp's `--control-vector`; ValueError if it refuses."""
     context = GGML.gguf_init_from_file(os.fsencode(path), InitParams(True, None))
     if not context:
         raise ValueError("not a GGUF file")

@@ -27,7 +27,7 @@ from pysteer.pack.rules import Rule
 from pysteer.pack.scope import Scope
 
 WRITTEN = """\
-# what a person writes
+# as a person writes it
 gate: probe
 conflict: sum
 recheck: 32
@@ -158,7 +158,7 @@ def test_policy_round_trips_through_json_files(content):
 
 
 def differs_between_yaml_versions(name):
-    """What PyYAML's writer leaves without quotes, though YAML 1.2 has it as a number."""
+    """Return True if PyYAML writes the name without quotes, which YAML 1.2 reads as a number."""
     try:
         float(name)
     except ValueError:
@@ -706,16 +706,16 @@ def test_merged_policy_remembers_the_place_of_each_setting(tmp_path, monkeypatch
     one, two = Policy.load("one.yaml"), Policy.load("two.yaml")
     mine = Policy(categories={"a": {"when": "z"}})
 
-    def told(policy, categories):
+    def message(policy, categories):
         with pytest.raises(SteeringError) as caught:
             check(policy, categories, categories)
         return str(caught.value)
 
-    assert told(one.merged(two), "aby").startswith("one.yaml, line 3, categories.a.when: ")
-    assert told(one.merged(two), "abx").startswith("two.yaml, line 7, categories.b.when: ")
-    assert told(one.merged(mine), "ab").startswith("categories.a.when: unknown category 'z'")
-    assert told(mine.merged(two), "ab").startswith("categories.a.when: unknown category 'z'")
-    assert told(mine.merged(one), "ab").startswith("one.yaml, line 3, categories.a.when: ")
+    assert message(one.merged(two), "aby").startswith("one.yaml, line 3, categories.a.when: ")
+    assert message(one.merged(two), "abx").startswith("two.yaml, line 7, categories.b.when: ")
+    assert message(one.merged(mine), "ab").startswith("categories.a.when: unknown category 'z'")
+    assert message(mine.merged(two), "ab").startswith("categories.a.when: unknown category 'z'")
+    assert message(mine.merged(one), "ab").startswith("one.yaml, line 3, categories.a.when: ")
 
     thresholds = Policy(gate="probe", categories={"a": {"threshold": 3}})
     Path("three.yaml").write_text("gate: cast")

@@ -327,10 +327,10 @@ def test_router_accepts_every_pooling(pooling):
 @pytest.mark.parametrize(
     ("layer", "pooling", "words"),
     [
-        (-1, "user", "no layer -1"),
-        (True, "user", "no layer True"),
-        (10**6, "user", "no layer"),
-        (1.0, "user", "no layer"),
+        (-1, "user", "invalid layer -1"),
+        (True, "user", "invalid layer True"),
+        (10**6, "user", "invalid layer"),
+        (1.0, "user", "invalid layer"),
         (1, "mean", "unknown pooling.*last, prompt, user, suffix"),
         (1, None, "unknown pooling"),
     ],

@@ -41,7 +41,7 @@ def expressions(draw, depth=3):
 
 
 def run(postfix, gates):
-    """What the native part does with the postfix form."""
+    """Evaluate the postfix form as the native part does."""
     stack = []
     for item in postfix:
         if item >= 0:
