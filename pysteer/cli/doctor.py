@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pysteer.cli import console, options
+from pysteer.cli.bars import bars
 from pysteer.cli.settings_options import with_options
 
 if TYPE_CHECKING:
@@ -31,10 +32,8 @@ def doctor(
     from pysteer.runtime.doctor import diagnose
 
     path = options.model_path(model)
-    with console.err.status("start") as status:
-        diagnosis = diagnose(
-            path, n_threads=threads, n_gpu_layers=gpu_layers, on_step=status.update
-        )
+    with bars() as progress:
+        diagnosis = diagnose(path, n_threads=threads, n_gpu_layers=gpu_layers, progress=progress)
     if json:
         console.print_json({"model_path": path, "ok": diagnosis.ok, **asdict(diagnosis)})
     else:

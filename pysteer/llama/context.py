@@ -76,9 +76,29 @@ class HookedContext:
 
     Args:
         max_sequences: number of sequences that one decode may hold.
+
+    Attributes:
+        lock: held while the context decodes.
+        pointer: the llama_context.
+        memory: its KV cache or recurrent state.
+        n_layer: number of blocks.
+        n_embd: width of the hidden state.
+        n_vocab: number of tokens in the vocabulary.
+        n_ctx: number of tokens that fit the context.
+        n_batch: number of tokens that fit a batch.
+        is_recurrent: the model has a recurrent state instead of a KV cache.
+        batches_sequences: one decode may hold tokens of several sequences. Not for recurrent and
+            hybrid models: llama.cpp orders the rows of their batches by sequence.
     """
 
+    pointer: llama_cpp.llama_context_p
     memory: ContextMemory
+    n_embd: int
+    n_vocab: int
+    n_ctx: int
+    n_batch: int
+    is_recurrent: bool
+    batches_sequences: bool
 
     def __init__(self, max_sequences: int = 1) -> None:
         self.max_sequences = max_sequences
@@ -109,10 +129,6 @@ class HookedContext:
         self.batches_sequences = not (
             self.is_recurrent or bool(llama_cpp.llama_model_is_hybrid(model))
         )
-        """One decode may hold tokens of several sequences.
-
-        Not for recurrent and hybrid models: llama.cpp orders the rows of their batches by sequence.
-        """
         self.memory = ContextMemory(context)
 
     def close(self) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -21,6 +21,7 @@ from pysteer.llama.hooked import HookedLlama
 from pysteer.llama.versions import load_native
 from pysteer.pack.pack import BaseModel, SteeringPack
 from pysteer.pack.vector import SteeringVector
+from pysteer.progress import SILENT, Progress
 from pysteer.runtime.plan import Injection
 from pysteer.runtime.steered import SteeredLlama
 
@@ -93,7 +94,7 @@ def diagnose(
     *,
     n_threads: int | None = None,
     n_gpu_layers: int = 0,
-    on_step: Callable[[str], None] = lambda _: None,
+    progress: Progress = SILENT,
 ) -> Diagnosis:
     """Steer a model with a known vector, natively and by pysteer, and compare the logits.
 
@@ -105,7 +106,7 @@ def diagnose(
         model_path: a GGUF model.
         n_threads: threads to use; None lets llama.cpp decide.
         n_gpu_layers: blocks to offload.
-        on_step: called with the name of each step before it.
+        progress: gets a stage for each step.
 
     Raises:
         HookError: the model or the llama.cpp cannot be hooked at all.
@@ -121,8 +122,7 @@ def diagnose(
         "n_threads_batch": n_threads,
         "n_gpu_layers": n_gpu_layers,
     }
-    on_step("find the sites")
-    with closing(HookedLlama(model_path, **arguments)) as hooked:
+    with _stage(progress, "sites"), closing(HookedLlama(model_path, **arguments)) as hooked:
         model, sites = hooked.base_model, hooked.sites
         memory: dict[str, int] = {}
         for _, _, _, name in hooked.context.site_nodes:
@@ -136,12 +136,19 @@ def diagnose(
     checks: list[Check] = []
     if residual:
         vector = _known_vector(residual, model.n_embd, norm)
-        checks += _compare(model_path, arguments, vector, tokens, model.n_layer, on_step)
+        checks += _compare(model_path, arguments, vector, tokens, model.n_layer, progress)
     for site, layer in (("residual", 0), ("attention", max(sites["attention"], default=0))):
         if layer in sites[site]:
-            on_step(f"steer {site}, layer {layer}")
-            checks.append(_effect(model_path, arguments, site, layer, model, norm, tokens))
+            with _stage(progress, f"steering of {site}, layer {layer}"):
+                checks.append(_effect(model_path, arguments, site, layer, model, norm, tokens))
     return Diagnosis(found, model, sites, memory, checks)
+
+
+@contextmanager
+def _stage(progress: Progress, name: str) -> Iterator[None]:
+    advance = progress.start(name, 1)
+    yield
+    advance(1)
 
 
 def _compare(
@@ -150,11 +157,13 @@ def _compare(
     vector: SteeringVector,
     tokens: list[int],
     n_layer: int,
-    on_step: Callable[[str], None],
+    progress: Progress,
 ) -> list[Check]:
     checks = []
-    on_step("llama.cpp by itself, and with its own control vector")
-    with closing(llama_cpp.Llama(model_path, **arguments)) as plain:
+    with (
+        _stage(progress, "llama.cpp, with and without its control vector"),
+        closing(llama_cpp.Llama(model_path, **arguments)) as plain,
+    ):
         unsteered, plain_speed = _logits(plain, tokens)
         set_native_control_vector(plain, _rows(vector, n_layer))
         native, native_speed = _logits(plain, tokens)
@@ -168,11 +177,13 @@ def _compare(
         )
     )
     pack = SteeringPack({"known": vector})
-    modes: tuple[Injection, ...] = ("resident", "hooked")
-    for mode in modes:
-        on_step(f"pysteer, {mode}")
-        with closing(SteeredLlama(model_path, pack=pack, injection=mode, **arguments)) as llm:
-            if mode == "resident":
+    injections: tuple[Injection, ...] = ("resident", "hooked")
+    for injection in injections:
+        with (
+            _stage(progress, f"pysteer, {injection}"),
+            closing(SteeredLlama(model_path, pack=pack, injection=injection, **arguments)) as llm,
+        ):
+            if injection == "resident":
                 off, speed = _logits(llm, tokens)
                 difference = _largest_difference(off, unsteered)
                 checks.append(
@@ -183,7 +194,7 @@ def _compare(
                         f"{speed:.0f} tokens/s",
                     )
                 )
-            name = f"pysteer {mode} equals llama.cpp's control vector"
+            name = f"pysteer {injection} equals llama.cpp's control vector"
             try:
                 with llm.steering({"known": 1.0}):
                     steered, speed = _logits(llm, tokens)
