@@ -1,4 +1,4 @@
-"""Batches: which tokens of the running requests go into one, and what is drawn from it."""
+"""Batches of the running requests' next tokens, and the tokens drawn from their logits."""
 
 from __future__ import annotations
 

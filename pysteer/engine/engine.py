@@ -176,7 +176,7 @@ class Engine:
                 raise SteeringError(f"{name}: {reason}")
         conversation = None
         with self._scheduler.queue.kept():
-            # What is made here outlives an engine that nobody closes, so it must not refer to it.
+            # The request outlives an engine that nobody closes, and must not refer to the engine.
             shape: Shape
             if messages is not None:
                 given = {**arguments, "messages": list(messages)}
@@ -240,13 +240,13 @@ class Engine:
     def together(self) -> Iterator[None]:
         """Start the requests that are submitted in the block at once, when it ends.
 
-        They start from an empty cache, when all earlier requests are done. Which of them share a
-        batch, and where in the cache their tokens lie, then depends on nothing but themselves, so
-        that the same block gives the same answers, to the last bit. In other company the
-        arithmetic of llama.cpp may differ in the last bits, and with it, rarely, a word.
+        They start from an empty cache, when all earlier requests are done. Their batches and their
+        places in the cache then depend on nothing else, so that the same block gives the same
+        answers, to the last bit. Beside other requests the arithmetic of llama.cpp may differ in
+        the last bits, and with it, rarely, a word.
 
-        Submit at most `max_queue` requests in the block, wait for none of them in it, and open no
-        such block inside another.
+        Submit at most `max_queue` requests in the block, wait for no result inside it, and nest no
+        such blocks.
 
         Raises:
             EngineClosedError: the engine is closed.
@@ -258,9 +258,9 @@ class Engine:
             self._scheduler.queue.release()
 
     def close(self, *, drain: bool = False) -> None:
-        """End: running and waiting requests as cancelled, or, with `drain`, when they are done.
+        """End all requests as cancelled, or wait for them with `drain`; then free the model.
 
-        Waits until the model is freed. May be called again, and from any thread.
+        May be called again, and from any thread.
         """
         self._scheduler.stop(drain=drain)
         if threading.current_thread() is not self._scheduler.thread:

@@ -1,4 +1,4 @@
-"""Requests on their way to the thread that decodes, and what other threads tell it."""
+"""Requests on their way to the thread that decodes, and signals of other threads to it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class RequestQueue:
         self._stopping = False
         self._draining = False
         self._cancelling = False
-        self._idle = False  # the reader has nothing to do, or only what is held
+        self._idle = False  # the reader has nothing to do, except requests on hold
         self._held = False  # requests wait until all of a group are there
         self._released = False  # a group is complete, and wants an empty cache
 

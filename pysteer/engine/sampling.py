@@ -24,8 +24,8 @@ _MIN_KEEP = 1
 class CandidateTokens:
     """All tokens with their logits, in the form that llama.cpp's samplers take.
 
-    One for all requests: `llama_sampler_sample` would keep as much for each, which is 12 bytes per
-    token of the vocabulary.
+    One object serves all requests: `llama_sampler_sample` would keep 12 bytes per token of the
+    vocabulary for each.
     """
 
     def __init__(self, n_vocab: int) -> None:
@@ -87,7 +87,7 @@ class Sampler:
         """Draw the next token from logits of shape (n_vocab,).
 
         Raises:
-            SteeringError: a logits processor returned something else than logits.
+            SteeringError: a logits processor returned no logits.
             BaseException: raised by a logits processor.
         """
         if self._processors:
@@ -156,7 +156,7 @@ def _grammar_sampler(llm: Llama, grammar: LlamaGrammar) -> Any:
         grammar._grammar.encode("utf-8"),
         grammar._root.encode("utf-8"),
     )
-    if not sampler:  # at which llama.cpp would crash
+    if not sampler:  # llama.cpp would crash
         raise SteeringError(f"llama.cpp cannot parse the grammar {quoted(grammar._grammar)}")
     return sampler
 

@@ -67,10 +67,10 @@ class Writing:
         self._longest_stop = max(map(len, self._stop), default=0)
         self._max_tokens = max_tokens
         self._text = bytearray()
-        self._sent = 0  # bytes of the text that were taken
+        self._sent = 0  # bytes of the text that `take` has returned
         self._searched = 0  # bytes of the text in which no stop string ends
         self._missing = 0  # tokens to wait for the rest of a character
-        # Some sentencepiece models begin a text with a space, which is taken off.
+        # Some sentencepiece models begin a text with a space; remove it.
         self._leading_space = pieces.in_context is None
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="ignore")
         self.tokens = array("i", [pieces.bos] if bos_first else [])

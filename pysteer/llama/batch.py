@@ -22,7 +22,7 @@ logits are asked for: `NO_ROW`, `LAST_ROW` or `EVERY_ROW`."""
 
 
 def chunked(start: int, n_tokens: int, n_batch: int, outputs: int) -> list[Run]:
-    """The runs that decode `n_tokens` of sequence 0 from `start` on, at most `n_batch` in each."""
+    """Return the runs of sequence 0 from `start` on, with at most `n_batch` tokens each."""
     stop = start + n_tokens
     return [(0, at, min(n_batch, stop - at), outputs) for at in range(start, stop, n_batch)]
 
@@ -34,7 +34,7 @@ class DecodeBatch:
         n_tokens: number of rows that fit.
 
     Attributes:
-        runs: the rows added, as the hook wants them described.
+        runs: description of the rows, for the hook.
     """
 
     def __init__(self, n_tokens: int) -> None:

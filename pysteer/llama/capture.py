@@ -1,4 +1,4 @@
-"""Requests for activations: which tokens of which sequences, at which sites and layers."""
+"""Requests for activations: tokens of sequences, at sites and layers."""
 
 from __future__ import annotations
 

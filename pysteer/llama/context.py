@@ -44,7 +44,7 @@ def set_native_control_vector(llm: llama_cpp.Llama, rows: npt.NDArray[np.float32
 
     Args:
         llm: the model.
-        rows: float32 (n_layer - 1, n_embd): what is added to the output of blocks 1 to
+        rows: float32 (n_layer - 1, n_embd): the additions to the output of blocks 1 to
             n_layer - 1. All of them, because llama.cpp leaves layers beyond the buffer as they
             were.
 
@@ -132,7 +132,7 @@ class HookedContext:
         self.memory = ContextMemory(context)
 
     def close(self) -> None:
-        """Let go of the context, which is then free to be freed. May be called again."""
+        """Release the context, which may be freed then. May be called again."""
         with self.lock:
             self._closed = True
             self._hook.detach()

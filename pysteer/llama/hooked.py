@@ -212,7 +212,7 @@ class HookedLlama(Llama):
         """
         left = list(tokens)
         while True:
-            # What a gate decides holds for the next token at all layers, so that is in a later one.
+            # A gate's decision holds for the next token at all layers, so end this decode there.
             decision = self.context.next_decision(0)
             n = decision + 1 - self.n_tokens if decision >= self.n_tokens else len(left)
             part, left = left[:n], left[n:]

@@ -1,4 +1,4 @@
-"""What ties pysteer to a version of llama-cpp-python, in one place."""
+"""Ties to a version of llama-cpp-python: the tested versions, and the private names in use."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Besides, two habits of `llama_cpp.Llama` that no test of names can see:
 - `Llama.__init__` assigns the context parameters to `self.context_params` before it creates the
   context; `HookedLlama` installs the hook there.
 - `Llama.generate` reuses the first `n_tokens` of `input_ids`, and evaluates through `self.eval`;
-  `SteeredLlama` cuts `n_tokens` back to what may be reused.
+  `SteeredLlama` cuts `n_tokens` back to the tokens that may be reused.
 """
 
 

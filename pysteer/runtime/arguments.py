@@ -1,4 +1,4 @@
-"""The arguments by which models and requests are steered: `pack`, `steering` and `policy`."""
+"""The arguments `pack`, `steering` and `policy` of models and requests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tokens in a model's context, and the steering under which each was computed."""
+"""The tokens in a model's context, each with the steering of its computation."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _N_PROMPT: Final = "steering_n_prompt"
 class SteeredCache:
     """Everything known of the tokens in the context of a `llama_cpp.Llama`.
 
-    The model's own `n_tokens` and `input_ids` say which tokens there are; they may change behind
-    the cache's back, by `reset()` or by hand.
+    The tokens themselves are the model's `n_tokens` and `input_ids`, which may change without
+    notice, by `reset()` or by hand.
 
     Args:
         llm: the model.
@@ -59,13 +59,13 @@ class SteeredCache:
         """The context can be cut back to an earlier position.
 
         The state of recurrent models cannot, nor can a sliding window that has dropped the first
-        tokens (`swa_full=False`): what an earlier position attended to is gone.
+        tokens (`swa_full=False`): an earlier position attended to tokens that are gone.
         """
         context = self._llm.context
         return context.batches_sequences and (self._llm.n_tokens == 0 or context.memory.is_whole(0))
 
     def report(self) -> SteeringReport:
-        """Return what was done to the tokens in the context."""
+        """Return the report of the tokens in the context."""
         if self.sequence is None:
             return report(UNSTEERED, None, 0)
         return self.sequence.report(self._llm.n_tokens)
@@ -83,7 +83,7 @@ class SteeredCache:
         )
 
     def continued(self, active: ActiveSteering, tokens: Sequence[int]) -> SequenceSteering:
-        """Return the steering of the context, to which `tokens` are to be added by hand.
+        """Return the steering of the context, for `tokens` that are added by hand.
 
         Under another plan than before, or in an empty context, another sequence begins.
         """

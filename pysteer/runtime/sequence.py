@@ -111,8 +111,8 @@ class SequenceSteering:
     def reprocess_from(self, n_tokens: int) -> int:
         """Return the position from which tokens have to be decoded again.
 
-        That is where a category has fired that steers prompt tokens, which were computed without
-        it; the decision then holds from the first token on.
+        A category that fires may steer prompt tokens that were computed without it. The decision
+        then holds from the first token on.
 
         Args:
             n_tokens: number of tokens decoded.

@@ -117,7 +117,7 @@ class SteeredLlama(HookedLlama):
 
     @property
     def last_steering(self) -> SteeringReport:
-        """What was done to the last request, or so far to the request under way."""
+        """Report of the last request, or of the request under way so far."""
         return self._cache.report()
 
     @contextmanager
@@ -184,7 +184,7 @@ class SteeredLlama(HookedLlama):
         """`llama_cpp.Llama.generate` under the steering in force at the time of the call."""
         active = self._requests.current()
         generated = self._generate(active, list(tokens), *args, **kwargs)
-        if active.of_request:  # which holds the lock, and has the steering in force
+        if active.of_request:  # the request holds the lock, and has put its steering in force
             return generated
         return self._requests.stream(active._replace(of_request=True), generated)
 
