@@ -105,6 +105,7 @@ class HookedContext:
         self.lock = threading.RLock()
         self.n_layer = 0
         self._hook = _native.Hook()
+        self._probed = False
         self._closed = False
 
     def install(self, params: llama_cpp.llama_context_params) -> None:
@@ -151,9 +152,13 @@ class HookedContext:
 
     @property
     def sites(self) -> dict[str, tuple[int, ...]]:
-        """Site to the layers at which this model's graph has the site, ascending."""
+        """Site to the layers at which this model's graph has the site, ascending.
+
+        Empty before `probe`, as for a vocabulary without weights.
+        """
+        found = self._hook.sites if self._probed else []
         return {
-            site: tuple(sorted(f.layer for f in self._hook.sites if f.site.name == site))
+            site: tuple(sorted(one.layer for one in found if one.site.name == site))
             for site in SITES
         }
 
@@ -186,6 +191,7 @@ class HookedContext:
             self._hook.end_probe()
         if status != 0:
             raise HookError(f"the model could not be probed: llama_decode returned {status}")
+        self._probed = True
         self.memory.clear(data=True)
         llama_cpp.llama_perf_context_reset(self.pointer)
         if not self._hook.sites:
