@@ -158,7 +158,7 @@ def test_answer_without_response_raises_with_file_and_line(line, tmp_path):
 
 @given(rows=st.lists(prompts, min_size=1, max_size=4), dialect=st.sampled_from(["excel", "unix"]))
 def test_csv_rows_are_read_back(rows, dialect, tmp_path_factory):
-    """Where text is not empty: a CSV file does not tell an empty cell from none."""
+    """Not empty, because a CSV file does not tell an empty cell from a missing one."""
     path = tmp_path_factory.mktemp("p") / "prompts.CSV"
     filled = [r for r in rows if r.prompt and r.response != "" and r.pair_id != ""]
     assume(not any("\0" in str(value) for r in rows for value in vars(r).values()))  # Python 3.10

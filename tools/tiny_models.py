@@ -51,7 +51,7 @@ class Family:
     hybrid: bool = False  # a short convolution in place of attention, except in every third block
 
     def has_attention(self, layer: int) -> bool:
-        """Whether a block has attention; a block with a convolution instead has an FFN, too."""
+        """True if a block has attention; a block with a convolution instead has an FFN, too."""
         return not self.recurrent and (not self.hybrid or layer % 3 == 2)
 
 

@@ -20,7 +20,7 @@ _MOST_HELD_OUT = 0.9
 
 @dataclass(frozen=True)
 class CalibrateSettings:
-    """How a pack is searched for.
+    """Settings of a calibration.
 
     Raises:
         SteeringError: a value is unknown or out of range.

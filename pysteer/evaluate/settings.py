@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pysteer.evaluate.steering import ArmSteering
 
 IsolationMode: TypeAlias = Literal["gated", "forced"]
-"""How the isolation matrix switches a category on: its gate decides, or it is forced."""
+"""Way of switching a category on for the isolation matrix: by its gate, or by force."""
 
 MAX_PARALLEL = 256
 """Sequences that llama.cpp decodes at once, at most."""
@@ -21,7 +21,7 @@ MAX_PARALLEL = 256
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn."""
+    """Settings of the sampler."""
 
     max_tokens: int = setting(64, "Longest answer, tokens.", minimum=1)
     temperature: float = setting(0.0, "Sampling temperature; 0 is greedy.", minimum=0)
@@ -38,7 +38,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class EvaluateSettings:
-    """What an evaluation measures, and how.
+    """Settings of an evaluation.
 
     Attributes:
         sampling: how answers are drawn.

@@ -32,7 +32,7 @@ from pysteer.pack.resolved import ResolvedPolicy
 
 @dataclass(frozen=True)
 class Setup:
-    """What a report says of the run itself.
+    """Description of a run for its report.
 
     Attributes:
         model: file, name and shape of the model.

@@ -61,7 +61,7 @@ class Capture(Protocol):
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether prompts are put into a chat template; otherwise they are run as they are."""
+        """True if prompts are put into a chat template; otherwise they are run as they are."""
         ...
 
     def prompt_tokens(self, prompt: str) -> Tokens:

@@ -98,7 +98,7 @@ class LlamaCapture:
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether prompts are put into a chat template."""
+        """True if prompts are put into a chat template."""
         return self._rendered
 
     def prompt_tokens(self, prompt: str) -> Tokens:

@@ -127,7 +127,7 @@ class ExtractSettings:
 
     @property
     def needs_pairs(self) -> bool:
-        """Whether row i of the unsafe prompts must belong to row i of the safe ones."""
+        """True if row i of the unsafe prompts must belong to row i of the safe ones."""
         return METHODS[self.method].needs_pairs(self.method_options)
 
     @property

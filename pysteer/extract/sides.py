@@ -57,7 +57,7 @@ class Sides(Generic[T]):
 
     @property
     def matched(self) -> bool:
-        """Whether each category has safe prompts of its own."""
+        """True if each category has safe prompts of its own."""
         return "" not in self.safe
 
     @property

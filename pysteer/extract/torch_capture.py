@@ -88,7 +88,7 @@ class TorchCapture:
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether prompts are put into a chat template."""
+        """True if prompts are put into a chat template."""
         return self.model.has_chat_template
 
     def prompt_tokens(self, prompt: str) -> Tokens:

@@ -99,7 +99,7 @@ class TorchModel:
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether prompts are put into a chat template."""
+        """True if prompts are put into a chat template."""
         return bool(self.tokenizer.chat_template)
 
     @property

@@ -1,4 +1,4 @@
-"""Which tokens of a prompt a router reads."""
+"""The tokens of a prompt that a router reads."""
 
 from contextlib import ExitStack, closing
 from functools import partial

@@ -186,7 +186,7 @@ def tokens_of(llm, text):
 
 
 def _n_outside(llm, tokens, neutral, text):
-    """How many of the first tokens are in `text`, and are those of `neutral`."""
+    """Number of first tokens that are in `text` and equal those of `neutral`."""
     n, length = 0, len(text.encode())
     for token, expected, piece in zip(tokens, neutral, pieces_of(llm, tokens), strict=False):
         length -= len(piece)
