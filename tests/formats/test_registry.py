@@ -10,10 +10,10 @@ from pysteer.formats.gguf import CategoryContent, PackContent
 
 def test_file_of_unknown_dialect_is_refused_once_by_name(tmp_path):
     path = tmp_path / "a.bin"
-    path.write_bytes(b"{}")
+    path.write_bytes(b"\0neither")
     with pytest.raises(FormatError) as error:
         registry.read_pack(path)
-    assert str(error.value) == f"{path}: not a GGUF file"
+    assert str(error.value).startswith(f"{path}: not a GGUF")  # and other dialects, if any
 
 
 def test_fault_of_a_gguf_file_names_the_path_once(tmp_path):
@@ -36,6 +36,6 @@ def test_new_dialect_loads_beside_gguf(tmp_path, monkeypatch):
     assert pack["a"].direction(3).tolist() == [1.0, 2.0]
     pack.save(tmp_path / "a.gguf")
     assert SteeringPack.load(tmp_path / "a.gguf") == pack
-    (tmp_path / "b").write_bytes(b"neither")
-    with pytest.raises(FormatError, match="not a GGUF or text file"):
+    (tmp_path / "b").write_bytes(b"\0neither")
+    with pytest.raises(FormatError, match=r"not a GGUF or .*text file"):
         SteeringPack.load(tmp_path / "b")
