@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from itertools import pairwise, takewhile
+from itertools import pairwise
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from pysteer.chat.handler import rendered_prompt
 from pysteer.chat.messages import user_message
+from pysteer.chat.spans import shared_start
 from pysteer.errors import SteeringError
 from pysteer.llama.batch import LAST_ROW, NO_ROW, DecodeBatch
 from pysteer.llama.hooked import HookedLlama
@@ -208,9 +209,9 @@ def _log_probabilities(logits: npt.NDArray[np.float32], tokens: Sequence[int]) -
 
 
 def _shared(prompts: Sequence[Sequence[int]]) -> list[int]:
-    """Return the common beginning of all prompts, without the last token of any: its logits are
-    needed."""
-    if not prompts:
-        return []
-    columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
-    return [column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)]
+    """Return the common beginning of all prompts, without the last token of any.
+
+    The logits of a prompt's last token are needed, so that the token is decoded for each prompt.
+    """
+    beginnings = [prompt[:-1] for prompt in prompts]
+    return list(beginnings[0][: shared_start(beginnings)]) if beginnings else []
