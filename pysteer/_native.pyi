@@ -19,11 +19,11 @@ def load_abi(library_handle: int, library_folder: str) -> None:
     """Look up llama.cpp's functions and check the layout of its tensors. Free after the first call.
 
     Args:
-        library_handle: of the loaded libllama: dlopen's, or an HMODULE.
-        library_folder: where ggml's own libraries are; used on Windows only.
+        library_handle: handle of the loaded libllama, from dlopen or an HMODULE.
+        library_folder: folder of ggml's own libraries; used on Windows only.
 
     Raises:
-        RuntimeError: a function is missing, or a tensor is laid out in another way.
+        RuntimeError: a function is missing, or the layout of tensors is unexpected.
     """
 
 def ggml_version() -> str:
@@ -39,7 +39,7 @@ class NotOnHost(NotImplementedError):
 # ---- sites
 
 class Site(enum.Enum):
-    """Where in a block: the block's output, or what its attention or MLP adds to the residual."""
+    """A place in a block: the block's output, or the contribution of its attention or MLP to it."""
 
     residual = 0
     attention = 1
@@ -72,7 +72,7 @@ class OperatorKind(enum.Enum):
     low_rank = 4
 
 class Operator:
-    """What the directions do to a row of activations; see `pysteer.pack.operators`."""
+    """A change of a row of activations by directions; see `pysteer.pack.operators`."""
 
     def __init__(
         self,
@@ -140,15 +140,15 @@ class Gate:
         origin: Iterable[float],
         allowances: Iterable[float],
     ) -> None:
-        """Make a gate over the hidden state h: the reads end to end.
+        """Make a gate over the hidden state h, the concatenated reads.
 
         Args:
-            reads: the layers read, each with whether it is averaged over a span of tokens.
+            reads: layers to read, each with True if averaged over a span of tokens.
             weights: (rows, reads x n_embd); margin and multinomial have a first row for
                 prompts of no category, the others one row a category.
-            offsets: one for each row, for the linear kinds; otherwise empty.
+            offsets: (rows,) for the linear kinds; otherwise empty.
             origin: reads x n_embd values for centroid; otherwise empty.
-            allowances: one for each category for margin; otherwise empty.
+            allowances: (categories,) for margin; otherwise empty.
 
         Raises:
             ValueError: the sizes do not fit each other.
@@ -162,21 +162,21 @@ class Gate:
         """
 
     def ranks(self, h: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        """Return what open gates are compared by, (categories,); for most kinds, the scores.
+        """Return the values that rank open gates, (categories,); for most kinds, the scores.
 
         Args:
             h: (reads x n_embd,).
         """
 
 class Injection(enum.Enum):
-    """How directions get in: llama.cpp's control vector, the hook, or whichever can."""
+    """Route of directions into a graph: automatic, llama.cpp's control vector, or the hook."""
 
     automatic = 0
     resident = 1
     hooked = 2
 
 class ConflictRule(enum.Enum):
-    """What happens when several gated terms fire: all act, the strongest, or the first."""
+    """Choice among several gated terms that fire: all, the strongest, or the first."""
 
     sum = 0
     strongest = 1
@@ -199,15 +199,15 @@ class Term:
         """Make a term.
 
         Args:
-            digest: of the steering vector, below 2**64; goes into `Sequence.keys`.
-            exclude_bit: the term leaves tokens alone whose mask has this bit; -1: none.
+            digest: digest of the steering vector, below 2**64; part of `Sequence.keys`.
+            exclude_bit: the term skips tokens whose mask has this bit; -1: skips no token.
             rule: when the term fires, in postfix: n >= 0 is gate n, -1 and, -2 or, -3 not;
                 empty: always.
-            own_gate: the gate of the term's own category, which conflicts are decided by; -1: none.
+            own_gate: gate of the term's own category, which decides conflicts; -1: no gate.
         """
 
 class Plan:
-    """What happens at each site, layer and token. Immutable once sequences use it."""
+    """Operations at each site, layer and token. Immutable once sequences use the plan."""
 
     def __init__(self, n_layer: int, n_embd: int, injection: Injection) -> None: ...
     def add(
@@ -235,23 +235,23 @@ class Plan:
         conflict: ConflictRule,
         recheck: int,
     ) -> None:
-        """Set what the rules of the terms refer to.
+        """Set the gate that the rules of the terms refer to.
 
         Args:
             thresholds: one for each category of the gate.
-            above: for each category, 1 if its gate opens at scores of at least the threshold, 0 if
-                at scores of at most that.
-            recheck: decide anew after so many response tokens; 0: never.
+            above: for each category, 1 if its gate opens at or above the threshold, 0 if at or
+                below the threshold.
+            recheck: number of response tokens between two decisions; 0: decide once.
 
         Raises:
             ValueError: sizes or rules that do not fit the gate or the plan.
         """
 
     def check_finite(self) -> None:
-        """Check that what the terms together add is finite at every site and layer.
+        """Check that the sum of all added directions is finite at every site and layer.
 
-        Call it for every plan: a bound kept while terms are added makes it free for all but
-        extreme strengths.
+        Call this for every plan: a bound kept while terms are added makes the check free for all
+        but extreme strengths.
 
         Raises:
             ValueError: a direction times its strength is not finite.
@@ -259,8 +259,10 @@ class Plan:
 
     @property
     def fits_resident(self) -> bool:
-        """Whether llama.cpp's control vector can hold the plan: the same additions to the residual
-        of layers >= 1 for every token."""
+        """True if llama.cpp's control vector can express the plan.
+
+        Such a plan makes the same additions to the residual of layers >= 1 for every token.
+        """
 
 # ---- sequence
 
@@ -274,9 +276,9 @@ class Sequence:
 
         Args:
             n_prompt: number of prompt tokens.
-            spans: for each read of the gate, the prompt tokens [start, stop) that it averages
-                over; ignored for reads that do not, and for plans without a gate.
-            n_positions: the most tokens that the sequence can have.
+            spans: for each read of the gate, the prompt tokens [start, stop) to average over;
+                ignored for reads of a single token, and for plans without a gate.
+            n_positions: largest number of tokens in the sequence.
 
         Raises:
             ValueError: a wrong number of spans, or a span that is empty or outside the prompt.
@@ -285,8 +287,8 @@ class Sequence:
     def keys(self, start: int, stop: int) -> npt.NDArray[np.uint64]:
         """Return fingerprints of the steering of the tokens [start, stop), (stop - start,).
 
-        They cover what the KV cache depends on, which excludes terms of the last block alone. Equal
-        fingerprints mean equal steering; 0 means none.
+        Fingerprints cover the steering that the KV cache depends on, so not the terms of the last
+        block alone. Equal fingerprints mean equal steering; 0 means no steering.
         """
 
     def logits_key(self, position: int) -> int:
@@ -298,20 +300,20 @@ class Sequence:
 
     @property
     def wants_reprocess(self) -> bool:
-        """Whether a term fired that steers prompt tokens which were computed without it."""
+        """True if a term fired that steers prompt tokens computed without the term."""
 
     @property
     def held(self) -> bool:
-        """Whether the first decision holds from the first token on."""
+        """True if the first decision holds from the first token on."""
 
     def hold(self) -> None:
         """Make the first decision hold from the first token on, and forget later decisions."""
 
     def restart(self) -> None:
-        """Forget what the gate has read since its last decision."""
+        """Forget the gate's reads since its last decision."""
 
     def set_excluded(self, start: int, masks: npt.NDArray[np.uint32]) -> None:
-        """Set which terms leave tokens alone: one mask for each token from `start` on."""
+        """Set the exclusion masks of tokens from `start` on, one for each token."""
 
     @property
     def decided_at(self) -> list[int]:
@@ -326,7 +328,7 @@ class Sequence:
         """The ranks of the last decision, one for each category; empty without a gate."""
 
     def fired(self, decision: int, term: int) -> bool:
-        """Whether a term of the plan fired at a decision; both count from 0."""
+        """Return True if a term of the plan fired at a decision; both count from 0."""
 
     @overload
     def tokens_steered(self, n_tokens: int) -> int:
@@ -339,19 +341,20 @@ class Sequence:
 # ---- hook
 
 class Capture:
-    """Means of activations, taken while a decode ran."""
+    """Means of activations, summed during decodes."""
 
     def read(self, site: Site, layer: int) -> npt.NDArray[np.float32]:
         """Return the means of each slot, (n_slots, n_embd).
 
         Raises:
-            RuntimeError: the place was not captured, or not every token came by.
+            RuntimeError: the place or some of its tokens were not captured.
         """
 
 class Hook:
     """The eval callback of one llama_context, and its account of each decode.
 
-    For one thread at a time. Detach it before the context is freed; it must outlive the context.
+    For one thread at a time. Detach the hook before the context is freed, and keep the hook alive
+    until then.
     """
 
     def __init__(self) -> None: ...
@@ -366,7 +369,7 @@ class Hook:
         """
 
     def end_probe(self) -> None:
-        """Learn the sites from what was decoded, and set the control vectors to zero.
+        """Learn the sites from the probe decode, and set the control vectors to zero.
 
         Raises:
             RuntimeError: the probe failed.
@@ -384,8 +387,8 @@ class Hook:
         """Steer the sequence with llama.cpp's number `slot` from the next decode on; None: stop.
 
         Raises:
-            ValueError: the plan is for another shape of model, or for a site that it lacks; the
-                sequence before stays in force.
+            ValueError: the plan is for another shape of model, or for a site that the model lacks;
+                the former sequence stays in force.
             RuntimeError: a decode is running, or after `detach`.
         """
 
@@ -399,8 +402,8 @@ class Hook:
         """Announce the rows of one or several llama_decode calls, in their order.
 
         Args:
-            runs: (n, 4): slot, position of the first token, number of tokens, and whose logits are
-                asked for: 0 no token's, 1 the last token's, 2 every token's.
+            runs: (n, 4): slot, position of the first token, number of tokens, and wanted logits: 0
+                of no token, 1 of the last token, 2 of every token.
 
         Raises:
             NotOnHost: a place that must be hooked is not in host memory.
@@ -413,12 +416,12 @@ class Hook:
         """End the decode, and check that steering reached every token.
 
         Raises:
-            RuntimeError: it did not, or the callback met something that it cannot handle.
+            RuntimeError: steering missed a token, or the callback met an unsupported node.
         """
 
     @property
     def was_resident(self) -> bool:
-        """Whether the last decode was steered through llama.cpp's control vector."""
+        """True if the last decode was steered through llama.cpp's control vector."""
 
     def abandon_decode(self) -> None:
         """End a decode that failed, without checks."""
@@ -438,8 +441,8 @@ class Hook:
 
         Args:
             wanted: (sites x n_layer,) flags, site by site in the order of `Site`.
-            slots: for each token of the decodes the mean that it counts towards, -1: none.
-            n_slots: number of means; each needs a token.
+            slots: for each token of the decodes, the number of its mean; -1: no mean.
+            n_slots: number of means; each needs at least one token.
 
         Raises:
             ValueError: sizes or slots that do not fit, or a place that the model lacks.
@@ -448,7 +451,7 @@ class Hook:
         """
 
     def end_capture(self) -> Capture:
-        """Return what was captured since `begin_capture`."""
+        """Return the means captured since `begin_capture`."""
 
     def detach(self) -> None:
         """Touch no tensor any more: the context is about to be freed."""

@@ -1,8 +1,8 @@
-"""The cells of the KV cache: their holders, and the content that a new request can go on from.
+"""The cells of the KV cache: their holders, and the content that new requests can reuse.
 
 All sequences share the cells of one unified cache. A cell can belong to several sequences with the
 same beginning; the cell is free again when the last of them lets go. A finished sequence keeps its
-cells, as an idle slot, until another needs them.
+cells, as an idle slot, until another sequence needs them.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ class KvCache:
         memory: llama.cpp's side of the cache.
         n_cells: number of cells.
         n_slots: number of sequences in the context.
-        rewinds: a sequence can be cut back to any position. The state of recurrent models cannot:
-            there the slot that has a beginning reuses all of it, or nothing.
+        rewinds: a sequence can be cut back to any position. Recurrent states cannot, so a request
+            reuses all of a slot's tokens or none.
     """
 
     def __init__(self, memory: ContextMemory, *, n_cells: int, n_slots: int, rewinds: bool) -> None:
@@ -198,7 +198,7 @@ class KvCache:
         return length
 
     def recover(self, slot: Slot, length: int) -> int:
-        """As `cut`, after a failed decode, which may have left more in memory than in our cells."""
+        """Cut a sequence after a failed decode, which may have left tokens without a cell."""
         length = self.cut(slot, length)
         self._memory.cut(slot.number, length)
         return length

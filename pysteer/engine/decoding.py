@@ -55,7 +55,7 @@ class Decoder:
         """Decode one batch, or several where sequences cannot share one."""
         shares = self._shares()
         while shares and not self._running.make_room(sum(share.n for share in shares)):
-            shares = self._shares()  # of the requests left; nobody is admitted before they go on
+            shares = self._shares()  # remaining requests go on before new ones start
         together = []
         for share in shares:
             # llama.cpp orders the rows of a recurrent model's batch by itself.
@@ -68,8 +68,8 @@ class Decoder:
     def _shares(self) -> list[Share]:
         """Return the next batch: a token of each sequence that generates, and parts of prompts.
 
-        While some generate, those that read share `prompt_share` tokens evenly, so that no prompt
-        holds up the others' text, nor another prompt, for longer.
+        While some sequences generate, sequences that read prompts share `prompt_share` tokens
+        evenly, so that a long prompt delays neither text nor other prompts.
         """
         generating = [request for request in self._running.active if request.pending == 1]
         reading = [request for request in self._running.active if request.pending > 1]
@@ -98,7 +98,7 @@ class Decoder:
         except Exception as error:
             if len(shares) == 1:
                 self._running.fail(shares[0].request, error)
-            else:  # a batch for each shows whose fault it is
+            else:  # separate batches isolate the faulty request
                 _log.info("a batch of %d sequences failed: %s", len(shares), error)
                 for share in shares:
                     self._set_apart(share)

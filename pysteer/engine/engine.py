@@ -57,7 +57,7 @@ class Engine:
         model_path: a GGUF model.
         pack: a `SteeringPack`, a pack file, or a plain control-vector file; None: nothing can be
             steered.
-        policy: a `Policy`, its data, or a YAML file, which goes before the pack's own.
+        policy: a `Policy`, its data, or a YAML file; laid over the pack's policy.
         max_sequences: number of requests decoded at once; more wait.
         max_queue: number of requests that may wait; then `submit` waits.
         prompt_share: number of prompt tokens that a decode may have while other requests are
@@ -150,7 +150,7 @@ class Engine:
             messages: as `create_chat_completion` takes them.
             prompt: text, or tokens; instead of messages.
             steering: of this request; see `SteeredLlama`. Left out, the policy decides.
-            policy: of this request; goes before the engine's.
+            policy: of this request; laid over the engine's policy.
             timeout: seconds to wait for room in the queue; None waits without limit.
             keep_first_logits: give the handle `first_logits`: the logits of the first token, under
                 the request's steering.
@@ -168,7 +168,7 @@ class Engine:
             SteeringError: invalid arguments.
         """
         if (messages is None) == (prompt is None):
-            raise SteeringError("submit takes messages= or prompt=, one of them")
+            raise SteeringError("submit takes either messages= or prompt=")
         if arguments.pop("stream", False):
             raise SteeringError("stream: iterate over the handle that submit returns")
         for name, reason in _NOT_HERE.items():
@@ -240,13 +240,13 @@ class Engine:
     def together(self) -> Iterator[None]:
         """Start the requests that are submitted in the block at once, when it ends.
 
-        They start from an empty cache, when all earlier requests are done. Their batches and their
-        places in the cache then depend on nothing else, so that the same block gives the same
-        answers, to the last bit. Beside other requests the arithmetic of llama.cpp may differ in
-        the last bits, and with it, rarely, a word.
+        The block's requests start from an empty cache, when all earlier requests are done. Batches
+        and cache then depend on the block alone, so the same block gives the same answers to the
+        last bit. Beside other requests llama.cpp's arithmetic may differ in the last bits, and
+        rarely a word with it.
 
-        Submit at most `max_queue` requests in the block, wait for no result inside it, and nest no
-        such blocks.
+        Submit at most `max_queue` requests in the block, wait for no result inside, and do not nest
+        blocks.
 
         Raises:
             EngineClosedError: the engine is closed.

@@ -1,4 +1,4 @@
-"""Errors of the engine, besides those of the rest of pysteer."""
+"""Errors that only the engine raises."""
 
 from __future__ import annotations
 

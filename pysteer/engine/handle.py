@@ -23,7 +23,7 @@ class End(NamedTuple):
 
     Attributes:
         text: the whole text written.
-        finish_reason: why the text ended.
+        finish_reason: reason for the end of the text.
         prompt_tokens: number of prompt tokens.
         completion_tokens: number of tokens written.
         steering: report of the steering; see `pysteer.runtime.report`.
@@ -37,7 +37,7 @@ class End(NamedTuple):
 
 
 class Shape(Protocol):
-    """Turns a completion, or its chunks, into the results of a request."""
+    """Converts a completion, or its chunks, into the results of a request."""
 
     def result(self, completion: Completion) -> dict[str, Any]:
         """Return the dictionary for `Handle.result`."""
@@ -47,7 +47,7 @@ class Shape(Protocol):
 
 
 class PlainShape:
-    """Leaves completions as `create_completion` returns them."""
+    """Returns completions unchanged."""
 
     def result(self, completion: Completion) -> dict[str, Any]:
         """Return the completion."""
@@ -62,8 +62,8 @@ class Handle:
     """One request: its stream, its result, and the way to end it.
 
     Iterating yields the chunks of `create_chat_completion(stream=True)`, or for a `prompt` of
-    `create_completion(stream=True)`: from the first chunk on, however often, in any thread. The
-    last chunk has "steering", as the result has.
+    `create_completion(stream=True)`. Every iteration, in any thread, starts at the first chunk. The
+    last chunk and the result have the key "steering".
 
     Attributes:
         cancelled: `cancel` was called.

@@ -1,4 +1,4 @@
-"""Requests on their way to the thread that decodes, and signals of other threads to it."""
+"""The queue of requests, and signals from other threads to the thread that decodes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One request, as the scheduler works on it."""
+"""One request and its state in the scheduler."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def check_prompt(prompt: Sequence[int], *, n_vocab: int, length_limit: int) -> N
         )
     bad = [token for token in prompt if not 0 <= token < n_vocab]
     if bad:
-        raise SteeringError(f"there is no token {bad[0]}; 0 to {n_vocab - 1} are")
+        raise SteeringError(f"unknown token {bad[0]}; tokens are 0 to {n_vocab - 1}")
 
 
 class Request:
@@ -52,7 +52,7 @@ class Request:
         length_limit: number of tokens that the context takes, prompt and text together.
         slot: the sequence of the context, while the request has one.
         order: older requests have smaller numbers.
-        alone_until: until this many of its tokens are decoded, the request gets batches of its own.
+        alone_until: number of decoded tokens up to which the request shares no batch.
         keep_first_logits: put the logits of the first token into the handle.
 
     Raises:
@@ -101,7 +101,7 @@ class Request:
 
     @property
     def alone(self) -> bool:
-        """The next tokens belong in a batch of their own."""
+        """The next tokens must not share a batch with other requests."""
         return self.n_past < self.alone_until
 
     def tokens(self, start: int, stop: int) -> Tokens:

@@ -1,4 +1,4 @@
-"""The requests that have a slot of the cache, and those that had to give theirs up."""
+"""Requests with a slot of the cache, and preempted requests."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class RunningRequests:
         return True
 
     def make_room(self, n: int) -> bool:
-        """See to `n` free cells. False if a sequence had to go: choose the batch anew then."""
+        """Free `n` cells. False if a sequence was preempted: choose the batch anew then."""
         while self.cache.unheld < n:
             if not self.relieve(n - self.cache.unheld):
                 return False

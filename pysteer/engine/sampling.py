@@ -165,7 +165,7 @@ def _bias(logit_bias: Mapping[Any, float], n_vocab: int) -> Processor:
     biases = {int(token): float(bias) for token, bias in logit_bias.items()}
     for token in biases:
         if not 0 <= token < n_vocab:
-            raise SteeringError(f"logit_bias: there is no token {token}; 0 to {n_vocab - 1} are")
+            raise SteeringError(f"logit_bias: unknown token {token}; tokens are 0 to {n_vocab - 1}")
     tokens = np.fromiter(biases.keys(), np.intp, len(biases))
     values = np.fromiter(biases.values(), np.float32, len(biases))
 

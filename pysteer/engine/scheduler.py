@@ -1,4 +1,4 @@
-"""The thread that decodes, from the queue to the end of the model."""
+"""The scheduler: the thread that decodes, and finally frees the model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _all: weakref.WeakSet[Scheduler] = weakref.WeakSet()
 
 
 class Scheduler:
-    """Decodes the requests of one model, in a thread of its own, until it is stopped.
+    """Decodes the requests of one model in its own thread until stopped.
 
     Args:
         llm: the model. The scheduler closes it when it ends.

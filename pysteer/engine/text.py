@@ -1,7 +1,7 @@
-"""From tokens to text, one token at a time: UTF-8, stop strings, and the end of the text.
+"""Text from tokens, one token at a time: UTF-8, stop strings, and the end of the text.
 
-Gives the text of `llama_cpp.Llama.create_completion`, which looks at the whole text again after
-every token; here a token costs the same however long the text is.
+The text equals that of `llama_cpp.Llama.create_completion`, which reads the whole text again
+after every token; here the cost of a token does not grow with the text.
 """
 
 from __future__ import annotations

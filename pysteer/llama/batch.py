@@ -11,14 +11,14 @@ import numpy as np
 import numpy.typing as npt
 
 NO_ROW, LAST_ROW, EVERY_ROW = 0, 1, 2
-"""Rows of a run whose logits are asked for."""
+"""Rows of a run with logits."""
 
 ALL_SEQUENCES: Final = -1
 """In a `Run`, in place of a sequence: its rows belong to several sequences."""
 
 Run: TypeAlias = tuple[int, int, int, int]
-"""Consecutive rows of one sequence: sequence, position of the first row, number of rows, and whose
-logits are asked for: `NO_ROW`, `LAST_ROW` or `EVERY_ROW`."""
+"""Consecutive rows of one sequence: sequence, position of the first row, number of rows, and rows
+with logits (`NO_ROW`, `LAST_ROW` or `EVERY_ROW`)."""
 
 
 def chunked(start: int, n_tokens: int, n_batch: int, outputs: int) -> list[Run]:
@@ -92,7 +92,7 @@ class DecodeBatch:
             slot: llama.cpp's sequence id.
             start: position of the first token.
             tokens: at least one.
-            outputs: `NO_ROW`, `LAST_ROW` or `EVERY_ROW`: whose logits are asked for.
+            outputs: rows with logits: `NO_ROW`, `LAST_ROW` or `EVERY_ROW`.
 
         Returns:
             The row of the last token.

@@ -24,7 +24,7 @@ class CaptureRequest:
 
     Attributes:
         sequences: token sequences, each from position 0.
-        groups: int32, one a row of the batch: the mean that the row counts towards, or -1.
+        groups: int32, for each row of the batch the number of its mean; -1: no mean.
         wanted: site to layers.
         shared: number of first tokens that all sequences share; decoded once.
     """
@@ -94,11 +94,11 @@ def spans_capture(
 def wanted_layers(
     available: Mapping[str, tuple[int, ...]], sites: Iterable[str], layers: Iterable[int] | None
 ) -> dict[str, list[int]]:
-    """Return site to layers, held against the sites that the model has.
+    """Return site to layers, checked against the sites of the model.
 
     Raises:
-        SteeringError: an unknown site, or nothing is asked for.
-        HookError: the model lacks a site, or has it not at all the layers.
+        SteeringError: an unknown site, or no site or layer.
+        HookError: the model lacks a site at some layer.
     """
     wanted: dict[str, list[int]] = {}
     asked = None if layers is None else sorted({int(layer) for layer in layers})

@@ -68,7 +68,7 @@ class HookedContext:
     """A llama_context whose layer outputs can be read and changed.
 
     Knows the model's sites, brackets every decode, steers by sequence and captures activations.
-    Whatever decodes in the context does so through `decode` or inside `decoding`.
+    Every decode in the context goes through `decode` or happens inside `decoding`.
 
     The hook has to exist before the llama_context: `install` puts it into the parameters, `attach`
     takes over the context made with them. One thread at a time may decode; `lock` is held
@@ -228,13 +228,13 @@ class HookedContext:
 
     @contextmanager
     def decoding(self, runs: Sequence[Run]) -> Iterator[None]:
-        """Bracket the decodes of one evaluation; afterwards, check that the hook did all of it.
+        """Bracket the decodes of one evaluation; afterwards, check that steering was complete.
 
         Args:
             runs: the rows to be decoded, in order.
 
         Raises:
-            HookError: the runs cannot be steered so; nothing was decoded.
+            HookError: the runs cannot be steered by their plans; nothing was decoded.
             SpoiledDecodeError: a site that is to be steered was not reached by every token, or the
                 hidden state is not finite.
         """
@@ -342,13 +342,14 @@ class HookedContext:
         """Return mean activations over spans of several sequences, decoded as one batch.
 
         Args:
-            sequences: token sequences, each from position 0; at most `max_sequences` of them,
-                together at most n_batch tokens (one alone: n_ctx).
-            spans: token ranges [start, stop), at least one in each sequence; those of one sequence
-                do not overlap.
-            owners: for each span the number of its sequence; None is one span in each, in order.
-            shared: number of first tokens that all sequences share; they are decoded, and count,
-                once. No span may reach into them.
+            sequences: at most `max_sequences` token sequences, each from position 0; together at
+                most n_batch tokens (a single sequence: n_ctx).
+            spans: token ranges [start, stop), at least one for each sequence. Spans of one sequence
+                must not overlap.
+            owners: for each span, the number of its sequence; None: one span for each sequence,
+                in order.
+            shared: number of first tokens that all sequences share. These tokens are decoded, and
+                count, once. No span may reach into them.
             sites: of "residual", "attention" and "mlp".
             layers: block indices; None is every layer that has the site.
 

@@ -26,7 +26,7 @@ def quiet_arguments(n_threads: int | None = None, **llama_arguments: Any) -> dic
 
     Args:
         n_threads: threads to use; None: all cores.
-        **llama_arguments: whatever else is set; it goes before these defaults.
+        **llama_arguments: further arguments, which replace these defaults.
     """
     threads = n_threads or os.cpu_count() or 1
     return {

@@ -25,7 +25,7 @@ class ContextMemory:
             raise RuntimeError(f"llama.cpp cannot cut a sequence back to {start} tokens")
 
     def copy(self, source: int, target: int, stop: int) -> None:
-        """Let the positions before `stop` belong to the sequence `target`, too."""
+        """Share the positions before `stop` with the sequence `target`."""
         llama_cpp.llama_memory_seq_cp(self._memory, source, target, 0, stop)
 
     def clear(self, *, data: bool = False) -> None:

@@ -25,7 +25,7 @@ PRIVATE_NAMES: Final = {
 }
 """Every private name of llama_cpp that pysteer uses, with the reason.
 
-Besides, two habits of `llama_cpp.Llama` that no test of names can see:
+pysteer also relies on two behaviours of `llama_cpp.Llama` that no test of names can check:
 
 - `Llama.__init__` assigns the context parameters to `self.context_params` before it creates the
   context; `HookedLlama` installs the hook there.

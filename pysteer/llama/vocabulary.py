@@ -15,7 +15,7 @@ def token_piece(llm: Llama, token: int) -> bytes:
         SteeringError: the vocabulary has no such token; llama.cpp would end the process.
     """
     if not 0 <= token < llm.n_vocab():
-        raise SteeringError(f"there is no token {token}; 0 to {llm.n_vocab() - 1} are")
+        raise SteeringError(f"unknown token {token}; tokens are 0 to {llm.n_vocab() - 1}")
     return llm.detokenize([token], special=True)
 
 

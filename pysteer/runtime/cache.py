@@ -23,7 +23,7 @@ _N_PROMPT: Final = "steering_n_prompt"
 
 
 class SteeredCache:
-    """Everything known of the tokens in the context of a `llama_cpp.Llama`.
+    """Steering and origin of the tokens in the context of a `llama_cpp.Llama`.
 
     The tokens themselves are the model's `n_tokens` and `input_ids`, which may change without
     notice, by `reset()` or by hand.
@@ -110,13 +110,14 @@ class SteeredCache:
     def reuse(self, sequence: SequenceSteering, tokens: list[int], *, reset: bool) -> list[int]:
         """Cut the context back to the tokens that a sequence would compute the same way.
 
-        `llama_cpp.Llama.generate` then reuses those of them that match the prompt, and evaluates
-        at least one token if the cached logits are of another steering.
+        `llama_cpp.Llama.generate` then reuses the remaining tokens that match the prompt, and
+        evaluates at least one token if the cached logits are of another steering.
 
         Args:
             sequence: the sequence about to begin.
             tokens: the argument of `generate`.
-            reset: the argument of `generate`: `tokens` are the whole prompt, or follow the context.
+            reset: the argument of `generate`. True: `tokens` are the whole prompt. False: `tokens`
+                follow the context.
 
         Returns:
             The tokens to call `generate` with.
@@ -135,7 +136,7 @@ class SteeredCache:
         return tokens if reset else [*cut, *tokens]
 
     def rewind(self, position: int) -> list[int]:
-        """Cut the context back to a position, or empty it; return the tokens that are gone."""
+        """Cut the context back to a position, or empty the context; return the removed tokens."""
         tokens = self.tokens
         if not self.cuts_back:
             self._llm.reset()
@@ -190,10 +191,10 @@ class SteeredCache:
         setattr(state, _N_PROMPT, self.n_prompt)
 
     def load_from(self, state: LlamaState) -> None:
-        """Take over the steering of a loaded state's tokens; without any, they are unsteered."""
+        """Take over the steering of a loaded state's tokens; without a record, no steering."""
         keys = getattr(state, _KEYS, None)
         self._ledger = CacheLedger(np.zeros(state.n_tokens, np.uint64) if keys is None else keys)
-        # The decisions of another sequence's gates say nothing of this one.
+        # Decisions of another sequence's gates do not hold for this sequence.
         self.sequence = None
         self._loaded_n_prompt = getattr(state, _N_PROMPT, None)
 

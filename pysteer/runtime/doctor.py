@@ -1,4 +1,4 @@
-"""Checks of what this machine can do with a model, by doing it."""
+"""Trials of steering on this machine with a given model."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Check:
 
     Attributes:
         name: the statement that was checked.
-        ok: the statement holds; None where this machine or model cannot do it.
+        ok: the statement holds; None if this machine or model does not support the check.
         value: largest absolute difference in logits, where logits were compared.
         detail: further text for people.
     """
@@ -99,8 +99,8 @@ def diagnose(
     """Steer a model with a known vector, natively and by pysteer, and compare the logits.
 
     The vector is pseudo-random with a fixed seed, at the residual of every layer from 1 on, its
-    norm a fifth of the model's own residual norm at that layer. Compared are all logits of a prompt
-    of several micro-batches, and of some single-token decodes after it.
+    norm a fifth of the model's own residual norm at that layer. The comparison covers all logits of
+    a prompt of several micro-batches and of some single-token decodes after the prompt.
 
     Args:
         model_path: a GGUF model.

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 Keys: TypeAlias = npt.NDArray[np.uint64]
-"""Per token, a fingerprint of its steering; 0 is none."""
+"""Fingerprint of each token's steering; 0 means no steering."""
 
 
 def matching(keys: Keys, others: Keys) -> int:
@@ -40,7 +40,7 @@ class CacheLedger:
     def record(self, start: int, keys: Keys) -> None:
         """Record that tokens from `start` on were computed under `keys`; forget all after them."""
         if start > self._known:
-            raise ValueError(f"tokens {self._known} to {start} have never been recorded")
+            raise ValueError(f"tokens {self._known} to {start} are not recorded")
         self._known = start + len(keys)
         if self._known > len(self._keys):
             grown = np.zeros(max(self._known, 2 * len(self._keys)), np.uint64)

@@ -12,8 +12,9 @@ class MarkerTracker:
     """Follows a text token by token.
 
     A marker may begin and end anywhere inside tokens. The token that completes the start marker is
-    the first between the markers, and the token before the one that completes the end marker is the
-    last: the row of a token decides the next token, so these rows decide the text between them.
+    the first between the markers. The last is the token before the token that completes the end
+    marker: the row of a token decides the next token, so these rows decide the text between the
+    markers.
 
     Args:
         pairs: start and end markers, at most 32 pairs.

@@ -17,7 +17,7 @@ from pysteer.runtime.native import SITES, native_gate, native_operator, native_s
 
 Injection: TypeAlias = Literal["auto", "resident", "hooked"]
 INJECTIONS: tuple[Injection, ...] = get_args(Injection)
-"""Ways of directions into a model.
+"""Routes of directions into a model's graph.
 
 "resident": through llama.cpp's control vector. "hooked": by cutting the graph. "auto": resident
 where the plan allows it, else hooked.
@@ -41,9 +41,9 @@ class PlannedTerm:
         category: its name.
         strength: factor of its directions, before the scope's; finite and not 0.
         gated: True if the router decides, False if the category is forced.
-        threshold: where its own gate opens; None if it is forced or has no gate of its own.
-        site: where in a block it acts.
-        layers: the layers at which it acts, ascending.
+        threshold: threshold of the category's own gate; None if forced or without an own gate.
+        site: steered site.
+        layers: steered layers, ascending.
     """
 
     category: str
@@ -56,12 +56,12 @@ class PlannedTerm:
 
 @dataclass(frozen=True, eq=False)
 class CompiledPlan:
-    """Everything that happens to a sequence, as far as it is known before the prompt is read.
+    """Steering of a sequence, as far as known before the prompt is read.
 
     Immutable; any number of sequences share one.
 
     Attributes:
-        native: the plan for the hook; None does nothing.
+        native: the plan for the hook; None if nothing is steered.
         terms: the categories in the order in which they act.
         gate: kind of gate; None if no category is gated.
         router: the router whose gates decide; None if no category is gated.
@@ -126,11 +126,11 @@ class PlanCompiler:
 
     Args:
         pack: a pack that fits the model; None: nothing can be steered.
-        policy: the policy of requests without their own; laid over the pack's.
+        policy: default policy of requests; laid over the pack's policy.
         n_layer: the model's number of blocks.
         n_embd: the model's width.
         sites: site to the layers at which the model's graph has the site; None: all layers.
-        injection: the way of directions into the model; see `INJECTIONS`.
+        injection: route of directions into the graph; see `INJECTIONS`.
 
     Raises:
         SteeringError: the policy does not fit the pack or the router, or there is no pack for it.
@@ -190,7 +190,7 @@ class PlanCompiler:
         if steering is None or (isinstance(steering, Mapping) and not steering):
             return UNSTEERED
         if self._base is None:
-            raise SteeringError("there is nothing to steer with; pass pack=")
+            raise SteeringError("steering needs a pack; pass pack=")
         resolved = self._under(self._base, policy)
         plan = self._compile(resolved, resolved.requested(steering))
         _keep(self._plans, key, plan)
@@ -219,7 +219,7 @@ class PlanCompiler:
 
     def _check_no_policy(self, policy: Policy | None) -> None:
         if policy is not None:
-            raise SteeringError("a policy needs a pack to apply to; pass pack=")
+            raise SteeringError("a policy needs a pack; pass pack=")
 
     def _under(self, base: ResolvedPolicy, policy: Policy | None) -> ResolvedPolicy:
         """Return the pack under the policy of one request."""
@@ -302,8 +302,8 @@ class PlanCompiler:
         """Check the whole of a native plan: its injection, and that its sums are finite."""
         if self.injection == "resident" and not native.fits_resident:
             raise HookError(
-                "injection 'resident' adds to the residual of layers >= 1, to all tokens alike, "
-                "and nothing else; use 'auto' or 'hooked'"
+                "injection 'resident' can only add to the residual of layers >= 1, equally for "
+                "all tokens; use 'auto' or 'hooked'"
             )
         try:
             native.check_finite()

@@ -21,8 +21,8 @@ class CategoryReport:
             decided yet.
         score: score of the category's own gate at the last decision; None without a gate.
         threshold: the score at which the category's own gate opens.
-        site: where in a block the category acts.
-        layers: the layers at which the category acts.
+        site: steered site.
+        layers: steered layers.
         tokens_steered: number of steered tokens of prompt and response.
     """
 
@@ -43,8 +43,8 @@ class SteeringReport:
 
     Attributes:
         mode: "off" (no category), "forced", "auto" (all gated) or "mixed".
-        categories: the requested categories, with open gates and closed ones.
-        scores: the router's scores, for each category it knows; empty if nothing was gated.
+        categories: the requested categories, with open or closed gates.
+        scores: score of each category that the router knows; empty if nothing was gated.
         ranks: the order among several categories that fired: the scores, but for margin gates the
             lead of each over the others; see `pysteer.pack.router.Router.ranks`.
         gate: the kind of gate, or None.

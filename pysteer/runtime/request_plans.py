@@ -1,4 +1,4 @@
-"""From the arguments of requests to compiled plans, for `SteeredLlama` and `Engine` alike."""
+"""Compiled plans from the arguments of requests, for `SteeredLlama` and `Engine` alike."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class RequestPlans:
     Args:
         llm: the model.
         pack: a pack for the model; None: nothing can be steered.
-        policy: goes before the pack's own.
-        injection: the way of directions into the model; see `PlanCompiler`.
+        policy: laid over the pack's policy.
+        injection: route of directions into the graph; see `PlanCompiler`.
 
     Raises:
         ModelMismatchError: the pack is for another model.
@@ -54,7 +54,7 @@ class RequestPlans:
         return self._compiler.pack
 
     def plan(self, steering: Steering | Inherit, policy: PolicyLike | None) -> CompiledPlan:
-        """Return the plan of a request; where `steering` is `INHERIT`, that of the policy.
+        """Return the plan of a request; with `INHERIT` as steering, the policy's plan.
 
         Raises:
             UnknownCategoryError: a category that the pack lacks.

@@ -1,4 +1,4 @@
-"""The requests to one model, and the steering in force where a request does not bring its own."""
+"""Requests to one model, and the steering in force for requests without their own."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ActiveSteering(NamedTuple):
     Attributes:
         plan: the plan.
         conversation: the messages of a chat, for the router; None outside of chats.
-        of_request: put in force by a request, and not by a `with llm.steering(...)` block.
+        of_request: put in force by a request, not by a `with llm.steering(...)` block.
     """
 
     plan: CompiledPlan
@@ -34,7 +34,7 @@ class ActiveSteering(NamedTuple):
 
 
 class RequestOptions(NamedTuple):
-    """The arguments of a request that `llama_cpp.Llama` does not have."""
+    """Arguments of a request beyond those of `llama_cpp.Llama`."""
 
     steering: Steering | Inherit = INHERIT
     policy: PolicyLike | None = None
@@ -97,15 +97,15 @@ class SteeredRequests:
         if pack is not None and pack.router is None and not self._warned_unsteered:
             self._warned_unsteered = True
             _log.warning(
-                "the pack has no router, so nothing is steered unless a request brings "
-                "steering={category: strength} or stands in `with llm.steering(...)`"
+                "the pack has no router, so a request is steered only with "
+                "steering={category: strength} or in `with llm.steering(...)`"
             )
 
     def run(self, call: Callable[..., Any], options: RequestOptions, *args: Any, **kw: Any) -> Any:
         """Make a request.
 
-        A request inside another, such as the completion of a chat, runs as part of that, unless it
-        brings its own steering.
+        A request inside another, such as the completion of a chat, is part of the outer request,
+        unless the inner request brings its own steering.
 
         Args:
             call: a method of `llama_cpp.Llama`.
@@ -114,8 +114,8 @@ class SteeredRequests:
             **kw: likewise.
 
         Returns:
-            The result of the method, with the report in it; a stream is advanced under the
-            request's steering, whenever that happens.
+            The result of the method, with the report inside. A stream keeps the request's steering
+            to its end.
         """
         outer, conversation = self._in_force.get(), options.conversation
         if outer is not None and outer.of_request:
@@ -134,7 +134,7 @@ class SteeredRequests:
         return self.stream(active, result) if isinstance(result, Iterator) else result
 
     def stream(self, active: ActiveSteering, stream: Iterator[Any]) -> Generator[Any, Any, None]:
-        """Advance a stream under a request's steering, whatever is in force between its items."""
+        """Advance a stream under a request's steering, regardless of the steering between items."""
         sent: Any = None
         try:
             while True:

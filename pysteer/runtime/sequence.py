@@ -24,7 +24,7 @@ class SequenceSteering:
         prompt: the prompt's tokens.
         conversation: finds the user's message in the prompt, for routers that read the message or
             its suffix. None: not a chat, so the whole prompt stands for the message.
-        n_positions: number of tokens that the sequence can have at most.
+        n_positions: largest number of tokens in the sequence.
         piece: returns the text of a token as bytes; called only for plans that need it.
 
     Attributes:
@@ -33,7 +33,7 @@ class SequenceSteering:
         begun: a token of the sequence was decoded.
 
     Raises:
-        SteeringError: the router has no token to look at.
+        SteeringError: the router has no token to read.
     """
 
     def __init__(
@@ -83,8 +83,8 @@ class SequenceSteering:
     def keys(self, start: int, stop: int) -> Keys:
         """Return fingerprints of the steering of the tokens at positions [start, stop), uint64.
 
-        They cover all that the KV cache depends on, which leaves out the last block. For tokens yet
-        to be computed they follow from the decisions so far.
+        Fingerprints cover the steering that the KV cache depends on, so not the last block. For
+        tokens yet to be computed they follow from the decisions so far.
         """
         if self.native is None:
             return np.zeros(max(stop - start, 0), np.uint64)
@@ -99,7 +99,7 @@ class SequenceSteering:
     def first_to_decode(self) -> int:
         """Position from which tokens have to be decoded, even if they are in the cache.
 
-        A router has to see the last prompt token, and all tokens that it averages over.
+        A router has to read the last prompt token and all tokens of its averages.
         """
         if self.native is None or not self.plan.gated:
             return _END
@@ -118,7 +118,7 @@ class SequenceSteering:
             n_tokens: number of tokens decoded.
 
         Returns:
-            `n_tokens` if none has to be.
+            `n_tokens` if no token has to be decoded again.
         """
         if self.native is None or not self.native.wants_reprocess:
             return n_tokens
@@ -130,7 +130,7 @@ class SequenceSteering:
         return n_tokens - 1
 
     def restart(self) -> None:
-        """Forget the tokens that the router has seen since its last decision: decoding restarts."""
+        """Forget the router's reads since its last decision: decoding restarts."""
         if self.native is not None:
             self.native.restart()
 

@@ -38,10 +38,10 @@ class SteeredLlama(HookedLlama):
 
     `create_completion`, `create_chat_completion` and calling the object take two more arguments:
 
-    - `steering`: a mapping of category to strength (forced: the category acts whatever the prompt
-      is; 1.0 is the recommended strength) or to "auto" (gated: the category acts if the router
-      finds it in the prompt); "auto" alone, all categories gated; or None, off.
-    - `policy`: a `Policy`, its data or a YAML file, which goes before the model's for this request.
+    - `steering`: a mapping of category to strength (forced: the category acts on every prompt; 1.0
+      is the recommended strength) or to "auto" (gated: the category acts if the router finds the
+      category in the prompt); "auto" alone gates all categories; None is off.
+    - `policy`: a `Policy`, its data or a YAML file; laid over the model's policy for this request.
 
     Where `steering` is left out, the innermost `with llm.steering(...)` block of the thread or
     asyncio task applies, else the policy: without one, every category that the pack's router knows
@@ -49,17 +49,17 @@ class SteeredLlama(HookedLlama):
     result, and the last chunk of every stream, reports the steering under the key "steering"; see
     `SteeringReport`.
 
-    A gate decides once, at the last prompt token, while the prompt is read, and holds (but see
-    `Policy.recheck`). A category whose gate is closed leaves the answer exactly as it was; one that
-    fires, and steers prompt tokens too, has the prompt processed once more.
+    A gate decides once, at the last prompt token, while the prompt is read (but see
+    `Policy.recheck`). A category with a closed gate leaves the answer unchanged to the last bit. If
+    a category fires that steers prompt tokens too, the prompt is processed once more.
 
     Args:
         model_path: a GGUF model.
         pack: a `SteeringPack`, a pack file, or a plain llama.cpp control-vector file (one category,
             named after the file's stem). Without a pack, nothing can be steered.
-        policy: a `Policy`, its data, or a YAML file, which goes before the pack's own.
-        injection: the way of directions into the model: "auto", or "resident" or "hooked" to
-            insist, for tests; see `pysteer.runtime.plan.INJECTIONS`.
+        policy: a `Policy`, its data, or a YAML file; laid over the pack's policy.
+        injection: route of directions into the graph: "auto"; "resident" or "hooked" for tests; see
+            `pysteer.runtime.plan.INJECTIONS`.
         **llama_arguments: all arguments of `llama_cpp.Llama`.
 
     Raises:
@@ -100,7 +100,7 @@ class SteeredLlama(HookedLlama):
         self._policy = read_policy(policy)
         self._pack = read_pack(pack)
         if self._pack is not None and llama_arguments.get("vocab_only"):
-            raise HookError("a model without weights (vocab_only) has nothing to steer")
+            raise HookError("a model without weights (vocab_only) cannot be steered")
         super().__init__(model_path, **llama_arguments)
         try:
             plans = RequestPlans(self, self._pack, self._policy, injection=injection)
@@ -148,7 +148,7 @@ class SteeredLlama(HookedLlama):
     ) -> Any:
         """`llama_cpp.Llama.create_completion`, steered; see the class.
 
-        The router looks at the whole prompt: only a chat tells the user's part of it.
+        The router reads the whole prompt: only a chat marks the user's message.
         """
         options = RequestOptions(steering, policy)
         return self._requests.run(super().create_completion, options, *args, **kwargs)
@@ -208,11 +208,11 @@ class SteeredLlama(HookedLlama):
     def eval(self, tokens: Sequence[int]) -> None:
         """`llama_cpp.Llama.eval` under the steering in force.
 
-        Evaluates after the tokens in the context, whatever their steering: a caller may change the
-        steering between two tokens. `generate` and all completions recompute. Called directly, the
-        first tokens after `reset()` are the prompt, and a gate's decision at the last of them holds
-        until the next `reset()`. Where gated steering comes into force only afterwards, the tokens
-        that the router looks at are computed once more.
+        Keeps the tokens in the context, even under other steering: a caller may change the steering
+        between two tokens. `generate` and all completions recompute instead. Called directly, the
+        first tokens after `reset()` are the prompt, and a gate's decision at the last prompt token
+        holds until the next `reset()`. If gated steering comes into force only afterwards, the
+        tokens that the router reads are computed once more.
         """
         with self.context.lock:
             self.require_open()

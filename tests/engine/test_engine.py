@@ -232,8 +232,8 @@ BETWEEN = {"tokens": "all", "exclude": ["a", "e"]}  # needs the text of each tok
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "one of them"),
-        ({"prompt": "a", "messages": []}, "one of them"),
+        ({}, "either messages= or prompt="),
+        ({"prompt": "a", "messages": []}, "either messages= or prompt="),
         ({"prompt": "a", "stream": True}, "iterate"),
         ({"prompt": "a", "logprobs": 2}, "log-probabilities"),
         ({"prompt": "a", "logprobs": 0}, "log-probabilities"),
