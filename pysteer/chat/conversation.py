@@ -21,13 +21,12 @@ class Conversation:
     """Finds the last user message in the prompts of one chat request.
 
     The first prompt costs one rendering and one tokenisation by the model's chat handler for each
-    sentinel. A handler that cannot be called for that (it raises, or evaluates tokens itself, as
-    multimodal handlers do) breaks no request: the whole prompt stands for the message, and a
-    warning says so once.
+    sentinel. If a handler cannot render the sentinels (it raises, or evaluates tokens itself, as
+    multimodal handlers do), the whole prompt stands for the message, with a warning once.
 
     Args:
         llm: the model; nothing is decoded.
-        arguments: those of `create_chat_completion`.
+        arguments: arguments of `create_chat_completion`.
         hold: see `pysteer.chat.handler.Hold`.
     """
 
@@ -41,10 +40,10 @@ class Conversation:
         self._first: list[int] = []  # the first prompt
 
     def message_span(self, prompt: Sequence[int]) -> Span:
-        """Return where the last user message is in a prompt; see `pysteer.chat.spans`.
+        """Return the range of the last user message in a prompt; see `pysteer.chat.spans`.
 
         A handler that makes several completions for one answer starts each prompt with the same
-        messages, so the message stays where it was in the first.
+        messages, so the message has the same range in all prompts.
 
         Args:
             prompt: tokens of a prompt that the handler has rendered for this request.

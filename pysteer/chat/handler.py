@@ -2,8 +2,8 @@
 
 llama-cpp-python's chat handlers render messages to a prompt, call the model's `create_completion`,
 and turn the completion into a chat completion. A stand-in for the model records the arguments of
-`create_completion`, which gives the prompt of any messages under any handler; and it can return a
-completion that another has written, which gives the chat completion.
+`create_completion`, which gives the prompt of any messages under any handler. The stand-in can also
+return an existing completion, which gives the chat completion.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Hold: TypeAlias = Callable[[], AbstractContextManager[None]]
 """Makes a context manager that keeps the model from being freed inside its block."""
 
 Complete: TypeAlias = Callable[[dict[str, Any]], Any]
-"""Takes all arguments of `create_completion`, and returns what that returns."""
+"""A function with the arguments and the result of `create_completion`."""
 
 _CHAT = inspect.signature(Llama.create_chat_completion)
 _COMPLETION = inspect.signature(Llama.create_completion)
@@ -34,7 +34,7 @@ _METHODS = frozenset(
 
 
 class ChatCall:
-    """One chat request's way through the model's chat handler.
+    """One chat request in the model's chat handler.
 
     Args:
         llm: the model; its chat handler and vocabulary are used, nothing is decoded.
@@ -42,7 +42,7 @@ class ChatCall:
         hold: see `Hold`.
 
     Attributes:
-        completion: the arguments of `create_completion` that the handler arrived at.
+        completion: the arguments with which the handler called `create_completion`.
 
     Raises:
         SteeringError: an argument that `create_chat_completion` lacks, or a handler that makes more
@@ -82,7 +82,7 @@ class ChatCall:
         return cast("dict[str, Any]", self._call(lambda _: completion, stream=False))
 
     def stream(self, chunks: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """Return the chunks of the chat completion, of those of a completion."""
+        """Return the chunks of the chat completion from the chunks of a completion."""
         return cast("Iterator[dict[str, Any]]", self._call(lambda _: chunks, stream=True))
 
 
@@ -159,8 +159,8 @@ class _SeveralCompletionsError(SteeringError):
 
 def _several_completions(llm: Llama) -> _SeveralCompletionsError:
     return _SeveralCompletionsError(
-        f"the chat handler of format {llm.chat_format!r} makes more than one completion for one "
-        "answer, which the engine cannot do; name one tool in tool_choice, or use SteeredLlama"
+        f"the chat handler of format {llm.chat_format!r} makes several completions for one "
+        "answer, which Engine does not support; name one tool in tool_choice, or use SteeredLlama"
     )
 
 
@@ -175,7 +175,7 @@ def _bind(signature: inspect.Signature, arguments: Mapping[str, Any]) -> dict[st
 
 
 class _Vocabulary:
-    """The answers that a handler got from the model, which it gets again after the model's end."""
+    """Recorded answers of the model, which a handler gets again after the model is freed."""
 
     def __init__(self, llm: Llama, hold: Hold) -> None:
         self._llm = llm
@@ -191,7 +191,7 @@ class _Vocabulary:
 
 
 class _StandIn:
-    """A `Llama` as far as a chat handler may see it."""
+    """The part of a `Llama` that a chat handler may use."""
 
     def __init__(self, llm: Llama, vocabulary: _Vocabulary, complete: Complete) -> None:
         self._llm = llm
@@ -217,6 +217,6 @@ class _StandIn:
         if name in _METHODS:
             return lambda *args, **kwargs: self._vocabulary.ask(name, *args, **kwargs)
         raise SteeringError(
-            f"this chat handler uses the model's {name!r} and not its vocabulary alone; Engine "
+            f"this chat handler uses the model's {name!r} besides the vocabulary; Engine "
             "cannot serve such a handler, SteeredLlama can"
         )

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 Message: TypeAlias = Mapping[str, Any]
-"""A role and a content: a string, or a list of parts of which some hold text."""
+"""A role and a content: a string, or a list of parts, some with text."""
 
 
 def user_message(text: str) -> Message:

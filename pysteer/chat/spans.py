@@ -1,4 +1,4 @@
-"""The rule that says which tokens of a prompt a router reads, for fitting and for serving.
+"""The rule for the tokens of a prompt that a router reads, for fitting and for serving.
 
 The user's message is found by rendering the conversation, never by searching the prompt for the
 message's text: that text may occur in the template or in an earlier turn, and templates strip white
@@ -51,7 +51,7 @@ class TemplateEnds(NamedTuple):
 def template_ends(
     render: Callable[[Sequence[Message]], Sequence[int]], messages: Sequence[Message]
 ) -> TemplateEnds | None:
-    """Return the tokens around the last user message, whatever that message is.
+    """Return the tokens around the last user message, independent of the message's text.
 
     Args:
         render: from messages to the tokens of the prompt; called once for each of `SENTINELS`.
@@ -69,7 +69,7 @@ def template_ends(
     if len(set(prompts)) == 1:  # the template leaves the message out
         return None
     n_before = shared_start(prompts)
-    # A token that all renderings have in their middle counts once, as the start's.
+    # A token common to all renderings counts once, as part of the start.
     n_after = min(
         shared_start([prompt[::-1] for prompt in prompts]), min(map(len, prompts)) - n_before
     )
@@ -77,10 +77,10 @@ def template_ends(
 
 
 def message_span(prompt: Sequence[int], ends: TemplateEnds | None) -> Span:
-    """Return where the last user message is in a prompt: the tokens between the template's ends.
+    """Return the range of the last user message in a prompt, between the template's ends.
 
     Args:
-        prompt: tokens of the conversation that `ends` is of.
+        prompt: tokens of the conversation that `ends` comes from.
         ends: from `template_ends`.
 
     Returns:
@@ -112,15 +112,15 @@ def pooled_span(pooling: str, message: Span, n_prompt: int) -> Span:
 
 
 def shared_start(sequences: Sequence[Sequence[int]]) -> int:
-    """Return how many tokens all of the sequences begin with."""
+    """Return the length of the sequences' common beginning."""
     columns = zip(*sequences, strict=False)
     return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
 
 
 def _n_template(prompt: Sequence[int], template: Sequence[int]) -> int:
-    """Return how many tokens at the start of a prompt are the template's.
+    """Return the number of the template's tokens at the start of a prompt.
 
-    Only the last `_SEAM` are compared, so that a template that writes the date may write another.
+    Only the last `_SEAM` tokens are compared: a template may write another date than before.
     """
     n = min(len(prompt), len(template))
     seam = range(min(max(len(template) - _SEAM, 0), n), n)

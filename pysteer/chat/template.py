@@ -1,4 +1,4 @@
-"""The chat template that a model brings along."""
+"""The chat template in a model file."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _FORMAT = "chat_template.default"  # llama-cpp-python's name for the template of
 
 
 def has_template(llm: Llama) -> bool:
-    """Tell whether the model file has a chat template."""
+    """Return True if the model file has a chat template."""
     return bool(llm.metadata.get(_METADATA))
 
 
 def chooses_format(llama_arguments: Mapping[str, Any]) -> bool:
-    """Tell whether the arguments of `Llama` choose a chat format or handler."""
+    """Return True if the arguments of `Llama` choose a chat format or handler."""
     return any(llama_arguments.get(name) is not None for name in ("chat_format", "chat_handler"))
 
 
@@ -25,8 +25,8 @@ def use_own_template(llm: Llama) -> None:
     """Render chats by the template in the model file, if there is one.
 
     llama-cpp-python replaces some templates that it recognises (ChatML, Mistral, Llama 3) by
-    formatters of its own, which give other tokens. A model without a template keeps the format
-    that llama-cpp-python falls back to.
+    its own formatters, which give other tokens. A model without a template keeps llama-cpp-python's
+    fallback format.
     """
     if has_template(llm):
         llm.chat_format = _FORMAT

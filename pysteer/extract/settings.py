@@ -113,9 +113,9 @@ class ExtractSettings:
                 f"{name} takes pairs, and pairs are matched; use another method for generic data"
             )
         if reads_answers and self.pooling != "user":
-            raise SteeringError(f"{name} looks at answers; it has no pooling of prompts")
+            raise SteeringError(f"{name} reads answers and has no pooling of prompts")
         if reads_answers and self.matched is not None:
-            raise SteeringError(f"{name} looks at answers; it does not match prompts")
+            raise SteeringError(f"{name} reads answers and does not match prompts")
         if self.unit_norm and self.scale:
             raise SteeringError("directions cannot have both norm 1 and a scale; choose one")
         self.router_settings  # noqa: B018 - checks the gates

@@ -6,7 +6,7 @@ The rules, each because a file that breaks it can crash, hang or mislead a reade
 - keys and tensor names occur once;
 - arrays hold scalars or strings, never arrays;
 - strings are UTF-8; the file is little-endian, version 2 or 3;
-- tensors lie one behind the other, aligned, inside the file, which bounds their total size; they
+- tensors lie one behind the other, aligned, inside the file, which bounds their total size. Tensors
   are copied, so that no array refers to the file after reading.
 
 Only float32 tensors are read: nothing that pysteer or llama.cpp writes for steering has another
@@ -153,8 +153,8 @@ def read(path: Path, *, architectures: tuple[str, ...]) -> Container:
 
     Args:
         path: the file.
-        architectures: the accepted values of `general.architecture`; any other is refused before
-            a tensor is read, so that a 5 GB model costs no time.
+        architectures: accepted values of `general.architecture`. Other files are refused before a
+            tensor is read, so that a 5 GB model costs no time.
 
     Raises:
         FormatError: the file cannot be read, breaks a rule above, or is of another architecture.
@@ -235,7 +235,7 @@ def _tensors(
         count = prod(shape)
         if offset != expected or start + offset + 4 * count > len(cursor.data):
             raise FormatError(
-                f"the data of tensor {quoted(name)} lies outside of the file or unaligned"
+                f"the data of tensor {quoted(name)} is outside of the file or unaligned"
             )
         expected = _aligned(offset + 4 * count, alignment)
         flat = np.frombuffer(cursor.data, "<f4", count, start + offset)
@@ -273,6 +273,6 @@ def _tensor_info(cursor: _Cursor, tensor: str) -> tuple[tuple[int, ...], int]:
 
 
 def _type_name(kind: int) -> str:
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType  # with YAML, for this message alone
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType  # imports YAML
 
     return GGMLQuantizationType(kind).name if kind in GGML_QUANT_SIZES else f"type {kind}"

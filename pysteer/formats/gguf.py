@@ -26,10 +26,10 @@ and `router.bias`; probe: `router.probe.weight` and `router.probe.bias`; centroi
 
 - `pysteer.router.site`, `pysteer.router.layers` (uint32), `pysteer.router.poolings`: the places
   that the router reads, one layer and pooling for each part of its tensors' rows;
-- `pysteer.router.categories`: the categories it knows, in the order of its tensors' rows;
+- `pysteer.router.categories`: the router's categories, in the order of its tensors' rows;
 - `pysteer.router.tables`: a JSON object with thresholds, rates and the confusion table.
 
-`pysteer.pack.router.Router` gives them their meaning.
+`pysteer.pack.router.Router` gives these values their meaning.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ Directions: TypeAlias = dict[int, npt.NDArray[np.float32]]
 
 VECTOR_ARCHITECTURE = "controlvector"
 PACK_ARCHITECTURE = "pysteer"
-PACK_VERSION = 2  # the newest that is read; version 1 is written where it suffices
+PACK_VERSION = 2  # newest readable version; version 1 is written where it suffices
 
 OPERATORS = "pysteer.operators"
 POLICY = "pysteer.policy"

@@ -38,7 +38,7 @@ class ContextMemory:
             llama_cpp.llama_memory_clear(self._memory, data)
 
     def is_whole(self, slot: int) -> bool:
-        """Tell whether the sequence still has its first position: a sliding window drops it."""
+        """Return True if the sequence still has its first position: a sliding window drops it."""
         return bool(llama_cpp.llama_memory_seq_pos_min(self._memory, slot) == 0)
 
     @property

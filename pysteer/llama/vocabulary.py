@@ -20,5 +20,5 @@ def token_piece(llm: Llama, token: int) -> bytes:
 
 
 def ends_text(llm: Llama, token: int) -> bool:
-    """Tell whether a token ends the text."""
+    """Return True if a token ends the text."""
     return bool(llama_cpp.llama_vocab_is_eog(llama_cpp.llama_model_get_vocab(llm.model), token))

@@ -49,7 +49,7 @@ def as_array(value: object, kinds: str, what: str) -> npt.NDArray[Any]:
         what: names the array in the error.
 
     Raises:
-        SteeringError: the dtype is of another kind; text, None and objects never are valid.
+        SteeringError: the dtype is of another kind. Text, None and objects are never valid.
     """
     try:
         array = np.asarray(value)

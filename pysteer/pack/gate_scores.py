@@ -1,4 +1,4 @@
-"""Formulas of the scores that a router's gates look at.
+"""Formulas of the scores of a router's gates.
 
 h, float64, is one hidden state of shape (w,) or a row for each of several, (rows, w); k is the
 number of categories, and results have the shape (k,) or (rows, k).
@@ -28,7 +28,7 @@ def margin(r: Floats, allowances: Floats) -> Floats:
 
 
 def lead(r: Floats, allowances: Floats) -> Floats:
-    """Return how far each category is ahead of all others, plus its allowance.
+    """Return the lead of each category over all others, plus its allowance.
 
     The lead of category c is r_c minus the largest r of the other categories; 0 if there is no
     other category.

@@ -1,6 +1,6 @@
-"""`Operator`: how a steering vector changes one row of activations, as data.
+"""`Operator`: the change of one row of activations by a steering vector, as data.
 
-The native part (csrc/operators) applies operators; here are their formulas. h is one row at the
+The native part (csrc/operators) applies the operators by these formulas. h is one row at the
 vector's site and layer, d the stored direction, e = d / |d|, and s the strength times the factor of
 the scope at that row. A row where s = 0 is not touched.
 
@@ -14,8 +14,7 @@ the scope at that row. A row where s = 0 is not touched.
   c2 = h.b2, a = s angle. The part of h in the plane, c1 b1 + c2 b2, becomes
 
   - (cos a c1 - sin a c2) b1 + (sin a c1 + cos a c2) b2: turned by a, from b1 towards b2;
-  - with `target`, |c| (cos a b1 + sin a b2), |c|^2 = c1^2 + c2^2: brought to the angle a from b1,
-    whatever its angle was.
+  - with `target`, |c| (cos a b1 + sin a b2), |c|^2 = c1^2 + c2^2: brought to the angle a from b1.
 
   The part outside of the plane stays, and so does the norm of h. s multiplies the angle.
 - `low_rank`: h + s U (V^T h), with U and V of shape (n_embd, r). Any linear map of rank r, such as

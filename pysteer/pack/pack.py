@@ -70,16 +70,16 @@ class SteeringPack:
     Attributes:
         categories: category to steering vector; any names. Strength 1.0 is the strength
             recommended for that category.
-        base_model: the model that the pack fits, or None if unknown (a plain control-vector file
-            does not say).
+        base_model: the model that the pack fits, or None if unknown, as for a plain control-vector
+            file.
         residual_norm: layer to typical (median) L2 norm of the residual stream there, in the units
             of the model's activations, as measured when the pack was made. May be empty.
         provenance: origin of the pack: method, parameters, data, versions. JSON data (text, finite
             numbers, True, False, None, lists, and mappings with text as keys) at most 16 deep; a
             read-only copy of the argument.
-        router: tells the categories apart in a prompt's hidden state, or None. It may know fewer
+        router: recognises categories in a prompt's hidden state, or None. A router may know fewer
             categories than the pack has.
-        policy: which categories act when, for requests that do not say so themselves, or None.
+        policy: decides the categories that act on requests without their own steering, or None.
 
     Raises:
         SteeringError: no categories, or vectors, a router or a policy that do not fit each other or
@@ -143,12 +143,12 @@ class SteeringPack:
             raise SteeringError(f"{quoted(router)} is not a router")
         if router.n_embd != self.n_embd:
             raise SteeringError(
-                f"the router looks at hidden states of width {router.n_embd}, "
+                f"the router reads hidden states of width {router.n_embd}, "
                 f"the directions have width {self.n_embd}"
             )
         unknown = [name for name in router.categories if name not in self.categories]
         if unknown:
-            raise SteeringError(f"the router knows {quoted(unknown)}, which the pack does not hold")
+            raise SteeringError(f"the router knows {quoted(unknown)}, which the pack lacks")
 
     def _check_policy(self) -> None:
         if self.policy is None:
@@ -221,7 +221,7 @@ class SteeringPack:
                 )
         if self.router is not None and self.router.last_layer >= model.n_layer:
             raise ModelMismatchError(
-                f"the router looks at layer {self.router.last_layer}, "
+                f"the router reads layer {self.router.last_layer}, "
                 f"the model has layers 0 to {model.n_layer - 1}"
             )
 
@@ -280,7 +280,7 @@ class SteeringPack:
 
 
 def _policy_class() -> type[Policy]:
-    """Return `Policy`, with pydantic, which takes long to import and most packs do not need."""
+    """Return `Policy`; the import loads pydantic, which is slow and which few packs need."""
     from pysteer.pack.policy import Policy
 
     return Policy
@@ -346,5 +346,5 @@ def _frozen(value: object, what: str, depth: int = 0) -> Any:
 
 
 def _part(what: str, key: object) -> str:
-    # Hostile keys may be long, and there are as many as the data is deep.
+    # Hostile keys may be long, with one key for each level.
     return what if len(what) > 200 else f"{what}[{quoted(key)}]"

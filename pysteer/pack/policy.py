@@ -56,7 +56,7 @@ def _rule(value: Any) -> Rule:
 
 
 class _Settings(BaseModel):
-    """Strict, immutable settings that remember which of their fields were given."""
+    """Strict, immutable settings that remember the fields that were given."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
@@ -99,18 +99,18 @@ class _Settings(BaseModel):
 
 
 class CategoryPolicy(_Settings):
-    """The part of a policy about one category. None, null in a file, is as good as left out.
+    """The part of a policy about one category. None (null in a file) equals a missing setting.
 
     Attributes:
-        mode: of a request that brings no `steering`: "auto" (gated), "always" (forced) or "off".
-            None: gated where the router can decide the category's rule, else off.
+        mode: for requests without `steering`: "auto" (gated), "always" (forced) or "off". None:
+            gated if the router can decide the category's rule, else off.
         strength: factor of the directions; 1.0 is the strength that the pack recommends.
-        threshold: of this category's gate, wherever a rule names it, in the unit of the gate's
-            score. None: the router's own.
+        threshold: threshold of this category's gate in all rules, in the unit of the gate's score.
+            None: the router's own.
         scope: the tokens that are steered, as a `Scope` or anything that `Scope.parse` takes. None:
             the policy's.
-        when: the rule by which the category acts if it is gated, as a `Rule` or its text. None: its
-            own gate is open.
+        when: the rule of the category if gated, as a `Rule` or its text. None: the category's own
+            gate.
 
     Raises:
         SteeringError: an unknown key or an invalid value.
@@ -169,17 +169,16 @@ class CategorySettings:
 
 
 class Policy(_Settings):
-    """Rules for which categories act, when and how strongly.
+    """Rules for the categories that act, their conditions and strengths.
 
     Immutable; equal to another policy that was given the same settings.
 
     Attributes:
         gate: the kind of gate that decides; one of `pysteer.pack.router.GATES`. None: "margin" if
             the router has it, else "multinomial".
-        conflict: which categories act where more than one fires: "strongest" (the category whose
-            score is furthest past its threshold), "first" (in the pack's order) or "sum" (all of
-            them; vectors that are much alike add up to a multiple of the strength, which ruins
-            text).
+        conflict: the choice among several fired categories: "strongest" (the score furthest past
+            its threshold), "first" (in the pack's order) or "sum" (all; vectors that are much
+            alike add up to a multiple of the strength, which ruins text).
         recheck: decide again after every so many response tokens. None: decide once, at the last
             prompt token.
         scope: of the categories that have no scope of their own.
@@ -261,7 +260,7 @@ class Policy(_Settings):
         return found
 
     def merged(self, other: Policy) -> Policy:
-        """Return this policy with the settings of `other` in place of its own, per category too.
+        """Return this policy with the settings of `other` laid over it, also within categories.
 
         Raises:
             SteeringError: the two policies contradict each other.
@@ -385,7 +384,7 @@ def _placed(content: object, places: Places) -> Policy:
 
 
 def _first(error: ValidationError, model: type[BaseModel]) -> PolicyError:
-    """Return the first of the errors that pydantic found, in our words."""
+    """Return the first of pydantic's errors as a PolicyError."""
     found = error.errors(include_url=False)[0]
     path = tuple(str(part) for part in found["loc"])
     context = found.get("ctx", {})

@@ -1,4 +1,4 @@
-"""Policies in files: YAML, of which JSON is a part, to plain data and the line of each key."""
+"""Policy files: from YAML or JSON to plain data and the line of each key."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pysteer.errors import FormatError, SteeringError, naming, quoted
 from pysteer.pack.policy_error import PolicyError, PolicyPath, at_place
 
 MAX_BYTES = 2**20
-"""The size of the largest policy file that is read."""
+"""Largest size of a policy file."""
 
 _MAX_DEPTH = 8  # of the YAML; a policy needs 5
 _QUOTE_FIRST = re.compile(r"""\s*["']?when["']?\s*:\s*['"]""")
@@ -39,7 +39,7 @@ def read(path: Path) -> tuple[Any, dict[PolicyPath, str]]:
     with naming(path), path.open("rb") as file:
         raw = file.read(MAX_BYTES + 1)
         if len(raw) > MAX_BYTES:
-            raise SteeringError(f"larger than {MAX_BYTES} bytes: this is not a policy")
+            raise SteeringError(f"the file is larger than {MAX_BYTES} bytes; this is not a policy")
         text = raw.decode("utf-8-sig")
     content, lines = _parsed(text, path)
     return content, {at: f"{path}, line {line}" for at, line in lines.items()}

@@ -168,7 +168,7 @@ class ResolvedPolicy:
 
     @cached_property
     def default_steering(self) -> Mapping[str, float | str]:
-        """The steering of a request that says nothing, by the modes of the categories.
+        """The steering of a request without `steering`, by the modes of the categories.
 
         Category to the policy's strength ("always") or to "auto"; without categories that are off.
         """
@@ -184,8 +184,8 @@ class ResolvedPolicy:
         """Return the categories that a request's own steering switches on, in the pack's order.
 
         Args:
-            steering: see `Steering`. None and an empty mapping ask for nothing, strength 0 leaves a
-                category out, and "auto" alone asks for all of `gateable`.
+            steering: see `Steering`. None and an empty mapping switch nothing on, strength 0 leaves
+                a category out, and "auto" alone switches on all of `gateable`.
 
         Returns:
             Category to strength (forced: finite, not 0) or to "auto" (gated).
@@ -229,7 +229,7 @@ class ResolvedPolicy:
     def _check_gateable(self, category: str) -> None:
         if category not in self.gateable:
             raise SteeringError(
-                f"cannot gate category {quoted(category)}: this pack has no router that knows it; "
+                f"cannot gate category {quoted(category)}: no router for this category; "
                 "give a number as its strength"
             )
 

@@ -1,6 +1,6 @@
-"""`Router`: decides from the hidden state of a prompt which categories act.
+"""`Router`: decides from the hidden state of a prompt the categories that act.
 
-Data and pure functions of it, in numpy; `pysteer.extract.routers` fits a router.
+Data, and pure functions of the data in numpy; `pysteer.extract.routers` fits a router.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ template puts behind the user's message; the last token where nothing follows th
 """
 
 GATES = ("margin", "multinomial", "probe", "centroid", "cast")
-"""The kinds of gate that a router can have; `Router.scores` has their scores."""
+"""The kinds of gate; `Router.scores` has their scores."""
 
 CLASSIFIERS = ("margin", "multinomial")
 """The kinds of gate that give each prompt one class. A router needs at least one of them."""
@@ -68,8 +68,8 @@ class Gate(ArrayData):
         above: bool (k,); True where the gate opens at scores of at least the threshold, False where
             it opens at scores of at most the threshold.
         true_positive_rates: float64 (k,), of the category's own prompts that open its gate.
-        false_positive_rates: float64 (k,), of the benign prompts that open it.
-        leak_rates: float64 (k,), of the other categories' prompts that open it.
+        false_positive_rates: float64 (k,), of benign prompts that open the gate.
+        leak_rates: float64 (k,), of other categories' prompts that open the gate.
 
     Raises:
         SteeringError: differing lengths, thresholds that are not finite, rates outside 0 to 1.
@@ -117,7 +117,7 @@ class Read:
 
     def __post_init__(self) -> None:
         if type(self.layer) is not int or not 0 <= self.layer <= MAX_LAYER:
-            raise SteeringError(f"the router looks at the invalid layer {quoted(self.layer)}")
+            raise SteeringError(f"the router reads the invalid layer {quoted(self.layer)}")
         if self.pooling not in POOLINGS:
             raise SteeringError(
                 f"the router has the unknown pooling {quoted(self.pooling)}; "
@@ -129,10 +129,10 @@ class Read:
 class Router(ArrayData):
     """Tells k categories and benign prompts apart in the base model's activations. Immutable.
 
-    All gates look at one vector h for each prompt: for each of `reads` the activations at `site`
-    and its layer, averaged over the prompt tokens that its pooling names, in the units of the
-    model's activations; all of them laid end to end, in the order of the reads. w is its width,
-    len(reads) * n_embd. "Benign" is class 0, category i class i + 1.
+    All gates score one vector h for each prompt. h is the concatenation of the reads, in their
+    order: each read is the activations at `site` and the read's layer, averaged over the prompt
+    tokens of the read's pooling, in the units of the model's activations. The width of h is
+    w = len(reads) * n_embd. "Benign" is class 0, category i is class i + 1.
 
     The arrays of a kind of gate are there if `gates` has the kind, and None otherwise.
 
@@ -142,7 +142,7 @@ class Router(ArrayData):
 
     Attributes:
         site: where in a block h is taken.
-        reads: at which layers, over which tokens; at least one, each once.
+        reads: layers and tokens; at least one read, no read twice.
         categories: the k names; some or all of the pack's.
         gates: kind of gate (some of `GATES`, one of `CLASSIFIERS` among them) to its thresholds and
             held-out rates.
@@ -151,10 +151,10 @@ class Router(ArrayData):
         threshold_rule: "youden", or "fpr=0.01" for a benign false-positive rate of at most 0.01;
             followed by ", margin fpr=0.005" where the margin gate has another.
         train_counts: int64 (k + 1,), prompts of each class that the router was fitted to.
-        margin_weight: float32 (k + 1, w), one linear map: how harmless h is, and how much of each
-            category: `margin_scores`.
+        margin_weight: float32 (k + 1, w), one linear map to harmlessness and to each category:
+            `margin_scores`.
         margin_bias: float32 (k + 1,).
-        allowances: float32 (k,), at least 0: by how much a category may fall behind another.
+        allowances: float32 (k,), at least 0: the distance that a category may fall behind another.
         weight: float32 (k + 1, w), the multinomial logistic probe: `probabilities`.
         bias: float32 (k + 1,).
         probe_weight: float32 (k, w), one logistic probe for each category, trained against all
@@ -224,12 +224,12 @@ class Router(ArrayData):
     def _check_reads(self) -> None:
         reads = self.reads
         if isinstance(reads, str) or not isinstance(reads, Sequence) or not reads:
-            raise SteeringError("a router needs a list of at least one place to look at")
+            raise SteeringError("a router needs a list of at least one read")
         for read in reads:
             if not isinstance(read, Read):
                 raise SteeringError(f"{quoted(read)} is not a pysteer.pack.router.Read")
         if len(set(reads)) != len(reads):
-            raise SteeringError("the router looks at the same tokens of a layer twice")
+            raise SteeringError("the router reads the same tokens of a layer twice")
         object.__setattr__(self, "reads", tuple(reads))
 
     def _check_categories(self) -> None:
@@ -252,7 +252,7 @@ class Router(ArrayData):
                     f"unknown kind of gate {quoted(kind)}; use some of {', '.join(GATES)}"
                 )
             if not isinstance(gate, Gate) or len(gate.thresholds) != len(self.categories):
-                raise SteeringError(f"the {kind} gate has not one threshold for each category")
+                raise SteeringError(f"the {kind} gate needs one threshold for each category")
         gates = {kind: self.gates[kind] for kind in GATES if kind in self.gates}
         object.__setattr__(self, "gates", MappingProxyType(gates))
 
@@ -276,7 +276,7 @@ class Router(ArrayData):
         if not width or width % len(self.reads):
             raise SteeringError(
                 f"the router's weights have width {width}, which is not a multiple of the number "
-                f"of places that it looks at, {len(self.reads)}"
+                f"of its reads, {len(self.reads)}"
             )
         if self.conditions is not None and not self.conditions.any(axis=1).all():
             raise SteeringError("a condition vector of the router is zero")
@@ -316,12 +316,12 @@ class Router(ArrayData):
 
     @property
     def category_accuracy(self) -> float:
-        """Share of the held-out prompts of a category that `classes` gives that category."""
+        """Share of the held-out prompts of the categories that `classes` classifies correctly."""
         return float(np.trace(self.confusion[1:, 1:]) / self.confusion[1:].sum())
 
     @property
     def benign_false_positive_rate(self) -> float:
-        """Share of the held-out benign prompts that `classes` gives some category."""
+        """Share of the held-out benign prompts that `classes` assigns to a category."""
         return float(self.confusion[0, 1:].sum() / self.confusion[0].sum())
 
     def classes(self, h: npt.ArrayLike) -> npt.NDArray[np.intp]:
@@ -336,7 +336,7 @@ class Router(ArrayData):
         return np.where(r[..., 0] > 0, 0, 1 + r[..., 1:].argmax(axis=-1))
 
     def margin_scores(self, h: npt.ArrayLike) -> Floats:
-        """Return the lesser of how harmful h is, and how far each category is ahead of all others.
+        """Return the lesser of the harm of h and the lead of each category over all others.
 
         With r = W h + b, harm is -r_0, negative for benign h, and the lead of category c is
         r_c minus the largest r of the other categories; 0 if there is no other. The score is
@@ -347,10 +347,10 @@ class Router(ArrayData):
         return gate_scores.margin(self._linear("margin", h), self._array("allowances"))
 
     def ranks(self, kind: str, h: npt.ArrayLike) -> Floats:
-        """Return the values that several open gates are compared by: `scores`, but for margin.
+        """Return the values that rank several open gates.
 
-        There it is lead + allowance, because the scores of all open gates equal the harm where harm
-        is the lesser.
+        The ranks equal `scores`, except for margin gates: their rank is lead + allowance, because
+        the scores of all open gates equal the harm where harm is the lesser.
         """
         if kind == "margin":
             return gate_scores.lead(self._linear("margin", h), self._array("allowances"))
@@ -361,7 +361,7 @@ class Router(ArrayData):
         return gate_scores.softmax(self._linear("multinomial", h))
 
     def probe_scores(self, h: npt.ArrayLike) -> Floats:
-        """Return the log-odds w_c . h + b_c that h belongs to category c, each for itself.
+        """Return the log-odds w_c . h + b_c that h belongs to category c, independently for each c.
 
         0 is a probability of one half.
         """
@@ -383,7 +383,7 @@ class Router(ArrayData):
         return gate_scores.condition_similarity(self._rows(h), self._array("conditions"))
 
     def scores(self, kind: str, h: npt.ArrayLike) -> Floats:
-        """Return the scores that a kind of gate looks at.
+        """Return the scores of a kind of gate.
 
         "margin": `margin_scores`; "multinomial": the categories' columns of `probabilities`;
         "probe": `probe_scores`; "centroid": `centroid_cosine`; "cast": `condition_similarity`.
@@ -422,11 +422,11 @@ class Router(ArrayData):
         rows = np.asarray(h, np.float64)
         if rows.ndim not in (1, 2) or rows.shape[-1] != self.width:
             raise SteeringError(
-                f"the router looks at hidden states of width {self.width}, not of the shape "
+                f"the router reads hidden states of width {self.width}, not of the shape "
                 f"{rows.shape}"
             )
         if not np.isfinite(rows).all():
-            raise SteeringError("a hidden state to route by holds NaN or infinity")
+            raise SteeringError("the hidden state holds NaN or infinity")
         return rows
 
     def content(self) -> RouterContent:
@@ -457,7 +457,7 @@ class Router(ArrayData):
         """Return the router of a pack file's plain data.
 
         Raises:
-            SteeringError: the data is not that of a router.
+            SteeringError: the data is not a router.
         """
         tables = _object(content.tables, _TABLES, "the router's tables")
         gates = tables["gates"]

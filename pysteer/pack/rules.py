@@ -1,4 +1,4 @@
-"""`Rule`: when a category acts, as a logical expression over the gates of categories.
+"""`Rule`: the condition for a category to act, as a logical expression over gates.
 
     malware and not (privacy_violation or "self harm")
 
@@ -45,7 +45,7 @@ class Rule:
 
     Attributes:
         text: the expression.
-        names: the categories whose gates it looks at, each once, in the order of the text.
+        names: the categories whose gates the expression names, each once, in the order of the text.
 
     Raises:
         SteeringError: invalid syntax, with the column from 1; or the text is too long or nested
@@ -125,8 +125,8 @@ def _tokens(text: str) -> Iterator[_Token]:
             found = text[column - 1]
             if found in "'\"":
                 raise SteeringError(
-                    f"column {column}: this quote is not closed, or a backslash in it escapes "
-                    "something else than a quote or a backslash"
+                    f"column {column}: the quote is not closed, or has a backslash before "
+                    "another character than a quote or a backslash"
                 )
             raise SteeringError(
                 f"column {column}: unexpected {quoted(found)}; a rule has names, 'and', 'or', "

@@ -53,9 +53,8 @@ class Scope:
         stop: "range" only: the position after the last, or None for no end.
         length: "first", "linear" and "cosine" only: the number of rows from r = 0.
         values: "values" only: the factors from r = 0; a tuple of finite numbers.
-        exclude: start and end marker, or None. Rows from that of the token that completes the start
-            marker up to, not including, that of the token that completes the end marker are left
-            unsteered.
+        exclude: start and end marker, or None. Unsteered are the rows from the token that completes
+            the start marker up to, not including, the token that completes the end marker.
 
     Raises:
         SteeringError: an unknown kind, an attribute of another kind, or an empty scope.

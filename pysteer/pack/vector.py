@@ -86,7 +86,7 @@ class SteeringVector:
             if not _fits(row.shape, operator) or row.shape != rows[0].shape:
                 raise SteeringError(
                     f"the direction of layer {layer} has shape {row.shape}, "
-                    f"that of layer {self._layers[0]} {rows[0].shape}; for the operator "
+                    f"the direction of layer {self._layers[0]} {rows[0].shape}; for the operator "
                     f"{operator.kind} all must be {_shape_for(operator)}"
                 )
             if not np.isfinite(row).all():
@@ -97,7 +97,7 @@ class SteeringVector:
 
     @property
     def site(self) -> str:
-        """The place in a block where the operator acts."""
+        """The steered site."""
         return self._site
 
     @property
@@ -184,9 +184,9 @@ class SteeringVector:
             model_hint: the base model's architecture, kept as `controlvector.model_hint`.
 
         Raises:
-            SteeringError: layer 0, which llama.cpp refuses, or another site than the residual
-                stream or operator than plain addition, which llama.cpp would take for a plain
-                addition to the residual stream. A `SteeringPack` holds such vectors.
+            SteeringError: layer 0, which llama.cpp refuses; or another site than the residual
+                stream, or another operator than plain addition, which llama.cpp would ignore. Save
+                these vectors in a `SteeringPack`.
         """
         if self.operator != ADD:
             raise SteeringError(
@@ -230,13 +230,11 @@ class SteeringVector:
         for operand in (self, other):
             operand._check_arithmetic()
         if self.operator != other.operator:
-            raise SteeringError(
-                "cannot combine a vector that keeps the norm (keep_norm) with one that does not"
-            )
+            raise SteeringError("cannot combine a vector with keep_norm and a vector without")
         if self.site != other.site or self.n_embd != other.n_embd:
             raise SteeringError(
                 f"cannot combine a vector of site {self.site}, width {self.n_embd} "
-                f"with one of site {other.site}, width {other.n_embd}"
+                f"with a vector of site {other.site}, width {other.n_embd}"
             )
         total = dict(self.items())
         with np.errstate(over="ignore"):  # the constructor raises for an overflow
@@ -255,7 +253,7 @@ class SteeringVector:
             return NotImplemented
         self._check_arithmetic()
         with np.errstate(over="ignore"):  # the constructor raises for an overflow
-            scale = np.float32(finite(factor, "cannot scale a steering vector by it"))
+            scale = np.float32(finite(factor, "scale a steering vector by a finite number"))
             scaled = {layer: scale * row for layer, row in self.items()}
         return SteeringVector(scaled, site=self.site, operator=self.operator)
 
@@ -266,7 +264,7 @@ class SteeringVector:
             return NotImplemented
         if divisor == 0:
             raise SteeringError("cannot divide a steering vector by 0")
-        return self * (1.0 / finite(divisor, "cannot divide a steering vector by it"))
+        return self * (1.0 / finite(divisor, "divide a steering vector by a finite number"))
 
     def __neg__(self) -> SteeringVector:
         return self * -1.0

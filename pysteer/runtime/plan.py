@@ -328,7 +328,7 @@ class PlanCompiler:
             place = f"site {router.site} of layer {read.layer}"
             if read.layer not in self._sites[router.site]:
                 raise HookError(
-                    f"the router looks at {place}, which this model's graph does not have; "
+                    f"the router reads {place}, which this model's graph does not have; "
                     "force categories instead of gating them"
                 )
             last = read.layer == self.n_layer - 1 and router.site != "attention"

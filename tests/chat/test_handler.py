@@ -56,7 +56,7 @@ def test_rendered_prompt_of_text_equals_the_decoded_one(llm, monkeypatch):
 def test_handler_of_several_completions_renders_its_first_prompt(llm, monkeypatch):
     monkeypatch.setattr(llm, "chat_format", "chatml-function-calling")
     chat = {**CHAT, "tools": TOOLS, "tool_choice": "auto"}
-    with pytest.raises(SteeringError, match="more than one completion"):
+    with pytest.raises(SteeringError, match="several completions"):
         ChatCall(llm, chat)
     text = llm.detokenize(rendered_prompt(llm, chat), special=True)
     assert text.endswith(b"<|im_start|>assistant\n")

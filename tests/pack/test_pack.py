@@ -184,7 +184,7 @@ def test_router_may_know_only_some_categories(categories):
 
 
 def test_router_with_unknown_categories_raises():
-    with pytest.raises(SteeringError, match=r"'fraud'.*does not hold"):
+    with pytest.raises(SteeringError, match=r"'fraud'.*the pack lacks"):
         a_pack(router=a_router("hate", "fraud"))
 
 
@@ -195,9 +195,9 @@ def test_router_of_another_width_raises():
 
 def test_router_that_reads_a_missing_layer_raises():
     router = a_router("hate", layer=4)
-    with pytest.raises(ModelMismatchError, match=r"router looks at layer 4.*layers 0 to 3"):
+    with pytest.raises(ModelMismatchError, match=r"router reads layer 4.*layers 0 to 3"):
         a_pack(base_model=MODEL, router=router)
-    with pytest.raises(ModelMismatchError, match=r"router looks at layer 4.*layers 0 to 3"):
+    with pytest.raises(ModelMismatchError, match=r"router reads layer 4.*layers 0 to 3"):
         a_pack(router=router).check_fits(MODEL)
     a_pack(router=router).check_fits(dataclasses.replace(MODEL, n_layer=5))
 

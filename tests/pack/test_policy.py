@@ -483,7 +483,7 @@ def test_invalid_setting_in_a_file_raises_with_its_line(tmp_path, text, message)
         ("gate: cast\nscope: \x01\n", ", line 2: not YAML: "),
         (b"gate: \xff\n", ": 'utf-8' codec can't decode"),
         (b"GGUF\x03\x00\x00\x00" + bytes(100), ", line 1: not YAML: "),
-        ("#" + " " * MAX_BYTES, ": larger than 1048576 bytes"),
+        ("#" + " " * MAX_BYTES, ": the file is larger than 1048576 bytes"),
     ],
 )
 def test_unsupported_yaml_raises_with_its_line(tmp_path, text, message):

@@ -176,9 +176,9 @@ def test_scores_are_needed_of_the_categories_in_the_rule_alone():
 @pytest.mark.parametrize("router", [False, True])
 def test_category_that_cannot_be_gated_raises(router):
     found = resolved(router=router)
-    with pytest.raises(SteeringError, match=r"'d'.*no router that knows it"):
+    with pytest.raises(SteeringError, match=r"'d'.*no router for this category"):
         found.opens("d", dict.fromkeys(NAMES, 1.0))
-    with pytest.raises(SteeringError, match=r"'d'.*no router that knows it"):
+    with pytest.raises(SteeringError, match=r"'d'.*no router for this category"):
         found.requested({"a": 1.0, "d": "auto"})
 
 

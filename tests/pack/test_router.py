@@ -348,9 +348,9 @@ NAN, INFINITY = float("nan"), float("inf")
     [
         ({"site": "output"}, "unknown site"),
         ({"site": None}, "unknown site"),
-        ({"reads": ()}, "at least one place"),
-        ({"reads": None}, "at least one place"),
-        ({"reads": "user"}, "at least one place"),
+        ({"reads": ()}, "at least one read"),
+        ({"reads": None}, "at least one read"),
+        ({"reads": "user"}, "at least one read"),
         ({"reads": [(3, "user"), (1, "suffix")]}, "not a pysteer.pack.router.Read"),
         ({"reads": [Read(3, "user"), Read(3, "user")]}, "twice"),
         ({"reads": [Read(i, "user") for i in range(4)]}, "width 6, which is not .* 4$"),

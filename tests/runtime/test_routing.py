@@ -530,7 +530,7 @@ def test_site_that_the_model_lacks_raises_at_load(tiny_llama, tiny_model, made_b
         made_by(no_attention, pack=pack, policy=policy, **arguments)
     elsewhere = router_for(tiny_llama, prompts, site="attention")
     pack = SteeringPack({"a": vector(1)}, router=elsewhere)
-    with pytest.raises(HookError, match="the router looks at site attention of layer 1"):
+    with pytest.raises(HookError, match="the router reads site attention of layer 1"):
         made_by(no_attention, pack=pack, **arguments)
 
 
@@ -556,7 +556,7 @@ def test_recurrent_model_is_routed(tiny_model):
 @pytest.mark.parametrize(
     ("steering", "policy", "message"),
     [
-        ({"unknown": "auto"}, None, "no router that knows it"),
+        ({"unknown": "auto"}, None, "no router for this category"),
         ({"a": "automatic"}, None, "not a number or 'auto'"),
         ("on", None, "'auto'"),
         ("auto", {"categories": {"c": {}}}, "unknown category 'c'"),

@@ -440,7 +440,7 @@ def test_unknown_token_with_markers_raises(llm):
     policy = {"scope": {"tokens": "all", "exclude": ["ab", "c"]}}
     with (
         llm.steering({"a": 1.0}, policy=policy),
-        pytest.raises(SteeringError, match="no token 99999"),
+        pytest.raises(SteeringError, match="unknown token 99999"),
     ):
         next(llm.generate([10, 99999]))
     assert llm(PROMPT, steering={"a": 1.0}, **GREEDY)["choices"]

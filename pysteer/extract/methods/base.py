@@ -137,7 +137,7 @@ class Method(ABC, Generic[O]):
         summary: one line of help.
         options: a settings class, see `pysteer.settings`; its fields are the method's options.
         needs: inputs beyond unsafe and safe prompts.
-        reads_answers: the method looks at answers to unsafe prompts; prompts are neither pooled nor
+        reads_answers: the method reads answers to unsafe prompts; prompts are neither pooled nor
             matched by category.
         keeps_scale: the directions have the right length already; they are neither masked nor
             scaled by default.
