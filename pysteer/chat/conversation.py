@@ -10,8 +10,9 @@ from typing import Any
 from llama_cpp import Llama
 
 from pysteer.chat.handler import Hold, rendered_prompt
-from pysteer.chat.messages import Message
+from pysteer.chat.messages import Message, snapshot
 from pysteer.chat.spans import Span, message_span, template_ends
+from pysteer.errors import SteeringError
 
 _log = logging.getLogger(__name__)
 _warned: set[tuple[str | None, type[Exception]]] = set()  # chat format and error
@@ -26,7 +27,8 @@ class Conversation:
 
     Args:
         llm: the model; nothing is decoded.
-        arguments: arguments of `create_chat_completion`.
+        arguments: arguments of `create_chat_completion`. The messages are kept as they are now: their
+            owner may go on with them before a stream is read.
         hold: see `pysteer.chat.handler.Hold`.
     """
 
@@ -34,8 +36,9 @@ class Conversation:
         self, llm: Llama, arguments: Mapping[str, Any], *, hold: Hold = nullcontext
     ) -> None:
         self._llm = llm
-        self._arguments = arguments
+        self._arguments = {**arguments, "messages": snapshot(arguments.get("messages"))}
         self._hold = hold
+        self._finding = False
         self._found: Span | None = None
         self._first: list[int] = []  # the first prompt
 
@@ -53,12 +56,23 @@ class Conversation:
             self._found, self._first = self._find(prompt), prompt
         return (0, len(prompt)) if self._found == (0, len(self._first)) else self._found
 
+    def require_found(self) -> None:
+        """Raise SteeringError while the message is being found.
+
+        A handler that was called for that may use the model itself and not the one it was given.
+        """
+        if self._finding:
+            raise SteeringError("the chat handler does not use the model that it is called with")
+
     def _find(self, prompt: Sequence[int]) -> Span:
+        self._finding = True
         try:
             return message_span(prompt, template_ends(self._render, self._arguments["messages"]))
         except Exception as error:  # of any kind: handlers are foreign code
             self._warn(error)
             return 0, len(prompt)
+        finally:
+            self._finding = False
 
     def _warn(self, error: Exception) -> None:
         chat_format = self._llm.chat_format

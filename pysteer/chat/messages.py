@@ -14,6 +14,22 @@ def user_message(text: str) -> Message:
     return {"role": "user", "content": text}
 
 
+def snapshot(messages: Any) -> Any:
+    """Return a copy of messages, and of their parts, that later changes do not reach.
+
+    Anything but a sequence of messages is returned as it is.
+    """
+    if isinstance(messages, str) or not isinstance(messages, Sequence):
+        return messages
+    return [_copied(message) for message in messages]
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _copied(item) for key, item in value.items()}
+    return [_copied(item) for item in value] if isinstance(value, list) else value
+
+
 def replace_user_text(messages: Sequence[Message], text: str) -> list[Message] | None:
     """Return the messages with another text in the last message of role "user".
 

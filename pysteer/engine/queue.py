@@ -156,7 +156,8 @@ class RequestQueue:
 
     def take_released(self) -> bool:
         """Tell, once, that a group was released."""
-        released, self._released = self._released, False
+        with self._changed:
+            released, self._released = self._released, False
         return released
 
     def take_cancelled(self) -> list[Request] | None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from pysteer.chat.conversation import Conversation
+from pysteer.errors import SteeringError
 from pysteer.llama.hooked import HookedLlama
 from pysteer.pack.resolved import Steering
 from pysteer.runtime.arguments import INHERIT, Inherit, PolicyLike
@@ -31,6 +34,29 @@ class ActiveSteering(NamedTuple):
     plan: CompiledPlan
     conversation: Conversation | None = None
     of_request: bool = False
+
+
+@dataclass(eq=False)
+class _Frame:
+    """A block, or a step of a request, around the code that runs in it.
+
+    Attributes:
+        active: the plan in force in it.
+        outer: the frame around it.
+        thread: of a request, the thread that runs the step, and holds the lock; None: a block.
+        ended: in force nowhere, whichever contexts still have it. A block that ended in its own
+            context stays in force in the tasks made inside it.
+    """
+
+    active: ActiveSteering
+    outer: _Frame | None
+    thread: int | None
+    ended: bool = False
+
+    @property
+    def counts(self) -> bool:
+        """The frame's plan is in force here."""
+        return not self.ended and self.thread in (None, threading.get_ident())
 
 
 class RequestOptions(NamedTuple):
@@ -59,32 +85,71 @@ class SteeredRequests:
         self._llm = llm
         self._plans = plans
         self._report = report
-        self._in_force: ContextVar[ActiveSteering | None] = ContextVar("steering", default=None)
+        self._innermost: ContextVar[_Frame | None] = ContextVar("steering", default=None)
         self._warned_unsteered = False
 
     @property
     def in_force(self) -> ActiveSteering | None:
-        """The steering of the innermost block or request around the caller."""
-        return self._in_force.get()
+        """The steering of the innermost block or request around the caller.
+
+        Raises:
+            SteeringError: called by a chat handler, with the model itself, while it renders.
+        """
+        frame = _innermost(self._innermost.get())
+        if frame is None:
+            return None
+        conversation = frame.active.conversation
+        if conversation is not None:
+            conversation.require_found()
+        return frame.active
 
     def current(self) -> ActiveSteering:
         """Return the steering in force, or else the policy's."""
-        return self._in_force.get() or ActiveSteering(self._plans.plan(INHERIT, None))
+        return self.in_force or ActiveSteering(self._plans.plan(INHERIT, None))
 
     @contextmanager
     def entered(self, active: ActiveSteering) -> Iterator[None]:
-        """Put a plan in force inside the `with` block."""
-        token = self._in_force.set(active)
+        """Put a plan in force inside the `with` block.
+
+        Raises:
+            SteeringError: the block ends where it was not in force.
+        """
+        thread = threading.get_ident() if active.of_request else None
+        frame = _Frame(active, _innermost(self._innermost.get()), thread)
+        self._innermost.set(frame)
         try:
             yield
         finally:
-            self._in_force.reset(token)
+            held = self._leave(frame)
+            frame.ended = active.of_request or not held
+        if not held:
+            raise SteeringError(
+                "a `with llm.steering(...)` block ended in another thread or asyncio task than it "
+                "began in, and requests there were made without it; in a generator that others "
+                "advance, give each request steering= instead"
+            )
+
+    def _leave(self, frame: _Frame) -> bool:
+        """Take a frame out of the context; False if the context does not have it.
+
+        Frames within it stay: blocks of generators may end in any order.
+        """
+        inner, at = None, self._innermost.get()
+        while at is not None and at is not frame:
+            inner, at = at, at.outer
+        if at is None:
+            return False
+        if inner is None:
+            self._innermost.set(frame.outer)
+        else:
+            inner.outer = frame.outer
+        return True
 
     def plan(self, steering: Steering | Inherit, policy: PolicyLike | None) -> CompiledPlan:
         """Return the plan of a block or request made now; see `RequestPlans.plan`."""
         self._llm.require_open()
         inherits = isinstance(steering, Inherit)
-        outer = self._in_force.get()
+        outer = self.in_force
         if inherits and policy is None and outer is not None:
             return outer.plan
         plan = self._plans.plan(steering, policy)
@@ -117,7 +182,7 @@ class SteeredRequests:
             The result of the method, with the report inside. A stream keeps the request's steering
             to its end.
         """
-        outer, conversation = self._in_force.get(), options.conversation
+        outer, conversation = self.in_force, options.conversation
         if outer is not None and outer.of_request:
             if isinstance(options.steering, Inherit) and options.policy is None:
                 result = call(*args, **kw)
@@ -159,3 +224,10 @@ class SteeredRequests:
         choices = result.get("choices") if isinstance(result, dict) else None
         if choices and choices[0].get("finish_reason") is not None:
             result["steering"] = self._report().to_dict()
+
+
+def _innermost(frame: _Frame | None) -> _Frame | None:
+    """Return the innermost frame that counts: the given one, or one around it."""
+    while frame is not None and not frame.counts:
+        frame = frame.outer
+    return frame

@@ -136,3 +136,33 @@ def test_served_state_under_a_chosen_format_equals_fitted_state(path, server, ch
     )
     for pooling, state in states.items():
         np.testing.assert_array_equal(state, fitted[pooling], err_msg=pooling)
+
+
+def test_messages_changed_before_the_stream_is_read_are_those_of_the_call(path):
+    """As where a program appends the answer to the conversation that it has asked about."""
+    expected = read_states(served(path, "llama"))
+    with closing(SteeredLlama(path, pack=PACK, **ARGUMENTS)) as llm:
+        messages = [dict(message) for message in MESSAGES]
+        stream = llm.create_chat_completion(messages, stream=True, **REQUEST)
+        messages[0]["content"] = "another text"
+        messages.append({"role": "assistant", "content": "an answer of many words"})
+        *_, last = stream
+    for pooling, state in read_states(last).items():
+        np.testing.assert_array_equal(state, expected[pooling], err_msg=pooling)
+
+
+def test_handler_that_uses_the_model_itself_is_called_once_more_and_decodes_once(path, caplog):
+    calls, prompts = [], []
+
+    def handler(*, llama, messages, **arguments):
+        calls.append(messages)
+        return llm.create_completion(messages[-1]["content"], max_tokens=1, temperature=0.0)
+
+    with closing(SteeredLlama(path, pack=PACK, chat_handler=handler, **ARGUMENTS)) as llm:
+        evaluate = llm.eval
+        llm.eval = lambda tokens: (prompts.append(len(tokens)), evaluate(tokens))
+        result = llm.create_chat_completion(MESSAGES, **REQUEST)
+    assert len(calls) == 2
+    assert len(prompts) == 1
+    assert result["steering"]["scores"]
+    assert "does not use the model that it is called with" in caplog.text

@@ -1,6 +1,7 @@
 """Threads and asyncio tasks that share a model, each under its own steering."""
 
 import asyncio
+import contextvars
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -8,7 +9,7 @@ from contextlib import closing
 import numpy as np
 import pytest
 
-from pysteer import SteeredLlama, SteeringPack, SteeringVector
+from pysteer import SteeredLlama, SteeringError, SteeringPack, SteeringVector
 
 ARGUMENTS = {"n_ctx": 256, "verbose": False, "n_threads": 1, "n_threads_batch": 1}
 GREEDY = {"max_tokens": 4, "temperature": 0.0}
@@ -118,3 +119,71 @@ def test_request_in_a_callback_inherits_the_steering_of_the_request_around_it(ll
     assert inner
     assert all(categories == ["a"] for categories in inner)
     assert steered_by(llm.create_completion(PROMPT, **GREEDY)) == []
+
+
+def answers(llm, name):
+    """A generator with a block around its requests."""
+    with llm.steering({name: 1.0}):
+        while True:
+            yield steered_by(llm.create_completion(PROMPT, **GREEDY))
+
+
+def answers_once(llm, name):
+    with llm.steering({name: 1.0}):
+        yield steered_by(llm.create_completion(PROMPT, **GREEDY))
+
+
+def test_blocks_of_interleaved_generators_end_each_by_itself(llm):
+    """The first block to begin is the first to end, in one context."""
+    first, second = answers(llm, "a"), answers(llm, "b")
+    assert next(first) == ["a"]
+    assert next(second) == ["b"]
+    first.close()
+    assert next(second) == ["b"]
+    second.close()
+    assert steered_by(llm.create_completion(PROMPT, **GREEDY)) == []
+
+
+def test_block_that_ends_in_another_thread_leaves_nothing_behind(llm):
+    generator = answers(llm, "a")
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(next, generator).result(30) == ["a"]
+        generator.close()
+        after = pool.submit(llm.create_completion, PROMPT, **GREEDY).result(30)
+    assert steered_by(after) == []
+
+
+def test_block_that_ends_where_it_did_not_hold_is_an_error(llm):
+    """As where a web server advances a generator in a new context each time."""
+    generator = answers_once(llm, "a")
+    assert contextvars.copy_context().run(next, generator) == ["a"]
+    with pytest.raises(SteeringError, match=r"another thread or asyncio task .*give each request"):
+        contextvars.copy_context().run(next, generator)
+
+
+def test_context_copied_in_a_callback_outlives_the_steering_of_the_request(llm):
+    contexts = []
+
+    def criterion(tokens, logits):
+        contexts.append(contextvars.copy_context())
+        return True
+
+    llm.create_completion(PROMPT, steering={"a": 1.0}, stopping_criteria=criterion, **GREEDY)
+    later = contexts[0].run(llm.create_completion, PROMPT, **GREEDY)
+    assert steered_by(later) == []
+
+
+def test_request_of_a_thread_with_the_context_of_a_running_request_waits_for_it(llm):
+    """It must neither run without the lock nor inherit the other request's steering."""
+    later = []
+
+    def criterion(tokens, logits):
+        context = contextvars.copy_context()
+        later.append(pool.submit(context.run, llm.create_completion, PROMPT, **GREEDY))
+        threading.Event().wait(0.3)
+        assert not later[0].done()
+        return True
+
+    with ThreadPoolExecutor(1) as pool:
+        llm.create_completion(PROMPT, steering={"a": 1.0}, stopping_criteria=criterion, **GREEDY)
+        assert steered_by(later[0].result(30)) == []
