@@ -197,7 +197,3 @@ class SteeredCache:
         # Decisions of another sequence's gates do not hold for this sequence.
         self.sequence = None
         self._loaded_n_prompt = getattr(state, _N_PROMPT, None)
-
-    def forget(self) -> None:
-        """Reuse no token of the context."""
-        self._ledger = CacheLedger()

@@ -124,7 +124,8 @@ class SteeredLlama(HookedLlama):
     def steering(self, steering: Steering, policy: PolicyLike | None = None) -> Iterator[None]:
         """Steer everything inside the `with` block that does not bring its own `steering`.
 
-        Holds in this thread or asyncio task, and in tasks made inside the block.
+        Holds in this thread or asyncio task, and in tasks made inside the block. In a generator
+        that others advance, give each request `steering=` instead.
 
         Args:
             steering: as for a request; None is off. Blocks nest; the innermost counts.
@@ -132,7 +133,8 @@ class SteeredLlama(HookedLlama):
 
         Raises:
             UnknownCategoryError: a category that the pack lacks.
-            SteeringError: a strength that is not a finite number, or there is no pack.
+            SteeringError: a strength that is not a finite number, or there is no pack; or the block
+                ends in another thread or asyncio task than it began in.
         """
         with self._requests.entered(ActiveSteering(self._requests.plan(steering, policy))):
             yield
