@@ -27,8 +27,8 @@ class Conversation:
 
     Args:
         llm: the model; nothing is decoded.
-        arguments: arguments of `create_chat_completion`. The messages are kept as they are now: their
-            owner may go on with them before a stream is read.
+        arguments: arguments of `create_chat_completion`. The messages are copied: their owner may
+            change them before a stream is read.
         hold: see `pysteer.chat.handler.Hold`.
     """
 

@@ -116,11 +116,6 @@ class Scope:
                 raise SteeringError(f"the scope 'values' needs finite numbers, not {quoted(value)}")
         return tuple(float(value) + 0.0 for value in self.values)  # no negative zeros
 
-    @property
-    def covers_prompt(self) -> bool:
-        """True if prompt tokens before the last may be steered; for a range n decides."""
-        return self.kind in ("all", "prompt", "range")
-
     @classmethod
     def parse(cls, given: object) -> Scope:
         """Return the scope of a text such as "first 8" or a mapping such as {"first": 8}.

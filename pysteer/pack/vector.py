@@ -149,11 +149,6 @@ class SteeringVector:
         return np.asarray(self._layers, np.int32)
 
     @cached_property
-    def peak(self) -> float:
-        """The largest absolute value of all directions."""
-        return float(np.abs(self._matrix).max())
-
-    @cached_property
     def digest(self) -> str:
         """SHA-256 in hex of all that `==` compares: equal for equal vectors, in any process."""
         content = self._operator.content()

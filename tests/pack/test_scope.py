@@ -1,10 +1,9 @@
 import dataclasses
 import json
-import math
 import pickle
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pysteer import SteeringError
@@ -84,30 +83,6 @@ def test_text_and_mapping_give_the_same_scope(text, mapping, scope):
 def test_usual_spellings_of_numbers_are_read():
     assert Scope.parse("values 1. .5 1e-2 +2").values == (1.0, 0.5, 0.01, 2.0)
     assert str(Scope("values", values=(-0.0,))) == "values 0"
-
-
-def factor(scope, p, n):
-    """By how much the token at position p is steered after a prompt of n, as the formulas say."""
-    r = p - (n - 1)
-    if scope.kind in ("all", "prompt", "response"):
-        return {"all": 1, "prompt": r <= 0, "response": r >= 0}[scope.kind]
-    if scope.kind == "range":
-        return scope.start <= p < (math.inf if scope.stop is None else scope.stop)
-    if scope.kind == "values":
-        return scope.values[r] if 0 <= r < len(scope.values) else 0
-    if not 0 <= r < scope.length:
-        return 0
-    m = scope.length
-    return {"first": 1, "linear": 1 - r / m, "cosine": 0.5 * (1 + math.cos(math.pi * r / m))}[
-        scope.kind
-    ]
-
-
-@given(scopes())
-def test_covers_prompt_is_true_where_a_token_before_the_last_may_be_steered(scope):
-    assume(scope.start < 20)
-    found = any(factor(scope, p, n) for n in (2, 5, 25) for p in range(n - 1))
-    assert scope.covers_prompt == found
 
 
 NAN, INFINITY = float("nan"), float("inf")
