@@ -108,7 +108,8 @@ class HookedLlama(Llama):
             raise
         except ValueError as error:
             cause = str(error).removesuffix(f": {path}")
-            raise SteeringError(f"{path}: {cause}; is it a GGUF model?") from None
+            hint = "; is it a GGUF model?" if cause != str(error) else ""  # else it is an argument
+            raise SteeringError(f"{path}: {cause}{hint}") from None
         if not chooses_format(llama_arguments):
             use_own_template(self)
         speculates = llama_arguments.get("draft_model") is not None

@@ -268,3 +268,8 @@ def test_load_failure_names_the_file_and_the_cause(tiny_llama, tmp_path):
             assert message.startswith(f"{path}: ")
             assert message.count(str(path)) == 1
             assert message.endswith("; is it a GGUF model?")
+
+
+def test_load_failure_of_an_argument_does_not_doubt_the_file(tiny_llama):
+    with pytest.raises(SteeringError, match=r"Unknown value type for a: None$"):
+        HookedLlama(tiny_llama, kv_overrides={"a": None}, verbose=False)
