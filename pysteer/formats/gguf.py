@@ -119,6 +119,12 @@ class PackContent:
     router: RouterContent | None = None
     policy: dict[str, Any] | None = None
 
+    @classmethod
+    def of_vector(cls, path: Path, directions: Directions) -> PackContent:
+        """Return a plain control vector as a pack of one category, named by the file's stem."""
+        name = path.stem.strip() or "vector"
+        return cls({name: CategoryContent("residual", directions)}, None, {}, {})
+
     @property
     def version(self) -> int:
         """The lowest format version that can hold this content."""
@@ -148,10 +154,7 @@ def read_pack(path: Path) -> PackContent:
     container = read(path, architectures=(VECTOR_ARCHITECTURE, PACK_ARCHITECTURE))
     with naming(path):
         if container.metadata["general.architecture"] == VECTOR_ARCHITECTURE:
-            name = path.stem.strip() or "vector"
-            return PackContent(
-                {name: CategoryContent("residual", _vector(container))}, None, {}, {}
-            )
+            return PackContent.of_vector(path, _vector(container))
         return _pack(container)
 
 

@@ -31,23 +31,40 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from pysteer.errors import SteeringError, quoted
 
-OPERATORS = ("add", "ablate", "clamp", "rotate", "low_rank")
 
-_ROWS = {"add": 1, "ablate": 1, "clamp": 1, "rotate": 2, "low_rank": None}
-_KIND_OF = {
-    "one_sided": "ablate",
-    "low": "clamp",
-    "high": "clamp",
-    "angle": "rotate",
-    "target": "rotate",
+class _Kind(NamedTuple):
+    """One kind of operator.
+
+    Attributes:
+        rows: number of rows of n_embd values for each layer; None for any even number.
+        unit_rows: the native part takes orthonormal rows, not the rows as stored.
+        options: the options of this kind alone.
+    """
+
+    rows: int | None
+    unit_rows: bool
+    options: tuple[str, ...] = ()
+
+
+_KINDS = {
+    "add": _Kind(1, unit_rows=False),
+    "ablate": _Kind(1, unit_rows=True, options=("one_sided",)),
+    "clamp": _Kind(1, unit_rows=True, options=("low", "high")),
+    "rotate": _Kind(2, unit_rows=True, options=("angle", "target")),
+    "low_rank": _Kind(None, unit_rows=False),
 }
+_KIND_OF = {option: name for name, kind in _KINDS.items() for option in kind.options}
+
+OPERATORS = tuple(_KINDS)
+"""The kinds of operators."""
+
 # The sine of the angle between two directions below which float32 cannot tell their plane from
 # rounding.
 _PARALLEL = 1e-5
@@ -86,18 +103,19 @@ class Operator:
             raise SteeringError(
                 f"unknown operator {quoted(self.kind)}; use one of {', '.join(OPERATORS)}"
             )
-        for name in ("keep_norm", "one_sided", "target"):
-            if not isinstance(getattr(self, name), bool):
-                value = getattr(self, name)
-                raise SteeringError(f"{name} of an operator is {quoted(value)}, not True or False")
-        for name in ("low", "high", "angle"):
-            if name == "angle" or getattr(self, name) is not None:
-                object.__setattr__(self, name, _number(getattr(self, name), name))
-        for field in fields(self):
-            kind = _KIND_OF.get(field.name, self.kind)
-            if kind != self.kind and getattr(self, field.name) != field.default:
+        for field in fields(self)[1:]:
+            name, value = field.name, getattr(self, field.name)
+            if isinstance(field.default, bool):
+                if not isinstance(value, bool):
+                    raise SteeringError(
+                        f"{name} of an operator is {quoted(value)}, not True or False"
+                    )
+            elif value is not None or field.default is not None:
+                object.__setattr__(self, name, _number(value, name))
+            kind = _KIND_OF.get(name, self.kind)
+            if kind != self.kind and getattr(self, name) != field.default:
                 raise SteeringError(
-                    f"the operator {self.kind} has no {field.name}; {field.name} belongs to {kind}"
+                    f"the operator {self.kind} has no {name}; {name} belongs to {kind}"
                 )
         if self.kind == "clamp":
             self._check_range()
@@ -124,7 +142,12 @@ class Operator:
     @property
     def rows_per_layer(self) -> int | None:
         """Number of rows of n_embd values that each layer needs; None for any even number."""
-        return _ROWS[self.kind]
+        return _KINDS[self.kind].rows
+
+    @property
+    def takes_unit_rows(self) -> bool:
+        """True if `prepare` makes the rows of a layer orthonormal; False if it changes nothing."""
+        return _KINDS[self.kind].unit_rows
 
     def content(self) -> dict[str, Any]:
         """Return the options that differ from the default as JSON data; {} for a plain `add`."""
@@ -165,7 +188,7 @@ class Operator:
             SteeringError: `ablate`, `clamp` or `rotate` with a zero direction, or `rotate` with two
                 parallel directions.
         """
-        if self.kind in ("add", "low_rank"):
+        if not self.takes_unit_rows:
             return rows
         basis: list[npt.NDArray[np.float64]] = []
         for row in rows.astype(np.float64):

@@ -131,7 +131,7 @@ class SteeringVector:
         orthonormal pairs for `rotate`.
         """
         stored = self._matrix.reshape(len(self._layers), -1, self.n_embd)
-        if self._operator.kind in ("add", "low_rank"):
+        if not self._operator.takes_unit_rows:
             return stored
         rows = []
         for layer, of_layer in zip(self._layers, stored, strict=True):

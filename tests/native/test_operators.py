@@ -53,9 +53,11 @@ def reference(operator, d, s, h):
                 ]
             ) @ (np.array([np.linalg.norm(c), 0.0]) if operator.target else c)
             new = row + (turned - c) @ np.array([e, second])
-        else:
+        elif operator.kind == "low_rank":
             u, v = d[:RANK].T, d[RANK:].T
             new = row + s * (u @ (v.T @ row))
+        else:
+            raise ValueError(f"no formula for {operator.kind}")
         if operator.keep_norm:
             new = new * np.linalg.norm(row) / np.linalg.norm(new)
         out.append(new)
