@@ -1,6 +1,6 @@
-"""Judges and rewards: the interfaces, which `extract` and `evaluate` share.
+"""Interfaces of judges and rewards, shared by `extract` and `evaluate`.
 
-`pysteer.evaluate` has the implementations.
+`pysteer.evaluate.judges` has the implementations.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Verdict:
     """A judge's opinion of one answer.
 
     Attributes:
-        safe: whether the answer is safe.
+        safe: True if the answer is safe.
         reason: a few words; may be empty.
     """
 
@@ -35,8 +35,8 @@ class Judge(Protocol):
 
     Attributes:
         name: for reports.
-        identity: everything that verdicts depend on, so that they can be kept; None if the judge
-            has to be asked each time.
+        identity: everything that verdicts depend on, as a key for recorded verdicts; None if
+            verdicts must not be reused.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Judge(Protocol):
 
 
 class Reward(Protocol):
-    """Scores answers; `name` and `identity` are as those of `Judge`."""
+    """Scores answers; see `Judge` for `name` and `identity`."""
 
     name: str
     identity: str | None

@@ -1,4 +1,4 @@
-"""Progress of long operations: one protocol, which libraries report to and commands draw."""
+"""Progress of long operations: the library reports through one protocol, and commands draw bars."""
 
 from __future__ import annotations
 

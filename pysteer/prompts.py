@@ -55,7 +55,7 @@ def load_prompts(path: str | os.PathLike[str], *, answers: bool = False) -> list
 
     Args:
         path: the file.
-        answers: whether each row must have a `response`, and may lack a `prompt`.
+        answers: True if each row must have a `response`, and may lack a `prompt`.
 
     Raises:
         FormatError: with file and line.

@@ -45,7 +45,7 @@ VALIDATED_BENIGN = 24
 """Most benign prompts answered to validate the pack."""
 
 VALIDATION_MARGIN = 1.3
-"""Time of an answer in the validation over its time in trials: 1.2 on the default model, and a
+"""Time of an answer in the validation over its time in trials: 1.2 on the default model, plus a
 margin."""
 
 

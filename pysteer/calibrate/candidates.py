@@ -23,7 +23,7 @@ from pysteer.prompts import Prompt
 
 
 class Trial(NamedTuple):
-    """Steering of one category, as the search tries it.
+    """Steering of one category in the search.
 
     Attributes:
         candidate: name of a vector; see `CandidateVectors`.
@@ -121,7 +121,7 @@ def find_candidates(
             held_out=0.0,
             seed=settings.seed,
         )
-        # Twins share topic and wording with the unsafe prompts: a vector that may not change them
+        # Twins share topic and wording with the unsafe prompts: a vector that must spare twins
         # learns to do little at all. The gate keeps twins and unsafe prompts apart.
         safe = prompts.benign if how.needs.everyday_prompts else [*prompts.safe, *prompts.benign]
         data = Data(prompts.unsafe, safe, (), answers if how.needs.safe_answers else ())

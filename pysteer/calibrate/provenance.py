@@ -90,7 +90,7 @@ def _validated(report: Report, validated: SteeringPack) -> dict[str, Any]:
 
 
 def _gates(report: Report, validated: SteeringPack) -> dict[str, float]:
-    """Return how often a category's gate opens for its own prompts, and for the others'.
+    """Return the rates at which a category's gate opens for its own and for other prompts.
 
     A closed gate leaves the unsteered answer, so these shares bound the effect of a category.
     """

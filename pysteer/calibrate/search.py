@@ -1,4 +1,4 @@
-"""The search: an optuna study for each category, all asked in rounds, so that batches are full."""
+"""The search: one optuna study a category, asked in rounds, so that batches are full."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pysteer.calibrate.trials import Outcome, Scorer
 from pysteer.progress import SILENT, Progress
 
 STRONGER = 1.3
-"""Factor on a strength where more may be safer, or as safe with a margin."""
+"""Factor from a strength to the next stronger trial."""
 
 _ROUNDING = 1 + 1e-9
 
@@ -75,7 +75,7 @@ class Deadline:
     reserve: Callable[[float], float] = lambda seconds: 0.0
 
     def allows(self, answers: int, seconds_per_answer: float) -> bool:
-        """Return whether so many answers can end in time."""
+        """Return True if so many answers can end in time."""
         needed = seconds_per_answer * answers + self.reserve(seconds_per_answer)
         return time.monotonic() + needed <= self.at
 
@@ -175,7 +175,7 @@ class _Queue:
         )
 
     def tell(self, records: Sequence[TrialRecord]) -> bool:
-        """Learn from the last of the records, and return whether more trials may improve."""
+        """Learn from the last record; return True if more trials may improve."""
         assert self._asked is not None
         self._study.tell(self._asked, records[-1].outcome.value(self._settings.max_degenerate))
         stronger = _stronger(records, self._likeliest, self._settings)
@@ -219,7 +219,7 @@ def _with_margin(records: Sequence[TrialRecord], trial: Trial) -> list[TrialReco
 
 
 def _same_vector(one: Trial, other: Trial) -> bool:
-    """Return whether two trials are equal but for the strength."""
+    """Return True if two trials differ at most in strength."""
     return one._replace(strength=other.strength) == other
 
 
@@ -235,8 +235,8 @@ def _all_safe(outcome: Outcome, settings: CalibrateSettings) -> bool:
 def _stronger(
     records: Sequence[TrialRecord], likeliest: Trial, settings: CalibrateSettings
 ) -> Trial | None:
-    """Return a stronger trial of the leader, for a margin, or of the likeliest vector, if strength
-    may be all it lacks; else None."""
+    """Return a stronger trial of the leader, for a margin, or of the likeliest vector, if more
+    strength may make it safe; else None."""
     lead = _leading(records, settings.max_degenerate)
     if _all_safe(lead.outcome, settings):
         trial = lead.trial
@@ -250,7 +250,7 @@ def _stronger(
 def _lacks_strength(
     records: Sequence[TrialRecord], likeliest: Trial, settings: CalibrateSettings
 ) -> bool:
-    """Return whether a stronger trial of the likeliest vector may do more than its last trial."""
+    """Return True if a stronger trial of the likeliest vector may beat its last trial."""
     trial, outcome = records[-1].trial, records[-1].outcome
     if not _same_vector(trial, likeliest):
         return False

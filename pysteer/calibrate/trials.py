@@ -132,11 +132,11 @@ class Scorer:
         )
 
     def _unsteered_prompts(self) -> list[str]:
-        """Return every prompt that some trial of another category is tried on."""
+        """Return every prompt that a trial of another category answers."""
         return list(dict.fromkeys(p.prompt for rows in self._others.values() for p in rows))
 
     def _judged(self, queries: Sequence[Query], advance: Advance) -> list[tuple[bool, bool]]:
-        """Return for each query whether the answer is safe and whether it is degenerate."""
+        """Return (safe, degenerate) for the answer to each query."""
         texts: list[str] = []
         for start in range(0, len(queries), self._size):
             group = queries[start : start + self._size]

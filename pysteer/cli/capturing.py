@@ -62,7 +62,7 @@ def choose_engine(options: CaptureOptions, source: str, methods: Sequence[str]) 
         methods: names of extraction methods; unknown names are ignored.
 
     Raises:
-        SteeringError: the engine does not go with the model, the methods or the other options.
+        SteeringError: the engine does not fit the model, the methods or the other options.
     """
     from pysteer.extract.methods import METHODS
 

@@ -49,7 +49,7 @@ COMMANDS: Mapping[str, Command] = {
 
 
 def usage(name: str) -> str:
-    """Return a command as it is written, such as "/save FILE"."""
+    """Return the written form of a command, such as "/save FILE"."""
     return f"/{name} {COMMANDS[name].argument}".rstrip()
 
 

@@ -125,7 +125,7 @@ def _print_line(value: dict[str, Any]) -> None:
 
 
 def _say(text: str, style: str | None = None) -> None:
-    # On one line, whatever the names and messages in the text are.
+    # On one line, even if names and messages in the text have line breaks.
     console.err.print(console.plain(" ".join(text.split())), style=style, soft_wrap=True)
 
 

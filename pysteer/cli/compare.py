@@ -20,7 +20,7 @@ def compare(
     """Compare two packs or control-vector files.
 
     The report has the cosine and the ratio of norms by category and layer. Categories are matched
-    by name; two files with one category each are matched whatever the names.
+    by name; two files with one category each are matched under any names.
     """
     from pysteer.cli.reports.compare import describe, print_comparison
     from pysteer.inspect import compare as comparing

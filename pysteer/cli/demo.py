@@ -35,7 +35,7 @@ def demo(
         list[str] | None, typer.Option(metavar="NAME", help="Show this category only. Repeatable.")
     ] = None,
     forced: Annotated[
-        bool, typer.Option("--forced", help="Force each category; the router has no say.")
+        bool, typer.Option("--forced", help="Force each category, without the router.")
     ] = False,
     strength: Annotated[
         float | None,

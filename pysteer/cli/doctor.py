@@ -1,4 +1,4 @@
-"""`pysteer doctor`: abilities of this machine and this model, checked by trial."""
+"""`pysteer doctor`: trials of steering on this machine and model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def doctor(
 ) -> None:
     """Check that steering works on this machine and model.
 
-    The model is steered with a known vector, by llama.cpp and in each of pysteer's ways, and the
+    The model is steered with a known vector, by llama.cpp and by each injection of pysteer, and the
     logits are compared. Exit code 1 if a comparison fails.
     """
     from pysteer.runtime.doctor import diagnose

@@ -45,7 +45,7 @@ def generate(
 ) -> None:
     """Answer a prompt, with or without steering.
 
-    Categories of your choice act with --steer; otherwise the pack's router decides.
+    --steer names the categories; without --steer, the pack's router decides.
     """
     from pysteer.pack.pack import SteeringPack
 
@@ -98,10 +98,10 @@ def generate(
 def _steering(
     pack: SteeringPack | None, steer: list[str] | None, policy: Path | None
 ) -> dict[str, Any]:
-    """Return the arguments of a request that --steer and --policy stand for.
+    """Return the arguments of a request from --steer and --policy.
 
     Raises:
-        SteeringError: they do not fit the pack, or the pack alone would do nothing.
+        SteeringError: the options do not fit the pack, or the pack alone steers nothing.
     """
     request: dict[str, Any] = {}
     if policy is not None:

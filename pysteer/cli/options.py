@@ -112,7 +112,7 @@ def model_source(model: str | None) -> str:
 
 
 def parse_steering(pairs: list[str]) -> dict[str, float | str] | str:
-    """Return the steering that CATEGORY=STRENGTH and CATEGORY=auto arguments, or auto, stand for.
+    """Return the steering of CATEGORY=STRENGTH and CATEGORY=auto arguments, or of auto.
 
     Raises:
         SteeringError: an argument in another form, or a category named twice.

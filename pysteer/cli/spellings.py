@@ -66,7 +66,7 @@ def items(
 
 
 def words(meanings: Mapping[str, Any], *flags: str, help: str = "") -> Spelling:
-    """Return the spelling of a setting by words, each of which stands for a value."""
+    """Return the spelling of a setting as words that stand for its values."""
 
     def read(text: str) -> Any:
         if text not in meanings:

@@ -40,12 +40,12 @@ class AnswerSet:
         harmful: harmful prompts.
         benign: benign prompts.
         answers: by number, name of the arm to answer.
-        unchanged: by number and arm, of benign prompts: whether the answer is the unsteered one.
+        unchanged: by number and arm, of benign prompts: True if the answer is the unsteered answer.
         scores: by number, category to the router's score.
         ranks: by number, category to the value by which the router compared the categories.
         fired: by number, categories whose gate opened with all of them gated.
-        noise: of some prompts: whether the unsteered answer differs in other batches.
-        checked: by isolation mode, of answers behind a closed gate: whether each differs.
+        noise: of some prompts: True if the unsteered answer differs in other batches.
+        checked: by isolation mode, of answers behind a closed gate: True if the answer differs.
     """
 
     harmful: list[Prompt]
@@ -59,7 +59,7 @@ class AnswerSet:
     checked: dict[str, list[bool]] = field(default_factory=dict)
 
     def rows(self) -> Iterator[tuple[Prompt, bool, _ByArm]]:
-        """Yield each prompt, whether the prompt is benign, and its answers by arm."""
+        """Yield each prompt, True if the prompt is benign, and the prompt's answers by arm."""
         for number, prompt in enumerate([*self.harmful, *self.benign]):
             yield prompt, number >= len(self.harmful), self.answers[number]
 

@@ -1,10 +1,9 @@
-"""Answers of a model to prompts, in fixed groups, each recorded as it is complete.
+"""Answers of a model to prompts in fixed groups; each complete group is recorded.
 
 Answers are comparable only if they were computed alike: llama.cpp's arithmetic differs in the last
-bits with the batch that a token is computed in, and greedy text follows. So prompts are answered in
-groups, each group from an empty cache; the same group gives the same text in every run. The journal
-holds whole groups: after an interruption, all groups answered before are there, and the group under
-way is answered again.
+bits with the batch of a token, and greedy text differs with it. So prompts are answered in groups,
+each group from an empty cache; the same group gives the same text in every run. The journal holds
+whole groups: after an interruption, only the group under way is answered again.
 """
 
 from __future__ import annotations
@@ -88,8 +87,7 @@ class Answerer:
         engine: the model, with pack and policy.
         sampling: how answers are drawn.
         journal: answered groups.
-        identity: JSON data: everything else that answers depend on (model, pack, policy, threads,
-            ...).
+        identity: JSON data: all other inputs of answers (model, pack, policy, threads, ...).
     """
 
     def __init__(
@@ -117,8 +115,8 @@ class Answerer:
         Args:
             group: at most as many queries as the engine decodes at once: in larger groups, batches
                 depend on the lengths of other answers.
-            reference: the same prompts under other steering; sets `first_token_kl`. Free if the
-                reference was asked right before.
+            reference: the same prompts under other steering; sets `first_token_kl`. Costs nothing
+                if the reference was asked right before.
             max_tokens: replaces the sampling's.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Arms: the ways in which the same prompts are answered."""
+"""Arms: steerings under which the same prompts are answered."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from pysteer.runtime.arguments import INHERIT, Inherit
 
 @dataclass(frozen=True)
 class Arm:
-    """One way of answering.
+    """A steering with a name and a factor.
 
     Attributes:
         name: in the report.
         steering: see `ArmSteering`.
-        factor: on every strength.
+        factor: multiplies every strength.
     """
 
     name: str
@@ -61,7 +61,7 @@ def default_steering(resolved: ResolvedPolicy) -> Inherit | OwnCategory:
 
 
 def asks_router(resolved: ResolvedPolicy, steering: ArmSteering) -> bool:
-    """Return whether requests of a steering ask the router for every category that can be gated."""
+    """Return True if a steering asks the router for every category that can be gated."""
     if isinstance(steering, Inherit):
         return all(resolved.settings(name).mode == AUTO for name in resolved.gateable)
     return steering == AUTO
@@ -106,7 +106,7 @@ def query(resolved: ResolvedPolicy, arm: Arm, prompt: Prompt, number: int) -> Qu
 
 
 def _scaled_policy(resolved: ResolvedPolicy, arm: Arm) -> Policy | None:
-    """Return a policy that puts the arm's factor on every strength which the policy sets."""
+    """Return a policy that multiplies every strength of the policy by the arm's factor."""
     steering = arm.steering
     forced = isinstance(steering, OwnCategory) or (
         isinstance(steering, Mapping) and AUTO not in steering.values()

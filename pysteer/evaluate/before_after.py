@@ -20,7 +20,7 @@ class TimedAnswer:
 
     Attributes:
         text: the answer.
-        refused: whether the answer is a refusal or safe redirection, and not degenerate.
+        refused: the answer is a refusal or safe redirection, and not degenerate.
         degenerate: see `is_degenerate`; never a success.
         n_tokens: tokens generated.
         decode_seconds: time from the first token to the last.

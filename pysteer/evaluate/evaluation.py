@@ -138,7 +138,7 @@ def _identity(
     settings: EvaluateSettings,
     arguments: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return everything that answers depend on besides prompts and steering, as JSON data."""
+    """Return all inputs of answers besides prompts and steering, as JSON data."""
     return {
         **answer_identity(model, settings.parallel, settings.context, arguments),
         "pack": pack_digest,

@@ -87,7 +87,7 @@ def save(report: Report, path: str | os.PathLike[str]) -> None:
 
 
 def percent(value: Share | None) -> str:
-    """Return a share as a percentage; a dash for a share of nothing."""
+    """Return a share as a percentage; a dash for a share of no cases."""
     return "-" if value is None or value.value is None else f"{value.value:.0%}"
 
 
@@ -112,7 +112,7 @@ def shade(part: int, whole: int) -> int:
 
 
 def outcome(record: PromptRecord) -> str:
-    """Return the outcome of steering a prompt in a word or two, a filter for the answers."""
+    """Return the effect of steering on a prompt in a word or two, for the filter of answers."""
     before, after = record.answers[UNSTEERED], record.answers[STEERED]
     if after.degenerate:
         return "degenerate"

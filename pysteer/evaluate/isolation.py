@@ -1,7 +1,7 @@
 """The isolation matrix: effects of a category, switched on alone, on prompts of all categories.
 
-A category-wise system has a full diagonal and an empty rest. A vector that makes a model refuse
-every request has a full row, and is not a category vector, whatever its name.
+A category-wise system has a full diagonal and zeros elsewhere. A vector that makes a model refuse
+every request has a full row, and is not a category vector.
 """
 
 from __future__ import annotations

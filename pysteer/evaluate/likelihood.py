@@ -49,10 +49,10 @@ class _PromptAnswers(NamedTuple):
 
 
 class Likelihood:
-    """The unsteered model as a reader of answers. A context manager.
+    """Log-likelihoods of answers under the unsteered model. A context manager.
 
-    The common beginning of all prompts is computed once, a prompt once for all its answers, and
-    logits only for the rows that predict a token of an answer.
+    Computes the common beginning of all prompts once, each prompt once for all its answers, and
+    logits only for rows that predict a token of an answer.
 
     Args:
         model_path: a GGUF model.

@@ -25,12 +25,12 @@ def make_folder(folder: Path) -> None:
 def answer_identity(
     model: Path, parallel: int, context: int, arguments: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return what answers depend on besides prompts, steering and vectors, as JSON data.
+    """Return all inputs of answers besides prompts, steering and vectors, as JSON data.
 
     Args:
         model: a GGUF file.
         parallel: prompts answered at once.
-        context: tokens that they share.
+        context: context size shared by these prompts, tokens.
         arguments: other arguments of `llama_cpp.Llama`.
 
     Raises:

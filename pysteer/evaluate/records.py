@@ -1,4 +1,4 @@
-"""From answers to the report's records: verdicts, rewards and likelihoods."""
+"""Records of the report from answers: verdicts, rewards and likelihoods."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def judged_records(
 ) -> list[PromptRecord]:
     """Return every prompt with its answers, judged.
 
-    Degenerate answers are unsafe whatever a judge would say, and no judge sees them. Answers to
-    benign prompts have no verdict.
+    Degenerate answers are unsafe, and no judge reads them. Answers to benign prompts have no
+    verdict.
 
     Args:
         answers: all answers.
@@ -101,7 +101,7 @@ def with_likelihoods(
 ) -> list[PromptRecord]:
     """Return the records with log-likelihoods of the answers to harmful prompts.
 
-    Of benign prompts, `unchanged` and the first token's KL tell more.
+    For benign prompts, `unchanged` and the first token's KL say more.
 
     Args:
         records: judged records.

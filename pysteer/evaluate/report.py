@@ -35,13 +35,13 @@ class AnswerRecord(_Part):
         fired: gated categories whose gate opened.
         active: category to strength, of the categories that acted.
         degenerate: see `pysteer.evaluate.degeneration`.
-        refused: by the built-in rule, whatever the judge; False if degenerate.
+        refused: a refusal by the built-in rule, with any judge; False if degenerate.
         safe: the judge's verdict; False if degenerate; None for benign prompts.
         reason: the judge's reason.
         log_likelihood: mean log-likelihood per token under the unsteered model, nats; None if not
             measured, or for an empty answer.
         rewards: named scores; empty without a reward.
-        unchanged: for benign prompts: whether the answer is the unsteered answer.
+        unchanged: for benign prompts: True if the answer is the unsteered answer.
         first_token_kl: for steered answers to benign prompts: KL(unsteered || steered) of the first
             token, nats.
     """
@@ -67,7 +67,7 @@ class PromptRecord(_Part):
     Attributes:
         prompt: the prompt.
         category: the prompt's category; may be "" for benign prompts.
-        benign: whether the prompt is one of the benign prompts.
+        benign: True for a benign prompt.
         scores: category to the router's score.
         answers: name of the arm to answer.
     """
@@ -104,7 +104,7 @@ class CategoryFigures(_Part):
 
     Attributes:
         category: the category.
-        in_pack: whether the pack has a vector for the category.
+        in_pack: True if the pack has a vector for the category.
         n: number of prompts.
         arms: name of the arm to figures.
     """

@@ -38,8 +38,8 @@ def router_figures(
 ) -> RouterFigures:
     """Return confusion, F1 and false positives.
 
-    Prompts of categories that the router does not know have rows of their own, and no part in F1:
-    no decision about them is right or wrong.
+    Prompts of categories that the router does not know have their own rows and no part in F1: no
+    decision about these prompts is right or wrong.
 
     Args:
         routed: prompts and decisions.

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pysteer.evaluate.steering import ArmSteering
 
 IsolationMode: TypeAlias = Literal["gated", "forced"]
-"""Way of switching a category on for the isolation matrix: by its gate, or by force."""
+"""Switch of a category for the isolation matrix: by its gate, or forced."""
 
 MAX_PARALLEL = 256
 """Sequences that llama.cpp decodes at once, at most."""
@@ -42,8 +42,8 @@ class EvaluateSettings:
 
     Attributes:
         sampling: how answers are drawn.
-        steering: the steered arm; None: by the policy if the policy switches anything on, else each
-            prompt's own category, forced.
+        steering: steering of the steered arm; None: the policy's if the policy switches a category
+            on, else each prompt's own category, forced.
 
     Raises:
         SteeringError: a value is out of range.

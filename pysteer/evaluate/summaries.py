@@ -1,4 +1,4 @@
-"""From judged records to the report."""
+"""Summaries: the report from judged records."""
 
 from __future__ import annotations
 
@@ -152,17 +152,17 @@ def _notes(
         )
     absent = [name for name in resolved.pack.categories if name not in columns]
     if absent:
-        notes.append(f"No prompts of {', '.join(absent)}, which the pack has vectors for.")
+        notes.append(f"No prompts of {', '.join(absent)}, although the pack has vectors for them.")
     if isinstance(settings.steering, OwnCategory):
         notes.append(
-            "Each prompt was steered by its own category, whatever the router says. Prompts of "
+            "Each prompt was steered by its own category, independent of the router. Prompts of "
             "categories that the pack lacks took turns with all categories of the pack."
         )
     return notes
 
 
 def arm_figures(answers: Sequence[AnswerRecord]) -> ArmFigures:
-    """Return the figures of answer arm's answers to harmful prompts."""
+    """Return the figures of an arm's answers to harmful prompts."""
     return ArmFigures(
         safe=share(bool(answer.safe) for answer in answers),
         degenerate=share(answer.degenerate for answer in answers),
@@ -176,7 +176,7 @@ def arm_figures(answers: Sequence[AnswerRecord]) -> ArmFigures:
 
 
 def benign_figures(answers: Sequence[AnswerRecord]) -> BenignFigures:
-    """Return the figures of answer arm's answers to benign prompts."""
+    """Return the figures of an arm's answers to benign prompts."""
     return BenignFigures(
         unchanged=share(answer.unchanged for answer in answers if answer.unchanged is not None),
         refused=share(answer.refused for answer in answers),
@@ -239,7 +239,7 @@ def curve(
     benign: Mapping[str, BenignFigures],
     records: Sequence[PromptRecord],
 ) -> list[CurvePoint]:
-    """Return answer point for each arm, by strength; the unsteered arm is strength 0."""
+    """Return a point for each arm, by strength; the unsteered arm is strength 0."""
     points = []
     for arm in arms:
         answers = [record.answers[arm.name] for record in records]

@@ -1,4 +1,4 @@
-"""Recorded verdicts and scores: a judge that is slow or costs money judges no answer twice."""
+"""Recorded verdicts and scores, so that a slow or paid judge judges no answer twice."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def verdicts(
 def scores(
     reward: Reward, items: Sequence[Item], path: Path, advance: Advance = ignore
 ) -> dict[Item, dict[str, float]]:
-    """Return named scores for each item; otherwise as `verdicts`."""
+    """Return named scores for each item; see `verdicts`."""
     return _recorded(reward.identity, reward.score, items, path, advance, (dict, dict))
 
 

@@ -1,4 +1,4 @@
-"""Answers that extraction continues prompts with: safe answers, and the model's own."""
+"""Answers to the prompts of an extraction: safe answers, and the model's own."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SAFE_ANSWERS = (
     "I can't do that. If you like, I can suggest a safe and legal alternative.",
     "I'm not able to help with that, since it could cause harm.",
 )
-"""Safe answers to unsafe prompts where the data have none."""
+"""Safe answers to unsafe prompts without a safe answer in the data."""
 
 
 def safe_answers(prompts: Sequence[Prompt], answers: Sequence[Prompt]) -> list[str]:

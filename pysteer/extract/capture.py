@@ -1,4 +1,4 @@
-"""The interface of a model that extraction reads, whichever library runs the model."""
+"""The interface of a model for extraction, independent of the library that runs the model."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Row:
 
 
 class Capture(Protocol):
-    """A model whose activations can be read. Tokens are those of the model's own vocabulary."""
+    """A model whose activations can be read. Tokens are of the model's own vocabulary."""
 
     @property
     def base_model(self) -> BaseModel:
@@ -127,7 +127,7 @@ def pooled_row(prompt: Tokens, response: Tokens, pooling: Pooling, message: Span
         response: the response's, or ().
         pooling: see `Pooling`. Only "response" and a range reach beyond the prompt; the others
             leave the response out, since later tokens do not change earlier ones.
-        message: where the user's message is in the prompt; see `pysteer.chat.spans`.
+        message: range of the user's message in the prompt; see `pysteer.chat.spans`.
 
     Raises:
         SteeringError: there is nothing to average.
@@ -152,7 +152,7 @@ def run_once(rows: Sequence[Row], *, disjoint: bool) -> list[list[int]]:
 
     Args:
         rows: rows.
-        disjoint: whether the ranges of one sequence must not overlap.
+        disjoint: True: the ranges of one sequence must not overlap.
 
     Returns:
         Indices into `rows`, by group.
@@ -179,13 +179,13 @@ def token_batches(
     """Yield batches of rows of similar length: indices of at most `budget` tokens together.
 
     The longest rows come first, so that a lack of memory shows at once. A row longer than the
-    budget is a batch of its own.
+    budget is a single batch.
 
     Args:
         lengths: tokens of each row.
         budget: tokens of a batch.
         max_rows: rows of a batch.
-        padded: whether the rows of a batch take as many tokens as its longest.
+        padded: True: every row of a batch counts as many tokens as the longest.
     """
     batch: list[int] = []
     total = 0

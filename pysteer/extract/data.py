@@ -1,4 +1,4 @@
-"""The prompts of an extraction, as a user gives them."""
+"""The prompts that a user gives to an extraction."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From prompts and a model to a pack: the whole of an extraction."""
+"""`extract`: a whole extraction, from prompts and a model to a pack."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def extract(
     Args:
         capture: the model.
         data: the prompts.
-        settings: how directions and the router are found.
+        settings: method, scale and router.
         cache: a folder for activations and answers, from which an interrupted extraction resumes.
             It may be deleted afterwards.
         judge: decides which answers are safe, for methods that need labels; None: the labels in the
@@ -59,7 +59,8 @@ def extract(
 
     Returns:
         A pack with the held-out figures in its provenance: `separation`, by category and layer the
-        AUC of held-out prompts' projections on the direction (0.5 is chance), and the router's own.
+        AUC of held-out prompts' projections on the direction (0.5 is chance), and the rates of the
+        router.
 
     Raises:
         SteeringError: the data or the settings are at fault; for data with file and line.
@@ -204,7 +205,7 @@ def _require_inputs(method: Method[Any], capture: Capture, data: Data, judge: Ju
 
 
 def _router_is_possible(data: Data, settings: ExtractSettings) -> bool:
-    """Return whether a router is wanted and there are enough prompts; logged, if not."""
+    """Return True if a router is wanted and can be fitted; log the reason otherwise."""
     if not settings.router:
         if data.benign:
             _log.warning("benign prompts are for the router alone, and no router is fitted")

@@ -23,7 +23,7 @@ class TokenizedPrompt:
         prompt: the prompt.
         tokens: the prompt in the chat template, up to where the response starts.
         response: tokens of the response that comes with the data; () without.
-        message: where the user's message is in `tokens`; see `pysteer.chat.spans`.
+        message: range of the user's message in `tokens`; see `pysteer.chat.spans`.
     """
 
     prompt: Prompt
@@ -64,7 +64,7 @@ def tokenizer(capture: Capture, *, responses: bool = False) -> Callable[[Prompt]
 
     Args:
         capture: the model.
-        responses: whether to tokenize the responses that come with the prompts.
+        responses: True: tokenize the responses that come with the prompts.
     """
     ends = prompt_ends(capture)
     prompt_tokens = cache(capture.prompt_tokens)

@@ -7,11 +7,11 @@ from typing import Any
 from torch import Tensor
 
 MIN_SHARED = 8
-"""Fewest tokens of a shared start that is worth a pass of its own."""
+"""Fewest tokens of a shared start that is worth a separate pass."""
 
 TOLERANCE = 0.05
-"""Largest change of states by a pass in pieces, relative to their size. The same numbers are added
-in another order; a model that misses something is far off."""
+"""Largest change of states by a pass in pieces, relative to their size. Sums in another order stay
+below; a model that does not support pieces is far above."""
 
 
 class Done(Exception):

@@ -47,7 +47,7 @@ def massive_dimensions(
 
     Args:
         typical: layer to mean |activation| of each dimension there, shape (n_embd,).
-        ratio: how many times the median, above 1.
+        ratio: multiple of the median, above 1.
 
     Returns:
         Layer to indices of its massive dimensions, ascending; often empty.
@@ -117,7 +117,7 @@ def orthogonalise(categories: Mapping[str, _V]) -> dict[str, _V]:
     Per layer: d_c <- d_c - O x, with the other categories' directions as columns of O and x the
     least-squares solution of O x = d_c. Each result is orthogonal to all *original* directions of
     the others, and does not depend on the order of the categories, as results of Gram-Schmidt
-    would. Directions shrink by what they share: restore their lengths afterwards, if wanted, with
+    would. Directions lose their common part: restore their lengths afterwards, if wanted, with
     `unit_norm` or `scale_to`. Vectors at different sites live in different spaces and leave each
     other alone; so do layers that only one category has.
 
@@ -194,7 +194,7 @@ def scale_to(directions: _V, residual_norm: Mapping[int, float], *, fraction: fl
     n layers steered at once, fraction / sqrt(n) has about the effect of one layer at `fraction`.
 
     Args:
-        directions: layer to direction, none of them 0.
+        directions: layer to direction other than 0.
         residual_norm: layer to typical (median) L2 norm of the residual stream there.
         fraction: above 0; 0.5 is usual for one layer, and from 0.9 the text tends to degenerate.
     """

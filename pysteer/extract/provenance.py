@@ -1,4 +1,4 @@
-"""Provenance of a pack: how well its directions separate, and where it came from."""
+"""Provenance of a pack: separation of its directions, settings, data and versions."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def separation(
 ) -> dict[str, dict[str, float]]:
     """Return the AUC of held-out prompts' projections on the directions.
 
-    It is the share of pairs of an unsafe and a safe prompt in which the safe prompt is ahead.
+    The AUC is the share of pairs of an unsafe and a safe prompt with the safe prompt ahead.
 
     Args:
         task: the extraction.
         vectors: category to vector.
-        on_prompts: whether to average over the user's message, and not as the task pools.
+        on_prompts: True: average over the user's message instead of the task's pooling.
 
     Returns:
         Category to layer to AUC. Categories without held-out prompts on both sides are missing.

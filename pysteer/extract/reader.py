@@ -39,7 +39,7 @@ class Reader:
 
     Attributes:
         capture: the model.
-        folder: where results are kept, so that an interrupted extraction resumes; created.
+        folder: folder of kept results, from which an interrupted extraction resumes; created.
         progress: receives progress reports.
         known: activations that are in memory.
     """
@@ -113,7 +113,7 @@ class Reader:
     def _source(
         self, rows: Sequence[Row], *, site: str, layers: Sequence[int]
     ) -> Iterator[tuple[int, Floats]]:
-        """Yield activations of rows, none of which is run twice."""
+        """Yield activations of rows; no row is run twice."""
         known = self.known if site == "residual" else None
         if known is not None and not set(layers) <= set(known.layers):
             known = None

@@ -33,8 +33,8 @@ class ExtractSettings:
         layers: block indices; None is three around the middle.
         pooling: which tokens' activations are averaged; see `Pooling`. Methods that read answers
             average tokens of the answers instead.
-        matched: whether each category is held against safe prompts of the same category; None: if
-            every category has some.
+        matched: True: each category is held against safe prompts of the same category. None: True
+            if every category has safe prompts.
         mask_massive: dimensions whose typical activation is above this many times the median are
             set to 0; None leaves them, and so does a method that keeps its scale. This step and
             those below are done in this order.
@@ -45,7 +45,7 @@ class ExtractSettings:
         scale: fraction of the residual stream's typical norm that strength 1 adds at each layer;
             None is 0.4 / sqrt(number of layers), or no scaling for a method that keeps its scale; 0
             keeps the directions as the method found them.
-        router: whether to fit a router.
+        router: fit a router.
         gates: kinds of gate of the router.
         false_positive_rate: largest share of benign prompts that the router's thresholds let
             through; None is each kind's own rule, see `pysteer.extract.routers.fit.fit_router`.

@@ -57,7 +57,7 @@ class Sides(Generic[T]):
 
     @property
     def matched(self) -> bool:
-        """True if each category has safe prompts of its own."""
+        """True if each category has its own safe prompts."""
         return "" not in self.safe
 
     @property
@@ -98,9 +98,9 @@ def split_sides(
     Args:
         unsafe: unsafe prompts; prompts without a category are of the category "unsafe".
         safe: safe prompts.
-        matched: whether each category is held against the safe prompts of the same category (its
+        matched: True: each category is held against the safe prompts of the same category (its
             harmless twins); None means: if every category has safe prompts.
-        paired: whether unsafe prompt i belongs to safe prompt i, by `pair_id` (within a category,
+        paired: True: unsafe prompt i belongs to safe prompt i, by `pair_id` (within a category,
             where the safe prompts have one). Prompts without a pair are left out with a warning.
         held_out: the share of each group to hold out, in [0, 1). At least one prompt stays.
         seed: of the choice.
@@ -177,8 +177,8 @@ def _safe_groups(
     unused = [p for name, group in groups.items() if name not in categories for p in group]
     if unused:
         _log.warning(
-            "%d safe prompts are of none of the categories and are left out, because each "
-            "category is held against its own; the first is at %s",
+            "%d safe prompts have another category and are left out, because each category is "
+            "held against its own safe prompts; the first is at %s",
             len(unused),
             unused[0].source or quoted(unused[0].prompt),
         )
@@ -232,15 +232,15 @@ def _twins(categories: Iterable[str], safe: Sequence[Prompt]) -> dict[tuple[str,
             if len(fitting) > 1:
                 first = fitting[0].source or quoted(fitting[0].prompt)
                 raise SteeringError(
-                    f"{where(fitting[1])}the pair_id {quoted(pair_id)} is that of another safe "
-                    f"prompt ({first}); each pair needs its own"
+                    f"{where(fitting[1])}the pair_id {quoted(pair_id)} belongs to another safe "
+                    f"prompt ({first}); give each pair its own pair_id"
                 )
             twins[name, pair_id] = fitting[0]
     return twins
 
 
 def _chosen(count: int, share: float, seed: int, name: str) -> npt.NDArray[np.bool_]:
-    """Return which of `count` prompts are held out, shape (count,)."""
+    """Return a mask of the held-out prompts, shape (count,)."""
     chosen = np.zeros(count, bool)
     if share and count >= MIN_TO_HOLD_OUT:
         random = np.random.default_rng([seed, *name.encode()])

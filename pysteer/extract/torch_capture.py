@@ -151,7 +151,7 @@ class TorchCapture:
         return start if self._shares else _Start()
 
     def _agrees(self, rows: Sequence[Row], target: _Target, start: _Start) -> bool:
-        """Return whether two rows give the same activations as when run whole."""
+        """Return True if two rows give the same activations as when run whole."""
         by_length = sorted(rows, key=lambda row: len(row.tokens))
         two = [by_length[0], by_length[-1]]
         whole = self._means(two, target, _Start())

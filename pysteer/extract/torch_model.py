@@ -260,7 +260,7 @@ def _revision(hub_id: str, config: Any) -> str:
 
 
 def _base_model(gguf_file: Path | None, config: Any, n_layer: int, n_embd: int) -> BaseModel:
-    """Return the base model in GGUF's terms: as the file, or its conversion, has them."""
+    """Return the base model with GGUF's names: from the file, or from its conversion."""
     if gguf_file is not None:
         metadata = read_metadata(gguf_file)
         architecture = str(metadata["general.architecture"])

@@ -67,8 +67,7 @@ class Comparison:
 def compare(first: SteeringPack, second: SteeringPack) -> Comparison:
     """Compare two packs, category by category and layer by layer.
 
-    Categories are matched by name. Two packs with one category each are matched whatever the
-    names.
+    Categories are matched by name. Two packs with one category each are matched under any names.
 
     Raises:
         SteeringError: the widths differ, a category is at different sites or has several rows per

@@ -28,7 +28,7 @@ INHERIT: Final = Inherit()
 
 
 def read_pack(pack: PackLike | None) -> SteeringPack | None:
-    """Return the pack that an argument stands for.
+    """Return the pack of an argument.
 
     Raises:
         FormatError: the file is not a pack.
@@ -37,7 +37,7 @@ def read_pack(pack: PackLike | None) -> SteeringPack | None:
 
 
 def read_policy(policy: PolicyLike | None) -> Policy | None:
-    """Return the policy that an argument stands for.
+    """Return the policy of an argument.
 
     Raises:
         FormatError: the file is not a policy.

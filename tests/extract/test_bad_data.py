@@ -140,7 +140,7 @@ def test_unused_answers_are_logged(tmp_path, caplog):
 
 def test_judge_confirming_no_prompt_raises(tmp_path):
     chosen = ExtractSettings(method="guided", layers=(1, 2), router=False)
-    with pytest.raises(SteeringError, match=r"none of \d+ answers of hate unsafe.*method mean"):
+    with pytest.raises(SteeringError, match=r"0 of \d+ answers of hate unsafe.*method mean"):
         extract(
             FakeCapture(), MATCHED_DATA, chosen, cache=tmp_path, judge=FakeJudge(lambda *_: True)
         )
@@ -154,7 +154,7 @@ def test_refusing_model_raises_for_contrast(tmp_path, caplog):
 
     chosen = ExtractSettings(method="contrast", layers=(1, 2), router=False)
     data = Data(UNSAFE, GENERIC, answers=[Prompt("", response="no, never and not now")])
-    with pytest.raises(SteeringError, match="category 'hate': the model complies with none"):
+    with pytest.raises(SteeringError, match="category 'hate': the model complies with no prompt"):
         extract(Refusing(), data, chosen, cache=tmp_path)
     assert "15 of 15 own answers are no contrast" in caplog.text
 

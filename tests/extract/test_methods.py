@@ -425,7 +425,7 @@ def test_averaging_methods_equal_from_means(name):
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_equal_activations_raise(name):
     unsafe, _ = pairs(8)
-    with pytest.raises(SteeringError, match=r"no direction|pruning leaves none"):
+    with pytest.raises(SteeringError, match=r"no direction|equally long"):
         call(name, unsafe, unsafe.copy(), **{"paired": True} if name == "pruned" else {})
 
 
@@ -452,7 +452,7 @@ def test_equal_differences_raise_for_pca_difference_and_pruned():
     # The other variants find a direction.
     expected = np.linspace(1, 2, WIDTH)
     np.testing.assert_allclose(pca(unsafe, safe), expected, rtol=1e-4)
-    with pytest.raises(SteeringError, match="median"):
+    with pytest.raises(SteeringError, match="equally long"):
         pruned(*(np.tile([[a, 0.0]], (6, 1)) for a in (1.0, 2.0)), paired=True)
 
 
@@ -467,16 +467,16 @@ def test_component_orthogonal_to_means_raises():
 def test_judge_confirming_no_row_raises():
     unsafe, safe = pairs(8)
     none, some = np.zeros(8, bool), np.arange(8) > 2
-    with pytest.raises(SteeringError, match="none of 8 answers unsafe"):
+    with pytest.raises(SteeringError, match="0 of 8 answers unsafe"):
         guided(unsafe, safe, confirmed_unsafe=none)
-    with pytest.raises(SteeringError, match="none of 8 answers safe"):
+    with pytest.raises(SteeringError, match="0 of 8 answers safe"):
         guided(unsafe, safe, confirmed_unsafe=some, confirmed_safe=none)
 
 
 @pytest.mark.parametrize("verdicts", [[True], [1, 0] * 4, [0.5] * 8, "x", np.ones((8, 1), bool)])
 def test_malformed_verdicts_raise(verdicts):
     unsafe, safe = pairs(8)
-    with pytest.raises(SteeringError, match="one bool for each of its 8 prompts"):
+    with pytest.raises(SteeringError, match="one bool for each of 8 prompts"):
         guided(unsafe, safe, confirmed_unsafe=verdicts)
 
 

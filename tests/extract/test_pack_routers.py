@@ -128,7 +128,7 @@ def test_router_changes_no_direction_and_no_row_runs_twice(method, tmp_path):
 def test_too_few_prompts_for_a_router_is_logged(data, tmp_path, caplog):
     pack = extract(FakeCapture(), data, ExtractSettings(layers=(1, 2)), cache=tmp_path)
     assert pack.router is None
-    assert "no router is fitted: that takes 5 prompts" in caplog.text
+    assert "no router is fitted: a router needs 5 prompts" in caplog.text
 
 
 def test_benign_prompts_reach_only_the_router(tmp_path, caplog):

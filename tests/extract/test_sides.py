@@ -120,7 +120,7 @@ def test_safe_prompts_of_other_categories_are_left_out_and_logged(caplog):
     twins = some(6, "a", "s")
     sides = split(some(6, "a"), [*twins, Prompt("x"), Prompt("y", "z", source="f, line 8")])
     assert sides.matched
-    assert "2 safe prompts are of none of the categories and are left out" in caplog.text
+    assert "2 safe prompts have another category and are left out" in caplog.text
     found = [*sides.safe_for("a"), *sides.held_out_safe_for("a")]
     assert sorted(p.prompt for p in found) == sorted(p.prompt for p in twins)
 

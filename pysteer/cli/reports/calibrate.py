@@ -58,7 +58,7 @@ def print_best(search: SearchResult, max_degenerate: float) -> None:
 def print_result(
     result: CalibrationResult, output: Path, test: Mapping[str, Path], seconds: float
 ) -> None:
-    """Print a calibration's result as tables; arguments as those of `describe`."""
+    """Print a calibration's result as tables; see `describe` for the arguments."""
     figures: Any = result.pack.provenance["calibration"]
     validation = figures["validation"]
     rows = table("category", "vector", "strength", "scope", "n", "safe", "degenerate")

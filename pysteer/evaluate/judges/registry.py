@@ -17,9 +17,9 @@ class _Entry(NamedTuple):
     """A kind of judge.
 
     Attributes:
-        spec: as a user writes it: the kind, and an argument after a colon if it takes one.
+        spec: the form that a user writes: the kind, with an argument after a colon if needed.
         module: name in this package; imported when a judge is opened.
-        reward: whether the module has `open_reward`.
+        reward: True if the module has `open_reward`.
     """
 
     spec: str

@@ -35,7 +35,7 @@ class LearnedDirection:
     Attributes:
         directions: layer to direction, shape (n_embd,), float32.
         steps: steps taken.
-        best_step: number of steps after which the directions were as they are here.
+        best_step: number of steps that led to these directions.
         n_prompts: number of distinct prompts trained on.
         n_validation: number of distinct prompts validated with.
         validation_loss: their loss at `best_step`, in nats per token; None without such prompts.
@@ -130,7 +130,7 @@ class Descent:
         settings: rates, steps and batch sizes.
         scale: size of one component of each layer, shape (layers, 1).
         advance: called as steps are done, or left out by an early stop.
-        folder: where finished runs are kept; None keeps none.
+        folder: folder of finished runs; None: no folder.
     """
 
     forward: SteeredForward

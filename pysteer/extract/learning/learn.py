@@ -6,7 +6,7 @@ v is trained. It minimises
 
     CE(safe answer | unsafe prompt; v) + kl_weight * KL(p(. | benign prompt; 0) || p(. | ...; v))
 
-The cross-entropy is that of Subramani et al. 2022, "Extracting Latent Steering Vectors from
+The cross-entropy follows Subramani et al. 2022, "Extracting Latent Steering Vectors from
 Pretrained Language Models" (arXiv 2205.05124), here with one v for all prompts of a category; the
 KL term runs along the model's own greedy answers. Both are means over prompts, in nats per token of
 the answer; the first token, which decides whether an answer is a refusal, may count more.
@@ -88,8 +88,8 @@ def learn(
         site: residual, attention or mlp.
         settings: rates, steps, batch sizes; None takes the defaults.
         progress: receives progress reports, in steps.
-        folder: where finished runs are kept, so that the same call, repeated after an
-            interruption, starts with the first category that was not done; None keeps none.
+        folder: folder of finished runs, from which the same call resumes after an interruption;
+            None: no folder.
 
     Raises:
         SteeringError: a category without examples, an empty prompt or answer, no benign prompts
@@ -192,7 +192,7 @@ def _benign(
 def _aside(
     prompts: Sequence[Tokens], where: str, title: str, settings: LearnedSettings
 ) -> set[Tokens]:
-    """Return the prompts to validate with; none of them is trained on."""
+    """Return the validation prompts, which are not trained on."""
     distinct = list(dict.fromkeys(prompts))
     count = round(settings.validation_share * len(distinct))
     if not settings.validation_share:

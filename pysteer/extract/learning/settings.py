@@ -18,12 +18,12 @@ class LearnedSettings:
             falls linearly to a tenth over a run's steps.
         batch_size: unsafe prompts per step.
         benign_batch_size: benign prompts per step.
-        shared_steps: most steps for the vector shared by all categories; 0 for none.
+        shared_steps: most steps for the vector shared by all categories; 0: no shared vector.
         category_steps: most steps for each category, from the shared vector.
         category_rate: learning rate of a category's first step from the shared vector, as a share
             of learning_rate: full steps would leave the place that the shared vector has reached.
         kl_weight: weight of the term that holds the model still on benign prompts.
-        kl_tokens: how many tokens of the answers to benign prompts are held.
+        kl_tokens: number of tokens of each answer to a benign prompt in the KL term.
         first_token_weight: weight of the first token of an answer; each other token counts once.
         max_benign: most benign prompts used, drawn by the seed.
         max_tokens: longer examples and benign prompts are left out.

@@ -128,8 +128,8 @@ class SteeredForward:
 
         Args:
             spans: the sequences.
-            final: whether to keep the head's input, from which `logits` computes the unsteered
-                logits. Without it the blocks above the first steered block do not run.
+            final: True: keep the head's input, from which `logits` computes the unsteered logits.
+                False: the blocks above the first steered block do not run.
         """
         prepared: list[Prepared | None] = [None] * len(spans)
         lengths = [len(span.tokens) for span in spans]
@@ -148,9 +148,9 @@ class SteeredForward:
                 formed in float32 and rounded to the model's type.
 
         Returns:
-            Steered logits of all spans, end to end, shape (sum of their lengths, n_vocab), and the
-            unsteered ones of those spans that were prepared with `final`, in the same order. Both
-            in the model's type; the first carry gradients to `directions`.
+            Steered logits of all spans, concatenated, shape (sum of their lengths, n_vocab), and
+            unsteered logits of the spans prepared with `final`, in the same order. Both in the
+            model's type; the steered logits carry gradients to `directions`.
         """
         finals = [one.final for one in batch if one.final is not None]
 
@@ -305,7 +305,7 @@ class SteeredForward:
             yield
 
     def _works(self) -> bool:
-        """Return whether `_upper` gives the final states of the plain model."""
+        """Return True if `_upper` gives the final states of the plain model."""
         start = tuple(range(1, 2 * MIN_SHARED))
         spans = [
             Span(start + end, MIN_SHARED, len(start + end)) for end in ((3, 1, 2), (5, 6, 7, 8, 9))

@@ -42,8 +42,8 @@ class Needs:
         own_answers: the model answers prompts.
         safe_answers: safe answers to unsafe prompts, from the data or the built-in ones.
         gradients: the model runs in torch.
-        everyday_prompts: safe prompts that share no topic with the unsafe ones, on which the model
-            is to stay as it is.
+        everyday_prompts: safe prompts that share no topic with the unsafe prompts, on which the
+            model must not change.
     """
 
     labels: bool = False
@@ -77,7 +77,7 @@ class Task(Generic[O]):
         reader: the model.
         site: where in a block directions are sought.
         layers: layers, ascending.
-        pooling: which tokens' activations are averaged.
+        pooling: tokens whose activations are averaged.
         seed: of every choice.
         options: an instance of `Method.options`.
         answers: safe answers from the data.
@@ -133,7 +133,7 @@ class Method(ABC, Generic[O]):
     """A way to find directions.
 
     Attributes:
-        name: as users write it.
+        name: the name that users write.
         summary: one line of help.
         options: a settings class, see `pysteer.settings`; its fields are the method's options.
         needs: inputs beyond unsafe and safe prompts.
@@ -168,7 +168,7 @@ class Method(ABC, Generic[O]):
         return configured  # type: ignore[no-any-return]
 
     def needs_pairs(self, options: O) -> bool:
-        """Return whether row i of the unsafe prompts must belong to row i of the safe ones."""
+        """Return True if row i of the unsafe prompts must belong to row i of the safe prompts."""
         return False
 
     def check(self, task: Task[O]) -> None:

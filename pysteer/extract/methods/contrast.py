@@ -1,6 +1,6 @@
 """The method `contrast`: the difference between two answers to the same prompts.
 
-Shapes, units and errors of the function are those of `pysteer.extract.methods.arithmetic`.
+`pysteer.extract.methods.arithmetic` gives shapes, units and errors.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class ContrastOptions:
     """Options of the method `contrast`.
 
     Attributes:
-        response_tokens: how many tokens of the answers are averaged.
+        response_tokens: number of averaged tokens of each answer.
     """
 
     response_tokens: int = setting(8, "Tokens of the answers that are averaged.", 1)
@@ -104,8 +104,8 @@ class Contrast(Method[ContrastOptions]):
         for name in group:
             if group[name] not in owners:
                 raise SteeringError(
-                    f"category {quoted(name)}: the model complies with none of its prompts, so "
-                    "that there is no contrast; use another method"
+                    f"category {quoted(name)}: the model complies with no prompt, so there is "
+                    "no contrast; use another method"
                 )
         means = task.reader.means(rows, owners, 2 * len(group), task.site, task.layers)
 

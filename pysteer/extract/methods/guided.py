@@ -1,6 +1,6 @@
 """The method `guided`: the difference of means over prompts whose answers a judge confirmed.
 
-Shapes, units and errors of the function are those of `pysteer.extract.methods.arithmetic`.
+`pysteer.extract.methods.arithmetic` gives shapes, units and errors.
 """
 
 from __future__ import annotations
@@ -64,11 +64,11 @@ def guided(
         if mask.dtype != np.bool_ or mask.shape != (len(rows),):
             raise SteeringError(
                 f"verdicts on the {side} side of shape {mask.shape} and type {mask.dtype}; "
-                f"needed is one bool for each of its {len(rows)} prompts"
+                f"expected one bool for each of {len(rows)} prompts"
             )
         if not mask.any():
             raise SteeringError(
-                f"the judge found none of {len(rows)} answers {side}, so that guided has nothing "
+                f"the judge found 0 of {len(rows)} answers {side}, so guided has nothing "
                 "to average; use other prompts, another judge, or mean"
             )
         total = sum(
@@ -128,7 +128,7 @@ class Guided(Method[NoOptions]):
         *,
         safe: bool,
     ) -> dict[str, Sequence[TokenizedPrompt]]:
-        """Return the prompts of one side whose answers are as the side says."""
+        """Return the prompts of one side with confirmed answers."""
         confirmed: dict[str, Sequence[TokenizedPrompt]] = {}
         for name, prompts in groups.items():
             if safe and task.judge is None and _taken_as_safe(prompts):
@@ -138,7 +138,7 @@ class Guided(Method[NoOptions]):
             confirmed[name] = [p for p, v in zip(prompts, verdicts, strict=True) if v == safe]
             if not confirmed[name]:
                 raise SteeringError(
-                    f"the judge found none of {len(prompts)} answers of "
+                    f"the judge found 0 of {len(prompts)} answers of "
                     f"{name or 'the safe prompts'} {'safe' if safe else 'unsafe'}; use other "
                     "prompts, another judge, or the method mean"
                 )
@@ -152,7 +152,7 @@ def judged_safe(
     *,
     n_tokens: int = JUDGED_TOKENS,
 ) -> list[bool]:
-    """Return whether each prompt's answer is safe, by a judge or by the labels in the data.
+    """Return True for each prompt with a safe answer, by a judge or by the labels in the data.
 
     Args:
         reader: the model, whose own answer is judged where the data have no response.
@@ -177,5 +177,5 @@ def judged_safe(
 
 
 def _taken_as_safe(prompts: Sequence[TokenizedPrompt]) -> bool:
-    """Return whether safe prompts count as confirmed: none of them has a label."""
+    """Return True if safe prompts count as confirmed: no prompt has a label."""
     return all(p.prompt.label is None for p in prompts)

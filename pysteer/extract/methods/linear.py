@@ -1,6 +1,6 @@
 """Linear classifiers: the methods `logistic` and `lda`.
 
-Shapes, units and errors of the functions are those of `pysteer.extract.methods.arithmetic`.
+`pysteer.extract.methods.arithmetic` gives shapes, units and errors.
 """
 
 from __future__ import annotations
@@ -68,9 +68,8 @@ def logistic(unsafe: Activations, safe: Activations, *, C: float = 1.0) -> Direc
 def lda(unsafe: Activations, safe: Activations) -> Direction:
     """Return Fisher's linear discriminant: a = S^-1 omega, direction = (a . omega) a / |a|^2.
 
-    S is the mean of the two classes' covariances (so both classes weigh the same, whatever their
-    sizes), each shrunk towards its diagonal by the Ledoit-Wolf rule, because prompts are usually
-    fewer than dimensions.
+    S is the mean of the two classes' covariances (so both weigh the same, at any size), each shrunk
+    towards its diagonal by the Ledoit-Wolf rule, because prompts are usually fewer than dimensions.
 
     Source: Fisher 1936; shrinkage after Ledoit and Wolf 2004; scikit-learn's
     LinearDiscriminantAnalysis with solver "lsqr".

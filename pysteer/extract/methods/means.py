@@ -1,6 +1,6 @@
 """Differences of means: `mean` over all activations, `pruned` over the larger differences.
 
-Shapes, units and errors of the functions are those of `pysteer.extract.methods.arithmetic`.
+`pysteer.extract.methods.arithmetic` gives shapes, units and errors.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ def pruned(unsafe: Activations, safe: Activations, *, paired: bool) -> Direction
     Args:
         unsafe: shape (n, n_embd), n >= 2.
         safe: shape (m, n_embd); with pairs m == n, and row i belongs to row i of `unsafe`.
-        paired: whether the rows are pairs.
+        paired: True if the rows are pairs.
 
     Raises:
-        SteeringError: also if all differences are equally long, so that none is above the median.
+        SteeringError: also if all differences are equally long.
     """
     check_activations(unsafe, safe, least_unsafe=2)
     if paired:
@@ -70,7 +70,7 @@ def pruned(unsafe: Activations, safe: Activations, *, paired: bool) -> Direction
     keep = norms > np.median(norms)
     if not keep.any():
         raise SteeringError(
-            "no difference is longer than their median, so that pruning leaves none; use mean"
+            "all differences are equally long, so pruned has nothing to average; use mean"
         )
     total = np.zeros_like(safe_mean)
     for number, block in enumerate(blocks()):
@@ -121,7 +121,7 @@ class PrunedOptions:
     """Options of the method `pruned`.
 
     Attributes:
-        paired: whether unsafe prompt i belongs to safe prompt i, by pair_id.
+        paired: unsafe prompt i belongs to safe prompt i, by pair_id.
     """
 
     paired: bool = setting(False, "Take differences of pairs, by pair_id.")

@@ -1,6 +1,6 @@
 """The method `pca`: a principal component as the axis.
 
-Shapes, units and errors of the function are those of `pysteer.extract.methods.arithmetic`.
+`pysteer.extract.methods.arithmetic` gives shapes, units and errors.
 """
 
 from __future__ import annotations

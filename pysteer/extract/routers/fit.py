@@ -1,4 +1,4 @@
-"""Fitting a router: its gates, and how well they do on prompts kept aside.
+"""Fit of a router: its gates, and their rates on held-out prompts.
 
 A fit chooses weights and thresholds: each prompt is scored by weights fitted without its fold of a
 stratified cross-validation, and the thresholds are chosen on those scores, as scikit-learn's
@@ -15,8 +15,8 @@ stratified cross-validation, and the thresholds are chosen on those scores, as s
   which needs pairs).
 
 Except for the margin gate, a category's threshold is the one with the largest Youden J: the share
-of its own prompts whose gate opens minus the share of all other prompts (benign, and of the other
-categories) whose gate opens. With `false_positive_rate`, only thresholds count at which at most
+of its own prompts that open the gate minus the share of all other prompts (benign, and of the other
+categories) that open the gate. With `false_positive_rate`, only thresholds count at which at most
 that share of the benign prompts opens the gate. The threshold is put halfway to the next score.
 """
 
@@ -75,8 +75,8 @@ def fit_router(
         site: where in a block the activations were taken.
         groups: prompts of the same group (twins, paraphrases) are learned from or tested with
             together; None: each prompt for itself.
-        look_alikes: bool (n,), benign prompts that sound harmful: how many of them may open the
-            margin gate is bounded separately. None: no look-alikes.
+        look_alikes: bool (n,), benign prompts that sound harmful, with their own bound for the
+            margin gate. None: no look-alikes.
         settings: kinds of gate, rates, folds and seed; None takes the defaults.
 
     Returns:

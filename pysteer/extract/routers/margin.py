@@ -70,8 +70,8 @@ def fit_margin(
 
     - *harm*: the lowest that at most `false_positive_rate` of the benign prompts reach, look-alikes
       aside, and at most `look_alike_rate` of the look-alikes.
-    - *allowance* of a category: the lead over all others that at most `max_leak` of the other
-      categories' prompts reach is usually negative, and this is by how much; 0 if it is not.
+    - *allowance* of a category: minus the lead over all others that at most `max_leak` of the
+      other categories' prompts reach; 0 if that lead is not negative.
 
     Args:
         h: (n, w).

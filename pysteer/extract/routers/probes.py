@@ -118,7 +118,7 @@ def choose_thresholds(
     categories: list[str],
     false_positive_rate: float | None,
 ) -> tuple[Floats, npt.NDArray[np.bool_]]:
-    """Return the thresholds of one kind of gate, and whether gates open above them, by category.
+    """Return the thresholds of one kind of gate, and True for gates that open above, by category.
 
     Args:
         kind: of the gate.

@@ -48,14 +48,14 @@ class RouterActivations(NamedTuple):
 def labelled(
     unsafe: Sequence[TokenizedPrompt], harmless: Sequence[TokenizedPrompt]
 ) -> list[LabelledPrompt]:
-    """Return each distinct text and label once, so that none is both held out and learned from."""
+    """Return each distinct text and label once, so that no prompt is both held out and learned."""
     found = {(p.prompt.prompt, p.prompt.category or "unsafe"): p for p in unsafe}
     found |= {(p.prompt.prompt, ""): p for p in harmless}
     return [LabelledPrompt(prompt, label) for (_, label), prompt in found.items()]
 
 
 def enough(labels: Sequence[str]) -> bool:
-    """Return whether a router can be fitted to prompts with these labels; logged, if not.
+    """Return True if a router can be fitted to prompts with these labels; log a warning otherwise.
 
     Args:
         labels: categories of distinct prompts; "" for harmless ones.
@@ -65,7 +65,7 @@ def enough(labels: Sequence[str]) -> bool:
     if benign >= MIN_PROMPTS and max(counts.values()) >= MIN_PROMPTS:
         return True
     _log.warning(
-        "no router is fitted: that takes %d prompts of a category and %d harmless prompts",
+        "no router is fitted: a router needs %d prompts of a category and %d harmless prompts",
         MIN_PROMPTS,
         MIN_PROMPTS,
     )
