@@ -24,7 +24,7 @@ def modules_with_examples():
 
 
 @pytest.mark.parametrize("name", modules_with_examples())
-def test_examples_of_module_give_what_they_show(name, tmp_path, monkeypatch):
+def test_examples_of_module_give_the_shown_output(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # for examples that write files
     outcome = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
     assert outcome.attempted > 0

@@ -1,4 +1,4 @@
-"""Private names: those of llama_cpp that pysteer uses are declared, and no others are used."""
+"""Private names: pysteer declares every private name of llama_cpp that it uses."""
 
 import ast
 from collections.abc import Iterator
@@ -20,8 +20,7 @@ def private(name: str) -> bool:
 
 
 def foreign_names(tree: ast.Module) -> Iterator[str]:
-    """Private attributes of objects other than `self`, and those of `self` that the module never
-    defines and so inherits."""
+    """Private attributes of objects other than `self`, and inherited ones of `self`."""
     defined = {
         node.name
         for node in ast.walk(tree)

@@ -1,4 +1,4 @@
-"""Settings classes: what their fields say of themselves, and what is refused."""
+"""Settings classes: descriptions of fields, and invalid values."""
 
 import json
 import math

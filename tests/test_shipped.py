@@ -1,4 +1,4 @@
-"""The shipped pack does what it is for, and its prompts are what they are said to be."""
+"""The shipped pack steers the default model, and its prompts are as documented."""
 
 import json
 from contextlib import closing
@@ -80,7 +80,7 @@ def test_prompts_have_no_responses_and_fit_on_a_line():
 
 @pytest.mark.slow
 def test_demonstration_refuses_more_without_degeneration(default_model):
-    """The router deciding: refusals rise, text stays whole, and most twins stay as they were."""
+    """With the router deciding, refusals rise, text stays whole, and most twins are unchanged."""
     unsafe, harmless = (
         [p for rows in grouped(side).values() for p in rows[:6]] for side in shipped.demo_prompts()
     )

@@ -1,4 +1,4 @@
-"""Chat handlers of all kinds, and what the router reads under them."""
+"""Chat handlers of all kinds, and the router's reads under them."""
 
 from contextlib import closing
 
@@ -38,7 +38,7 @@ def own_handler():
 
 
 class Handler:
-    """A handler that calls another, and does something of its own before."""
+    """A handler that calls another handler after its own work."""
 
     def __init__(self, handler, before=lambda number, llama: None):
         self.handler = handler
@@ -95,7 +95,7 @@ def evaluates_by_itself(_number, llama):
 
 
 @pytest.mark.parametrize("before", [fails_when_called_again, evaluates_by_itself])
-def test_handler_that_renders_no_other_message_has_the_router_read_all_and_warns_once(
+def test_handler_without_other_renderings_makes_router_read_all_and_warns_once(
     path, own_handler, before, caplog
 ):
     handler = Handler(own_handler, before)

@@ -36,7 +36,7 @@ def decoded(llm, arguments):
 
 
 @pytest.mark.parametrize("chat_format", ["own template", "chatml", "llama-2", "vicuna"])
-def test_rendered_prompt_equals_the_decoded_one(llm, chat_format, monkeypatch):
+def test_rendered_prompt_equals_the_decoded_prompt(llm, chat_format, monkeypatch):
     if chat_format != "own template":
         monkeypatch.setattr(llm, "chat_format", chat_format)
     llm.n_tokens = 0
@@ -44,7 +44,7 @@ def test_rendered_prompt_equals_the_decoded_one(llm, chat_format, monkeypatch):
     assert rendered_prompt(llm, CHAT) == ChatCall(llm, CHAT).completion["prompt"]
 
 
-def test_rendered_prompt_of_text_equals_the_decoded_one(llm, monkeypatch):
+def test_rendered_prompt_of_text_equals_the_decoded_prompt(llm, monkeypatch):
     """This handler renders a string, with tools in it."""
     monkeypatch.setattr(llm, "chat_format", "chatml-function-calling")
     choice = {"type": "function", "function": {"name": "look"}}

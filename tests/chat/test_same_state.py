@@ -1,4 +1,4 @@
-"""A router is fitted on the same hidden states that it sees while the model serves.
+"""Fitting and serving give a router the same hidden states.
 
 Exactly: llama.cpp computes the same bits for the same tokens where they are decoded in one batch,
 alone, whichever part of pysteer asks. Other sequences in the batch may change the last bits, since
@@ -40,7 +40,7 @@ class Both:
         self.engine = stack.enter_context(Engine(path, pack=pack, max_sequences=1, **arguments))
 
     def served(self, messages):
-        """Pooling to what the router read, by `SteeredLlama` and by `Engine`."""
+        """Pooling to the router's reads, by `SteeredLlama` and by `Engine`."""
         self.llm.reset()  # no token of an earlier prompt stands in for one of this
         yield read_states(self.llm.create_chat_completion(messages, **REQUEST))
         with self.engine.together():  # from an empty cache

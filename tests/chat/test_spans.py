@@ -47,7 +47,7 @@ def span_in(template, text):
     tail=st.text(st.sampled_from("<>nd\n"), max_size=12),
     text=st.text(st.sampled_from("<>usend the?!\n"), min_size=1, max_size=12),
 )
-def test_span_under_any_template_holds_the_message_and_what_is_joined_to_it(head, tail, text):
+def test_span_under_any_template_holds_the_message_and_joined_characters(head, tail, text):
     start, stop = span_in(lambda message: f"<user>{head}|{message}|{tail}<end>", text)
     before, after = tokens_of(f"<user>{head}|"), tokens_of(f"|{tail}<end>")
     whole = tokens_of(f"<user>{head}|{text}|{tail}<end>")
@@ -150,7 +150,7 @@ def captures(chat_model):
     earlier=st.none() | messages_of_fragments,
 )
 @example(name="smollm2", vocabulary="byte-level", message="user", earlier="user")
-def test_span_of_any_message_is_where_its_text_is(name, vocabulary, message, earlier, captures):
+def test_span_of_any_message_covers_its_text(name, vocabulary, message, earlier, captures):
     assume(message.strip())
     capture, source = captures[name, vocabulary], TEMPLATES[name].source
     messages = [user_message(message)]

@@ -440,7 +440,7 @@ def says_q(session):
 
 
 def continues(session, reference, said, written):
-    """Return whether the conversation continues from the text so far."""
+    """Return True if the conversation continues from the text so far."""
     only(session, "/off")
     return answer(session, "so") == reference(said, written, "so")
 
@@ -495,7 +495,7 @@ def test_second_interrupt_ends_the_answer_at_once(says_q, llm, reference):
     interrupted_after(llm, 4, says_q)
     assert answer(says_q, "the cat") == "QQQQ"
     assert says_q.turns[-1].finish_reason == "interrupted"
-    assert llm.n_tokens == 0  # what is cached may be anything
+    assert llm.n_tokens == 0  # the cache may hold anything
     assert continues(says_q, reference, "the cat", "QQQQ")
 
 

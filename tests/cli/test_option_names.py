@@ -44,7 +44,7 @@ def names(command):
     return [name for each in command.params for name in (*each.opts, *each.secondary_opts)]
 
 
-def test_commands_are_the_pinned_ones():
+def test_command_names_equal_the_pinned_list():
     assert set(typer.main.get_command(app).commands) == set(NAMES)
 
 

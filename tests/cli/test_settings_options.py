@@ -81,7 +81,7 @@ def called(search, *arguments):
     return call
 
 
-def test_defaults_are_those_of_the_classes(search):
+def test_defaults_equal_those_of_the_classes(search):
     assert called(search, "-s", "a") == (Files("a"), SearchSettings(), 3)
 
 

@@ -1,4 +1,4 @@
-"""The engine: every request gets its solo answer, whatever runs beside it."""
+"""The engine: every request gets its solo answer beside any other requests."""
 
 import threading
 import time
@@ -146,7 +146,7 @@ def test_chats_on_the_default_model_equal_steered_llama(default_model):
         assert handles[0].result()["steering"]["categories"]["malware"]["fired"]
 
 
-# ---- what create_completion takes ----------------------------------------------------------------
+# ---- arguments of create_completion --------------------------------------------------------------
 
 
 @pytest.fixture

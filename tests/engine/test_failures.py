@@ -1,4 +1,4 @@
-"""A failure ends the request that it belongs to, with its own error, and no other."""
+"""A failure ends only its own request, with its own error."""
 
 import asyncio
 import threading
@@ -140,7 +140,7 @@ def test_failure_leaves_other_recurrent_states_alone(tiny_model, family):
 
 
 def test_failed_batch_is_decoded_in_parts(engine, tiny_llama):
-    """Only a request that fails by itself, too, has failed."""
+    """Only a request that also fails alone has failed."""
     requests = random_requests(4, seed=7)
     solo = solo_answers(tiny_llama, requests)
     first, release = held_up(engine)
@@ -160,7 +160,7 @@ def test_failed_batch_is_decoded_in_parts(engine, tiny_llama):
     assert text(engine.submit(**REQUEST).result())
 
 
-# ---- in what the caller gave ---------------------------------------------------------------------
+# ---- in callbacks and arguments ------------------------------------------------------------------
 
 
 class _Outcome(BaseException):

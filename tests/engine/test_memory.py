@@ -52,7 +52,7 @@ class Meeting:
 
 
 def bytes_per_active_sequence(path):
-    """Measure three rounds: llama.cpp takes what it needs for batches of N in the first."""
+    """Measure three rounds: in the first, llama.cpp allocates memory for batches of N."""
     path = Path(path)
     rng = np.random.default_rng(0)
     prompts = rng.integers(300, LARGE_VOCABULARY, (N, 12)).tolist()

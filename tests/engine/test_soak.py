@@ -1,4 +1,4 @@
-"""Much random traffic: every request ends as it should, and leaves nothing behind."""
+"""Random traffic: every request ends with its solo answer or error, and leaves nothing behind."""
 
 import sys
 import time
@@ -31,7 +31,7 @@ def check_cells(engine):
 
 
 @pytest.mark.parametrize("family", ["llama", "mamba", "lfm2"])
-def test_random_traffic_ends_as_it_should(tiny_model, family):
+def test_random_traffic_gets_solo_answers_and_errors(tiny_model, family):
     path = tiny_model(family)
     requests = varied_requests(40, seed=1, longest=30, most_tokens=90)
     traffic = Traffic(path, requests, solo_answers(path, requests))

@@ -26,7 +26,7 @@ def engine(tiny_llama):
 
 
 def in_threads(n, what):
-    """Return the results of `what` in n threads that start together."""
+    """Return the results of a function in n threads that start together."""
     start = threading.Barrier(n)
 
     def work(_):

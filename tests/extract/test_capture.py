@@ -194,7 +194,7 @@ def test_llama_and_torch_agree(torch_model, llama, family, site):
 
 
 @pytest.mark.torch
-def test_layers_are_the_wanted_ones(torch_model, llama):
+def test_capture_returns_only_wanted_layers(torch_model, llama):
     from pysteer.extract.torch_capture import TorchCapture
 
     for capture in (TorchCapture(torch_model("llama")), llama("llama")):
@@ -363,7 +363,7 @@ def test_local_folder_loads_and_its_identity_changes_with_it(tmp_path):
     assert TorchModel(str(tmp_path), dtype=torch.float32).identity == again.identity
 
 
-def test_context_and_threads_are_as_given(tiny_model):
+def test_context_and_threads_follow_the_arguments(tiny_model):
     import llama_cpp
 
     with closing(LlamaCapture(tiny_model("llama"), n_ctx=256, n_threads=1)) as capture:

@@ -95,7 +95,7 @@ def test_mean_is_safe_minus_unsafe():
 
 
 @pytest.mark.parametrize("n", [2, 5, 40, 3000])
-def test_pruned_pairs_keep_those_above_the_median(n):
+def test_pruned_pairs_keep_differences_above_the_median(n):
     unsafe, safe = pairs(n)
     differences = np.float64(safe) - np.float64(unsafe)
     lengths = np.sqrt((differences**2).sum(axis=1))
@@ -121,7 +121,7 @@ def test_pruning_changes_the_direction():
 
 @pytest.mark.parametrize("judge_safe", [False, True])
 @pytest.mark.parametrize("n", [6, 2500])
-def test_guided_averages_what_the_judge_confirmed(n, judge_safe):
+def test_guided_averages_prompts_that_the_judge_confirmed(n, judge_safe):
     unsafe, safe = two_classes(n, n + 3)
     rng = np.random.default_rng(5)
     bad, good = rng.random(n) < 0.5, rng.random(n + 3) < 0.5

@@ -100,7 +100,7 @@ def test_changed_model_file_runs_again(tmp_path):
     assert first.ran == second.ran
 
 
-def test_other_settings_reuse_what_they_share(tmp_path):
+def test_other_settings_reuse_shared_results(tmp_path):
     extract_fake(FakeCapture(), tmp_path, ExtractSettings(layers=(1, 2)))
     capture = FakeCapture()
     extract_fake(capture, tmp_path, ExtractSettings(layers=(1, 2), method="lda", unit_norm=True))

@@ -433,7 +433,7 @@ def test_residual_norms_keep_float64_precision(tmp_path):
     ],
     ids=str,
 )
-def test_pack_is_saved_loadable_or_raises(changes, tmp_path):
+def test_saved_pack_is_loadable_or_save_raises(changes, tmp_path):
     path = tmp_path / "p.gguf"
     arguments = {"categories": {"a": VECTOR}, **changes}
     try:

@@ -351,7 +351,7 @@ def test_file_cut_anywhere_raises(kind, tmp_path):
 @pytest.mark.parametrize("kind", FILES)
 def test_flipped_byte_raises_or_is_harmless(kind, flip, tmp_path):
     content = FILES[kind]().build()
-    # What comes before the router is the same as in the pack without.
+    # The bytes before the router equal the pack without a router.
     for i in range(content.find(b"pysteer.router") if kind == "routed" else 0, len(content)):
         changed = bytearray(content)
         changed[i] ^= flip
@@ -719,7 +719,7 @@ NAN, INFINITY = float("nan"), float("inf")
             "pysteer.router.layers": (ARRAY, (U32, [2])),
             "pysteer.router.poolings": (ARRAY, (STRING, ["last"])),
         },
-        # What routers were described by before.
+        # Keys of an older format of routers.
         {
             "pysteer.router.layers": None,
             "pysteer.router.poolings": None,

@@ -46,7 +46,7 @@ class StopError(Exception):
 
 
 class FakeJudge:
-    """A judge by a function of prompt and answer that returns whether the answer is safe."""
+    """A judge by a function of prompt and answer that returns True for a safe answer."""
 
     name = "fake"
     identity = None

@@ -1,4 +1,4 @@
-"""Resident memory of this process, and of a function in a process of its own."""
+"""Resident memory of this process, and of a function in a new process."""
 
 import ctypes
 import gc

@@ -1,4 +1,4 @@
-"""Hidden states as a router is fitted on them, and as it sees them while a model serves."""
+"""Hidden states of a router, when it is fitted and when a model serves."""
 
 import numpy as np
 
@@ -17,8 +17,8 @@ def reading_pack(n_embd, poolings=POOLINGS):
     """A pack whose gates never open, and whose scores are components of what the router reads.
 
     A probe's score is the product of its weights and h, in float64. The weights are unit vectors,
-    so the scores are components of h, exactly: first those of the mean over the user's message,
-    then those of the other poolings, `N_COMPONENTS` spread evenly over n_embd.
+    so the scores are exactly components of h: first of the mean over the user's message, then of
+    the other poolings, `N_COMPONENTS` spread evenly over n_embd.
     """
     width = n_embd * len(poolings)
     components = [

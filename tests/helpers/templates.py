@@ -30,7 +30,7 @@ class Template:
 _GENERATE = "{% if add_generation_prompt %}"
 
 TEMPLATES = {
-    # These three are those that llama-cpp-python recognises and has formatters of its own for.
+    # llama-cpp-python recognises these three and replaces them by its own formatters.
     "chatml": Template(llama_chat_format.CHATML_CHAT_TEMPLATE),
     "llama-3": Template(
         llama_chat_format.LLAMA3_INSTRUCT_CHAT_TEMPLATE,
@@ -106,7 +106,7 @@ TEMPLATES = {
         "{% endif %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}"
         "{% endfor %}" + _GENERATE + "{{ '<|im_start|>assistant\n' }}{% endif %}"
     ),
-    "alpaca": Template(  # says the message's surroundings again and again
+    "alpaca": Template(  # repeats the message's surroundings
         "{% for m in messages %}{% if m.role == 'user' %}"
         "{{ '### Instruction:\n' + m.content + '\n\n' }}"
         "{% elif m.role == 'assistant' %}{{ '### Response:\n' + m.content + '\n\n' }}"
@@ -186,7 +186,7 @@ def tokens_of(llm, text):
 
 
 def _n_outside(llm, tokens, neutral, text):
-    """Number of first tokens that are in `text` and equal those of `neutral`."""
+    """Number of first tokens that `text` and `neutral` have in common."""
     n, length = 0, len(text.encode())
     for token, expected, piece in zip(tokens, neutral, pieces_of(llm, tokens), strict=False):
         length -= len(piece)

@@ -112,7 +112,7 @@ class Traffic:
 
     Args:
         path: the model.
-        requests: what the cases ask for.
+        requests: requests of the cases.
         solo: the answers to them.
     """
 
@@ -228,7 +228,7 @@ class Traffic:
 
 
 def _fits(result, alone):
-    """Tell whether a result is the solo answer, up to where it was cancelled."""
+    """Return True if a result is the solo answer, up to where it was cancelled."""
     if result["choices"][0]["finish_reason"] == "cancelled":
         return text(alone).startswith(text(result))
     return outcome(result) == outcome(alone)

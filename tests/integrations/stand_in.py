@@ -12,7 +12,7 @@ import pytest
 
 MODELS = "STAND_IN_MODELS"  # JSON object: file name at the hub to the path of a model here
 CLASS = "STAND_IN_CLASS"  # "Llama" or "SteeredLlama": the class under test
-PACKS = "STAND_IN_PACKS"  # JSON object: path of a model to that of a pack that steers all requests
+PACKS = "STAND_IN_PACKS"  # JSON object: path of a model to path of a pack that steers all requests
 CREATED = "models created"  # property of each test in the report
 
 _models: dict[str, str] = json.loads(os.environ[MODELS])

@@ -54,7 +54,7 @@ def content(result):
     return result["choices"][0]["message"]["content"]
 
 
-# ---- requests: each takes a model and what it is to be steered by -----------------------------
+# ---- requests: each takes a model and a steering ----------------------------------------------
 
 
 def completion(llm, **how):
@@ -272,7 +272,7 @@ def test_constrained_requests_on_the_default_model_equal_llama_cpp(models, ask):
     check(ask, models)
 
 
-# ---- the context: steered by what is in force -------------------------------------------------
+# ---- the context: steering in force -----------------------------------------------------------
 
 
 def eval_and_sample(llm):
@@ -342,7 +342,7 @@ def test_prompt_cache_equals_llama_cpp(tiny_models, tmp_path, kind):
     assert found
 
 
-# ---- what is chosen when the model is loaded --------------------------------------------------
+# ---- arguments of the model -------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -402,7 +402,7 @@ def test_vocabulary_without_weights_tokenizes(tiny_llama):
     "pooling", [llama_cpp.LLAMA_POOLING_TYPE_NONE, llama_cpp.LLAMA_POOLING_TYPE_MEAN]
 )
 def test_embeddings_equal_llama_cpp_and_raise_under_steering(opened, tiny_llama, pooling):
-    """Embeddings are unsteered, whatever was steered before."""
+    """Embeddings are unsteered, after any steered request."""
     arguments = {"embedding": True, "pooling_type": pooling, "n_ctx": 128, "logits_all": False}
 
     def embeddings(llm):

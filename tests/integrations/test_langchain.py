@@ -46,7 +46,7 @@ def around(of, llm, **parameters):
     return model
 
 
-# ---- what the model says by itself ------------------------------------------------------------
+# ---- through the model ------------------------------------------------------------------------
 
 
 def completion(llm):
@@ -66,7 +66,7 @@ def tool_call(llm):
     return json.loads(called["function"]["arguments"])
 
 
-# ---- and through LangChain: functions of what LangChain hands on ------------------------------
+# ---- through LangChain: functions of the arguments that LangChain passes on --------------------
 
 
 def invoke(llm):
@@ -166,7 +166,7 @@ def test_structured_output_is_steered(tiny_models):
 
 
 def test_embeddings_are_unsteered(opened, tiny_llama):
-    """Embeddings are unsteered, whatever was steered before."""
+    """Embeddings are unsteered, after any steered request."""
     arguments = {"embedding": True, "pooling_type": llama_cpp.LLAMA_POOLING_TYPE_MEAN}
     texts = [PROMPT, "Once upon a time"]
     with ExitStack() as stack:

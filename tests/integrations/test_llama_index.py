@@ -40,7 +40,7 @@ def around(llm, **generate_kwargs):
     return model
 
 
-# ---- what the model says by itself, and through LlamaIndex: text and mode of steering ---------
+# ---- text and mode of steering, through the model and through LlamaIndex -----------------------
 
 
 def completion(llm):

@@ -235,7 +235,7 @@ def test_pooling_equals_numpy_on_all_rows(tiny_llama, n_ubatch, span):
 
 @pytest.mark.parametrize("layers", [None, [1], [3]])
 @pytest.mark.parametrize("family", ATTENTION_FAMILIES)
-def test_sequences_in_a_batch_are_captured_as_alone(tiny_model, family, layers):
+def test_capture_of_a_batch_equals_captures_of_single_sequences(tiny_model, family, layers):
     tolerance = TOLERANCE.get(family, 2e-5)
     sites = ["residual", "attention", "mlp"]
     sequences = [TOKENS, TOKENS[:1], TOKENS[3:12], TOKENS[::-1]]
@@ -258,7 +258,7 @@ def test_sequences_in_a_batch_are_captured_as_alone(tiny_model, family, layers):
 
 @pytest.mark.parametrize("layers", [None, [1], [3]])
 @pytest.mark.parametrize("family", ATTENTION_FAMILIES)
-def test_shared_start_is_captured_as_alone(tiny_model, family, layers):
+def test_capture_with_a_shared_start_equals_captures_of_whole_sequences(tiny_model, family, layers):
     """The borders of micro-batches lie anywhere in the shared start."""
     tolerance = TOLERANCE.get(family, 2e-5)
     sites = ["residual", "attention", "mlp"]

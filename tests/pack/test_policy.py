@@ -221,7 +221,7 @@ def test_merging_an_empty_policy_changes_nothing(content):
     assert policy.merged(Policy()) == Policy().merged(policy) == policy.merged(policy) == policy
 
 
-# --- what a policy says ------------------------------------------------------------------------
+# --- settings of a policy ----------------------------------------------------------------------
 
 
 def test_handwritten_yaml_is_read(tmp_path):
@@ -336,7 +336,7 @@ def test_policy_is_immutable():
         policy.categories["b"] = CategoryPolicy()
 
 
-# --- what is refused, and where -----------------------------------------------------------------
+# --- invalid policies, and their places ---------------------------------------------------------
 
 
 def refusal(tmp_path, text, name="policy.yaml"):

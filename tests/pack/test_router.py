@@ -1,4 +1,4 @@
-"""Router: each score against its formula written out, and what is refused."""
+"""Router: each score against its written-out formula, and invalid routers."""
 
 import copy
 import dataclasses
@@ -31,7 +31,7 @@ READS = (Read(3, "user"), Read(1, "suffix"))
 
 
 def a_router(k=2, n=6, seed=0, **changes):
-    """n is the width of what both reads see together."""
+    """n is the width of both reads together."""
     rng = np.random.default_rng(seed)
     parts = {
         "site": "residual",
@@ -84,7 +84,7 @@ def cosine(a, b):
 
 
 def leads_by_hand(r):
-    """By how much each category is ahead of the best of the others."""
+    """Lead of each category over the best of the others."""
     leads = []
     for own in range(1, len(r)):
         others = [r[j] for j in range(1, len(r)) if j != own]

@@ -1,4 +1,4 @@
-"""SteeringVector: what it accepts, its arithmetic against plain numpy, and equality."""
+"""SteeringVector: arguments, arithmetic against plain numpy, and equality."""
 
 import copy
 import os

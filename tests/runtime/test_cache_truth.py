@@ -1,4 +1,4 @@
-"""A request gets the answer of a new context, whatever happened in its context before.
+"""A request gets the answer of a new context, after any history of its context.
 
 A state machine drives one model through changes of steering, rewinds, saved states, abandoned
 streams and evaluation by hand, and holds every answer against a second model that forgets
@@ -121,7 +121,7 @@ class Context(RuleBasedStateMachine):
 
     def check(self, prompt, request):
         self.oracle.reset()
-        self.oracle._cache.forget()  # reuse nothing, whatever the ledger does
+        self.oracle._cache.forget()  # reuse nothing, even if the ledger is wrong
         expected = answer(self.oracle, prompt, *request)
         found = answer(self.llm, prompt, *request)
         assert found[0] == expected[0]

@@ -146,7 +146,7 @@ def test_no_strengths_give_the_unsteered_plan(steering, injection):
 
 
 class Opaque(UserDict):
-    """A mapping that prints alike whatever it holds."""
+    """A mapping whose repr does not depend on its content."""
 
     def __repr__(self):
         return "Opaque(...)"

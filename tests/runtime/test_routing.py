@@ -64,7 +64,7 @@ def same(one, other):
     return one[0] == other[0] and np.array_equal(one[1], other[1])
 
 
-# ---- what a gate sees and opens ------------------------------------------------------------------
+# ---- reads and effects of a gate -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("gate", GATES)
@@ -152,7 +152,7 @@ def test_forced_and_gated_categories_act_together(llm):
 
 
 def test_response_scope_acts_from_the_last_prompt_token_on(tiny_llama, pack):
-    """Where the gate reads before every steered layer, as if steering began with that token."""
+    """The gate reads before every steered layer, so steering equals a start at that token."""
     policy = {"gate": "probe", "scope": "response", "categories": {"a": {"threshold": -1e9}}}
     with closing(SteeredLlama(tiny_llama, pack=pack, policy=policy, **ARGUMENTS)) as llm:
         gated = complete(llm, PROMPTS[""], {"a": "auto"})
@@ -393,7 +393,7 @@ def test_margin_gates_of_equal_score_rank_by_lead(tiny_llama, name, favoured):
     """Equal scores must not make the first category win."""
     router = router_for(tiny_llama, PROMPTS)
     weight, bias = np.array(router.margin_weight), np.array(router.margin_bias)
-    weight[0], bias[0] = 0, -0.25  # harm of 0.25, whatever the prompt
+    weight[0], bias[0] = 0, -0.25  # harm of 0.25 for every prompt
     allowances = np.full(2, 1e6)
     if favoured is not None:
         allowances["ab".index(favoured)] = 1e8

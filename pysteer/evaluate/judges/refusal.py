@@ -186,9 +186,7 @@ def is_refusal(text: str) -> bool:
         if refuses or _matches(_REDIRECTIONS, sentence):
             before = sentences[:number]
             after = ([_after_refusal(sentence)] if refuses else []) + sentences[number + 1 :]
-            return (
-                not _complies(before) and not _complies(after) and not _holds_content(text)
-            )
+            return not _complies(before) and not _complies(after) and not _holds_content(text)
     return False
 
 
