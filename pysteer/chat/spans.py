@@ -118,10 +118,15 @@ def shared_start(sequences: Sequence[Sequence[int]]) -> int:
 
 
 def _n_template(prompt: Sequence[int], template: Sequence[int]) -> int:
-    """Return the number of the template's tokens at the start of a prompt.
+    """Return how many tokens at the start of a prompt are the template's.
 
-    Only the last `_SEAM` tokens are compared: a template may write another date than before.
+    A template that writes the date may write another: differences before the last `_SEAM` tokens
+    do not count where these are all the same. Where they are not, the tokens from the first
+    difference on are the message's: a template may shorten other turns because of the message.
     """
-    n = min(len(prompt), len(template))
-    seam = range(min(max(len(template) - _SEAM, 0), n), n)
-    return next((i for i in seam if prompt[i] != template[i]), n)
+    pairs = zip(prompt, template, strict=False)
+    differences = [at for at, (token, expected) in enumerate(pairs) if token != expected]
+    seam = max(len(template) - _SEAM, 0)
+    if len(prompt) >= len(template) and not (differences and differences[-1] >= seam):
+        return len(template)
+    return differences[0] if differences else len(prompt)

@@ -167,3 +167,19 @@ def test_span_of_any_message_covers_its_text(name, vocabulary, message, earlier,
         tokens, span = message_tokens(capture.llm, source, messages, partial(marked, messages))
         conversation = Conversation(capture.llm, {"messages": messages})
         assert conversation.message_span(tokens) == span
+
+
+def test_message_that_shortens_an_earlier_turn_is_read_whole():
+    """As reasoning is left out of a turn, or kept, because of what the user writes."""
+
+    def render(messages):
+        *earlier, last = [message["content"] for message in messages]
+        if "short" in last:
+            earlier = [text[-2:] for text in earlier]
+        return list(map(ord, "".join(f"<{text}>" for text in [*earlier, last, "answer"])))
+
+    messages = [user_message("hi"), user_message("x" * 60), user_message("short " + "y" * 90)]
+    prompt = render(messages)
+    start, stop = message_span(prompt, template_ends(render, messages))
+    assert "short " + "y" * 90 in "".join(map(chr, prompt[start:stop]))
+    assert stop == len(prompt) - len("><answer>")
