@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 import os
+import weakref
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from llama_cpp import Llama, LlamaState
 
@@ -107,8 +108,10 @@ class SteeredLlama(HookedLlama):
         except SteeringError:
             self.close()
             raise
-        self._cache = SteeredCache(self)
-        self._requests = SteeredRequests(self, plans, self._cache.report)
+        # Without a circle, the model is freed when the last reference to it goes.
+        proxy = cast(HookedLlama, weakref.proxy(self))
+        self._cache = SteeredCache(proxy)
+        self._requests = SteeredRequests(proxy, plans, self._cache.report)
 
     @property
     def pack(self) -> SteeringPack | None:

@@ -4,6 +4,7 @@ import gc
 import subprocess
 import sys
 import threading
+import weakref
 from contextlib import closing
 from pathlib import Path
 
@@ -273,3 +274,21 @@ def test_load_failure_names_the_file_and_the_cause(tiny_llama, tmp_path):
 def test_load_failure_of_an_argument_does_not_doubt_the_file(tiny_llama):
     with pytest.raises(SteeringError, match=r"Unknown value type for a: None$"):
         HookedLlama(tiny_llama, kv_overrides={"a": None}, verbose=False)
+
+
+def test_model_is_freed_with_its_last_reference(tiny_llama):
+    """As a `llama_cpp.Llama` is: not only when the collector looks for circles."""
+    gc.collect()
+    gc.disable()
+    try:
+        llm = new(tiny_llama)
+        llm.create_completion("a", steering={"residual": 1.0}, max_tokens=1)
+        alive = weakref.ref(llm)
+        stream = llm.create_completion("a", steering={"residual": 1.0}, max_tokens=2, stream=True)
+        del llm
+        *_, last = stream
+        assert last["steering"]["mode"] == "forced"
+        del stream
+        assert alive() is None
+    finally:
+        gc.enable()
