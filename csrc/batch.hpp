@@ -17,7 +17,7 @@ struct RowRun {
     int32_t slot;      // the sequence's number in llama.cpp's batch
     int64_t position;  // of the first token
     int64_t count;
-    int32_t outputs;  // the rows whose logits are asked for
+    int32_t outputs;  // the rows with logits
 };
 
 struct Row {
@@ -35,12 +35,12 @@ class Batch {
     void assign(const RowRun * runs, std::size_t n_runs, const std::vector<std::shared_ptr<Sequence>> & slots);
 
     const std::vector<Row> & rows() const noexcept { return rows_; }
-    // Indices of the rows whose logits are asked for, ascending.
+    // Indices of the rows with logits, ascending.
     const std::vector<int32_t> & output_rows() const noexcept { return output_rows_; }
-    // The gates that have something to read.
+    // The gates that read some row.
     const std::vector<const Gate *> & gates() const noexcept { return gates_; }
     bool reads_at(Place place) const noexcept;
-    // Whether a plan uses the sites attention or mlp.
+    // True if a plan uses the sites attention or mlp.
     bool uses_products() const noexcept { return uses_products_; }
 
     // Flags by place_index(): some row may be steered there, given the decisions so far.
@@ -50,7 +50,7 @@ class Batch {
     // Flags by place_index(): the terms of some row name the place, whether they act or wait for a gate.
     const std::vector<uint8_t> & planned() noexcept;
 
-    // A gate has decided: find the active places anew.
+    // Finds the active places anew after a gate's decision.
     void take_decision() noexcept;
     int64_t decisions_due() const noexcept { return decisions_due_; }
 

@@ -1,4 +1,4 @@
-// Conversion of types, checks of shapes, and release of the GIL, nothing else.
+// Conversion of types, checks of shapes, and release of the GIL only.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

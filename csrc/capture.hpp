@@ -12,7 +12,7 @@ namespace pysteer {
 // The constructor takes all memory; put(), which the callback calls, only writes.
 class Capture {
   public:
-    // Token i of the decode counts towards mean slots[i] of n_slots; -1: towards none. One token a slot keeps each
+    // Token i of the decode counts towards mean slots[i] of n_slots; -1: towards no mean. One token a slot keeps each
     // token's row; one slot for a range gives the mean of the range; slots may belong to different sequences. `wanted`
     // flags the places to capture by place_index(). Throws std::invalid_argument for a slot out of range or without
     // tokens.
@@ -20,13 +20,13 @@ class Capture {
             std::size_t n_slots);
 
     bool wants(Place place) const noexcept { return index(place) >= 0; }
-    // Whether the place is the last wanted one in the order of the graph.
+    // True if the place is the last wanted place in the order of the graph.
     bool ends_at(Place place) const noexcept { return place == last_; }
     // Adds the row of the decode's token number `token`.
     void put(Place place, int64_t token, const float * row) noexcept;
 
-    // Writes the means of a place, n_slots x n_embd. Throws std::runtime_error if the place is not wanted, or a row of
-    // some token did not come by.
+    // Writes the means of a place, n_slots x n_embd. Throws std::runtime_error if the place is not wanted, or the
+    // row of some token is missing.
     void read(Place place, float * out) const;
 
     std::size_t n_slots() const noexcept { return expected_.size(); }

@@ -20,7 +20,7 @@ class Gate {
         cast,         // cosine(h, tanh((W_c.h) W_c)), W of unit rows
     };
 
-    // One part of the hidden state h, which is the reads end to end, n_embd values each.
+    // One part of the hidden state h, the concatenation of the reads, n_embd values each.
     struct Read {
         std::size_t layer;
         bool pools;  // the mean over a span of tokens; otherwise the row of the token that decides

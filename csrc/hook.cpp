@@ -178,11 +178,11 @@ bool Hook::callback(Tensor * node, bool ask, void * self) noexcept {
     } catch (...) {
         hook.fail("unknown exception in the eval callback");
     }
-    return !ask;  // a computed node: go on, whatever happened; end_decode() reports it
+    return !ask;  // a computed node: go on even after an error, which end_decode() reports
 }
 
 void Hook::fail(const std::string & message) noexcept {
-    if (error_[0] == '\0') {  // the first cause is the one worth reading
+    if (error_[0] == '\0') {  // the first cause counts
         std::snprintf(error_.data(), error_.size(), "%s", message.c_str());
     }
 }

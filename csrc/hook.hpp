@@ -45,41 +45,41 @@ class Hook {
     void end_probe();
     const std::vector<SiteNode> & sites() const;
 
-    // Steers the sequence with this number from the next decode on; null: no longer. Throws std::invalid_argument for a
+    // Steers the sequence with this number from the next decode on; null: not at all. Throws std::invalid_argument for a
     // plan of another shape or for a site that the model lacks, and std::runtime_error after detach() or during a
     // decode.
     void set_sequence(std::size_t slot, std::shared_ptr<Sequence> sequence);
 
     // The position where the gate of the sequence with this number decides next; -1: never. That token must be the last
     // of its bracket of begin_decode() and end_decode(): the lower layers of later tokens would be computed before the
-    // gate decides what happens there.
+    // gate decides about them.
     int64_t next_decision(std::size_t slot) const noexcept;
 
     // Around every llama_decode, or several of one evaluation, whose rows come in this order. begin_decode() chooses
-    // how the directions get in: where every row gets the same additions to the residual of layers >= 1, they are
+    // the injection: where every row gets the same additions to the residual of layers >= 1, they are
     // written into llama.cpp's control-vector tensors and the graph runs uncut. Throws NotOnHost for a place that has
     // to be hooked and is not in host memory, and std::invalid_argument for a plan that insists on the control vector
     // where that cannot express it, and for rows beyond the next decision. end_decode() throws std::runtime_error if
-    // the callback met something it cannot handle, or if a place that had to be steered or read did not see every row.
+    // the callback met an unsupported node, or if a place that had to be steered or read did not get every row.
     void begin_decode(const RowRun * runs, std::size_t n_runs);
     void end_decode();
     // Ends the bracket without checks, after a decode that failed.
     void abandon_decode() noexcept;
-    // Whether the last decode was steered through llama.cpp's control-vector tensors.
+    // True if the last decode was steered through llama.cpp's control-vector tensors.
     bool was_resident() const noexcept { return is_resident_; }
 
     // From now until end_capture(), decodes are captured. Where nothing is steered each graph ends with the last place
-    // that the capture wants: what follows it, logits among it, is left undefined. Throws as set_sequence() does, and
+    // that the capture wants, and later values, logits included, are undefined. Throws as set_sequence() does, and
     // NotOnHost.
     void begin_capture(std::unique_ptr<Capture> capture);
     std::unique_ptr<Capture> end_capture();
 
-    // The llama_context is about to be freed: touch none of its tensors any more.
+    // Ends all use of the llama_context's tensors; call before the context is freed.
     void detach() noexcept;
 
   private:
-    // The two calls of the callback. wants(): whether to cut the graph after the node. visit(): whether the rest of the
-    // graph is needed.
+    // The two calls of the callback. wants() returns true to cut the graph after the node, visit() returns true if the
+    // rest of the graph is needed.
     bool wants(Tensor * node);
     bool visit(const Tensor * node);
     void fail(const std::string & message) noexcept;

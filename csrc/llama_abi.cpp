@@ -26,7 +26,7 @@ class Library {
 
     void * find(const char * name) const {
 #ifdef _WIN32
-        // GetProcAddress does not look into a module's dependencies, and ggml's functions live in libraries of its own.
+        // GetProcAddress does not look into a module's dependencies, and ggml's functions are in separate libraries.
         auto module = reinterpret_cast<HMODULE>(handle_);
         if (auto * found = GetProcAddress(module, name)) {
             return reinterpret_cast<void *>(found);

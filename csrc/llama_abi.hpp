@@ -56,7 +56,7 @@ struct Abi {
     void (*ggml_backend_tensor_set)(Tensor *, const void *, size_t, size_t);
     void (*ggml_backend_tensor_get)(const Tensor *, void *, size_t, size_t);
 
-    // For the tensors that load_abi() checks the struct above with.
+    // For the tensors with which load_abi() checks the struct above.
     void * (*ggml_init)(InitParams);
     void (*ggml_free)(void *);
     size_t (*ggml_tensor_overhead)();

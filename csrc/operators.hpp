@@ -1,4 +1,4 @@
-// The operators: what directions do to one row of activations. Floats in, floats out; no knowledge of llama.cpp.
+// The operators: changes of one row of activations by directions. Floats in, floats out; no knowledge of llama.cpp.
 //
 // h is the row, s the strength, d a direction, e a unit direction. Every operator equals the formula beside it to
 // float32 rounding; dot products are summed in double precision.
@@ -58,7 +58,7 @@ inline void accumulate(double * sums, const float * row, std::size_t width) noex
     }
 }
 
-// The largest absolute value; infinity or NaN if there is one among the values.
+// The largest absolute value; infinity or NaN if the values contain any.
 float largest(const float * values, std::size_t count) noexcept;
 
 // Applies an operator to h. `rows` holds n_rows rows of `width` values: unit rows for ablate and clamp, two orthonormal

@@ -9,7 +9,7 @@
 namespace pysteer {
 namespace {
 
-// Whether a postfix expression leaves exactly one value and names only gates below n.
+// True if a postfix expression leaves exactly one value and names only gates below n.
 bool well_formed(const std::vector<int32_t> & rule, std::size_t n) noexcept {
     std::size_t depth = 0;
     for (const int32_t code : rule) {

@@ -14,10 +14,10 @@
 
 namespace pysteer {
 
-// How directions get in: into llama.cpp's control-vector tensors, by the hook, or whichever can.
+// Route of directions into the graph: llama.cpp's control-vector tensors, the hook, or automatic.
 enum class Injection : int32_t { automatic, resident, hooked };
 
-// What happens when several gated terms fire.
+// Choice among several gated terms that fire.
 enum class ConflictRule : int32_t { sum, strongest, first };
 
 // A boolean expression over gates in postfix: n >= 0 is gate n.
@@ -29,9 +29,9 @@ struct Term {
     float strength = 1.0f;
     Scope scope;
     uint64_t digest = 0;              // of the steering vector
-    int32_t exclude_bit = -1;         // tokens whose mask has this bit are left alone; -1: none
+    int32_t exclude_bit = -1;         // the term skips tokens whose mask has this bit; -1: no token
     std::vector<int32_t> rule;        // when the term fires; empty: forced
-    int32_t own_gate = -1;            // the gate of the term's own category; -1: none
+    int32_t own_gate = -1;            // the gate of the term's own category; -1: no gate
     bool only_control_vector = true;  // adds to the residual of layers >= 1 and does nothing else
     bool only_last_block = true;      // no key or value of the KV cache depends on the term
     std::vector<std::size_t> places;  // place_index() of each
@@ -57,7 +57,7 @@ class Plan {
              std::shared_ptr<const void> owner);
 
     // Sets the gates that the rules of the terms name: gate i is open where the score of category i is at least (above)
-    // or at most thresholds[i]. recheck: decide anew after so many response tokens; 0: never. Throws
+    // or at most thresholds[i]. recheck: response tokens between two decisions; 0: decide once. Throws
     // std::invalid_argument for sizes or rules that do not fit.
     void set_gate(std::shared_ptr<const Gate> gate, std::vector<double> thresholds, std::vector<uint8_t> above,
                   ConflictRule conflict, int64_t recheck);
@@ -79,17 +79,17 @@ class Plan {
     const std::vector<uint8_t> & above() const noexcept { return above_; }
     ConflictRule conflict() const noexcept { return conflict_; }
     int64_t recheck() const noexcept { return recheck_; }
-    // Whether the graph computes a place before the gate decides.
+    // True if the graph computes a place before the gate decides.
     bool before_gate(Place place) const noexcept { return gate_ && graph_order(place) < graph_order(gate_->place()); }
-    // Whether a term acts at a place before the gate decides.
+    // True if a term acts at a place before the gate decides.
     bool acts_before_gate(const Term & term) const noexcept;
 
-    // Whether every token of every sequence gets the same: no term is gated, excluded or limited to some tokens.
+    // True if every token of every sequence gets the same: no term is gated, excluded or limited to some tokens.
     bool uniform() const noexcept { return uniform_; }
     bool fits_resident() const noexcept;
-    // Whether additions alone, summed over all layers, cannot take an activation past float32.
+    // True if additions alone, summed over all layers, cannot take an activation past float32.
     bool stays_finite() const noexcept { return bound_ < 1e38; }
-    // Whether a term or the gate uses the sites attention or mlp.
+    // True if a term or the gate uses the sites attention or mlp.
     bool uses_products() const noexcept { return uses_products_; }
 
     // Writes the sum of the directions at a place, each times its factor; n_embd values, zeros if all factors are 0.
@@ -104,7 +104,7 @@ class Plan {
     std::vector<std::shared_ptr<const void>> owners_;
     std::vector<std::vector<Op>> ops_;  // by place, in the order of the terms
     std::size_t most_rows_ = 0;
-    double bound_ = 0.0;  // of the absolute value that all additions together add
+    double bound_ = 0.0;  // of the absolute value of the sum of all additions
     bool uniform_ = true;
     bool uses_products_ = false;
     std::shared_ptr<const Gate> gate_;

@@ -8,7 +8,7 @@
 namespace pysteer {
 namespace {
 
-// Whether every row is steered like the first one.
+// True if every row is steered like the first row.
 bool all_alike(const std::vector<Row> & rows) noexcept {
     const Row & first = rows.front();
     const bool uniform = first.sequence->plan().uniform();
@@ -19,7 +19,7 @@ bool all_alike(const std::vector<Row> & rows) noexcept {
     });
 }
 
-// Whether all that acts on a row adds to the residual of layers >= 1.
+// True if all terms on a row add to the residual of layers >= 1.
 bool only_adds(const Row & row) noexcept {
     const std::vector<Term> & terms = row.sequence->plan().terms();
     for (std::size_t t = 0; t < terms.size(); ++t) {

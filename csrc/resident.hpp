@@ -12,7 +12,7 @@
 
 namespace pysteer {
 
-// Whether the tensors can express the steering of a batch: the same additions to the residual of layers >= 1 for every
+// True if the tensors can express the steering of a batch: the same additions to the residual of layers >= 1 for every
 // row. Throws std::invalid_argument if they cannot and a plan insists.
 bool fits_control_vector(const Batch & batch);
 

@@ -1,4 +1,4 @@
-// The rows of one node as float32, whatever their type and layout.
+// The rows of one node as float32, from any type and layout.
 //
 // The hook reaches the values of a tensor through HostRows alone. For a tensor on a device, the same interface over a
 // copy in host memory would do: fetched before the first load(), written back after the last store().

@@ -52,7 +52,7 @@ std::optional<RowIndices> RowMap::rows_of(Place place, int64_t node_rows) const 
     return end <= n_rows() ? std::optional(RowIndices(nullptr, first)) : std::nullopt;
 }
 
-// Of the rows that came by in the blocks before the last, those whose logits are asked for.
+// The rows with logits among the rows computed in the blocks before the last.
 int64_t RowMap::outputs_passed() const noexcept {
     const std::vector<int32_t> & outputs = batch_->output_rows();
     return std::lower_bound(outputs.begin(), outputs.end(), static_cast<int32_t>(tokens_passed_)) - outputs.begin();

@@ -1,7 +1,7 @@
-// Which rows of the batch are the rows of a node, and how many have come by.
+// The rows of the batch that a node holds, and their count so far.
 //
 // llama.cpp runs a graph for each micro-batch, with rows in the order of the batch. In the last block a model keeps
-// only the rows whose logits are asked for, or all of them: the number of rows tells.
+// only the rows with logits, or all rows: the number of rows tells which.
 #pragma once
 
 #include <cstddef>
@@ -14,7 +14,7 @@
 
 namespace pysteer {
 
-// Indices of batch rows: consecutive ones, or those of a table.
+// Indices of batch rows: consecutive, or from a table.
 class RowIndices {
   public:
     RowIndices(const int32_t * table, int64_t first) noexcept : table_(table), first_(first) {}
@@ -25,8 +25,8 @@ class RowIndices {
     int64_t first_;
 };
 
-// Whether llama.cpp computes a place for every row, or, after the attention of the last block, only for the rows whose
-// logits are asked for.
+// True if llama.cpp computes a place for every row; after the attention of the last block, only rows with logits are
+// computed.
 inline bool keeps_every_row(Place place, std::size_t n_layer) noexcept {
     return place.layer + 1 < n_layer || place.site == Site::attention;
 }

@@ -85,7 +85,7 @@ Sequence::Sequence(std::shared_ptr<const Plan> plan, int64_t n_prompt, std::vect
 float Sequence::factor(std::size_t term, int64_t position, bool before_gate) const noexcept {
     const Term & what = plan_->terms()[term];
     if (what.gated()) {
-        // The last decision that was made before this row is computed at the place.
+        // The last decision before the graph computes this row at the place.
         std::size_t decision = decided_at_.size();
         while (decision > 0 &&
                (decided_at_[decision - 1] > position || (decided_at_[decision - 1] == position && before_gate))) {
@@ -165,7 +165,7 @@ int64_t Sequence::next_decision() const noexcept {
     return recheck > 0 ? n_prompt_ - 1 + (response_index(decided_at_.back()) / recheck + 1) * recheck : -1;
 }
 
-// Whether a read takes the row of a position after the last decision.
+// True if a read takes the row of a position after the last decision.
 bool Sequence::counts(std::size_t read, int64_t position) const noexcept {
     if (decided_at_.empty()) {
         return spans_[read].holds(position);

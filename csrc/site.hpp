@@ -7,7 +7,7 @@
 
 namespace pysteer {
 
-// The residual is the block's output; attention and mlp are what the block adds to it.
+// The residual is the block's output; attention and mlp are the block's additions to the residual.
 enum class Site : std::size_t { residual = 0, attention = 1, mlp = 2 };
 inline constexpr std::size_t n_sites = 3;
 inline constexpr std::array<Site, n_sites> all_sites = {Site::residual, Site::attention, Site::mlp};

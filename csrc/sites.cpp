@@ -50,7 +50,7 @@ std::optional<Place> multiplied(const Tensor * node) noexcept {
     return node->op == abi().op_mul_mat ? weight_place(node->src[0], "weight") : std::nullopt;
 }
 
-// Whether the node still computes the product's result from its first source: a scale, a LoRA term or a bias.
+// True if the node still computes the product's result from its first source: a scale, a LoRA term or a bias.
 bool continues(const Tensor * node) noexcept {
     const Abi & api = abi();
     if ((node->op != api.op_add && node->op != api.op_mul) || node->src[1] == nullptr) {
@@ -92,7 +92,7 @@ void SiteMap::record(Tensor * tensor) {
     nodes_.push_back(std::move(node));
 }
 
-// The layer whose control vector a tensor is: a leaf of the model's width, all of whose elements are the layer's index.
+// The layer of a control-vector tensor: a leaf of the model's width whose elements all equal the layer's index.
 std::optional<std::size_t> SiteMap::marked_layer(const Tensor * vector) const {
     const Abi & api = abi();
     if (vector->op != api.op_none || vector->buffer == nullptr ||
