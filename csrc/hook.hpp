@@ -45,9 +45,9 @@ class Hook {
     void end_probe();
     const std::vector<SiteNode> & sites() const;
 
-    // Steers the sequence with this number from the next decode on; null: not at all. Throws std::invalid_argument for a
-    // plan of another shape or for a site that the model lacks, and std::runtime_error after detach() or during a
-    // decode.
+    // Steers the sequence with this number from the next decode on; null ends its steering. Throws
+    // std::invalid_argument for a plan of another shape or for a site that the model lacks, and std::runtime_error
+    // after detach() or during a decode.
     void set_sequence(std::size_t slot, std::shared_ptr<Sequence> sequence);
 
     // The position where the gate of the sequence with this number decides next; -1: never. That token must be the last

@@ -45,7 +45,7 @@ ENGINE_SEQUENCES = 8
 
 PLAIN = "llama.cpp, unsteered"
 OFF = "pysteer, unsteered"
-FORCED = "a steering of its own for each sequence"
+FORCED = "a different steering for each sequence"
 ROUTED = "router on, nothing fires"
 ABLATED = "all layers with ablate"
 SWAPPED = "llama.cpp, control vector changed per request"

@@ -164,7 +164,7 @@ def test_judge_and_answers_reach_the_methods(extract, files, tmp_path):
     code, _, err = extract("--no-router", "--json", method="guided", judge="refusal")
     # A random model refuses nothing, so that no safe prompt is confirmed.
     assert code == 2
-    assert "none of" in err
+    assert "judge found 0 of" in err
     answers = write(tmp_path / "answers.jsonl", [{"response": "never"}, {"response": "no"}])
     code, out, err = extract("--no-router", "--json", method="contrast", answers=answers)
     assert (code, err) == (0, "")
