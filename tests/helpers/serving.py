@@ -9,6 +9,7 @@ from routers import router_for
 from pysteer import SteeredLlama, SteeringPack, SteeringVector
 from pysteer.pack.operators import Operator
 from pysteer.pack.policy import Policy
+from pysteer.runtime.ledger import CacheLedger
 
 N_EMBD = 64
 F32 = 0  # type of the KV cache: halves would hide differences
@@ -95,7 +96,7 @@ def solo_answers(path, requests, **arguments):
         found = []
         for request in requests:
             llm.reset()
-            llm._cache.forget()
+            llm._cache._ledger = CacheLedger()
             found.append(llm.create_completion(**request))
     return found
 

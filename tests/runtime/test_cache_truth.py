@@ -16,6 +16,7 @@ from routers import router_for
 
 from pysteer import SteeredLlama, SteeringPack, SteeringVector
 from pysteer.pack.policy import Policy
+from pysteer.runtime.ledger import CacheLedger
 
 N_EMBD = 64
 F32 = 0  # type of the KV cache: halves would hide differences
@@ -121,7 +122,7 @@ class Context(RuleBasedStateMachine):
 
     def check(self, prompt, request):
         self.oracle.reset()
-        self.oracle._cache.forget()  # reuse nothing, even if the ledger is wrong
+        self.oracle._cache._ledger = CacheLedger()  # reuse nothing, even if the ledger is wrong
         expected = answer(self.oracle, prompt, *request)
         found = answer(self.llm, prompt, *request)
         assert found[0] == expected[0]
