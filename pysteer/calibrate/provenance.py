@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import datetime
 import logging
-from importlib.metadata import version
 from typing import Any
 
 from pysteer.calibrate.candidates import CandidateVectors
 from pysteer.calibrate.search import SearchResult
 from pysteer.calibrate.settings import CalibrateSettings
 from pysteer.calibrate.split import Split
+from pysteer.distribution import installed_version
 from pysteer.errors import quoted
 from pysteer.evaluate.report import STEERED, UNSTEERED, Report
 from pysteer.judge import Judge
@@ -48,7 +48,7 @@ def provenance(
         parts: the prompts.
     """
     return {
-        "pysteer": version("pysteer"),
+        "pysteer": installed_version(),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "settings": content(settings),
         "judge": judge.name,

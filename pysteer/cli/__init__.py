@@ -20,6 +20,7 @@ from pysteer.cli.evaluate import evaluate
 from pysteer.cli.extract import extract
 from pysteer.cli.generate import generate
 from pysteer.cli.inspect import inspect
+from pysteer.distribution import installed_version
 from pysteer.errors import SteeringError
 
 app = typer.Typer(
@@ -37,9 +38,7 @@ for command in (demo, extract, calibrate, generate, chat, evaluate, inspect, com
 
 def _print_version(value: bool) -> None:
     if value:
-        from importlib.metadata import version  # slow
-
-        print(f"pysteer {version('pysteer')}")
+        print(f"pysteer {installed_version()}")
         raise typer.Exit
 
 

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pysteer.distribution import install_command
 from pysteer.errors import SteeringError
 
 if TYPE_CHECKING:
@@ -44,4 +45,4 @@ def load_policy(path: Path, pack: SteeringPack | None) -> Policy:
 def require(module: str, extra: str) -> None:
     """Raise SteeringError with the extra to install if a module is missing."""
     if find_spec(module) is None:
-        raise SteeringError(f"this needs {module}; run: pip install 'pysteer[{extra}]'")
+        raise SteeringError(f"this needs {module}; run: {install_command(extra)}")

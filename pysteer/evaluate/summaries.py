@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from typing import Any
 
+from pysteer.distribution import installed_version
 from pysteer.evaluate.answering import AnswerSet
 from pysteer.evaluate.arms import Arm
 from pysteer.evaluate.intervals import Mean, mean, share
@@ -96,7 +96,7 @@ def summarised(
         kind = "benign" if harmless else "harmful"
         noise = NoiseFloor(differs=share(answers.noise), prompts=kind)
     return Report(
-        pysteer=version("pysteer"),
+        pysteer=installed_version(),
         model=setup.model,
         pack={
             **setup.pack,

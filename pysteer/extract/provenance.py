@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from pysteer.distribution import installed_version
 from pysteer.extract.data import Data
 from pysteer.extract.inputs import rows_of
 from pysteer.extract.methods.base import Task, slices
@@ -93,7 +94,8 @@ def _digest(prompts: Sequence[Prompt]) -> str:
 
 
 def _versions() -> Iterator[tuple[str, str]]:
-    for name in ("pysteer", "llama-cpp-python", "torch", "transformers", "scikit-learn"):
+    yield "pysteer", installed_version()
+    for name in ("llama-cpp-python", "torch", "transformers", "scikit-learn"):
         try:
             yield name, importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from pysteer.distribution import install_command
 from pysteer.errors import SteeringError, quoted
 from pysteer.inspect.compare import category_cosines, norms, separation
 from pysteer.pack.pack import SteeringPack
@@ -67,7 +68,7 @@ def open_figure(path: str | os.PathLike[str]) -> tuple[Any, Path]:
         from matplotlib.figure import Figure
     except ImportError:
         raise SteeringError(
-            "a plot needs matplotlib; install it with: pip install 'pysteer[plot]'"
+            f"a plot needs matplotlib; install it with: {install_command('plot')}"
         ) from None
     path = Path(path)
     figure = Figure(layout="constrained")

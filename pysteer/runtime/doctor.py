@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
 import llama_cpp
@@ -16,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pysteer import _native
+from pysteer.distribution import installed_version
 from pysteer.llama.context import set_native_control_vector
 from pysteer.llama.hooked import HookedLlama
 from pysteer.llama.versions import load_native
@@ -81,7 +81,7 @@ def versions() -> dict[str, str]:
     """
     load_native()
     return {
-        "pysteer": version("pysteer"),
+        "pysteer": installed_version(),
         "llama-cpp-python": llama_cpp.__version__,
         "ggml": _native.ggml_version(),
         "python": platform.python_version(),

@@ -425,7 +425,7 @@ def test_every_command_has_help_json_and_debug(command, flag, cli):
 
 
 def test_version_is_that_of_the_package(cli):
-    assert cli("--version") == (0, f"pysteer {version('pysteer')}\n", "")
+    assert cli("--version") == (0, f"pysteer {version('pysteer-llama')}\n", "")
 
 
 def test_debug_raises_exceptions_of_one_run_only(cli, tmp_path):

@@ -145,4 +145,4 @@ def test_output_file_or_missing_pack_is_an_error(evaluate, files, capsys, tiny_l
 
 def test_missing_package_is_an_error_with_its_extra(evaluate, monkeypatch):
     monkeypatch.setattr("pysteer.cli.loading.find_spec", lambda name: None)
-    check_mistake(evaluate(), "pip install 'pysteer[evaluate]'")
+    check_mistake(evaluate(), "pip install 'pysteer-llama[evaluate]'")

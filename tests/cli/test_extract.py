@@ -310,13 +310,13 @@ def test_missing_package_is_an_error_with_its_extra(extract, monkeypatch, tmp_pa
     missing = "torch"
     monkeypatch.setattr(command, "find_spec", lambda name: None if name == missing else real(name))
     for options in ({"method": "learned"}, {"dtype": "float32"}, {"model": tmp_path}):
-        check_mistake(extract(**options), "torch", "pip install 'pysteer[extract]'")
+        check_mistake(extract(**options), "torch", "pip install 'pysteer-llama[extract]'")
     assert extract()[0] == 0
     missing = "transformers"
-    check_mistake(extract(engine="torch"), "transformers", "'pysteer[extract]'")
+    check_mistake(extract(engine="torch"), "transformers", "'pysteer-llama[extract]'")
     missing = "sklearn"
-    check_mistake(extract(), "sklearn", "pip install 'pysteer[extract-gguf]'")
-    check_mistake(extract(engine="torch"), "sklearn", "pip install 'pysteer[extract]'")
+    check_mistake(extract(), "sklearn", "pip install 'pysteer-llama[extract-gguf]'")
+    check_mistake(extract(engine="torch"), "sklearn", "pip install 'pysteer-llama[extract]'")
 
 
 def test_failure_keeps_an_existing_pack_and_names_the_cache(extract, files):

@@ -324,5 +324,5 @@ def test_missing_matplotlib_is_an_error_with_its_extra(cli, pack_file, tmp_path,
         plot_pack(full_pack(), tmp_path / "x.png")
     code, out, err = cli(pack_file, "--plot", tmp_path / "x.png")
     assert (code, out) == (2, "")
-    assert "pip install 'pysteer[plot]'" in err
+    assert "pip install 'pysteer-llama[plot]'" in err
     assert inspected(cli, pack_file)  # all else goes without

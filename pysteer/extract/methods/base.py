@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeAlias, TypeVar
 
+from pysteer.distribution import install_command
 from pysteer.errors import SteeringError, quoted
 from pysteer.extract.capture import Capture, Pooling, Row
 from pysteer.extract.inputs import Inputs, TokenizedPrompt, rows_of
@@ -246,7 +247,7 @@ def torch_model(capture: Capture, method: str) -> TorchModel:
         from pysteer.extract.torch_capture import TorchCapture
     except ImportError:
         raise SteeringError(
-            f"{method} directions need torch; run: pip install 'pysteer[extract]'"
+            f"{method} directions need torch; run: {install_command('extract')}"
         ) from None
     if not isinstance(capture, TorchCapture):
         raise SteeringError(f"{method} directions need torch; use --engine torch")
