@@ -127,6 +127,10 @@ py::object apply_operator(const Operator & op, const Array<float> & rows, float 
     return out;
 }
 
+bool has_usable_logits(const Array<float> & logits) {
+    return pysteer::usable_logits(logits.data(), static_cast<std::size_t>(logits.size()));
+}
+
 // ---- sequence -------------------------------------------------------------------------------------------------------
 
 std::shared_ptr<Sequence> make_sequence(std::shared_ptr<Plan> plan, int64_t n_prompt,
@@ -218,6 +222,7 @@ void bind_operator_and_scope(py::module_ & module) {
              py::arg("kind"), py::kw_only(), py::arg("keep_norm"), py::arg("one_sided"), py::arg("target"),
              py::arg("low"), py::arg("high"), py::arg("angle"))
         .def("apply", &apply_operator, py::arg("rows"), py::arg("strength"), py::arg("h"));
+    module.def("has_usable_logits", &has_usable_logits, py::arg("logits").noconvert());
     py::enum_<Scope::Kind>(module, "ScopeKind")
         .value("all", Scope::Kind::all)
         .value("positions", Scope::Kind::positions)

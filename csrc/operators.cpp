@@ -69,6 +69,19 @@ float largest(const float * values, std::size_t count) noexcept {
     return found;
 }
 
+bool usable_logits(const float * logits, std::size_t count) noexcept {
+    // Comparisons of bits, which compilers vectorise: +infinity is the last of the positive numbers, and without the
+    // sign NaN comes after infinity.
+    constexpr int32_t infinity = 0x7f800000;
+    int32_t bad = 0;
+    for (std::size_t i = 0; i < count; ++i) {
+        int32_t bits = 0;
+        std::memcpy(&bits, logits + i, sizeof bits);
+        bad |= (bits >= infinity ? 1 : 0) | ((bits & 0x7fffffff) > infinity ? 1 : 0);
+    }
+    return bad == 0 && std::any_of(logits, logits + count, [](float value) { return std::isfinite(value); });
+}
+
 void apply(const Operator & op, const float * rows, std::size_t n_rows, float strength, float * h, std::size_t width,
            double * scratch) noexcept {
     const double norm = op.keep_norm ? std::sqrt(dot(h, h, width)) : 0.0;

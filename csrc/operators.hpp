@@ -61,6 +61,9 @@ inline void accumulate(double * sums, const float * row, std::size_t width) noex
 // The largest absolute value; infinity or NaN if the values contain any.
 float largest(const float * values, std::size_t count) noexcept;
 
+// True if a token can be drawn from logits: none is NaN or +infinity, and at least one is finite.
+bool usable_logits(const float * logits, std::size_t count) noexcept;
+
 // Applies an operator to h. `rows` holds n_rows rows of `width` values: unit rows for ablate and clamp, two orthonormal
 // rows for rotate. `scratch` has room for n_rows values.
 void apply(const Operator & op, const float * rows, std::size_t n_rows, float strength, float * h, std::size_t width,

@@ -97,6 +97,15 @@ class Operator:
                 orthonormal rows for rotate, the columns of U and then of V for low_rank.
         """
 
+def has_usable_logits(logits: npt.NDArray[np.float32]) -> bool:
+    """Return True if a token can be drawn: no logit is NaN or +infinity, and one is finite.
+
+    -infinity is the logit of a token that cannot be drawn.
+
+    Args:
+        logits: any shape, not copied.
+    """
+
 class ScopeKind(enum.Enum):
     """The formulas of csrc/scope.hpp."""
 

@@ -5,7 +5,7 @@ from contextlib import closing
 import numpy as np
 import pytest
 
-from pysteer import SteeredLlama, SteeringPack, SteeringVector
+from pysteer import SteeredLlama, SteeringPack, SteeringVector, _native
 from pysteer.pack.operators import Operator
 from pysteer.runtime.native import native_operator
 
@@ -134,3 +134,17 @@ def test_operators_on_one_layer_act_in_pack_order(tiny_llama):
             rows = np.atleast_2d(d[names.index(name)])
             expected = reference(OPERATORS[name], rows, 0.5, expected)
         assert relative_error(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("n", [1, 7, 64, 1000])
+@pytest.mark.parametrize("other", [np.nan, -np.nan, np.inf, -np.inf, np.float32(-0.0), 3e38, -3e38])
+def test_logits_are_usable_as_by_numpy_wherever_the_odd_value_stands(n, other):
+    logits = np.random.default_rng(n).standard_normal(n).astype(np.float32)
+    for at in {0, n // 2, n - 1}:
+        odd = logits.copy()
+        odd[at] = other
+        bad = np.isnan(odd).any() or np.isposinf(odd).any() or not np.isfinite(odd).any()
+        assert _native.has_usable_logits(odd) == (not bad)
+        assert _native.has_usable_logits(np.full(n, other, np.float32)) == bool(np.isfinite(other))
+    assert _native.has_usable_logits(logits)
+    assert not _native.has_usable_logits(np.empty(0, np.float32))
