@@ -1,7 +1,9 @@
 """Text from tokens, one token at a time: UTF-8, stop strings, and the end of the text.
 
 The text equals that of `llama_cpp.Llama.create_completion`, which reads the whole text again
-after every token; here the cost of a token does not grow with the text.
+after every token; here the cost of a token does not grow with the text. Bytes that are not UTF-8
+differ: llama-cpp-python leaves them out, and does not count a token that leaves a character
+unfinished.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ class Writing:
         pieces: the model's vocabulary.
         prompt: the prompt's tokens.
         stop: strings that end the text and are not part of it.
-        max_tokens: at least 1. A character begun with the last token is completed.
+        max_tokens: at least 1. Every token counts, also inside a character.
         bos_first: the prompt was empty; then llama-cpp-python counts the BOS token as written.
     """
 
@@ -69,10 +71,9 @@ class Writing:
         self._text = bytearray()
         self._sent = 0  # bytes of the text that `take` has returned
         self._searched = 0  # bytes of the text in which no stop string ends
-        self._missing = 0  # tokens to wait for the rest of a character
         # Some sentencepiece models begin a text with a space; remove it.
         self._leading_space = pieces.in_context is None
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="ignore")
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self.tokens = array("i", [pieces.bos] if bos_first else [])
 
     @property
@@ -94,22 +95,10 @@ class Writing:
             if self.tokens[0] == self._pieces.bos and text[:1] == b" ":
                 del text[:1]
             self._leading_space = False
-        self._look_for_incomplete_character()
-        if self._missing > 0:
-            self._missing -= 1
-            return None
         if self._stop and self._cut_at_stop():
             return "stop"
         self._searched = len(text)
         return "length" if len(self.tokens) >= self._max_tokens else None
-
-    def _look_for_incomplete_character(self) -> None:
-        # The third but last byte counts as one of a character's 3 even in a text of fewer bytes.
-        for index, byte in enumerate(self._text[-3:]):
-            if byte >= 0xC0:
-                length = 4 if byte >= 0xF0 else 3 if byte >= 0xE0 else 2
-                if length > 3 - index:
-                    self._missing = length - (3 - index)
 
     def _cut_at_stop(self) -> bool:
         start = max(0, self._searched - self._longest_stop + 1)
@@ -147,5 +136,5 @@ class Writing:
 
     @property
     def text(self) -> str:
-        """The whole text, without bytes that are not UTF-8."""
-        return self._text.decode("utf-8", errors="ignore")
+        """The whole text, with U+FFFD for bytes that are not UTF-8."""
+        return self._text.decode("utf-8", errors="replace")
