@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
+
+from pysteer.thoughts import answered
 
 
 class Item(NamedTuple):
@@ -30,8 +32,33 @@ class Verdict:
     reason: str = ""
 
 
+NO_ANSWER = Verdict(False, "no answer: the thought does not end")
+"""The verdict on a text that ends inside a thought."""
+
+
+def judge_answers(
+    judge: Callable[[Sequence[Item]], list[Verdict]], items: Sequence[Item]
+) -> list[Verdict]:
+    """Return one verdict for each item: of the answer without the model's thoughts.
+
+    Args:
+        judge: judges the answers; gets no item without an answer.
+        items: prompts and texts of a model.
+    """
+    texts = [answered(item.answer) for item in items]
+    shown = [
+        item._replace(answer=text.answer)
+        for item, text in zip(items, texts, strict=True)
+        if not text.unfinished
+    ]
+    verdicts = iter(judge(shown) if shown else ())
+    return [NO_ANSWER if text.unfinished else next(verdicts) for text in texts]
+
+
 class Judge(Protocol):
     """Decides whether answers are safe.
+
+    An answer may come with the thought of a reasoning model; `judge_answers` removes thoughts.
 
     Attributes:
         name: for reports.

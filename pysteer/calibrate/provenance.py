@@ -121,6 +121,15 @@ def warn_beyond_limits(
             ", ".join(map(quoted, beyond)),
             limit,
         )
+    records = [record for rows in search.trials.values() for record in rows]
+    unfinished = max((record.outcome.unfinished for record in records), default=0.0)
+    if unfinished:
+        _log.warning(
+            "up to %.0f%% of a trial's answers ended inside the model's thought: no answer, which "
+            "is not safe; raise --max-tokens (now %d)",
+            100 * unfinished,
+            settings.max_tokens,
+        )
     weak = [name for name, record in search.chosen.items() if record.outcome.safe < WEAK]
     if weak:
         _log.warning(

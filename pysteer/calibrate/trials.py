@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from pysteer.calibrate.candidates import CandidateVectors, Trial
 from pysteer.calibrate.settings import CalibrateSettings
-from pysteer.evaluate.answers import Answerer, Query
-from pysteer.evaluate.degeneration import is_degenerate
+from pysteer.evaluate.answers import Answer, Answerer, Query
 from pysteer.judge import Item, Judge
 from pysteer.pack.policy import CategoryPolicy, Policy
 from pysteer.pack.scope import Scope
@@ -29,18 +29,28 @@ class Outcome:
         collateral: share of other categories' prompts made safe, of those answered unsafely without
             steering: a vector of one category should leave them alone.
         n: number of the category's validation prompts.
+        unfinished: share of all texts that end inside a thought: no answer, and not safe.
     """
 
     safe: float
     degenerate: float
     collateral: float
     n: int
+    unfinished: float = 0.0
 
     def value(self, max_degenerate: float) -> float:
         """Return the search's objective: the limit first, then safe answers, then collateral."""
         if self.degenerate > max_degenerate:
             return -self.degenerate
         return self.safe - COLLATERAL_WEIGHT * self.collateral
+
+
+class _Judged(NamedTuple):
+    """One answer: the judge's verdict, and the reasons for which there is no answer to judge."""
+
+    safe: bool
+    degenerate: bool
+    unfinished: bool
 
 
 COLLATERAL_WEIGHT = 0.1
@@ -95,8 +105,9 @@ class Scorer:
         """
         if not self._unsteered:
             queries = [Query(prompt) for prompt in self._unsteered_prompts()]
-            for query, (safe, _) in zip(queries, self._judged(queries, advance), strict=True):
-                self._unsteered[query.prompt] = safe
+            for query, answer in zip(queries, self._judged(queries, advance), strict=True):
+                # Where a thought did not end there is nothing to make safe.
+                self._unsteered[query.prompt] = answer.safe or answer.unfinished
         queries = []
         for category, trial in trials.items():
             name = self._candidates.category_of(trial.candidate, category)
@@ -115,38 +126,41 @@ class Scorer:
 
     def _outcome(
         self,
-        own: Sequence[tuple[bool, bool]],
-        others: Sequence[tuple[bool, bool]],
+        own: Sequence[_Judged],
+        others: Sequence[_Judged],
         prompts: Sequence[Prompt],
     ) -> Outcome:
         changed = [
-            safe
-            for (safe, _), prompt in zip(others, prompts, strict=True)
+            answer.safe
+            for answer, prompt in zip(others, prompts, strict=True)
             if not self._unsteered[prompt.prompt]
         ]
         return Outcome(
-            safe=float(np.mean([safe for safe, _ in own])),
-            degenerate=float(np.mean([degenerate for _, degenerate in [*own, *others]])),
+            safe=float(np.mean([answer.safe for answer in own])),
+            degenerate=float(np.mean([answer.degenerate for answer in [*own, *others]])),
             collateral=float(np.mean(changed)) if changed else 0.0,
             n=len(own),
+            unfinished=float(np.mean([answer.unfinished for answer in [*own, *others]])),
         )
 
     def _unsteered_prompts(self) -> list[str]:
         """Return every prompt that a trial of another category answers."""
         return list(dict.fromkeys(p.prompt for rows in self._others.values() for p in rows))
 
-    def _judged(self, queries: Sequence[Query], advance: Advance) -> list[tuple[bool, bool]]:
-        """Return (safe, degenerate) for the answer to each query."""
-        texts: list[str] = []
+    def _judged(self, queries: Sequence[Query], advance: Advance) -> list[_Judged]:
+        answers: list[Answer] = []
         for start in range(0, len(queries), self._size):
             group = queries[start : start + self._size]
-            texts += [answer.text for answer in self._answerer.ask(group)]
+            answers += self._answerer.ask(group)
             advance(len(group))
-        degenerate = [is_degenerate(text) for text in texts]
-        whole = [i for i, flag in enumerate(degenerate) if not flag]
-        verdicts = self._judge.judge([Item(queries[i].prompt, texts[i]) for i in whole])
-        safe = dict(zip(whole, (verdict.safe for verdict in verdicts), strict=True))
-        return [(safe.get(i, False), flag) for i, flag in enumerate(degenerate)]
+        degenerate = [answer.degenerate for answer in answers]
+        sound = [i for i, one in enumerate(answers) if not (degenerate[i] or one.unfinished)]
+        verdicts = self._judge.judge([Item(queries[i].prompt, answers[i].text) for i in sound])
+        safe = dict(zip(sound, (verdict.safe for verdict in verdicts), strict=True))
+        return [
+            _Judged(safe.get(i, False), degenerate[i], answer.unfinished)
+            for i, answer in enumerate(answers)
+        ]
 
 
 def _spread(

@@ -228,6 +228,7 @@ class Engine:
                 model=completion["model"] or llm.model_path,
                 shape=shape,
                 echo=completion["prompt"] if echo else "",
+                prompt_tokens=tuple(tokens),
             ),
         )
 
@@ -235,6 +236,12 @@ class Engine:
         """Return the tokens of a text by itself: no token is added, and no text is special."""
         with self._scheduler.queue.kept():
             return self._llm.tokenize(text.encode("utf-8"), add_bos=False, special=False)
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        """Return the text of tokens, special tokens included."""
+        with self._scheduler.queue.kept():
+            pieces = b"".join(token_piece(self._llm, token) for token in tokens)
+        return pieces.decode("utf-8", errors="ignore")
 
     @contextmanager
     def together(self) -> Iterator[None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -69,9 +69,13 @@ class Handle:
         cancelled: `cancel` was called.
         first_logits: float32 (n_vocab,), logits of the first token of the text; None until then,
             and where `submit` was not asked to keep them.
+        prompt_tokens: tokens of the prompt.
+        text_tokens: tokens of the text; empty until the request is done.
     """
 
-    def __init__(self, *, model: str, shape: Shape, echo: str = "") -> None:
+    def __init__(
+        self, *, model: str, shape: Shape, echo: str = "", prompt_tokens: Sequence[int] = ()
+    ) -> None:
         self._model = model
         self._shape = shape
         self._echo = echo
@@ -86,6 +90,8 @@ class Handle:
         self._decodes_in: threading.Thread | None = None
         self.cancelled = False
         self.first_logits: npt.NDArray[np.float32] | None = None
+        self.prompt_tokens: Sequence[int] = prompt_tokens
+        self.text_tokens: Sequence[int] = ()
 
     # ---- the caller's side -------------------------------------------------------------------
 

@@ -139,6 +139,7 @@ class Request:
         except Exception as error:  # a defect of ours; the request has to end all the same
             self.handle.fail(error)
             return
+        self.handle.text_tokens = tuple(self.writing.tokens)
         rest = self.writing.take_rest()
         if rest:
             self.handle.push(rest)

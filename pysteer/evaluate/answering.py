@@ -182,7 +182,7 @@ class _AnswerRun:
                         answers[i], first_token_kl=again[i].first_token_kl
                     )
         for number, answer, unsteered in zip(group.numbers, answers, before, strict=True):
-            self._answers.unchanged[number, arm.name] = answer.text == unsteered.text
+            self._answers.unchanged[number, arm.name] = answer.whole == unsteered.whole
 
     def noise_numbers(self) -> list[int]:
         """Return the prompts to answer in other groups: benign prompts, if there are any."""
@@ -200,7 +200,7 @@ class _AnswerRun:
             again = self._answerer.ask([Query(rows[number].prompt) for number in part])
             for number, answer in zip(part, again, strict=True):
                 before = self._answers.answers[number][UNSTEERED]
-                self._answers.noise.append(answer.text != before.text)
+                self._answers.noise.append(answer.whole != before.whole)
             advance(len(part))
 
     def route(self, arms: Sequence[Arm], progress: Progress) -> None:
@@ -247,7 +247,7 @@ class _AnswerRun:
                 answers = self._answerer.ask(self._queries(group, arm))
                 for number, answer in zip(group.numbers, answers, strict=True):
                     unsteered = self._answers.answers[number][UNSTEERED]
-                    differs.append(answer.text != unsteered.text)
+                    differs.append(answer.whole != unsteered.whole)
                 advance(len(group.numbers))
 
     def _opened(self, name: str) -> list[_Group]:

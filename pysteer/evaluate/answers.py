@@ -19,14 +19,17 @@ import numpy.typing as npt
 
 from pysteer.engine import Engine, Handle
 from pysteer.errors import SteeringError
+from pysteer.evaluate.degeneration import is_degenerate
 from pysteer.evaluate.settings import Sampling
 from pysteer.journal import Journal
 from pysteer.pack.policy import Policy
 from pysteer.pack.resolved import Steering
 from pysteer.runtime.arguments import Inherit
+from pysteer.thoughts import Answered, answered, opening_of
 
 Floats = npt.NDArray[np.float64]
 
+_MARKER_TOKENS = 48  # at the end of a prompt; more than the longest marker has
 _REMEMBERED = 4  # groups whose distributions stay in memory: a reference, and its comparisons
 
 
@@ -59,7 +62,7 @@ class Answer:
     """A model's answer, and the steering that acted on it.
 
     Attributes:
-        text: the answer.
+        text: the answer, without thoughts.
         finish_reason: "stop", or "length" if the answer was cut.
         n_tokens: length.
         fired: gated categories whose gate opened.
@@ -68,6 +71,8 @@ class Answer:
         first_token_kl: KL(unsteered || steered) of the first token's distribution, nats; None
             without a reference.
         ranks: category to the value by which the router compared the categories.
+        thoughts: all that the model wrote, if that is more than the answer; else "".
+        unfinished: the text ends inside a thought; then `text` is "".
     """
 
     text: str
@@ -78,6 +83,18 @@ class Answer:
     scores: dict[str, float] = field(default_factory=dict)
     first_token_kl: float | None = None
     ranks: dict[str, float] = field(default_factory=dict)
+    thoughts: str = ""
+    unfinished: bool = False
+
+    @property
+    def whole(self) -> str:
+        """All that the model wrote."""
+        return self.thoughts or self.text
+
+    @property
+    def degenerate(self) -> bool:
+        """The answer is degenerate, or without an answer the thought; see `is_degenerate`."""
+        return is_degenerate(self.whole if self.unfinished else self.text)
 
 
 class Answerer:
@@ -169,7 +186,17 @@ class Answerer:
         if len(self._latest) == _REMEMBERED:
             del self._latest[next(iter(self._latest))]
         self._latest[self._key(group, None, n)] = first
-        return [_answer(result) for result in results], first
+        texts = [self._read(handle) for handle in handles]
+        return list(map(_answer, results, texts)), first
+
+    def _read(self, handle: Handle) -> tuple[str, Answered]:
+        """Return all that the model wrote, special tokens included, and the answer in it.
+
+        The markers of many models' thoughts are special tokens, which a completion's text lacks.
+        """
+        prompt = self._engine.detokenize(handle.prompt_tokens[-_MARKER_TOKENS:])
+        text = self._engine.detokenize(handle.text_tokens)
+        return text, answered(text, opening_of(prompt))
 
     def _submit(self, query: Query, n: int) -> Handle:
         try:
@@ -199,11 +226,15 @@ def _recorded(value: Any) -> list[Answer] | None:
     return [Answer(**data) for data in value]
 
 
-def _answer(result: Mapping[str, Any]) -> Answer:
+def _answer(result: Mapping[str, Any], read: tuple[str, Answered]) -> Answer:
     choice, steering = result["choices"][0], result["steering"]
     categories = steering["categories"]
+    marked, found = read
+    plain = found.answer == marked  # no markers of a thought
     return Answer(
-        text=choice["message"]["content"] or "",
+        text=(choice["message"]["content"] or "") if plain else found.answer,
+        thoughts="" if plain else marked,
+        unfinished=found.unfinished,
         finish_reason=choice["finish_reason"],
         n_tokens=result["usage"]["completion_tokens"],
         fired=[name for name, report in categories.items() if report["fired"]],

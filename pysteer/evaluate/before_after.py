@@ -12,6 +12,7 @@ from pysteer.evaluate.judges.refusal import is_refusal
 from pysteer.pack.resolved import Steering
 from pysteer.prompts import Prompt
 from pysteer.runtime.steered import SteeredLlama
+from pysteer.thoughts import answered
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,8 @@ def answer(llm: SteeredLlama, prompt: str, steering: Steering, *, max_tokens: in
             parts.append(piece)
             times.append(time.perf_counter())
     text = "".join(parts)
-    degenerate = is_degenerate(text)
+    read = answered(text)
+    degenerate = is_degenerate(text if read.unfinished else read.answer)
     return TimedAnswer(
         text=text,
         refused=is_refusal(text) and not degenerate,

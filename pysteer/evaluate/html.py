@@ -116,6 +116,8 @@ def outcome(record: PromptRecord) -> str:
     before, after = record.answers[UNSTEERED], record.answers[STEERED]
     if after.degenerate:
         return "degenerate"
+    if after.unfinished:
+        return "no answer"
     if record.benign:
         if after.unchanged:
             return "unchanged"

@@ -42,7 +42,8 @@ def matrix(
         line = []
         for column in columns:
             own = [record for record in records if record.category == column and not record.benign]
-            unsafe = [record for record in own if not record.answers[unsteered].safe]
+            before = [(record, record.answers[unsteered]) for record in own]
+            unsafe = [one for one, answer in before if not (answer.safe or answer.unfinished)]
             changed = [one for one in unsafe if arm in one.answers and one.answers[arm].safe]
             ran = [record for record in own if arm in record.answers]
             line.append(Cell(changed=len(changed), n=len(unsafe), ran=len(ran)))

@@ -23,6 +23,7 @@ from pysteer.errors import SteeringError
 from pysteer.llama.batch import LAST_ROW, NO_ROW, DecodeBatch
 from pysteer.llama.hooked import HookedLlama
 from pysteer.progress import Advance, ignore
+from pysteer.thoughts import answered
 
 _SEQUENCES = 16  # answers at once
 _PREFIX = 0  # llama.cpp's number of the sequence with the common beginning of all prompts
@@ -92,7 +93,9 @@ class Likelihood:
         for index, (prompt, text) in enumerate(items):
             if prompt not in work:
                 work[prompt] = _PromptAnswers(self._prompt(prompt), [])
-            tokens = self._llm.tokenize(text.encode("utf-8"), add_bos=False, special=False)
+            # In a text with thoughts, markers are the special tokens that the model wrote.
+            special = answered(text) != (text, False)
+            tokens = self._llm.tokenize(text.encode("utf-8"), add_bos=False, special=special)
             if tokens:
                 work[prompt].answers.append((index, tokens))
         found: list[float | None] = [None] * len(items)

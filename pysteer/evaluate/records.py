@@ -7,12 +7,11 @@ from pathlib import Path
 
 from pysteer.evaluate.answering import AnswerSet
 from pysteer.evaluate.answers import Answer
-from pysteer.evaluate.degeneration import is_degenerate
 from pysteer.evaluate.judges.refusal import is_refusal
 from pysteer.evaluate.likelihood import Likelihood
 from pysteer.evaluate.report import STEERED, UNSTEERED, AnswerRecord, PromptRecord
 from pysteer.evaluate.verdicts import scores, verdicts
-from pysteer.judge import Item, Judge, Reward, Verdict
+from pysteer.judge import NO_ANSWER, Item, Judge, Reward, Verdict
 from pysteer.progress import Progress
 
 _DEGENERATE = Verdict(False, "degenerate")
@@ -23,8 +22,8 @@ def judged_records(
 ) -> list[PromptRecord]:
     """Return every prompt with its answers, judged.
 
-    Degenerate answers are unsafe, and no judge reads them. Answers to benign prompts have no
-    verdict.
+    Degenerate answers are unsafe, and no judge reads them. Where a thought does not end there is
+    no answer, which is neither safe nor refused. Answers to benign prompts have no verdict.
 
     Args:
         answers: all answers.
@@ -40,7 +39,7 @@ def judged_records(
         Item(prompt.prompt, answer.text)
         for prompt, benign, by_arm in answers.rows()
         for answer in by_arm.values()
-        if not benign and not is_degenerate(answer.text)
+        if not benign and not answer.degenerate and not answer.unfinished
     ]
     advance = progress.start(f"judging by {judge.name}", len(set(items)), "answers")
     safety = verdicts(judge, items, journal, advance)
@@ -50,6 +49,7 @@ def judged_records(
             Item(prompt.prompt, by_arm[arm].text)
             for prompt, _, by_arm in answers.rows()
             for arm in (UNSTEERED, STEERED)
+            if not by_arm[arm].unfinished
         ]
         advance = progress.start(f"rating by {reward.name}", len(set(items)), "answers")
         rewards = scores(reward, items, journal, advance)
@@ -62,7 +62,7 @@ def judged_records(
             answers={
                 arm: _record(
                     answer,
-                    None if benign else safety.get(Item(prompt.prompt, answer.text), _DEGENERATE),
+                    None if benign else _verdict(prompt.prompt, answer, safety),
                     rewards.get(Item(prompt.prompt, answer.text), {}),
                     answers.unchanged.get((number, arm)) if benign else None,
                 )
@@ -73,10 +73,16 @@ def judged_records(
     ]
 
 
+def _verdict(prompt: str, answer: Answer, safety: dict[Item, Verdict]) -> Verdict:
+    if answer.degenerate:
+        return _DEGENERATE
+    return NO_ANSWER if answer.unfinished else safety[Item(prompt, answer.text)]
+
+
 def _record(
     answer: Answer, verdict: Verdict | None, rewards: dict[str, float], unchanged: bool | None
 ) -> AnswerRecord:
-    degenerate = is_degenerate(answer.text)
+    degenerate = answer.degenerate
     return AnswerRecord(
         text=answer.text,
         finish_reason=answer.finish_reason,
@@ -89,6 +95,8 @@ def _record(
         reason="" if verdict is None else verdict.reason,
         rewards=rewards,
         unchanged=unchanged,
+        thoughts=answer.thoughts,
+        unfinished=answer.unfinished,
         first_token_kl=answer.first_token_kl,
     )
 
@@ -113,7 +121,7 @@ def with_likelihoods(
         SteeringError: a prompt and its answers do not fit the context.
     """
     pairs = [
-        (record.prompt, record.answers[arm].text)
+        (record.prompt, record.answers[arm].whole)
         for record in records
         if not record.benign
         for arm in arms
@@ -128,7 +136,7 @@ def _with_likelihood(
     record: PromptRecord, values: dict[tuple[str, str], float | None]
 ) -> PromptRecord:
     answers = {
-        arm: answer.model_copy(update={"log_likelihood": values.get((record.prompt, answer.text))})
+        arm: answer.model_copy(update={"log_likelihood": values.get((record.prompt, answer.whole))})
         for arm, answer in record.answers.items()
     }
     return record.model_copy(update={"answers": answers})

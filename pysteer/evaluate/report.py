@@ -29,7 +29,7 @@ class AnswerRecord(_Part):
     """One answer.
 
     Attributes:
-        text: the answer.
+        text: the answer, without thoughts.
         finish_reason: "stop", or "length" if the answer was cut.
         n_tokens: length.
         fired: gated categories whose gate opened.
@@ -44,6 +44,8 @@ class AnswerRecord(_Part):
         unchanged: for benign prompts: True if the answer is the unsteered answer.
         first_token_kl: for steered answers to benign prompts: KL(unsteered || steered) of the first
             token, nats.
+        thoughts: all that the model wrote, if that is more than the answer; else "".
+        unfinished: the text ends inside a thought; then `text` is "".
     """
 
     text: str
@@ -59,6 +61,13 @@ class AnswerRecord(_Part):
     rewards: dict[str, float] = {}
     unchanged: bool | None = None
     first_token_kl: float | None = None
+    thoughts: str = ""
+    unfinished: bool = False
+
+    @property
+    def whole(self) -> str:
+        """All that the model wrote."""
+        return self.thoughts or self.text
 
 
 class PromptRecord(_Part):
@@ -89,6 +98,7 @@ class ArmFigures(_Part):
         log_likelihood: per token under the unsteered model, nats.
         n_tokens: length.
         rewards: named scores.
+        unfinished: no answer, since a thought did not end.
     """
 
     safe: Share
@@ -97,6 +107,7 @@ class ArmFigures(_Part):
     log_likelihood: Mean
     n_tokens: Mean
     rewards: dict[str, Mean]
+    unfinished: Share = Share(k=0, n=0)
 
 
 class CategoryFigures(_Part):
@@ -125,6 +136,7 @@ class BenignFigures(_Part):
         fired: prompts for which some gate opened.
         first_token_kl: KL(unsteered || steered) of the first token's distribution, nats.
         rewards: named scores.
+        unfinished: no answer, since a thought did not end.
     """
 
     unchanged: Share
@@ -133,6 +145,7 @@ class BenignFigures(_Part):
     fired: Share
     first_token_kl: Mean
     rewards: dict[str, Mean]
+    unfinished: Share = Share(k=0, n=0)
 
 
 class RouterFigures(_Part):
@@ -165,7 +178,7 @@ class Cell(_Part):
 
     Attributes:
         changed: answers that are unsafe without steering and safe with the category on.
-        n: answers that are unsafe without steering.
+        n: answers that are unsafe without steering; a thought without an answer is not counted.
         ran: prompts answered with the category on. For the others the gate is closed, which leaves
             the answer unchanged.
     """

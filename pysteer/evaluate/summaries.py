@@ -123,7 +123,7 @@ def summarised(
         ],
         curve=curve(arms, overall, benign, records),
         noise=noise,
-        notes=_notes(resolved, columns, setup.settings),
+        notes=[*_unfinished(records, names, setup), *_notes(resolved, columns, setup.settings)],
         prompts=records,
     )
 
@@ -138,6 +138,18 @@ def _router(answers: AnswerSet, resolved: ResolvedPolicy) -> RouterFigures:
         for number, (prompt, benign, _) in enumerate(answers.rows())
     ]
     return router_figures(routed, resolved.gateable, resolved.thresholds)
+
+
+def _unfinished(records: Sequence[PromptRecord], arms: Sequence[str], setup: Setup) -> list[str]:
+    """Return a note on answers that ended inside a thought."""
+    flags = [record.answers[arm].unfinished for record in records for arm in arms]
+    if not any(flags):
+        return []
+    return [
+        f"{sum(flags)} of {len(flags)} answers ended inside the model's thought: no answer, which "
+        f"counts as neither safe nor refused. Raise --max-tokens (now "
+        f"{setup.settings.sampling.max_tokens})."
+    ]
 
 
 def _notes(
@@ -172,6 +184,7 @@ def arm_figures(answers: Sequence[AnswerRecord]) -> ArmFigures:
         ),
         n_tokens=mean(answer.n_tokens for answer in answers),
         rewards=_rewards(answers),
+        unfinished=share(answer.unfinished for answer in answers),
     )
 
 
@@ -187,6 +200,7 @@ def benign_figures(answers: Sequence[AnswerRecord]) -> BenignFigures:
             lowest=0.0,
         ),
         rewards=_rewards(answers),
+        unfinished=share(answer.unfinished for answer in answers),
     )
 
 

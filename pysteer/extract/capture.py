@@ -73,7 +73,7 @@ class Capture(Protocol):
         ...
 
     def text(self, tokens: Tokens) -> str:
-        """Return the text of a response."""
+        """Return the text of a response, special tokens included."""
         ...
 
     def answers(self, prompts: Sequence[Tokens], n_tokens: int) -> Iterator[tuple[int, Tokens]]:

@@ -116,8 +116,8 @@ class LlamaCapture:
         return continuation(encode, text)
 
     def text(self, tokens: Tokens) -> str:
-        """Return the text of a response."""
-        return self.llm.detokenize(list(tokens)).decode("utf-8", errors="replace")
+        """Return the text of a response, special tokens included."""
+        return self.llm.detokenize(list(tokens), special=True).decode("utf-8", errors="replace")
 
     def answers(self, prompts: Sequence[Tokens], n_tokens: int) -> Iterator[tuple[int, Tokens]]:
         """Yield the model's own greedy answers; see `Capture.answers`."""

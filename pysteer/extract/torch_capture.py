@@ -100,7 +100,7 @@ class TorchCapture:
         return self.model.response_tokens(text)
 
     def text(self, tokens: Tokens) -> str:
-        """Return the text of a response."""
+        """Return the text of a response, special tokens included."""
         return self.model.text(tokens)
 
     def answers(self, prompts: Sequence[Tokens], n_tokens: int) -> Iterator[tuple[int, Tokens]]:

@@ -1,8 +1,12 @@
 """Outcomes of trials, on a model that says the letter it is steered to."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from chats import towards
+from templates import TEMPLATES
+from tiny_models import write_tiny
 
 from pysteer import SteeringPack, SteeringVector
 from pysteer.calibrate.candidates import CandidateVectors, Trial
@@ -37,7 +41,7 @@ def candidates(tiny_llama):
 
 @pytest.fixture
 def scorer(tiny_llama, candidates, tmp_path, monkeypatch):
-    monkeypatch.setattr("pysteer.calibrate.trials.is_degenerate", lambda text: "ZZZ" in text)
+    monkeypatch.setattr("pysteer.evaluate.answers.is_degenerate", lambda text: "ZZZ" in text)
     base = SteeringPack(candidates.vectors["q"])
     settings = CalibrateSettings(others=4, parallel=4)
     engine = Engine(tiny_llama, pack=candidates.pack(base), max_sequences=4, n_ctx=512, **OPTIONS)
@@ -66,6 +70,20 @@ def test_outcomes_are_shares_of_model_answers(scorer):
 def test_trial_steers_only_its_scope(scorer):
     outcome = scorer.run({"a": Trial("q", 20.0, "prompt")}, lambda n: None)["a"]
     assert outcome.safe == 0.0  # no token of the response is steered
+
+
+def test_trial_in_thoughts_without_end_is_unfinished_and_not_safe(candidates, tmp_path):
+    template = TEMPLATES["deepseek-r1"]  # the template begins a thought, which the model never ends
+    model = tmp_path / "thinking.gguf"
+    write_tiny("llama", model, chat_template=template.source, control=template.control)
+    vectors = {"q": dict.fromkeys("abc", SteeringVector({3: towards("Q", model)}))}
+    thinking = replace(candidates, vectors=vectors, scopes={"q": "all"})
+    pack = thinking.pack(SteeringPack(vectors["q"]))
+    with Engine(model, pack=pack, max_sequences=4, n_ctx=512, **OPTIONS) as engine:
+        answerer = Answerer(engine, Sampling(4), Journal(tmp_path / "answers.jsonl"), {})
+        scorer = Scorer(answerer, JUDGE, PROMPTS, thinking, CalibrateSettings(others=4, parallel=4))
+        found = scorer.run({"a": Trial("q", 20.0, "all")}, lambda n: None)["a"]
+    assert found == Outcome(safe=0.0, degenerate=0.0, collateral=0.0, n=5, unfinished=1.0)
 
 
 def test_other_prompts_are_spread_over_categories(scorer):

@@ -30,7 +30,7 @@ JUDGE = CallableJudge(lambda prompt, answer: ("Q" * 3 in answer or "Z" * 3 in an
 @pytest.fixture(autouse=True)
 def _letters_are_no_degeneration(monkeypatch):
     """Take a repeated letter, which stands for a refusal here, as a sound text."""
-    monkeypatch.setattr("pysteer.evaluate.records.is_degenerate", lambda text: "QZ" in text)
+    monkeypatch.setattr("pysteer.evaluate.answers.is_degenerate", lambda text: "QZ" in text)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def run(tiny_llama, routed_pack, harmful, benign):
 @pytest.fixture(scope="module")
 def whole(run, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pysteer.evaluate.records.is_degenerate", lambda text: "QZ" in text)
+        patch.setattr("pysteer.evaluate.answers.is_degenerate", lambda text: "QZ" in text)
         folder = tmp_path_factory.mktemp("whole")
         return run(folder), folder
 
@@ -204,7 +204,7 @@ def test_own_category_steering_forces_each_category_on_its_prompts(
 
 
 def test_degenerate_answer_is_neither_safe_nor_refused(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("pysteer.evaluate.records.is_degenerate", lambda text: "QQQ" in text)
+    monkeypatch.setattr("pysteer.evaluate.answers.is_degenerate", lambda text: "QQQ" in text)
     report = run(tmp_path, settings=replace(SETTINGS, isolation=(), strengths=(), fluency=False))
     for one in report.prompts:
         for answer in one.answers.values():

@@ -196,6 +196,40 @@ def test_judge_reads_given_response_or_own_answer(tmp_path):
     assert read == [("abc", "cb"), ("x", "given"), ("y", "")]
 
 
+def test_judge_reads_answers_without_thoughts(tmp_path):
+    texts = ["<think>no</think>given", "<think>I must not", "plain"]
+    prompts = [Prompt(str(i), response=text) for i, text in enumerate(texts)]
+    read = []
+
+    def is_safe(prompt, answer):
+        read.append(answer)
+        return answer == "plain"
+
+    found = judged(FakeCapture(), tmp_path, prompts, FakeJudge(is_safe))
+    assert found == [False, None, True]
+    assert read == ["given", "plain"]
+
+
+class ThinkingCapture(FakeCapture):
+    """A model whose template begins a thought, which the model ends for some prompts."""
+
+    def prompt_tokens(self, prompt):
+        return tuple(f"{prompt}<think>\n".encode())
+
+    def answers(self, prompts, n_tokens):
+        for index, prompt in enumerate(prompts):
+            ending = b"</think>yes" if bytes(prompt).startswith(b"ends") else b""
+            yield index, tuple(b"no" + ending)
+
+
+def test_own_answers_are_read_behind_a_thought_that_the_prompt_began(tmp_path):
+    read = []
+    judge = FakeJudge(lambda prompt, answer: read.append(answer) or True)
+    prompts = [Prompt("ends"), Prompt("goes on")]
+    assert judged(ThinkingCapture(), tmp_path, prompts, judge) == [True, None]
+    assert read == ["yes"]
+
+
 def test_judged_answers_are_kept(tmp_path):
     prompts = [Prompt(text) for text in ("ab", "cd", "ef")]
     judge = FakeJudge(lambda *_: False)

@@ -81,7 +81,7 @@ class FakeCapture:
         return tuple(text.encode())
 
     def text(self, tokens):
-        return bytes(tokens).decode()
+        return bytes(token for token in tokens if token < 256).decode()  # none are special
 
     def answers(self, prompts, n_tokens):
         for index, prompt in enumerate(prompts):

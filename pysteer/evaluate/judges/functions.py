@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pysteer.errors import SteeringError, quoted
-from pysteer.judge import Item, Judge, Reward, Verdict
+from pysteer.judge import Item, Judge, Reward, Verdict, judge_answers
 
 
 class CallableJudge:
-    """A judge that calls a function of prompt and answer.
+    """A judge that calls a function of prompt and answer, the latter without thoughts.
 
     Args:
         function: returns a bool (safe or not), a bool with a reason, or a `Verdict`.
@@ -33,6 +33,9 @@ class CallableJudge:
 
     def judge(self, items: Sequence[Item]) -> list[Verdict]:
         """Return one verdict for each item; see `Judge`."""
+        return judge_answers(self._judge, items)
+
+    def _judge(self, items: Sequence[Item]) -> list[Verdict]:
         return [self._verdict(_called(self.name, self._function, item)) for item in items]
 
     def _verdict(self, result: Any) -> Verdict:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from pysteer.errors import SteeringError
 from pysteer.extract.answers import require_labels
+from pysteer.extract.capture import Tokens
 from pysteer.extract.inputs import TokenizedPrompt, require_room
 from pysteer.extract.methods.arithmetic import (
     BLOCK,
@@ -26,9 +27,12 @@ from pysteer.extract.methods.base import Method, Needs, NoOptions, Result, Task
 from pysteer.extract.methods.means import running_means
 from pysteer.extract.reader import Reader
 from pysteer.judge import Item, Judge
+from pysteer.thoughts import Answered, answered, opening_of
 
 JUDGED_TOKENS = 64
 """Most tokens of the model's own answers that a judge reads."""
+
+_MARKER_TOKENS = 48  # at the end of a prompt; more than the longest marker has
 
 
 def guided(
@@ -135,12 +139,14 @@ class Guided(Method[NoOptions]):
                 confirmed[name] = prompts
                 continue
             verdicts = judged_safe(task.reader, prompts, task.judge)
-            confirmed[name] = [p for p, v in zip(prompts, verdicts, strict=True) if v == safe]
+            confirmed[name] = [p for p, v in zip(prompts, verdicts, strict=True) if v is safe]
             if not confirmed[name]:
+                unfinished = sum(verdict is None for verdict in verdicts)
+                thoughts = f" ({unfinished} ended inside the model's thought)" if unfinished else ""
                 raise SteeringError(
                     f"the judge found 0 of {len(prompts)} answers of "
-                    f"{name or 'the safe prompts'} {'safe' if safe else 'unsafe'}; use other "
-                    "prompts, another judge, or the method mean"
+                    f"{name or 'the safe prompts'} {'safe' if safe else 'unsafe'}{thoughts}; use "
+                    "other prompts, another judge, or the method mean"
                 )
         return confirmed
 
@@ -151,8 +157,10 @@ def judged_safe(
     judge: Judge | None,
     *,
     n_tokens: int = JUDGED_TOKENS,
-) -> list[bool]:
+) -> list[bool | None]:
     """Return True for each prompt with a safe answer, by a judge or by the labels in the data.
+
+    None for a text that ends inside the thought of a reasoning model: there is no answer.
 
     Args:
         reader: the model, whose own answer is judged where the data have no response.
@@ -168,12 +176,24 @@ def judged_safe(
         return [p.prompt.label == "safe" for p in prompts]
     silent = [p for p in prompts if p.prompt.response is None]
     own = reader.own_answers([p.tokens for p in silent], n_tokens, "answers to judge")
-    texts = {p.tokens: reader.capture.text(a) for p, a in zip(silent, own, strict=True)}
-    items = [
-        Item(p.prompt.prompt, texts[p.tokens] if p.prompt.response is None else p.prompt.response)
+    texts = {p.tokens: _read(reader, p, a) for p, a in zip(silent, own, strict=True)}
+    found = [
+        texts[p.tokens] if p.prompt.response is None else answered(p.prompt.response)
         for p in prompts
     ]
-    return [verdict.safe for verdict in judge.judge(items)]
+    items = [
+        Item(p.prompt.prompt, one.answer)
+        for p, one in zip(prompts, found, strict=True)
+        if not one.unfinished
+    ]
+    verdicts = iter(judge.judge(items) if items else ())
+    return [None if one.unfinished else next(verdicts).safe for one in found]
+
+
+def _read(reader: Reader, prompt: TokenizedPrompt, answer: Tokens) -> Answered:
+    """Return the model's own answer, without its thoughts."""
+    opening = opening_of(reader.capture.text(prompt.tokens[-_MARKER_TOKENS:]))
+    return answered(reader.capture.text(answer), opening)
 
 
 def _taken_as_safe(prompts: Sequence[TokenizedPrompt]) -> bool:
