@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pysteer.errors import SteeringError
+from pysteer.files import check_replaceable
 
 _log = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._values: dict[str, Any] = {}
+        check_replaceable(path, None)
         try:
             content = path.read_bytes() if path.exists() else b""
             path.open("ab").close()

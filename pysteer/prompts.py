@@ -14,12 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pysteer.errors import FormatError, SteeringError, naming
+from pysteer.errors import FormatError, naming
+from pysteer.files import IsOurs, read_bytes, write_text
 
 if TYPE_CHECKING:
     import os
 
 
+_MAX_BYTES = 2**28  # of a prompt file
 _OPTIONAL = ("category", "subcategory", "response", "pair_id", "label")
 
 
@@ -68,7 +70,7 @@ def load_prompts(path: str | os.PathLike[str], *, answers: bool = False) -> list
     path = Path(path)
     with naming(path):
         # Text mode would change the line breaks inside cells.
-        text = path.read_bytes().decode("utf-8-sig")
+        text = read_bytes(path, _MAX_BYTES).decode("utf-8-sig")
     rows = _csv_rows if path.suffix.lower() == ".csv" else _json_rows
     prompts = []
     for number, row in rows(text, path):
@@ -83,8 +85,13 @@ def load_prompts(path: str | os.PathLike[str], *, answers: bool = False) -> list
     return prompts
 
 
-def write_prompts(prompts: Sequence[Prompt], path: Path) -> None:
-    r"""Write a JSONL file of prompts, which `load_prompts` reads.
+def write_prompts(prompts: Sequence[Prompt], path: Path, *, is_ours: IsOurs | None = None) -> None:
+    r"""Write a JSONL file of prompts, which `load_prompts` reads, in one step.
+
+    Args:
+        prompts: rows of the file.
+        path: the file.
+        is_ours: recognises older files that may be replaced; None lets all be replaced.
 
     Raises:
         SteeringError: the file cannot be written.
@@ -96,12 +103,8 @@ def write_prompts(prompts: Sequence[Prompt], path: Path) -> None:
     """
     keys = ("prompt", *_OPTIONAL)
     rows = [{key: getattr(p, key) for key in keys if getattr(p, key)} for p in prompts]
-    try:
-        path.write_text(
-            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
-        )
-    except OSError as error:
-        raise SteeringError(f"{path}: {error.strerror}") from None
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_text(path, lines, is_ours)
 
 
 def grouped(prompts: Iterable[Prompt]) -> dict[str, list[Prompt]]:

@@ -12,6 +12,7 @@ PACKAGE = ROOT / "pysteer"
 # side by side: each works without the other.
 STREET = [
     ["distribution", "errors", "progress", "thoughts"],
+    ["files"],
     ["journal", "judge", "prompts", "settings"],
     ["formats"],
     ["pack"],

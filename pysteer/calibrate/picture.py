@@ -14,7 +14,13 @@ if TYPE_CHECKING:
 _INCHES = (12.8, 5.4)
 
 
-def plot_search(result: SearchResult, max_degenerate: float, path: str | os.PathLike[str]) -> None:
+def plot_search(
+    result: SearchResult,
+    max_degenerate: float,
+    path: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+) -> None:
     """Draw the trade-off of a search.
 
     Left, every trial: the share of safe answers over the share of other categories' prompts that
@@ -25,11 +31,12 @@ def plot_search(result: SearchResult, max_degenerate: float, path: str | os.Path
         result: the search.
         max_degenerate: limit of the search.
         path: file to write; the suffix (.png, .svg, .pdf, ...) decides the format.
+        overwrite: replace any older file; otherwise pictures by pysteer alone.
 
     Raises:
         SteeringError: matplotlib is not installed, does not know the suffix, or cannot write.
     """
-    figure, path = open_figure(path)
+    figure, path = open_figure(path, overwrite=overwrite)
     figure.set_size_inches(_INCHES)
     left, right = figure.subplots(1, 2)
     records = [record for rows in result.trials.values() for record in rows]
@@ -70,4 +77,4 @@ def plot_search(result: SearchResult, max_degenerate: float, path: str | os.Path
     right.set_ylim(-0.02, 1.02)
     right.set_title("progress of the search")
     right.legend()
-    save_figure(figure, path)
+    save_figure(figure, path, overwrite=overwrite)

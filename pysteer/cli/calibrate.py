@@ -25,7 +25,10 @@ from pysteer.cli.capturing import (
 from pysteer.cli.loading import require
 from pysteer.cli.settings_options import with_options
 from pysteer.cli.spellings import INTERVAL, Spelling, items
+from pysteer.files import check_replaceable
 from pysteer.prompts import load_prompts, write_prompts
+
+_TEST_FILES = {kind: f"test_{kind}.jsonl" for kind in ("unsafe", "safe", "benign")}
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ def calibrate(
     layers: options.Layers = None,
     judge: options.Judge = "refusal",
     threads: options.Threads = None,
+    force: options.Force = False,
     json: options.Json = False,
 ) -> None:
     """Search for the best steering of each category.
@@ -91,6 +95,7 @@ def calibrate(
     from pysteer.calibrate.split import PromptSet
     from pysteer.cli.reports.calibrate import describe, print_best, print_result
     from pysteer.evaluate.judges import open_judge
+    from pysteer.formats.gguf import check_target
     from pysteer.inspect.plots import open_figure
 
     console.show_warnings()
@@ -108,9 +113,13 @@ def calibrate(
     answers = [] if files.answers is None else load_prompts(files.answers, answers=True)
     layer_ranges = None if layers is None else parse_layers(layers)
     if files.plot is not None:
-        open_figure(files.plot)  # an unknown kind of picture is an error now, not after the search
-    check_output(files.output, (Path(path), *files.inputs))
+        open_figure(files.plot, overwrite=force)  # refuses the file now, not after the search
+    check_output(files.output, (Path(path), *files.inputs), force=force)
     folder = files.cache or files.output.with_name(f"{files.output.name}.calibration")
+    for name in _TEST_FILES.values():
+        check_replaceable(folder / name, None if force else _in_our_folder)
+    for name in ("pack.gguf", "validated.gguf"):
+        check_target(folder / name, overwrite=False)
     arguments: dict[str, Any] = {} if threads is None else {"n_threads": threads}
     with ExitStack() as stack:
         opened = stack.enter_context(closing(open_judge(judge, **arguments)))
@@ -130,14 +139,18 @@ def calibrate(
             on_round=lambda best: print_best(best, settings.max_degenerate),
             **arguments,
         )
-    result.pack.save(files.output)
-    test = {kind: folder / f"test_{kind}.jsonl" for kind, held in vars(result.test).items() if held}
+    result.pack.save(files.output, overwrite=force)
+    test = {kind: folder / _TEST_FILES[kind] for kind, held in vars(result.test).items() if held}
     for kind, file in test.items():
         write_prompts(getattr(result.test, kind), file)
     if files.plot is not None:
-        plot_search(result.search, settings.max_degenerate, files.plot)
+        plot_search(result.search, settings.max_degenerate, files.plot, overwrite=force)
     seconds = time.monotonic() - started
     if json:
         console.print_json(describe(result, files.output, test, seconds))
     else:
         print_result(result, files.output, test, seconds)
+
+
+def _in_our_folder(path: Path) -> bool:
+    return path.with_name("trials.jsonl").exists()

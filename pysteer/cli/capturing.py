@@ -145,8 +145,10 @@ def layers_of(parts: Sequence[range] | None, site: str, capture: Capture) -> tup
     return tuple(sorted({layer for part in parts for layer in part}))
 
 
-def check_output(output: Path, inputs: Iterable[Path | None]) -> None:
+def check_output(output: Path, inputs: Iterable[Path | None], *, force: bool) -> None:
     """Raise SteeringError if a pack cannot be written to a path, or would replace an input."""
+    from pysteer.formats.gguf import check_target
+
     if not output.parent.is_dir():
         raise SteeringError(f"--output {output}: there is no folder {output.parent}")
     if output.is_dir():
@@ -155,3 +157,4 @@ def check_output(output: Path, inputs: Iterable[Path | None]) -> None:
         raise SteeringError(f"--output {output}: no permission to write to {output.parent}")
     if output.exists() and any(p is not None and p.exists() and output.samefile(p) for p in inputs):
         raise SteeringError(f"--output {output}: the pack would replace an input of the command")
+    check_target(output, overwrite=force)

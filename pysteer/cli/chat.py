@@ -29,7 +29,7 @@ _SAMPLING = Sampling(max_tokens=512)
 @with_options(leave_out=("seed",))
 def chat(
     running: options.Running = _RUNNING,
-    pack: options.Pack = None,
+    pack: options.Packs = None,
     policy: options.Policy = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="System message.")] = None,
     sampling: Sampling = _SAMPLING,
@@ -52,11 +52,11 @@ def chat(
     """
     from pysteer.cli.chat_session import Session
     from pysteer.cli.chat_view import Printer
-    from pysteer.pack.pack import SteeringPack
+    from pysteer.runtime.arguments import read_pack
 
-    if pack is None and running.model is None:
-        pack = default_pack_path()
-    loaded = SteeringPack.load(pack) if pack is not None else None
+    if not pack and running.model is None:
+        pack = [default_pack_path()]
+    loaded = read_pack(pack) if pack else None
     path = options.model_path(running.model)
     arguments: dict[str, Any] = {"n_ctx": running.context, "n_threads": running.threads}
     if policy is not None:

@@ -29,6 +29,7 @@ from pysteer.cli.chat_events import (
 from pysteer.cli.chat_input import COMMANDS, parse_entry, usage
 from pysteer.cli.chat_writer import Answer, Writer
 from pysteer.errors import SteeringError, quoted
+from pysteer.files import write_text
 from pysteer.runtime.steered import SteeredLlama
 
 _STOPPED_EARLY = "stopped before the first token"
@@ -210,14 +211,10 @@ class Session:
         self._last()
         path = Path(argument).expanduser()
         text = "".join(json.dumps(asdict(turn), allow_nan=False) + "\n" for turn in self.turns)
-        try:
-            # Replace only files of this session.
-            with path.open("w" if path in self._saved else "x", encoding="utf-8") as file:
-                file.write(text)
-        except FileExistsError:
-            raise SteeringError(f"{path} exists already; name a new file") from None
-        except (OSError, ValueError) as error:
-            raise SteeringError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+        # Replace only files of this session.
+        if path not in self._saved and (path.exists() or path.is_symlink()):
+            raise SteeringError(f"{path} exists already; name a new file")
+        write_text(path, text)
         self._saved.add(path)
         yield Notice(f"saved to {path}: {len(self.turns)} turn{'s' * (len(self.turns) > 1)}")
 

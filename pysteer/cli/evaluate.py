@@ -18,6 +18,7 @@ from pysteer.cli.spellings import items, number
 from pysteer.errors import SteeringError
 from pysteer.evaluate.judges import REWARD_SPECS
 from pysteer.evaluate.settings import EvaluateSettings
+from pysteer.files import check_replaceable
 from pysteer.prompts import load_prompts
 from pysteer.shipped import default_pack_path
 
@@ -67,10 +68,11 @@ def evaluate(
     scoring: Scoring,
     settings: EvaluateSettings,
     model: options.Model = None,
-    pack: options.Pack = None,
+    pack: options.Packs = None,
     steer: options.Steer = None,
     policy: options.Policy = None,
     threads: options.Threads = None,
+    force: options.Force = False,
     json: options.Json = False,
 ) -> None:
     """Measure the effect of steering on answers, by category.
@@ -85,15 +87,16 @@ def evaluate(
     from pysteer.evaluate import html
     from pysteer.evaluate.evaluation import evaluate as run_evaluation
     from pysteer.evaluate.judges import open_judge, open_reward
-    from pysteer.pack.pack import SteeringPack
+    from pysteer.evaluate.report import is_report
+    from pysteer.pack.merge import read_packs
 
     console.show_warnings()
     started = time.monotonic()
-    if pack is None and model is None:
-        pack = default_pack_path()
-    if pack is None:
+    if not pack and model is None:
+        pack = [default_pack_path()]
+    if not pack:
         raise SteeringError("--pack is missing; name the pack to evaluate")
-    loaded = SteeringPack.load(pack)
+    loaded = read_packs(pack)
     settings = replace(settings, steering=_steering(steer))
     read_policy = None if policy is None else load_policy(policy, loaded)
     harmful = load_prompts(files.prompts)
@@ -102,6 +105,8 @@ def evaluate(
     output = files.output
     if output.exists() and not output.is_dir():
         raise SteeringError(f"--output {output}: the path is a file; name a folder")
+    check_replaceable(output / "report.json", None if force else is_report)
+    check_replaceable(output / "report.html", None if force else html.is_page)
     arguments: dict[str, Any] = {} if threads is None else {"n_threads": threads}
     with ExitStack() as stack:
         judge = stack.enter_context(closing(open_judge(scoring.judge, **arguments)))
@@ -122,8 +127,8 @@ def evaluate(
             progress=stack.enter_context(bars()),
             **arguments,
         )
-    report.save(output / "report.json")
-    html.save(report, output / "report.html")
+    report.save(output / "report.json", overwrite=force)
+    html.save(report, output / "report.html", overwrite=force)
     seconds = time.monotonic() - started
     if json:
         console.print_json(describe(report, output, seconds))

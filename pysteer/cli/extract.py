@@ -146,6 +146,7 @@ def extract(
             "refusal, anything that is not a refusal counts as unsafe.",
         ),
     ] = "labels",
+    force: options.Force = False,
     json: options.Json = False,
 ) -> None:
     """Learn steering vectors and a router from prompts.
@@ -171,7 +172,7 @@ def extract(
     )
     settings = replace(settings, options=method_options.given())
     layer_ranges = None if layers is None else parse_layers(layers)
-    check_output(files.output, (Path(source), *files.inputs))
+    check_output(files.output, (Path(source), *files.inputs), force=force)
     folder = files.cache or files.output.with_name(f"{files.output.name}.cache")
     with ExitStack() as stack:
         opened = None
@@ -185,7 +186,7 @@ def extract(
         pack = run_extraction(
             capture, data, settings, cache=folder, judge=opened, progress=progress
         )
-    pack.save(files.output)
+    pack.save(files.output, overwrite=force)
     if files.cache is None:
         clear(folder)
     seconds = time.monotonic() - started

@@ -33,7 +33,7 @@ def generate(
         str, typer.Option("--prompt", "-p", metavar="TEXT", help="Prompt; - reads standard input.")
     ],
     running: options.Running = _RUNNING,
-    pack: options.Pack = None,
+    pack: options.Packs = None,
     steer: options.Steer = None,
     policy: options.Policy = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="System message.")] = None,
@@ -47,15 +47,15 @@ def generate(
 
     --steer names the categories; without --steer, the pack's router decides.
     """
-    from pysteer.pack.pack import SteeringPack
+    from pysteer.runtime.arguments import read_pack
 
     if raw and system is not None:
         raise SteeringError("--system needs the chat template; leave out --raw")
-    if pack is None and running.model is None and (steer or policy):
-        pack = default_pack_path()
-    if steer and pack is None:
+    if not pack and running.model is None and (steer or policy):
+        pack = [default_pack_path()]
+    if steer and not pack:
         raise SteeringError("--steer needs --pack: a pack for this model")
-    loaded = SteeringPack.load(pack) if pack is not None else None
+    loaded = read_pack(pack) if pack else None
     # Checked before the model is loaded, which may take long.
     request: dict[str, Any] = vars(sampling) | _steering(loaded, steer, policy)
     path = options.model_path(running.model)
@@ -85,7 +85,7 @@ def generate(
     console.print_json(
         {
             "model": path,
-            "pack": str(pack) if pack else None,
+            "packs": [str(path) for path in pack or ()],
             "steering": report.to_dict(),
             "prompt": text,
             "text": "".join(pieces),

@@ -22,6 +22,7 @@ def inspect(
         Path | None,
         typer.Option(metavar="FILE", help="Picture to draw (.png, .svg, .pdf); needs matplotlib."),
     ] = None,
+    force: options.Force = False,
     json: options.Json = False,
 ) -> None:
     """Show the content of a pack or control-vector file."""
@@ -34,7 +35,7 @@ def inspect(
     if plot is not None:
         from pysteer.inspect.plots import plot_pack
 
-        plot_pack(pack, plot)
+        plot_pack(pack, plot, overwrite=force)
     if json:
         console.print_json({"file": str(file), **data})
         return

@@ -18,13 +18,14 @@ Model = Annotated[
     Path | None,
     typer.Option("--model", "-m", metavar="FILE", help="GGUF model; by default SmolLM2."),
 ]
-Pack = Annotated[
-    Path | None,
+Packs = Annotated[
+    list[Path] | None,
     typer.Option(
         "--pack",
         "-s",
         metavar="FILE",
-        help="Pack, or llama.cpp control vector; by default the pack of the default model.",
+        help="Pack, or llama.cpp control vector; by default the pack of the default model. "
+        "Repeatable.",
     ),
 ]
 Policy = Annotated[
@@ -56,6 +57,9 @@ SafeAnswers = Annotated[
 ]
 PackOutput = Annotated[
     Path, typer.Option("--output", "-o", metavar="FILE", help="Pack to write (GGUF).")
+]
+Force = Annotated[
+    bool, typer.Option("--force", help="Replace files that pysteer did not write, too.")
 ]
 Engine = Annotated[
     str,

@@ -40,7 +40,7 @@ from pysteer.evaluate.summaries import Setup, summarised
 from pysteer.journal import Journal
 from pysteer.judge import Judge, Reward
 from pysteer.llama.hooked import quiet_arguments
-from pysteer.pack.pack import SteeringPack
+from pysteer.pack.merge import read_packs
 from pysteer.pack.policy import Policy
 from pysteer.pack.resolved import ResolvedPolicy
 from pysteer.progress import SILENT, Progress
@@ -54,7 +54,7 @@ UNNAMED = "unsafe"
 
 def evaluate(
     model: str | os.PathLike[str],
-    pack: str | os.PathLike[str],
+    pack: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     prompts: Sequence[Prompt],
     benign: Sequence[Prompt],
     folder: str | os.PathLike[str],
@@ -70,7 +70,7 @@ def evaluate(
 
     Args:
         model: a GGUF model.
-        pack: a pack file, or a plain llama.cpp control vector.
+        pack: a pack file, a plain llama.cpp control vector, or several of them.
         prompts: harmful prompts, each with a category, in the pack or not. Prompts without a
             category are "unsafe".
         benign: harmless prompts; may be empty.
@@ -88,13 +88,14 @@ def evaluate(
     """
     judge = judge or RefusalJudge()
     folder = Path(folder)
-    resolved = ResolvedPolicy(SteeringPack.load(pack), policy)
+    files = [Path(file) for file in ([pack] if isinstance(pack, (str, os.PathLike)) else pack)]
+    resolved = ResolvedPolicy(read_packs(files), policy)
     settings = _completed(settings or EvaluateSettings(), resolved)
     harmful, harmless = _selected(prompts, benign, settings.limit)
     make_folder(folder)
     arguments = quiet_arguments(**llama_arguments)
     arms = main_arms(settings.steering, settings.strengths)
-    digest = hashlib.sha256(Path(pack).read_bytes()).hexdigest()
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
     identity = _identity(Path(model), digest, resolved, settings, arguments)
     with Engine(
         model,
@@ -123,7 +124,7 @@ def evaluate(
             records = with_likelihoods(records, [arm.name for arm in arms], likelihood, progress)
     setup = Setup(
         model=about,
-        pack={"file": Path(pack).name, "sha256": digest},
+        pack={"file": ", ".join(file.name for file in files), "sha256": digest},
         settings=settings,
         judge=judge.name,
         reward=None if reward is None else reward.name,

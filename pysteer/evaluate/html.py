@@ -17,8 +17,8 @@ from pysteer.evaluate.report import (
     CurvePoint,
     PromptRecord,
     Report,
-    write_whole,
 )
+from pysteer.files import begins_with, write_text
 
 _TEMPLATE = "report.html.j2"
 _WIDTH, _HEIGHT = 640, 300  # of the plot, without its margins
@@ -81,9 +81,22 @@ def render(report: Report) -> str:
     )
 
 
-def save(report: Report, path: str | os.PathLike[str]) -> None:
-    """Write the HTML; an older file is replaced in one step."""
-    write_whole(Path(path), render(report))
+is_page = begins_with(b'<meta name="generator" content="pysteer">')
+"""Recognises pages of reports."""
+
+
+def save(report: Report, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    """Write the HTML; an older file is replaced in one step.
+
+    Args:
+        report: the report.
+        path: the file.
+        overwrite: replace any older file; otherwise pages of reports alone.
+
+    Raises:
+        SteeringError: the file cannot be written.
+    """
+    write_text(Path(path), render(report), None if overwrite else is_page)
 
 
 def percent(value: Share | None) -> str:

@@ -12,10 +12,15 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pysteer.errors import FormatError, naming
 from pysteer.evaluate.intervals import Mean, Share
 from pysteer.evaluate.settings import IsolationMode
+from pysteer.files import begins_with, read_bytes, write_text
 
 SCHEMA: Literal["pysteer.evaluate/1"] = "pysteer.evaluate/1"
 """Version of the report; the number changes when a field changes its meaning."""
 
+is_report = begins_with(b'"pysteer.evaluate/')
+"""Recognises reports."""
+
+_MAX_BYTES = 2**30
 UNSTEERED = "unsteered"
 STEERED = "steered"
 BENIGN = "benign"
@@ -282,10 +287,18 @@ class Report(_Part):
     notes: list[str]
     prompts: list[PromptRecord]
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the report as JSON; an older file is replaced in one step."""
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Write the report as JSON; an older file is replaced in one step.
+
+        Args:
+            path: the file.
+            overwrite: replace any older file; otherwise reports alone.
+
+        Raises:
+            SteeringError: the file cannot be written.
+        """
         text = json.dumps(self.model_dump(mode="json"), indent=1, allow_nan=False)
-        write_whole(Path(path), text + "\n")
+        write_text(Path(path), text + "\n", None if overwrite else is_report)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Report:
@@ -296,7 +309,7 @@ class Report(_Part):
         """
         path = Path(path)
         with naming(path):
-            content = json.loads(path.read_bytes().decode("utf-8"))
+            content = json.loads(read_bytes(path, _MAX_BYTES).decode("utf-8"))
         version = content.get("schema_version") if isinstance(content, dict) else None
         if version != SCHEMA:
             raise FormatError(f"{path}: not a report of version {SCHEMA}; evaluate again")
@@ -306,13 +319,3 @@ class Report(_Part):
             first = error.errors(include_url=False)[0]
             where = ".".join(map(str, first["loc"]))
             raise FormatError(f"{path}: {where}: {first['msg']}") from None
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file in one step: a crash leaves the older file or the whole new file."""
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        raise FormatError(f"{path}: {error.strerror}") from None

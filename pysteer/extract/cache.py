@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from pysteer.errors import SteeringError
 from pysteer.extract.capture import Capture, Row
+from pysteer.files import replacing
 from pysteer.progress import Advance, ignore
 
 _log = logging.getLogger(__name__)
@@ -30,7 +31,8 @@ Source = Callable[..., Iterator[tuple[int, Floats]]]
 _FLUSH_EVERY = 64  # rows
 _SAVE_EVERY = 10.0  # seconds
 _OURS = re.compile(
-    r"[0-9a-f]{64}\.(npy|done\.npy|means\.npz|means\.part\.npz|learned\.npz|learned\.part\.npz|answers\.jsonl)"
+    r"[0-9a-f]{64}\.(npy|done\.npy|means\.npz|learned\.npz|answers\.jsonl)"
+    r"|\.[0-9a-f]{16}\.[0-9a-f]{8}\.part"  # of pysteer.files
 )
 
 
@@ -247,10 +249,9 @@ class RunningMeans:
 
 def save_arrays(path: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
     """Write arrays to an `.npz` file, wholly or not at all."""
-    part = path.with_suffix(".part.npz")
     named: dict[str, Any] = dict(arrays)
-    np.savez(part, **named)
-    part.replace(path)
+    with replacing(path) as file:
+        np.savez(file, **named)
 
 
 def load_arrays(

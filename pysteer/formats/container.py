@@ -6,8 +6,13 @@ The rules, each because a file that breaks it can crash, hang or mislead a reade
 - keys and tensor names occur once;
 - arrays hold scalars or strings, never arrays;
 - strings are UTF-8; the file is little-endian, version 2 or 3;
-- tensors lie one behind the other, aligned, inside the file, which bounds their total size. Tensors
-  are copied, so that no array refers to the file after reading.
+- tensors lie one behind the other, aligned, inside the file, which bounds their total size.
+
+The file is read from its beginning to its end, and never mapped into memory: a program that
+shortens a mapped file ends the process that reads the map. Damage that leaves the layout whole,
+such as a file half overwritten, shows in the digest. The digest, `pysteer.sha256`, is a string of
+64 hexadecimal digits: the SHA-256 of the file with 64 zeros in their place. Files by pysteer have
+it, right behind the architecture; files without it are read all the same.
 
 Only float32 tensors are read: nothing that pysteer or llama.cpp writes for steering has another
 type. Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
@@ -15,21 +20,20 @@ type. Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
-import mmap
-import stat
+import hashlib
+import os
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 from math import prod
 from pathlib import Path
-from typing import TypeAlias
+from typing import BinaryIO, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from pysteer.errors import FormatError, naming, quoted
+from pysteer.files import opened
 
 Scalar: TypeAlias = "int | float | bool | str"
 Value: TypeAlias = "Scalar | list[Scalar]"
@@ -65,6 +69,8 @@ _SCALARS = {
     ValueType.INT64: "<q",
     ValueType.FLOAT64: "<d",
 }
+DIGEST = "pysteer.sha256"
+NO_DIGEST = "0" * 64
 _F32 = 0  # in the numbering of tensor types
 _ARCHITECTURE = "general.architecture"
 _MAX_DIMENSIONS = 4
@@ -81,19 +87,46 @@ class Container:
 
 
 class _Cursor:
-    def __init__(self, data: mmap.mmap) -> None:
-        self.data = data
+    """Reads a file from its beginning to its end."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._sha = hashlib.sha256()
+        self.size = os.fstat(file.fileno()).st_size
         self.at = 0
 
     def remaining(self) -> int:
-        return len(self.data) - self.at
+        return self.size - self.at
+
+    def take(self, size: int, what: str, *, hashed: bool = True) -> bytes:
+        """Return the next bytes; zeros take their place in the digest unless `hashed`."""
+        raw = self._file.read(size) if size <= self.remaining() else b""
+        if len(raw) != size:
+            raise FormatError(f"the file ends inside {what}")
+        self.at += size
+        self._sha.update(raw if hashed else b"0" * size)
+        return raw
+
+    def floats(self, count: int, what: str) -> npt.NDArray[np.float32]:
+        raw = bytearray(4 * count)
+        if self._file.readinto(raw) != len(raw):  # type: ignore[attr-defined]
+            raise FormatError(f"the file ends inside {what}")
+        self.at += len(raw)
+        self._sha.update(raw)
+        return np.frombuffer(raw, "<f4").astype(np.float32, copy=False)
+
+    def check_digest(self, digest: Value) -> None:
+        """Read to the end of the file, and compare its content with the digest in it."""
+        while block := self._file.read(1 << 20):
+            self._sha.update(block)
+        if digest != self._sha.hexdigest():
+            raise FormatError(
+                "the content does not match the digest in the file: the file is damaged, or was "
+                "overwritten while it was read"
+            )
 
     def unpack(self, layout: str, what: str) -> int | float:
-        size = struct.calcsize(layout)
-        if size > self.remaining():
-            raise FormatError(f"the file ends inside {what}")
-        (value,) = struct.unpack_from(layout, self.data, self.at)
-        self.at += size
+        (value,) = struct.unpack(layout, self.take(struct.calcsize(layout), what))
         return value  # type: ignore[no-any-return]
 
     def count(self, layout: str, smallest: int, what: str) -> int:
@@ -104,10 +137,8 @@ class _Cursor:
 
     def string(self, what: str) -> str:
         length = self.count("<Q", 1, f"bytes of {what}")
-        raw = self.data[self.at : self.at + length]
-        self.at += length
         try:
-            return raw.decode("utf-8")
+            return self.take(length, what).decode("utf-8")
         except UnicodeDecodeError:
             raise FormatError(f"{what} is not UTF-8") from None
 
@@ -143,9 +174,14 @@ class _Cursor:
             raise FormatError(f"{what} has {count} values; at most {_MAX_ARRAY} are read")
         if layout is None:
             return [self.scalar(kind, what) for _ in range(count)]
-        values: list[Scalar] = np.frombuffer(self.data, layout, count, self.at).tolist()
-        self.at += count * size
+        values: list[Scalar] = np.frombuffer(self.take(count * size, what), layout).tolist()
         return values
+
+    def digest(self) -> Value:
+        what = "the digest"
+        if self.value_type(what) != ValueType.STRING or self.unpack("<Q", what) != len(NO_DIGEST):
+            raise FormatError(f"metadata value {DIGEST!r} is not a digest")
+        return self.take(len(NO_DIGEST), what, hashed=False).decode("latin-1")
 
 
 def read(path: Path, *, architectures: tuple[str, ...]) -> Container:
@@ -159,44 +195,35 @@ def read(path: Path, *, architectures: tuple[str, ...]) -> Container:
     Raises:
         FormatError: the file cannot be read, breaks a rule above, or is of another architecture.
     """
-    with naming(path), opened(path) as data:
-        cursor = _Cursor(data)
+    with naming(path), opened(path) as file:
+        cursor = _Cursor(file)
         n_tensors, metadata = _head(cursor, architectures)
-        _check_architecture(metadata, architectures)
-        return Container(metadata, _tensors(cursor, n_tensors, metadata))
+        tensors = _tensors(cursor, n_tensors, metadata)
+        if DIGEST in metadata:
+            cursor.check_digest(metadata[DIGEST])
+        return Container(metadata, tensors)
 
 
-def read_metadata(path: Path) -> dict[str, Value]:
-    """Read the metadata of a GGUF file of any architecture, such as a model.
+def read_metadata(path: Path, *, architectures: tuple[str, ...] | None = None) -> dict[str, Value]:
+    """Read the metadata of a GGUF file, such as a model.
 
-    Raises:
-        FormatError: the file cannot be read, or breaks a rule above.
-    """
-    with naming(path), opened(path) as data:
-        return _head(_Cursor(data), None)[1]
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[mmap.mmap]:
-    """Map a file into memory.
+    Args:
+        path: the file.
+        architectures: accepted values of `general.architecture`; None accepts all.
 
     Raises:
-        FormatError: the path is not a regular file, or the file is empty.
+        FormatError: the file cannot be read, breaks a rule above, or is of another architecture.
     """
-    if not stat.S_ISREG(path.stat().st_mode):  # a pipe would wait, a device never end
-        raise FormatError("not a file")
-    with path.open("rb") as file:
-        if file.seek(0, 2) == 0:
-            raise FormatError("the file is empty")
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            yield data
+    with naming(path), opened(path) as file:
+        return _head(_Cursor(file), architectures)[1]
 
 
 def _head(cursor: _Cursor, architectures: tuple[str, ...] | None) -> tuple[int, dict[str, Value]]:
     """Return the number of tensors, and the metadata."""
-    if cursor.data[:4] != b"GGUF":
+    if not cursor.size:
+        raise FormatError("the file is empty")
+    if cursor.take(min(4, cursor.size), "the header") != b"GGUF":
         raise FormatError("not a GGUF file")
-    cursor.at = 4
     version = cursor.unpack("<I", "the header")
     if version not in (2, 3):
         raise FormatError(f"GGUF version {version} is not supported; versions 2 and 3 are")
@@ -208,10 +235,15 @@ def _head(cursor: _Cursor, architectures: tuple[str, ...] | None) -> tuple[int, 
         key = cursor.string("a metadata key")
         if key in metadata:
             raise FormatError(f"metadata key {quoted(key)} occurs twice")
-        metadata[key] = cursor.value(f"metadata value {quoted(key)}")
+        if key == DIGEST:
+            metadata[key] = cursor.digest()
+        else:
+            metadata[key] = cursor.value(f"metadata value {quoted(key)}")
         # The architecture comes first in every ordinary file: refuse other files at once.
         if key == _ARCHITECTURE and architectures is not None:
             _check_architecture(metadata, architectures)
+    if architectures is not None:
+        _check_architecture(metadata, architectures)
     return n_tensors, metadata
 
 
@@ -232,15 +264,13 @@ def _tensors(
     expected = 0
     tensors = {}
     for name, (shape, offset) in infos.items():
+        what = f"the data of tensor {quoted(name)}"
         count = prod(shape)
-        if offset != expected or start + offset + 4 * count > len(cursor.data):
-            raise FormatError(
-                f"the data of tensor {quoted(name)} is outside of the file or unaligned"
-            )
+        if offset != expected or start + offset + 4 * count > cursor.size:
+            raise FormatError(f"{what} is outside of the file or unaligned")
         expected = _aligned(offset + 4 * count, alignment)
-        flat = np.frombuffer(cursor.data, "<f4", count, start + offset)
-        tensors[name] = flat.reshape(shape).astype(np.float32, copy=True)
-        del flat  # a view would keep the mapping from closing
+        cursor.take(start + offset - cursor.at, what)  # padding
+        tensors[name] = cursor.floats(count, what).reshape(shape)
     return tensors
 
 
@@ -261,7 +291,7 @@ def _tensor_info(cursor: _Cursor, tensor: str) -> tuple[tuple[int, ...], int]:
     if not 1 <= n_dimensions <= _MAX_DIMENSIONS:
         raise FormatError(f"{tensor} has {n_dimensions} dimensions")
     sizes = [int(cursor.unpack("<Q", f"the shape of {tensor}")) for _ in range(n_dimensions)]
-    if prod(sizes) * 4 > len(cursor.data):
+    if prod(sizes) * 4 > cursor.size:
         raise FormatError(f"{tensor} claims the shape {sizes} and the file is too short")
     if 0 in sizes:
         raise FormatError(f"{tensor} is empty")

@@ -19,6 +19,8 @@ the file instead of adding all categories at once. Metadata:
   of operators with several rows per layer have the shape (rows, n_embd) instead of (n_embd,);
 - `pysteer.policy`: a JSON object, if the pack has a policy; `pysteer.pack.policy.Policy` reads it.
 
+Both kinds of file hold their digest, `pysteer.sha256`; see `pysteer.formats.container`.
+
 A pack with a router also has the tensors of each kind of gate that the router has (margin:
 `router.margin.weight`, `router.margin.bias` and `router.allowances`; multinomial: `router.weight`
 and `router.bias`; probe: `router.probe.weight` and `router.probe.bias`; centroid:
@@ -43,8 +45,9 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from pysteer.errors import FormatError, naming, quoted
-from pysteer.formats.container import Container, read
+from pysteer.errors import FormatError, SteeringError, naming, quoted
+from pysteer.files import check_replaceable
+from pysteer.formats.container import DIGEST, Container, read, read_metadata
 
 Directions: TypeAlias = dict[int, npt.NDArray[np.float32]]
 """Layer to direction, shape (n_embd,), or (rows, n_embd) in a pack."""
@@ -130,6 +133,33 @@ class PackContent:
         """The lowest format version that can hold this content."""
         operators = any(category.operator for category in self.categories.values())
         return 2 if operators or self.policy is not None else 1
+
+
+def is_ours(path: Path) -> bool:
+    """Return True for a pack, and for a control vector that pysteer wrote."""
+    try:
+        metadata = read_metadata(path, architectures=(VECTOR_ARCHITECTURE, PACK_ARCHITECTURE))
+    except FormatError:
+        return False
+    return metadata["general.architecture"] == PACK_ARCHITECTURE or DIGEST in metadata
+
+
+def check_target(path: Path, *, overwrite: bool) -> None:
+    """Check that a pack or control vector can be written at a path.
+
+    Args:
+        path: the path.
+        overwrite: True if a file that pysteer did not write may be replaced.
+
+    Raises:
+        SteeringError: another ending than .gguf, something that is not a regular file, or a file
+            that must stay.
+    """
+    if path.suffix.lower() != ".gguf":
+        raise SteeringError(
+            f"cannot write {path}: pysteer writes GGUF; give the file a name that ends in .gguf"
+        )
+    check_replaceable(path, None if overwrite else is_ours)
 
 
 def read_vector(path: Path) -> Directions:

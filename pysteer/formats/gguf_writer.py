@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
-import secrets
+import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from gguf import GGUFValueType, GGUFWriter
 
-from pysteer.errors import SteeringError, quoted
+from pysteer.files import replacing
+from pysteer.formats.container import DIGEST, NO_DIGEST
 from pysteer.formats.gguf import (
     OPERATORS,
     PACK_ARCHITECTURE,
@@ -22,10 +24,14 @@ from pysteer.formats.gguf import (
     Directions,
     PackContent,
     RouterContent,
+    check_target,
+    is_ours,
 )
 
 
-def write_vector(path: Path, directions: Directions, *, model_hint: str) -> None:
+def write_vector(
+    path: Path, directions: Directions, *, model_hint: str, overwrite: bool = False
+) -> None:
     """Write a plain control vector: residual, layers >= 1."""
 
     def fill(writer: GGUFWriter) -> None:
@@ -34,10 +40,10 @@ def write_vector(path: Path, directions: Directions, *, model_hint: str) -> None
         for layer, direction in directions.items():
             writer.add_tensor(f"direction.{layer}", np.ascontiguousarray(direction))
 
-    _write(path, VECTOR_ARCHITECTURE, fill)
+    _write(path, VECTOR_ARCHITECTURE, fill, overwrite)
 
 
-def write_pack(path: Path, content: PackContent) -> None:
+def write_pack(path: Path, content: PackContent, *, overwrite: bool = False) -> None:
     """Write a pack."""
 
     def fill(writer: GGUFWriter) -> None:
@@ -72,7 +78,7 @@ def write_pack(path: Path, content: PackContent) -> None:
         if content.router is not None:
             _add_router(writer, content.router)
 
-    _write(path, PACK_ARCHITECTURE, fill)
+    _write(path, PACK_ARCHITECTURE, fill, overwrite)
 
 
 def _add_router(writer: GGUFWriter, router: RouterContent) -> None:
@@ -96,28 +102,32 @@ def _add_string(writer: GGUFWriter, key: str, value: str) -> None:
     writer.add_key_value(key, value, GGUFValueType.STRING)
 
 
-def _write(path: Path, architecture: str, fill: Callable[[GGUFWriter], None]) -> None:
-    """Write beside the target and move into place, so that a failure keeps an older file whole."""
-    try:
-        target = path.resolve()  # write through a symbolic link, not over it
-        part = target.parent / f".{secrets.token_hex(8)}.part"
+def _write(
+    path: Path, architecture: str, fill: Callable[[GGUFWriter], None], overwrite: bool
+) -> None:
+    check_target(path, overwrite=overwrite)
+    with replacing(path, None if overwrite else is_ours) as file:
+        writer = GGUFWriter(file.name, architecture)
         try:
-            writer = GGUFWriter(part, architecture)
-            try:
-                fill(writer)
-                writer.write_header_to_file()
-                writer.write_kv_data_to_file()
-                writer.write_tensors_to_file()
-            finally:
-                writer.close()
-            with part.open("rb") as file:
-                os.fsync(file.fileno())
-            part.replace(target)
+            _add_string(writer, DIGEST, NO_DIGEST)
+            fill(writer)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
         finally:
-            part.unlink(missing_ok=True)
-    except OSError as error:
-        raise SteeringError(f"cannot write {path}: {error.strerror or error}") from None
-    except SteeringError:
-        raise
-    except ValueError as error:  # an invalid path or text
-        raise SteeringError(f"cannot write {quoted(str(path))}: {error}") from None
+            writer.close()
+        _write_digest(file)
+
+
+def _write_digest(file: BinaryIO) -> None:
+    """Put the SHA-256 of a file in the place of `NO_DIGEST`."""
+    sha = hashlib.sha256()
+    file.seek(0)
+    while block := file.read(1 << 20):
+        sha.update(block)
+    # The digest follows the architecture, which is short.
+    file.seek(0)
+    entry = DIGEST.encode() + struct.pack("<IQ", GGUFValueType.STRING, len(NO_DIGEST))
+    at = file.read(4096).index(entry) + len(entry)
+    file.seek(at)
+    file.write(sha.hexdigest().encode())

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pysteer.errors import FormatError, naming
+from pysteer.files import opened
 from pysteer.formats import gguf
-from pysteer.formats.container import opened
 from pysteer.formats.gguf import PackContent
 
 
@@ -38,8 +38,8 @@ def read_pack(path: Path) -> PackContent:
     Raises:
         FormatError: the file is damaged, or of no known dialect.
     """
-    with naming(path), opened(path) as data:
-        start = data[: max(len(dialect.start) for dialect in _DIALECTS)]
+    with naming(path), opened(path) as file:
+        start = file.read(max(len(dialect.start) for dialect in _DIALECTS))
     for dialect in _DIALECTS:
         if start.startswith(dialect.start):
             return dialect.read_pack(path)

@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pysteer.distribution import install_command
-from pysteer.errors import SteeringError, quoted
+from pysteer.errors import SteeringError
+from pysteer.files import check_replaceable, opened, replacing
 from pysteer.inspect.compare import category_cosines, norms, separation
 from pysteer.pack.pack import SteeringPack
 from pysteer.pack.router import Router
@@ -20,11 +21,20 @@ from pysteer.pack.router import Router
 if TYPE_CHECKING:
     import os
 
+_MARK = "drawn by pysteer"
+_MARKS = {  # by matplotlib's name of the type of picture; other types have no place for a mark
+    "png": {"Software": _MARK},
+    "svg": {"Creator": _MARK},
+    "svgz": {"Creator": _MARK},
+    "pdf": {"Creator": _MARK},
+    "eps": {"Creator": _MARK},
+    "ps": {"Creator": _MARK},
+}
 _PANEL = (6.4, 5.4)  # inches
 _LONGEST_NAME = 28
 
 
-def plot_pack(pack: SteeringPack, path: str | os.PathLike[str]) -> None:
+def plot_pack(pack: SteeringPack, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
     """Draw the tables of `pysteer inspect` in one picture.
 
     The panels, as far as the pack has data for them: norms of the directions by layer, with the
@@ -35,11 +45,12 @@ def plot_pack(pack: SteeringPack, path: str | os.PathLike[str]) -> None:
     Args:
         pack: any pack.
         path: file to write; its ending (.png, .svg, .pdf, ...) is the type of the picture.
+        overwrite: replace any older file; otherwise pictures by pysteer alone.
 
     Raises:
         SteeringError: as `open_figure` and `save_figure`.
     """
-    figure, path = open_figure(path)
+    figure, path = open_figure(path, overwrite=overwrite)
     panels = [_draw_norms]
     if category_cosines(pack):
         panels.append(_draw_cosines)
@@ -55,14 +66,15 @@ def plot_pack(pack: SteeringPack, path: str | os.PathLike[str]) -> None:
     for axes in figure.axes:
         if not axes.has_data():
             axes.remove()
-    save_figure(figure, path)
+    save_figure(figure, path, overwrite=overwrite)
 
 
-def open_figure(path: str | os.PathLike[str]) -> tuple[Any, Path]:
+def open_figure(path: str | os.PathLike[str], *, overwrite: bool = False) -> tuple[Any, Path]:
     """Return an empty matplotlib figure and the path to write it to.
 
     Raises:
-        SteeringError: matplotlib is not installed, or cannot write files with the path's ending.
+        SteeringError: matplotlib is not installed, or cannot write files with the path's ending; or
+            a file must stay, as for `save_figure`.
     """
     try:
         from matplotlib.figure import Figure
@@ -75,24 +87,32 @@ def open_figure(path: str | os.PathLike[str]) -> tuple[Any, Path]:
     known = sorted(figure.canvas.get_supported_filetypes())
     if path.suffix[1:].lower() not in known:
         raise SteeringError(f"{path}: unknown type of picture; use one of .{', .'.join(known)}")
+    check_replaceable(path, None if overwrite else _is_ours)
     return figure, path
 
 
-def save_figure(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path, *, overwrite: bool = False) -> None:
     """Write a figure.
+
+    Args:
+        figure: matplotlib's figure.
+        path: the file; its ending is the type of the picture.
+        overwrite: replace any older file; otherwise pictures by pysteer alone.
 
     Raises:
         SteeringError: the file cannot be written.
     """
+    kind = path.suffix[1:].lower()
     with warnings.catch_warnings():
         # The font may lack the script of a category's name, and draw boxes.
         warnings.filterwarnings("ignore", message="Glyph")
-        try:
-            figure.savefig(path, dpi=120)
-        except OSError as error:
-            raise SteeringError(f"cannot write {path}: {error.strerror or error}") from None
-        except ValueError as error:
-            raise SteeringError(f"cannot write {quoted(str(path))}: {error}") from None
+        with replacing(path, None if overwrite else _is_ours) as file:
+            figure.savefig(file, dpi=120, format=kind, metadata=_MARKS.get(kind))
+
+
+def _is_ours(path: Path) -> bool:
+    with opened(path) as file:
+        return _MARK.encode() in file.read()
 
 
 def _draw_norms(axes: Any, pack: SteeringPack) -> None:

@@ -225,8 +225,12 @@ class SteeringPack:
                 f"the model has layers 0 to {model.n_layer - 1}"
             )
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write the pack to one GGUF file; an older file is replaced in one step.
+
+        Args:
+            path: the file; its name ends in .gguf.
+            overwrite: replace any older file; otherwise packs, and control vectors by pysteer.
 
         Raises:
             SteeringError: the file cannot be written.
@@ -246,7 +250,7 @@ class SteeringPack:
             router=self.router.content() if self.router is not None else None,
             policy=self.policy.content() if self.policy is not None else None,
         )
-        gguf_writer.write_pack(Path(path), content)
+        gguf_writer.write_pack(Path(path), content, overwrite=overwrite)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SteeringPack:

@@ -9,7 +9,8 @@ from typing import Any, NoReturn
 
 import yaml
 
-from pysteer.errors import FormatError, SteeringError, naming, quoted
+from pysteer.errors import FormatError, naming, quoted
+from pysteer.files import read_bytes
 from pysteer.pack.policy_error import PolicyError, PolicyPath, at_place
 
 MAX_BYTES = 2**20
@@ -36,11 +37,8 @@ def read(path: Path) -> tuple[Any, dict[PolicyPath, str]]:
     Raises:
         FormatError: the file cannot be read, or is not such YAML or JSON; names file and line.
     """
-    with naming(path), path.open("rb") as file:
-        raw = file.read(MAX_BYTES + 1)
-        if len(raw) > MAX_BYTES:
-            raise SteeringError(f"the file is larger than {MAX_BYTES} bytes; this is not a policy")
-        text = raw.decode("utf-8-sig")
+    with naming(path):
+        text = read_bytes(path, MAX_BYTES).decode("utf-8-sig")
     content, lines = _parsed(text, path)
     return content, {at: f"{path}, line {line}" for at, line in lines.items()}
 

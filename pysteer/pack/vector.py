@@ -171,18 +171,32 @@ class SteeringVector:
         """Return pairs of layer and direction, by ascending layer."""
         return zip(self._layers, self._matrix, strict=True)
 
-    def save(self, path: str | os.PathLike[str], *, model_hint: str = "") -> None:
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        model_hint: str = "unknown",
+        overwrite: bool = False,
+    ) -> None:
         """Write a file that llama.cpp's `--control-vector` accepts.
 
         Args:
-            path: the file; replaced in one step, so that a failure leaves an older file whole.
+            path: the file; its name ends in .gguf. Replaced in one step, so that a failure leaves
+                an older file whole.
             model_hint: the base model's architecture, kept as `controlvector.model_hint`.
+            overwrite: replace any older file; otherwise packs, and control vectors by pysteer.
 
         Raises:
-            SteeringError: layer 0, which llama.cpp refuses; or another site than the residual
-                stream, or another operator than plain addition, which llama.cpp would ignore. Save
-                these vectors in a `SteeringPack`.
+            SteeringError: the file cannot be written, or `model_hint` is empty; layer 0, which
+                llama.cpp refuses; or another site than the residual stream, or another operator
+                than plain addition, which llama.cpp would ignore. Save these vectors in a
+                `SteeringPack`.
         """
+        if not isinstance(model_hint, str) or not model_hint.strip():
+            raise SteeringError(
+                f"model_hint is {quoted(model_hint)}; give the architecture of the base model, "
+                "such as 'llama', or leave the argument out"
+            )
         if self.operator != ADD:
             raise SteeringError(
                 f"llama.cpp would simply add a vector whose operator is {str(self.operator)!r}; "
@@ -200,7 +214,9 @@ class SteeringVector:
             )
         from pysteer.formats import gguf_writer  # with the gguf package, and so with YAML
 
-        gguf_writer.write_vector(Path(path), dict(self.items()), model_hint=model_hint)
+        gguf_writer.write_vector(
+            Path(path), dict(self.items()), model_hint=model_hint, overwrite=overwrite
+        )
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SteeringVector:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, TypeAlias
 
+from pysteer.pack.merge import PackSource, read_packs
 from pysteer.pack.pack import SteeringPack
 from pysteer.pack.policy import Policy
 
-PackLike: TypeAlias = "SteeringPack | str | os.PathLike[str]"
-"""A pack, a pack file, or a plain llama.cpp control-vector file."""
+PackLike: TypeAlias = "PackSource | Sequence[PackSource]"
+"""A pack, a pack file, a plain llama.cpp control-vector file, or several of them."""
 
 PolicyLike: TypeAlias = "Policy | Mapping[str, Any] | str | os.PathLike[str]"
 """A policy, its data, or a YAML file."""
@@ -31,9 +32,12 @@ def read_pack(pack: PackLike | None) -> SteeringPack | None:
     """Return the pack of an argument.
 
     Raises:
-        FormatError: the file is not a pack.
+        FormatError: a file is not a pack.
+        SteeringError: several packs that cannot be one; see `pysteer.pack.merge.read_packs`.
     """
-    return pack if pack is None or isinstance(pack, SteeringPack) else SteeringPack.load(pack)
+    if pack is None:
+        return None
+    return read_packs(pack if isinstance(pack, (list, tuple)) else [pack])  # type: ignore[list-item]
 
 
 def read_policy(policy: PolicyLike | None) -> Policy | None:

@@ -109,6 +109,25 @@ def test_user_mistake_is_one_line_and_exit_code_2(calibrate, options, words):
         assert word in err
 
 
+def test_files_of_others_are_refused_before_the_search(calibrate, tmp_path):
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    for path in (
+        tmp_path / "pack.gguf",
+        tmp_path / "trade-off.png",
+        folder / "test_unsafe.jsonl",
+        folder / "pack.gguf",
+        folder / "validated.gguf",
+    ):
+        path.write_bytes(b"precious")
+        code, out, err = calibrate(cache=folder, plot=tmp_path / "trade-off.png")
+        assert (code, out) == (2, "")
+        assert f"cannot write {path}: pysteer did not write" in err
+        assert path.read_bytes() == b"precious"
+        path.unlink()
+        assert not any(folder.iterdir())
+
+
 def test_interrupt_before_first_round_tells_how_to_resume(calibrate, tmp_path, monkeypatch):
     module = importlib.import_module("pysteer.calibrate.calibration")
 

@@ -221,7 +221,7 @@ def test_generate_json_is_alone_on_standard_output(generate, letters, tiny_llama
     assert steering["categories"]["says q"]["tokens_steered"] == steering["tokens_steered"] > 12
     assert found == {
         "model": str(tiny_llama),
-        "pack": str(letters),
+        "packs": [str(letters)],
         "prompt": "hi",
         "text": "Q" * 12,
         "finish_reason": "length",

@@ -3,10 +3,11 @@
 import json
 import re
 
+import numpy as np
 import pytest
 from commands import check_mistake
 
-from pysteer import SteeringPack
+from pysteer import SteeringPack, SteeringVector
 from pysteer.cli import run
 from pysteer.evaluate.report import Report
 from pysteer.journal import Journal
@@ -25,10 +26,6 @@ def files(tmp_path):
 @pytest.fixture
 def evaluate(capsys, files, tiny_llama):
     """A function that runs the command and returns its exit code, standard output and error."""
-    import numpy as np
-
-    from pysteer import SteeringVector
-
     rng = np.random.default_rng(0)
     vectors = {name: SteeringVector({2: 5 * rng.normal(size=64)}) for name in "ab"}
     SteeringPack(vectors).save(files / "pack.gguf")
@@ -141,6 +138,27 @@ def test_output_file_or_missing_pack_is_an_error(evaluate, files, capsys, tiny_l
     check_mistake(evaluate(), files / "out", "folder")
     code = run(["evaluate", "-m", str(tiny_llama), "--prompts", "x", "-o", "y"])
     assert (code, "--pack" in capsys.readouterr().err) == (2, True)
+
+
+@pytest.mark.parametrize("name", ["report.json", "report.html"])
+def test_report_of_others_is_refused_before_the_answers(name, evaluate, files):
+    (files / "out").mkdir()
+    (files / "out" / name).write_bytes(b"<p>precious")
+    check_mistake(evaluate(), name, "did not write", "--force")
+    assert [path.name for path in (files / "out").iterdir()] == [name]
+    assert (files / "out" / name).read_bytes() == b"<p>precious"
+    assert evaluate("--force", "--isolation", "none")[0] == 0
+    assert evaluate("--isolation", "none")[0] == 0  # the reports of the run before
+    Report.load(files / "out" / "report.json")
+
+
+def test_several_packs_are_evaluated_as_one(evaluate, files):
+    SteeringVector({2: np.ones(64)}).save(files / "more.gguf")
+    code, out, err = evaluate("-s", files / "more.gguf", "--isolation", "none", "--json")
+    assert code == 0, err
+    found = json.loads(out)["pack"]
+    assert found["file"] == "pack.gguf, more.gguf"
+    assert found["categories"] == ["a", "b", "more"]
 
 
 def test_missing_package_is_an_error_with_its_extra(evaluate, monkeypatch):

@@ -3,6 +3,7 @@
 import importlib
 import io
 import json
+import os
 import signal
 from contextlib import closing
 
@@ -11,7 +12,7 @@ import pytest
 from commands import check_mistake, strict_json
 from prompting import rows, write
 
-from pysteer import SteeredLlama, SteeringPack
+from pysteer import SteeredLlama, SteeringPack, SteeringVector
 from pysteer.cli import console
 from pysteer.extract.llama_capture import LlamaCapture
 
@@ -45,8 +46,41 @@ def extract(cli, files):
     return call
 
 
+@pytest.fixture
+def interrupting(monkeypatch):
+    """A function that sets after how many rows Ctrl-C is pressed; returns a list of rows run."""
+    ran = []
+    stop = [None]
+    real = LlamaCapture.activations
+
+    def activations(self, rows, **rest):
+        for index, found in real(self, rows, **rest):
+            if stop[0] is not None and len(ran) == stop[0]:
+                signal.raise_signal(signal.SIGINT)
+            ran.append(rows[index])
+            yield index, found
+
+    monkeypatch.setattr(LlamaCapture, "activations", activations)
+    # Ctrl-C is ignored if the tests were started in the background.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def after(count):
+        ran.clear()
+        stop[0] = count
+        return ran
+
+    yield after
+    signal.signal(signal.SIGINT, before)
+
+
 def everything(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def older_pack(path):
+    """Save a pack, and return its bytes."""
+    SteeringPack({"older": SteeringVector({1: np.ones(64)})}).save(path)
+    return path.read_bytes()
 
 
 # ---- packs -----------------------------------------------------------------------------------
@@ -280,6 +314,30 @@ def test_unwritable_output_is_refused_before_the_extraction(extract, files, tmp_
         assert files[option].read_bytes() == before
 
 
+def test_file_of_others_is_refused_before_the_extraction_without_force(
+    interrupting, extract, files, tiny_llama, tmp_path
+):
+    output = files["--output"]
+    ran = interrupting(None)
+    for content in (tiny_llama.read_bytes(), b"my only copy"):
+        output.write_bytes(content)
+        check_mistake(extract(), output, "did not write", "--force")
+        assert output.read_bytes() == content
+    assert ran == []
+    assert extract("--force", "--no-router")[0] == 0
+    assert set(SteeringPack.load(output).categories) == {"hate", "malware"}
+    assert extract("--no-router")[0] == 0  # the pack of the run before
+
+
+def test_output_that_is_no_regular_file_is_refused(extract, tmp_path):
+    pipe = tmp_path / "pipe.gguf"
+    os.mkfifo(pipe)
+    for flags in ([], ["--force"]):
+        check_mistake(extract(*flags, output=pipe), pipe, "a pipe")
+    assert pipe.is_fifo()
+    check_mistake(extract(output=tmp_path / "x.npz"), "x.npz", "ends in .gguf")
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [
@@ -321,13 +379,13 @@ def test_missing_package_is_an_error_with_its_extra(extract, monkeypatch, tmp_pa
 
 def test_failure_keeps_an_existing_pack_and_names_the_cache(extract, files):
     output = files["--output"]
-    output.write_bytes(b"precious")
+    precious = older_pack(output)
     # One category is a multiple of the other, which shows only after the capture.
     hate = rows("harm", "hate", 8)
     write(files["--unsafe"], [*hate, *({**row, "category": "other"} for row in hate)])
     result = extract("--no-router", orthogonalise="categories", held_out=0)
     check_mistake(result, "nothing is left of the direction", "finished work is kept in")
-    assert output.read_bytes() == b"precious"
+    assert output.read_bytes() == precious
     cache = output.with_name("pack.gguf.cache")
     assert str(cache) in result[2]
     assert cache.is_dir()
@@ -368,39 +426,12 @@ def test_bug_is_exit_code_1_and_keeps_the_cache(extract, files, monkeypatch):
 # ---- Ctrl-C ----------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def interrupting(monkeypatch):
-    """A function that sets after how many rows Ctrl-C is pressed; returns a list of rows run."""
-    ran = []
-    stop = [None]
-    real = LlamaCapture.activations
-
-    def activations(self, rows, **rest):
-        for index, found in real(self, rows, **rest):
-            if stop[0] is not None and len(ran) == stop[0]:
-                signal.raise_signal(signal.SIGINT)
-            ran.append(rows[index])
-            yield index, found
-
-    monkeypatch.setattr(LlamaCapture, "activations", activations)
-    # Ctrl-C is ignored if the tests were started in the background.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def after(count):
-        ran.clear()
-        stop[0] = count
-        return ran
-
-    yield after
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.parametrize("stop", [3, 50, 111])
 def test_ctrl_c_keeps_the_cache_and_the_same_command_resumes(
     stop, interrupting, extract, files, tmp_path
 ):
     output = files["--output"]
-    output.write_bytes(b"precious")
+    precious = older_pack(output)
     ran = interrupting(None)
     code, _, _ = extract(output=tmp_path / "whole.gguf")
     assert code == 0
@@ -415,7 +446,7 @@ def test_ctrl_c_keeps_the_cache_and_the_same_command_resumes(
     assert first == f"finished work is kept in {cache}; the same command resumes from there"
     assert last == "pysteer: interrupted"
     assert cache.is_dir()
-    assert output.read_bytes() == b"precious"
+    assert output.read_bytes() == precious
 
     ran = interrupting(None)
     code, _, err = extract("--json")

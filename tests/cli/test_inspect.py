@@ -242,6 +242,18 @@ def test_plot_writes_a_picture_and_keeps_the_output(cli, pack_file, tmp_path):
     assert picture.read_bytes().startswith(PNG)
 
 
+def test_picture_of_others_is_replaced_only_with_force(cli, pack_file, tmp_path):
+    picture = tmp_path / "holiday.png"
+    picture.write_bytes(PNG + b"of the sea")
+    code, out, err = cli(pack_file, "--plot", picture)
+    assert (code, out) == (2, "")
+    assert "--force" in err
+    assert picture.read_bytes() == PNG + b"of the sea"
+    inspected(cli, pack_file, "--plot", picture, "--force")
+    inspected(cli, pack_file, "--plot", picture)
+    assert b"of the sea" not in picture.read_bytes()
+
+
 def titles(pack, path):
     """The text of a picture, from an SVG with its text as text."""
     import matplotlib

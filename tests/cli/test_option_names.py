@@ -13,13 +13,13 @@ NAMES = {
         --pooling --safe-data --benign --answers --judge --response-tokens --mask-massive
         --no-mask-massive --top-k --orthogonalise --unit-norm --scale --router --no-router --gates
         --false-positive-rate --held-out --seed --engine --dtype --device-map --context --cache
-        --threads -t
+        --threads -t --force
     """,
     "calibrate": """
         --unsafe --benign --output -o --safe --answers --model -m --methods --layers
         --category-steps --scopes --strengths --minutes --trials --hold-out --max-degenerate
         --max-benign-change --max-look-alike --max-leak --judge --max-tokens -n --parallel --engine
-        --plot --cache --seed --context --threads -t
+        --plot --cache --seed --context --threads -t --force
     """,
     "generate": """
         --prompt -p --model -m --pack -s --steer --policy --system --raw --max-tokens -n
@@ -32,9 +32,9 @@ NAMES = {
     "evaluate": """
         --prompts --output -o --model -m --pack -s --benign --steer --policy --strengths --isolation
         --judge --reward --fluency --no-fluency --limit --parallel --max-tokens -n --temperature
-        --seed --context --threads -t
+        --seed --context --threads -t --force
     """,
-    "inspect": "file --plot",
+    "inspect": "file --plot --force",
     "compare": "first second",
     "doctor": "--model -m --threads -t --gpu-layers",
 }

@@ -476,7 +476,7 @@ def test_failed_save_leaves_the_folder_unchanged(older, step, error, tmp_path, m
     monkeypatch.setattr(GGUFWriter, step, fail)
     expected = SteeringError if isinstance(error, OSError) else Interrupted
     with pytest.raises(expected) as caught:
-        VECTOR.save(path)
+        VECTOR.save(path, overwrite=True)
     if isinstance(error, OSError):
         assert str(path) in str(caught.value)
         assert "No space left" in str(caught.value)
