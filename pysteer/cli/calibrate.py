@@ -93,7 +93,12 @@ def calibrate(
     from pysteer.calibrate.calibration import calibrate as run_calibration
     from pysteer.calibrate.picture import plot_search
     from pysteer.calibrate.split import PromptSet
-    from pysteer.cli.reports.calibrate import describe, print_best, print_result
+    from pysteer.cli.reports.calibrate import (
+        describe,
+        evaluate_command,
+        print_best,
+        print_result,
+    )
     from pysteer.evaluate.judges import open_judge
     from pysteer.formats.gguf import check_target
     from pysteer.inspect.plots import open_figure
@@ -146,10 +151,13 @@ def calibrate(
     if files.plot is not None:
         plot_search(result.search, settings.max_degenerate, files.plot, overwrite=force)
     seconds = time.monotonic() - started
+    command = evaluate_command(
+        model, files.output, test, settings=settings, judge=judge, threads=threads
+    )
     if json:
-        console.print_json(describe(result, files.output, test, seconds))
+        console.print_json(describe(result, files.output, test, command, seconds))
     else:
-        print_result(result, files.output, test, seconds)
+        print_result(result, files.output, test, command, seconds)
 
 
 def _in_our_folder(path: Path) -> bool:

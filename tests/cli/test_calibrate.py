@@ -2,12 +2,18 @@
 
 import importlib
 import json
+import shlex
+import subprocess
+import sys
 
 import pytest
 from prompting import rows, write
 
 from pysteer import SteeringPack
 from pysteer.cli import run
+from pysteer.evaluate.evaluation import evaluate
+from pysteer.evaluate.judges import open_judge
+from pysteer.evaluate.settings import EvaluateSettings, Sampling
 from pysteer.prompts import load_prompts
 
 OPTIONS = {
@@ -67,7 +73,7 @@ def test_json_output_is_one_object_equal_to_the_provenance(calibrate, tmp_path):
     code, out, _ = calibrate("--json", hold_out="subcategories", category_steps=3)
     assert code == 0
     found = json.loads(out, parse_constant=pytest.fail)
-    assert set(found) == {"pack", "seconds", "test", "router", "calibration"}
+    assert set(found) == {"pack", "seconds", "test", "evaluate", "router", "calibration"}
     assert found["calibration"]["settings"]["held_out"] == "subcategories"
     assert found["calibration"]["settings"]["category_steps"] == 3
     held = load_prompts(found["test"]["unsafe"])
@@ -75,6 +81,42 @@ def test_json_output_is_one_object_equal_to_the_provenance(calibrate, tmp_path):
         assert len({p.subcategory for p in held if p.category == name}) == 1
     pack = SteeringPack.load(found["pack"])
     assert json.loads(json.dumps(found["calibration"])) == _plain(pack.provenance["calibration"])
+
+
+def test_printed_command_measures_as_the_calibration_did(
+    calibrate, tmp_path, tiny_llama, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "even.py").write_text("def judge(prompt, answer): return len(answer) % 2 == 0\n")
+    judge = "python:even:judge"
+    code, out, _ = calibrate(judge=judge, seed=3, output=tmp_path / "the pack.gguf")
+    assert code == 0
+    command = shlex.split(out.split("unseen prompts: ")[1].splitlines()[0])
+    assert command[:2] == ["pysteer", "evaluate"]
+    ran = subprocess.run(
+        [sys.executable, "-m", "pysteer", *command[1:], "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+    )
+    found = json.loads(ran.stdout)
+    folder = tmp_path / "the pack.gguf.calibration"
+    expected = evaluate(
+        tiny_llama,
+        tmp_path / "the pack.gguf",
+        load_prompts(folder / "test_unsafe.jsonl"),
+        load_prompts(folder / "test_benign.jsonl"),
+        tmp_path / "again",
+        settings=EvaluateSettings(Sampling(max_tokens=4, seed=3), parallel=4, context=512),
+        judge=open_judge(judge),
+        n_threads=1,
+    )
+    assert found["settings"]["judge"] == judge
+    assert 0 < expected.overall["steered"].safe.k < 8  # a judge that tells answers apart
+    data = json.loads(expected.model_dump_json())
+    for key in ("settings", "overall", "categories", "benign"):
+        assert found[key] == data[key]
 
 
 def _plain(value):

@@ -92,7 +92,7 @@ def test_extract_writes_a_pack_that_steers_and_can_be_inspected(extract, cli, fi
     assert "hate" in out
     assert "malware" in out
     assert "router, held out: category accuracy" in out
-    assert str(files["--output"]) in out.replace("\n", "")
+    assert f"see it with pysteer inspect {files['--output']}\n" in out
     pack = SteeringPack.load(files["--output"])
     assert set(pack.categories) == {"hate", "malware"}
     assert all(vector.layers == (1, 3) for vector in pack.categories.values())

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pysteer.calibrate.calibration import CalibrationResult
 from pysteer.calibrate.search import SearchResult
+from pysteer.calibrate.settings import CalibrateSettings
 from pysteer.cli import console
 from pysteer.cli.tables import table
+from pysteer.evaluate.judges import RefusalJudge
+from pysteer.evaluate.settings import EvaluateSettings
 
 _ENDS = {
     "settled": "nothing left to improve",
@@ -19,8 +23,61 @@ _ENDS = {
 }
 
 
+def evaluate_command(
+    model: Path | None,
+    output: Path,
+    test: Mapping[str, Path],
+    *,
+    settings: CalibrateSettings,
+    judge: str,
+    threads: int | None,
+) -> str:
+    """Return the shell command that measures a pack as the calibration measured it.
+
+    Only what differs from the defaults of `pysteer evaluate` is named.
+
+    Args:
+        model: as given; None: the default model.
+        output: file of the pack.
+        test: files of the prompts that the calibration has not seen, by kind.
+        settings: of the calibration.
+        judge: spec of the judge.
+        threads: as given.
+
+    Returns:
+        The command; "" without unsafe prompts to measure on.
+    """
+    if "unsafe" not in test:
+        return ""
+    usual = EvaluateSettings()
+    options: list[tuple[str, Any, Any]] = [
+        ("--model", model, None),
+        ("--pack", output, None),
+        ("--prompts", test["unsafe"], None),
+        ("--benign", test.get("benign"), None),
+        ("--judge", judge, RefusalJudge.name),
+        ("--max-tokens", settings.max_tokens, usual.sampling.max_tokens),
+        ("--seed", settings.seed, usual.sampling.seed),
+        ("--parallel", settings.parallel, usual.parallel),
+        ("--context", settings.context, usual.context),
+        ("--threads", threads, None),
+        ("--output", "report", None),
+    ]
+    words = [
+        word
+        for name, value, default in options
+        if value not in (None, default)
+        for word in (name, str(value))
+    ]
+    return shlex.join(["pysteer", "evaluate", *words])
+
+
 def describe(
-    result: CalibrationResult, output: Path, test: Mapping[str, Path], seconds: float
+    result: CalibrationResult,
+    output: Path,
+    test: Mapping[str, Path],
+    command: str,
+    seconds: float,
 ) -> dict[str, Any]:
     """Return a calibration's result as JSON data.
 
@@ -28,11 +85,13 @@ def describe(
         result: of the calibration.
         output: file of the pack.
         test: files of the prompts that the calibration has not seen, by kind.
+        command: see `evaluate_command`.
         seconds: duration.
     """
     return {
         "pack": str(output),
         "seconds": seconds,
+        "evaluate": command,
         "test": {kind: str(file) for kind, file in test.items()},
         "router": _router(result),
         "calibration": result.pack.provenance["calibration"],
@@ -56,7 +115,11 @@ def print_best(search: SearchResult, max_degenerate: float) -> None:
 
 
 def print_result(
-    result: CalibrationResult, output: Path, test: Mapping[str, Path], seconds: float
+    result: CalibrationResult,
+    output: Path,
+    test: Mapping[str, Path],
+    command: str,
+    seconds: float,
 ) -> None:
     """Print a calibration's result as tables; see `describe` for the arguments."""
     figures: Any = result.pack.provenance["calibration"]
@@ -83,9 +146,7 @@ def print_result(
     search = figures["search"]
     console.say(f"{search['rounds']} trials of each category; {_ENDS[search['stopped']]}")
     console.say(f"wrote {console.plain(output)} in {seconds:.0f} s")
-    if "unsafe" in test:
-        benign = f" --benign {test['benign']}" if "benign" in test else ""
-        command = f"pysteer evaluate -s {output} --prompts {test['unsafe']}{benign} -o report"
+    if command:
         console.say(f"to measure the pack on unseen prompts: {console.plain(command)}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -51,4 +52,7 @@ def print_pack(pack: SteeringPack, output: Path, seconds: float) -> None:
             f"{pack.router.category_accuracy:.2f}, benign false positives "
             f"{pack.router.benign_false_positive_rate:.3f}"
         )
-    console.say(f"wrote {console.plain(output)} in {seconds:.0f} s; see it with pysteer inspect")
+    command = shlex.join(["pysteer", "inspect", str(output)])
+    console.say(
+        f"wrote {console.plain(output)} in {seconds:.0f} s; see it with {console.plain(command)}"
+    )
