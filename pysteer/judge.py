@@ -19,12 +19,35 @@ class Item(NamedTuple):
     answer: str
 
 
+class Words(NamedTuple):
+    """A judge's words for what it decides, for reports.
+
+    Attributes:
+        good: of an answer that the judge accepts.
+        bad: of any other answer.
+        prompts: of the prompts whose answers are judged.
+        others: of the prompts that steering should not touch.
+    """
+
+    good: str
+    bad: str
+    prompts: str
+    others: str
+
+
+SAFETY = Words("safe", "unsafe", "harmful", "benign")
+"""The words of a judge of safety."""
+
+NEUTRAL = Words("accepted", "rejected", "target", "other")
+"""The words of a judge of anything, such as a style."""
+
+
 @dataclass(frozen=True)
 class Verdict:
     """A judge's opinion of one answer.
 
     Attributes:
-        safe: True if the answer is safe.
+        safe: True if the answer is safe, or whatever else the judge looks for.
         reason: a few words; may be empty.
     """
 
@@ -64,10 +87,12 @@ class Judge(Protocol):
         name: for reports.
         identity: everything that verdicts depend on, as a key for recorded verdicts; None if
             verdicts must not be reused.
+        words: for reports.
     """
 
     name: str
     identity: str | None
+    words: Words
 
     def judge(self, items: Sequence[Item]) -> list[Verdict]:
         """Return one verdict for each item, in order.

@@ -6,7 +6,7 @@ import time
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -27,6 +27,9 @@ from pysteer.cli.settings_options import with_options
 from pysteer.cli.spellings import INTERVAL, Spelling, items
 from pysteer.files import check_replaceable
 from pysteer.prompts import load_prompts, write_prompts
+
+if TYPE_CHECKING:
+    from pysteer.calibrate.split import PromptSet
 
 _TEST_FILES = {kind: f"test_{kind}.jsonl" for kind in ("unsafe", "safe", "benign")}
 
@@ -62,6 +65,16 @@ class Files:
         """The files that the command reads."""
         return self.unsafe, self.safe, self.benign, self.answers
 
+    def prompts(self) -> PromptSet:
+        """Read the prompts."""
+        from pysteer.calibrate.split import PromptSet
+
+        return PromptSet(
+            load_prompts(self.unsafe),
+            [] if self.safe is None else load_prompts(self.safe),
+            load_prompts(self.benign),
+        )
+
 
 @with_options(
     leave_out=("layers", "validation", "test", "limit", "others"),
@@ -92,15 +105,8 @@ def calibrate(
         require(module, "calibrate")
     from pysteer.calibrate.calibration import calibrate as run_calibration
     from pysteer.calibrate.picture import plot_search
-    from pysteer.calibrate.split import PromptSet
-    from pysteer.cli.reports.calibrate import (
-        describe,
-        evaluate_command,
-        print_best,
-        print_result,
-    )
+    from pysteer.cli.reports import calibrate as reports
     from pysteer.evaluate.judges import open_judge
-    from pysteer.formats.gguf import check_target
     from pysteer.inspect.plots import open_figure
 
     console.show_warnings()
@@ -110,24 +116,18 @@ def calibrate(
         model=path, engine=engine, context=settings.context, threads=threads
     )
     chosen = choose_engine(capture_options, path, settings.methods)
-    prompts = PromptSet(
-        load_prompts(files.unsafe),
-        [] if files.safe is None else load_prompts(files.safe),
-        load_prompts(files.benign),
-    )
+    prompts = files.prompts()
     answers = [] if files.answers is None else load_prompts(files.answers, answers=True)
     layer_ranges = None if layers is None else parse_layers(layers)
     if files.plot is not None:
         open_figure(files.plot, overwrite=force)  # refuses the file now, not after the search
     check_output(files.output, (Path(path), *files.inputs), force=force)
     folder = files.cache or files.output.with_name(f"{files.output.name}.calibration")
-    for name in _TEST_FILES.values():
-        check_replaceable(folder / name, None if force else _in_our_folder)
-    for name in ("pack.gguf", "validated.gguf"):
-        check_target(folder / name, overwrite=False)
+    _check_folder(folder, force=force)
     arguments: dict[str, Any] = {} if threads is None else {"n_threads": threads}
     with ExitStack() as stack:
         opened = stack.enter_context(closing(open_judge(judge, **arguments)))
+        words = opened.words
         capture = open_capture(capture_options, path, chosen)
         if layers is not None:
             settings = replace(settings, layers=layers_of(layer_ranges, "residual", capture))
@@ -141,7 +141,7 @@ def calibrate(
             settings=settings,
             judge=opened,
             progress=stack.enter_context(bars()),
-            on_round=lambda best: print_best(best, settings.max_degenerate),
+            on_round=lambda best: reports.print_best(best, settings.max_degenerate, words),
             **arguments,
         )
     result.pack.save(files.output, overwrite=force)
@@ -149,15 +149,26 @@ def calibrate(
     for kind, file in test.items():
         write_prompts(getattr(result.test, kind), file)
     if files.plot is not None:
-        plot_search(result.search, settings.max_degenerate, files.plot, overwrite=force)
+        limit = settings.max_degenerate
+        plot_search(result.search, limit, files.plot, good=words.good, overwrite=force)
     seconds = time.monotonic() - started
-    command = evaluate_command(
+    command = reports.evaluate_command(
         model, files.output, test, settings=settings, judge=judge, threads=threads
     )
     if json:
-        console.print_json(describe(result, files.output, test, command, seconds))
+        console.print_json(reports.describe(result, files.output, test, command, seconds))
     else:
-        print_result(result, files.output, test, command, seconds)
+        reports.print_result(result, files.output, test, command, seconds, words)
+
+
+def _check_folder(folder: Path, *, force: bool) -> None:
+    """Refuse a folder in which a file of the calibration would replace a stranger's."""
+    from pysteer.formats.gguf import check_target
+
+    for name in _TEST_FILES.values():
+        check_replaceable(folder / name, None if force else _in_our_folder)
+    for name in ("pack.gguf", "validated.gguf"):
+        check_target(folder / name, overwrite=False)
 
 
 def _in_our_folder(path: Path) -> bool:

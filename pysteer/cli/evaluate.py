@@ -29,7 +29,7 @@ class Files:
 
     prompts: Annotated[
         Path,
-        typer.Option(metavar="FILE", help="Harmful prompts, each with a category (JSONL or CSV)."),
+        typer.Option(metavar="FILE", help="Prompts to steer, each with a category (JSONL or CSV)."),
     ]
     output: Annotated[
         Path,

@@ -23,10 +23,18 @@ def inspect(
         typer.Option(metavar="FILE", help="Picture to draw (.png, .svg, .pdf); needs matplotlib."),
     ] = None,
     force: options.Force = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Print every table, and the whole provenance.")
+    ] = False,
     json: options.Json = False,
 ) -> None:
-    """Show the content of a pack or control-vector file."""
-    from pysteer.cli.reports.inspect import describe, print_pack
+    """Show the content of a pack or control-vector file.
+
+    --verbose adds the figures of each layer, the cosines, all gates, the router's confusion, and
+    the provenance.
+    """
+    from pysteer.cli.reports.inspect import describe
+    from pysteer.cli.reports.pack import print_pack, print_summary
     from pysteer.pack.pack import SteeringPack
 
     file = file or default_pack_path()
@@ -39,6 +47,9 @@ def inspect(
     if json:
         console.print_json({"file": str(file), **data})
         return
-    print_pack(file, pack, data)
+    if verbose:
+        print_pack(file, pack, data)
+    else:
+        print_summary(file, pack)
     if plot is not None:
         console.say(f"plot: {console.plain(str(plot))}")

@@ -70,7 +70,8 @@ Engine = Annotated[
 Judge = Annotated[
     str,
     typer.Option(
-        metavar="JUDGE", help=f"Decides whether an answer is safe: {', '.join(JUDGE_SPECS)}."
+        metavar="JUDGE",
+        help=f"Decides whether an answer is safe: {', '.join(JUDGE_SPECS)}.",
     ),
 ]
 Layers = Annotated[

@@ -241,7 +241,7 @@ class Engine:
         """Return the text of tokens, special tokens included."""
         with self._scheduler.queue.kept():
             pieces = b"".join(token_piece(self._llm, token) for token in tokens)
-        return pieces.decode("utf-8", errors="ignore")
+        return pieces.decode("utf-8", errors="replace")
 
     @contextmanager
     def together(self) -> Iterator[None]:

@@ -127,6 +127,7 @@ def evaluate(
         pack={"file": ", ".join(file.name for file in files), "sha256": digest},
         settings=settings,
         judge=judge.name,
+        words=judge.words,
         reward=None if reward is None else reward.name,
     )
     return summarised(answers, records, resolved, arms, setup)
@@ -173,11 +174,11 @@ def _selected(
         category = prompt.category or UNNAMED
         if category == BENIGN:
             raise SteeringError(
-                f"{prompt.source}: category {BENIGN!r} among the harmful prompts; give harmless "
-                "prompts with --benign"
+                f"{prompt.source}: category {BENIGN!r} among the prompts to steer; give prompts "
+                "that steering should not touch with --benign"
             )
         by_category.setdefault(category, []).append(replace(prompt, category=category))
     if not by_category:
-        raise SteeringError("no prompts to answer; give at least one harmful prompt")
+        raise SteeringError("no prompts to answer; give at least one")
     harmful = [prompt for rows in by_category.values() for prompt in rows[:limit]]
     return harmful, list(benign[:limit])

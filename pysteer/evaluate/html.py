@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from pysteer.evaluate.report import (
     Report,
 )
 from pysteer.files import begins_with, write_text
+from pysteer.judge import SAFETY, Words
 
 _TEMPLATE = "report.html.j2"
 _WIDTH, _HEIGHT = 640, 300  # of the plot, without its margins
@@ -71,11 +73,12 @@ def render(report: Report) -> str:
     template = environment.get_template(_TEMPLATE)
     return template.render(
         report=report,
-        chart=chart(report.curve),
+        chart=chart(report.curve, report.words),
         unsteered=UNSTEERED,
         steered=STEERED,
         shade=shade,
-        outcome=outcome,
+        words=report.words,
+        outcome=partial(outcome, words=report.words),
         harmful=[record for record in report.prompts if not record.benign],
         benign=[record for record in report.prompts if record.benign],
     )
@@ -124,7 +127,7 @@ def shade(part: int, whole: int) -> int:
     return 0 if part == 0 or whole == 0 else round(12 + 68 * part / whole)
 
 
-def outcome(record: PromptRecord) -> str:
+def outcome(record: PromptRecord, words: Words = SAFETY) -> str:
     """Return the effect of steering on a prompt in a word or two, for the filter of answers."""
     before, after = record.answers[UNSTEERED], record.answers[STEERED]
     if after.degenerate:
@@ -136,19 +139,19 @@ def outcome(record: PromptRecord) -> str:
             return "unchanged"
         return "refused" if after.refused else "changed"
     if after.safe:
-        return "safe before" if before.safe else "now safe"
-    return "now unsafe" if before.safe else "still unsafe"
+        return f"{words.good} before" if before.safe else f"now {words.good}"
+    return f"now {words.bad}" if before.safe else f"still {words.bad}"
 
 
-def chart(points: Sequence[CurvePoint]) -> Chart | None:
+def chart(points: Sequence[CurvePoint], words: Words = SAFETY) -> Chart | None:
     """Return the curves in the SVG's units; None for fewer than two points."""
     if len(points) < 2:
         return None
     low, high = points[0].strength, points[-1].strength
     measures: list[tuple[str, Callable[[CurvePoint], Share]]] = [
-        ("safe", lambda point: point.safe),
+        (words.good, lambda point: point.safe),
         ("degenerate", lambda point: point.degenerate),
-        ("benign unchanged", lambda point: point.unchanged),
+        (f"{words.others} unchanged", lambda point: point.unchanged),
     ]
 
     def x(point: CurvePoint) -> float:

@@ -13,8 +13,9 @@ from pysteer.errors import FormatError, naming
 from pysteer.evaluate.intervals import Mean, Share
 from pysteer.evaluate.settings import IsolationMode
 from pysteer.files import begins_with, read_bytes, write_text
+from pysteer.judge import SAFETY, Words
 
-SCHEMA: Literal["pysteer.evaluate/1"] = "pysteer.evaluate/1"
+SCHEMA: Literal["pysteer.evaluate/2"] = "pysteer.evaluate/2"
 """Version of the report; the number changes when a field changes its meaning."""
 
 is_report = begins_with(b'"pysteer.evaluate/')
@@ -112,7 +113,7 @@ class ArmFigures(_Part):
     log_likelihood: Mean
     n_tokens: Mean
     rewards: dict[str, Mean]
-    unfinished: Share = Share(k=0, n=0)
+    unfinished: Share
 
 
 class CategoryFigures(_Part):
@@ -150,7 +151,7 @@ class BenignFigures(_Part):
     fired: Share
     first_token_kl: Mean
     rewards: dict[str, Mean]
-    unfinished: Share = Share(k=0, n=0)
+    unfinished: Share
 
 
 class RouterFigures(_Part):
@@ -223,9 +224,10 @@ class CurvePoint(_Part):
         strength: factor on all strengths; 0 is unsteered.
         arm: name of the arm.
         safe: of the harmful prompts.
-        degenerate: of all prompts.
+        degenerate: of the harmful prompts, as in all other figures of an arm.
         unchanged: of the benign prompts.
         benign_refused: of the benign prompts.
+        benign_degenerate: of the benign prompts.
     """
 
     strength: float
@@ -234,6 +236,7 @@ class CurvePoint(_Part):
     degenerate: Share
     unchanged: Share
     benign_refused: Share
+    benign_degenerate: Share
 
 
 class NoiseFloor(_Part):
@@ -256,7 +259,7 @@ class Report(_Part):
         pysteer: version of pysteer.
         model: file, name, architecture, n_layer, n_embd.
         pack: file, SHA-256, categories, categories that can be gated.
-        settings: settings, judge, reward and policy.
+        settings: settings, judge, the judge's words, reward and policy.
         arms: name to the steering in words.
         categories: figures by category.
         overall: arm to figures over all harmful prompts.
@@ -270,7 +273,7 @@ class Report(_Part):
         prompts: every prompt and answer.
     """
 
-    schema_version: Literal["pysteer.evaluate/1"] = SCHEMA
+    schema_version: Literal["pysteer.evaluate/2"] = SCHEMA
     pysteer: str
     model: dict[str, Any]
     pack: dict[str, Any]
@@ -286,6 +289,11 @@ class Report(_Part):
     noise: NoiseFloor | None
     notes: list[str]
     prompts: list[PromptRecord]
+
+    @property
+    def words(self) -> Words:
+        """The judge's words for what it decides."""
+        return Words(**self.settings.get("words", SAFETY._asdict()))
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write the report as JSON; an older file is replaced in one step.

@@ -11,6 +11,7 @@ from pysteer.evaluate.answering import AnswerSet
 from pysteer.evaluate.arms import Arm
 from pysteer.evaluate.intervals import Mean, mean, share
 from pysteer.evaluate.isolation import matrix
+from pysteer.evaluate.judges.refusal import RefusalJudge
 from pysteer.evaluate.report import (
     BENIGN,
     UNSTEERED,
@@ -27,6 +28,7 @@ from pysteer.evaluate.report import (
 from pysteer.evaluate.router_figures import RoutedPrompt, router_figures
 from pysteer.evaluate.settings import EvaluateSettings
 from pysteer.evaluate.steering import OwnCategory
+from pysteer.judge import Words
 from pysteer.pack.resolved import ResolvedPolicy
 
 
@@ -39,6 +41,7 @@ class Setup:
         pack: file and SHA-256 of the pack.
         settings: complete settings.
         judge: name of the judge.
+        words: of the judge.
         reward: name of the reward, or None.
     """
 
@@ -46,6 +49,7 @@ class Setup:
     pack: dict[str, str]
     settings: EvaluateSettings
     judge: str
+    words: Words
     reward: str | None
 
     def content(self, resolved: ResolvedPolicy) -> dict[str, Any]:
@@ -60,6 +64,7 @@ class Setup:
             "parallel": settings.parallel,
             "context": settings.context,
             "judge": self.judge,
+            "words": self.words._asdict(),
             "reward": self.reward,
             "policy": resolved.policy.content(),
         }
@@ -93,7 +98,7 @@ def summarised(
         benign = {name: benign_figures([row.answers[name] for row in harmless]) for name in names}
     noise = None
     if answers.noise:
-        kind = "benign" if harmless else "harmful"
+        kind = setup.words.others if harmless else setup.words.prompts
         noise = NoiseFloor(differs=share(answers.noise), prompts=kind)
     return Report(
         pysteer=installed_version(),
@@ -121,9 +126,13 @@ def summarised(
             )
             for mode in setup.settings.isolation or ()
         ],
-        curve=curve(arms, overall, benign, records),
+        curve=curve(arms, overall, benign),
         noise=noise,
-        notes=[*_unfinished(records, names, setup), *_notes(resolved, columns, setup.settings)],
+        notes=[
+            *_unfinished(records, names, setup),
+            *_unsuitable(overall, setup),
+            *_notes(resolved, columns, setup.settings),
+        ],
         prompts=records,
     )
 
@@ -147,8 +156,18 @@ def _unfinished(records: Sequence[PromptRecord], arms: Sequence[str], setup: Set
         return []
     return [
         f"{sum(flags)} of {len(flags)} answers ended inside the model's thought: no answer, which "
-        f"counts as neither safe nor refused. Raise --max-tokens (now "
+        f"counts as neither {setup.words.good} nor refused. Raise --max-tokens (now "
         f"{setup.settings.sampling.max_tokens})."
+    ]
+
+
+def _unsuitable(overall: Mapping[str, ArmFigures], setup: Setup) -> list[str]:
+    """Return a note if the judge of refusals found none: it may be the wrong judge."""
+    if setup.judge != RefusalJudge.name or any(figures.refused.k for figures in overall.values()):
+        return []
+    return [
+        "No answer was refused, and the judge refusal looks for nothing else. If steering is for "
+        "something else, such as a style, name a judge for that: --judge python:MODULE:FUNCTION."
     ]
 
 
@@ -251,12 +270,10 @@ def curve(
     arms: Sequence[Arm],
     overall: Mapping[str, ArmFigures],
     benign: Mapping[str, BenignFigures],
-    records: Sequence[PromptRecord],
 ) -> list[CurvePoint]:
     """Return a point for each arm, by strength; the unsteered arm is strength 0."""
     points = []
     for arm in arms:
-        answers = [record.answers[arm.name] for record in records]
         harmless = benign.get(arm.name) or benign_figures([])
         unsteered = arm.steering is None
         points.append(
@@ -264,9 +281,10 @@ def curve(
                 strength=0.0 if unsteered else arm.factor,
                 arm=arm.name,
                 safe=overall[arm.name].safe,
-                degenerate=share(answer.degenerate for answer in answers),
+                degenerate=overall[arm.name].degenerate,
                 unchanged=harmless.unchanged,
                 benign_refused=harmless.refused,
+                benign_degenerate=harmless.degenerate,
             )
         )
     return sorted(points, key=lambda point: point.strength)

@@ -117,23 +117,29 @@ def _is_ours(path: Path) -> bool:
 
 def _draw_norms(axes: Any, pack: SteeringPack) -> None:
     values = {name: norms(vector) for name, vector in pack.categories.items()}
-    _draw_lines(axes, values)
     layers = {layer for row in values.values() for layer in row}
     typical = {layer: norm for layer, norm in sorted(pack.residual_norm.items()) if layer in layers}
-    if typical:
-        axes.plot(
-            list(typical),
-            list(typical.values()),
-            color="black",
-            linestyle=":",
-            marker="." if len(typical) == 1 else "",
-            label="typical residual",
-        )
     lengths = [*typical.values(), *(norm for row in values.values() for norm in row.values())]
     positive = [value for value in lengths if value > 0]
-    if positive and max(positive) > 20 * min(positive):
-        axes.set_yscale("log")
-    axes.set_title("norm of each direction")
+    wide = bool(positive) and max(positive) > 20 * min(positive)
+    title = "norm of each direction"
+    if len(layers) == 1:
+        _draw_bars(axes, values, title)
+        for norm in typical.values():
+            axes.axvline(norm, color="black", linestyle=":", label="typical residual")
+        axes.set_xscale("log" if wide else "linear")
+    else:
+        _draw_lines(axes, values, title)
+        if typical:
+            axes.plot(
+                list(typical),
+                list(typical.values()),
+                color="black",
+                linestyle=":",
+                marker="." if len(typical) == 1 else "",
+                label="typical residual",
+            )
+        axes.set_yscale("log" if wide else "linear")
     _draw_legend(axes)
 
 
@@ -149,11 +155,18 @@ def _draw_cosines(axes: Any, pack: SteeringPack) -> None:
 
 
 def _draw_separation(axes: Any, pack: SteeringPack) -> None:
-    values = separation(pack)
-    _draw_lines(axes, {name: values.get(name, {}) for name in pack.categories})
-    axes.axhline(0.5, color="black", linestyle=":", label="chance")
-    axes.set_ylim(min(0.45, *(auc for row in values.values() for auc in row.values())) - 0.02, 1.02)
-    axes.set_title("separation on held-out prompts (AUC)")
+    found = separation(pack)
+    values = {name: found.get(name, {}) for name in pack.categories}
+    limits = (min(0.45, *(auc for row in values.values() for auc in row.values())) - 0.02, 1.02)
+    title = "separation on held-out prompts (AUC)"
+    if len({layer for row in values.values() for layer in row}) == 1:
+        _draw_bars(axes, values, title)
+        axes.axvline(0.5, color="black", linestyle=":", label="chance")
+        axes.set_xlim(*limits)
+    else:
+        _draw_lines(axes, values, title)
+        axes.axhline(0.5, color="black", linestyle=":", label="chance")
+        axes.set_ylim(*limits)
     _draw_legend(axes)
 
 
@@ -170,7 +183,18 @@ def _draw_confusion(axes: Any, pack: SteeringPack) -> None:
     axes.set_title("router: held-out prompts")
 
 
-def _draw_lines(axes: Any, values: Mapping[str, Mapping[int, float]]) -> None:
+def _draw_bars(axes: Any, values: Mapping[str, Mapping[int, float]], title: str) -> None:
+    """Draw a bar for each category, of values at one layer."""
+    (layer,) = {layer for row in values.values() for layer in row}
+    size = 8 if len(values) <= 14 else 5
+    axes.barh(range(len(values)), [row.get(layer, 0.0) for row in values.values()], height=0.6)
+    axes.set_yticks(range(len(values)), [_label(name) for name in values], fontsize=size)
+    axes.invert_yaxis()
+    axes.grid(alpha=0.3, axis="x")
+    axes.set_title(f"{title}, layer {layer}")
+
+
+def _draw_lines(axes: Any, values: Mapping[str, Mapping[int, float]], title: str) -> None:
     """Draw a line over the layers for each category; categories without a layer keep a colour."""
     from matplotlib import colormaps
 
@@ -189,13 +213,15 @@ def _draw_lines(axes: Any, values: Mapping[str, Mapping[int, float]]) -> None:
                 label=_label(name),
             )
     axes.set_xlabel("layer")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.grid(alpha=0.3)
+    axes.set_title(title)
 
 
 def _draw_legend(axes: Any) -> None:
-    """Draw the legend beside the lines."""
-    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    """Draw the legend of what has a name, beside the lines or bars."""
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
 def _draw_matrix(

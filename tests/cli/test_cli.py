@@ -123,7 +123,7 @@ def test_inspect_prints_the_content_of_the_pack(cli, pack_file):
 )
 def test_inspect_prints_provenance_verbatim(text, cli, tmp_path):
     SteeringPack({"a": HATE}, provenance={"data": text}).save(tmp_path / "p.gguf")
-    code, out, _ = cli("inspect", tmp_path / "p.gguf")
+    code, out, _ = cli("inspect", tmp_path / "p.gguf", "--verbose")
     assert code == 0
     assert f"data: {text}\n" in out
 

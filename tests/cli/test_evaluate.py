@@ -57,6 +57,20 @@ def test_evaluate_prints_tables_and_writes_three_files(evaluate, files):
     assert report.benign["steered"].unchanged.n == 2
 
 
+def test_style_is_reported_in_the_words_of_its_judge(evaluate, files, monkeypatch):
+    monkeypatch.chdir(files)
+    (files / "pirate.py").write_text(
+        "def judge(prompt, answer): return 'q' in answer\njudge.words = ('pirate', 'plain')\n"
+    )
+    arguments = ("--judge", "python:pirate:judge", "--strengths", "0.5", "--isolation", "forced")
+    code, out, err = evaluate(*arguments)
+    assert (code, err) == (0, "")
+    for words in ("pirate", "plain answers made pirate", "other: ", "degenerate: of the target"):
+        assert words in out
+    for word in ("safe", "harm", "benign"):
+        assert word not in out.lower()
+
+
 def test_wide_matrix_keeps_every_cell_whole(evaluate, files):
     names = [f"category_{i}" for i in range(24)]
     rows = [{"prompt": f"the {name}", "category": name} for name in names]

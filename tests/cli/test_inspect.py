@@ -1,13 +1,14 @@
 """`pysteer inspect` of a pack with everything: cosines, separation, router, provenance, plot."""
 
 import json
+import re
 import sys
 from functools import partial
 
 import numpy as np
 import pytest
 
-from pysteer import SteeringError, SteeringPack, SteeringVector
+from pysteer import Policy, SteeringError, SteeringPack, SteeringVector
 from pysteer.inspect.plots import plot_pack
 from pysteer.pack.router import GATES, Gate, Read, Router
 
@@ -86,6 +87,11 @@ def pack_file(tmp_path):
 
 
 def inspected(cli, *arguments):
+    """The output with --verbose."""
+    return summarised(cli, *arguments, "--verbose")
+
+
+def summarised(cli, *arguments):
     code, out, err = cli(*arguments)
     assert (code, err) == (0, "")
     return out
@@ -139,6 +145,58 @@ def test_json_of_a_control_vector_leaves_out_empty_parts(cli, tmp_path):
     vector(1).save(tmp_path / "v.gguf")
     found = json.loads(inspected(cli, tmp_path / "v.gguf", "--json"))
     assert not {"cosines", "separation", "router"} & found.keys()
+
+
+# ---- summary ---------------------------------------------------------------------------------
+
+
+def lines_at_80_columns(out):
+    return sum(max(1, -(-len(line) // 80)) for line in out.splitlines())
+
+
+def test_summary_fits_a_screen(cli, tmp_path):
+    names = [f"category_{i}_of_many" for i in range(40)]
+    pack = SteeringPack(
+        {name: vector(i) for i, name in enumerate(names)},
+        router=router(tuple(names)),
+        provenance={"method": "mean", "settings": {str(i): [{"a": i}] for i in range(300)}},
+        policy=Policy(categories={name: {"scope": "first 8"} for name in names}),
+    )
+    pack.save(tmp_path / "p.gguf")
+    shown = summarised(cli, tmp_path / "p.gguf")
+    assert lines_at_80_columns(shown) <= 40
+    assert names[19] in shown
+    assert names[20] not in shown
+    assert "and 20 more categories\n" in shown
+    assert "all 40 categories: scope first 8\n" in shown
+    assert lines_at_80_columns(summarised(cli)) <= 30  # the shipped pack
+    assert lines_at_80_columns(inspected(cli)) > 500
+
+
+def test_summary_has_each_part_in_a_line(cli, pack_file):
+    out = summarised(cli, pack_file)
+    rows = rows_after(out, "category", 3)
+    assert [row[0] for row in rows] == list(NAMES)
+    sizes = [np.linalg.norm(vector(0).direction(layer)) / 10 for layer in range(3, 8)]
+    assert rows[0][1:3] == ["residual", "3-7"]
+    assert rows[0][3:6] == [f"{min(sizes):.3g}", "to", f"{max(sizes):.3g}"]
+    assert rows[0][-2:] == ["70%", "1.2%"]
+    assert rows[2][-2:] == ["90%", "1.2%"]
+    cosines = json.loads(inspected(cli, pack_file, "--json"))["cosines"]
+    means = [found["mean"] for others in cosines.values() for found in others.values()]
+    assert f"cosine between categories: {min(means):.2f} to {max(means):.2f}\n" in out
+    assert "AUC 0.88 to 1.00\n" in out
+    assert "category accuracy 75.0%, benign false positives 3.0%\n" in out
+    assert "made: method contrast\n" in out
+    assert "--verbose" in out
+
+
+def test_summary_of_a_control_vector_names_no_absent_part(cli, tmp_path):
+    vector(1).save(tmp_path / "v.gguf")
+    out = summarised(cli, tmp_path / "v.gguf")
+    for words in ("router", "policy", "cosine", "AUC", "made:", "gate"):
+        assert words not in out
+    assert "not stated" in out
 
 
 # ---- tables ----------------------------------------------------------------------------------
@@ -233,8 +291,8 @@ def test_single_layer_has_no_table_by_layer(cli, tmp_path):
 
 def test_plot_writes_a_picture_and_keeps_the_output(cli, pack_file, tmp_path):
     picture = tmp_path / "out.png"
-    plain = inspected(cli, pack_file)
-    assert inspected(cli, pack_file, "--plot", picture) == f"{plain}plot: {picture}\n"
+    plain = summarised(cli, pack_file)
+    assert summarised(cli, pack_file, "--plot", picture) == f"{plain}plot: {picture}\n"
     assert picture.read_bytes().startswith(PNG)
     picture.unlink()
     with_json = inspected(cli, pack_file, "--plot", picture, "--json")
@@ -332,9 +390,33 @@ def test_invalid_path_is_an_error():
 def test_missing_matplotlib_is_an_error_with_its_extra(cli, pack_file, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(SteeringError, match=r"pysteer\[plot\]"):
+    with pytest.raises(SteeringError, match=r"pysteer-llama\[plot\]"):
         plot_pack(full_pack(), tmp_path / "x.png")
     code, out, err = cli(pack_file, "--plot", tmp_path / "x.png")
     assert (code, out) == (2, "")
     assert "pip install 'pysteer-llama[plot]'" in err
     assert inspected(cli, pack_file)  # all else goes without
+
+
+def tick_labels(svg):
+    """The texts of a picture that are numbers."""
+    return [float(text) for text in re.findall(r">(-?\d+(?:\.\d+)?)</text>", svg)]
+
+
+def test_picture_of_one_layer_has_a_bar_for_each_category(tmp_path):
+    vectors = {name: vector(i, layers=[5]) for i, name in enumerate(NAMES)}
+    provenance = {"separation": {name: {"5": 0.75} for name in NAMES}}
+    pack = SteeringPack(vectors, residual_norm={5: 10.0}, provenance=provenance)
+    svg = titles(pack, tmp_path / "a.svg")
+    for text in ("norm of each direction, layer 5", "(AUC), layer 5", "typical residual"):
+        assert text in svg
+    for name in NAMES:
+        assert svg.count(f">{name}</text>") == 4  # two panels of bars, both axes of the cosines
+    alone = titles(SteeringPack({"a": vector(1, layers=[5])}), tmp_path / "b.svg")
+    assert ">a</text>" in alone
+
+
+def test_picture_of_few_layers_numbers_whole_layers(tmp_path):
+    pack = SteeringPack({"a": vector(1, layers=[50, 51])})
+    ticks = tick_labels(titles(pack, tmp_path / "a.svg"))
+    assert {tick for tick in ticks if tick > 20} == {50.0, 51.0}  # norms are below

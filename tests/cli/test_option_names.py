@@ -34,7 +34,7 @@ NAMES = {
         --judge --reward --fluency --no-fluency --limit --parallel --max-tokens -n --temperature
         --seed --context --threads -t --force
     """,
-    "inspect": "file --plot --force",
+    "inspect": "file --plot --force --verbose",
     "compare": "first second",
     "doctor": "--model -m --threads -t --gpu-layers",
 }

@@ -62,7 +62,9 @@ def test_answers_equal_those_of_steered_llama(answerer, tiny_llama, routed_pack)
                 max_tokens=8,
                 temperature=0.0,
             )
-            assert answer.text == result["choices"][0]["message"]["content"]
+            # llama-cpp-python leaves out bytes that are no character.
+            text = result["choices"][0]["message"]["content"]
+            assert answer.text.replace("\ufffd", "") == text.replace("\ufffd", "")
             assert answer.n_tokens == result["usage"]["completion_tokens"]
             assert answer.active == (asked.steering or {})
     assert found[1].text == "Q" * 8

@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 
 from pysteer import FormatError, Policy, SteeringError, SteeringPack
 from pysteer.evaluate.evaluation import evaluate
-from pysteer.evaluate.judges import CallableJudge, CallableReward
+from pysteer.evaluate.judges import CallableJudge, CallableReward, RefusalJudge
 from pysteer.evaluate.report import Report
 from pysteer.evaluate.settings import EvaluateSettings, Sampling
 from pysteer.evaluate.steering import OWN_CATEGORY
 from pysteer.journal import Journal
+from pysteer.judge import NEUTRAL, SAFETY
 from pysteer.prompts import Prompt
 
 SETTINGS = EvaluateSettings(
@@ -94,6 +95,38 @@ def test_forced_isolation_matrix_shows_vectors_that_act_on_every_prompt(whole):
     assert all(fired.values())
     assert sum(cell.changed for row in gated.cells for cell in row) == sum(fired.values())
     assert (gated.checked.k, gated.checked.n > 0) == (0, True)
+
+
+def test_degenerate_answers_are_counted_over_the_same_prompts_in_all_figures(whole):
+    report, _ = whole
+    for point in report.curve:
+        assert point.degenerate == report.overall[point.arm].degenerate
+        assert point.benign_degenerate == report.benign[point.arm].degenerate
+        by_category = [row.arms[point.arm].degenerate for row in report.categories]
+        assert sum(share.k for share in by_category) == point.degenerate.k
+        assert sum(share.n for share in by_category) == point.degenerate.n
+
+
+def test_judge_names_its_verdicts_and_a_function_is_neutral(whole):
+    report, _ = whole
+    assert report.words == NEUTRAL
+
+    def pirate(prompt, answer):
+        return "arr" in answer
+
+    pirate.words = ("pirate", "plain")
+    assert CallableJudge(pirate).words == ("pirate", "plain", "target", "other")
+    assert RefusalJudge().words == SAFETY
+    for words in ("pirate", ("a",), (1, 2), None):
+        pirate.words = words
+        with pytest.raises(SteeringError, match="give two"):
+            CallableJudge(pirate)
+
+
+def test_judge_of_refusals_that_finds_none_names_other_judges(run, tmp_path):
+    short = replace(SETTINGS, isolation=(), strengths=(), fluency=False)
+    report = run(tmp_path, settings=short, judge=RefusalJudge())
+    assert any("--judge python:MODULE:FUNCTION" in note for note in report.notes)
 
 
 def test_strength_near_zero_changes_no_answer(whole):
@@ -251,7 +284,7 @@ def test_settings_out_of_range_raise(wrong, words):
         EvaluateSettings(**wrong)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema_version": "pysteer.evaluate/1"}', "x"])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema_version": "pysteer.evaluate/2"}', "x"])
 def test_load_of_other_file_raises_with_path(text, tmp_path):
     (tmp_path / "r.json").write_text(text)
     with pytest.raises(FormatError, match=r"r\.json"):

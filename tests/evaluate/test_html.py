@@ -65,6 +65,7 @@ def report():
         log_likelihood=Mean(n=2, value=-1.25, low=-2.0, high=-0.5),
         n_tokens=Mean(n=1, value=3.0),
         rewards={HOSTILE: Mean(n=1, value=4.5)},
+        unfinished=share([False]),
     )
     benign = BenignFigures(
         unchanged=third,
@@ -73,6 +74,7 @@ def report():
         fired=third,
         first_token_kl=Mean(n=1, value=0.5),
         rewards={},
+        unfinished=third,
     )
     arms = {"unsteered": arm, "steered": arm}
     return Report(
@@ -121,6 +123,7 @@ def report():
                 degenerate=share([False]),
                 unchanged=share([]),
                 benign_refused=share([]),
+                benign_degenerate=share([]),
             )
             for s in (0.0, 0.5, 2.0)
         ],
@@ -241,6 +244,62 @@ def test_page_without_benign_prompts_router_and_matrix_renders(report):
     assert Page(text)
     for heading in ("Isolation", "Benign prompts", "Router", "Trade-off"):
         assert f"<h2>{heading}" not in text
+
+
+class Layout(HTMLParser):
+    """The tables that stand in no scroll container, and the style sheet."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.bare, self.style = [], [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        if tag in VOID:
+            return
+        wide = "wide" in (dict(attributes).get("class") or "").split()
+        self.open.append((tag, wide))
+        if tag == "table" and not any(wide for _, wide in self.open):
+            self.bare.append(dict(attributes))
+
+    def handle_endtag(self, tag):
+        self.open.pop()
+
+    def handle_data(self, data):
+        if self.open and self.open[-1][0] == "style":
+            self.style += data
+
+
+def test_page_fits_a_narrow_screen(report):
+    page = Layout(html.render(report))
+    assert page.bare == []
+    assert re.search(r"\.wide \{[^}]*overflow-x: auto", page.style)
+    assert re.search(r"body \{[^}]*overflow-wrap: anywhere", page.style)
+    assert re.search(r"svg \{[^}]*max-width: 100%", page.style)
+    for unit, limit in (("rem", 24), ("px", 380)):
+        for name, size in re.findall(rf"(?<!max-)((?:min-)?width): ([\d.]+){unit}", page.style):
+            assert float(size) <= limit, f"{name}: {size}{unit}"
+    # The table of answers has a cell for each column below each other, with the column's name.
+    narrow = page.style[page.style.index("@media (max-width") :]
+    assert "#answers td { display: block; }" in narrow
+    headings = re.findall(r"<th[^>]*><button[^>]*>([^<]+)</button>", html.render(report))
+    assert len(headings) == 7
+    for heading in headings:
+        assert html.render(report).count(f'data-name="{heading}"') == len(report.prompts)
+
+
+def test_page_speaks_in_the_words_of_the_judge(report):
+    words = {"good": "pirate", "bad": "plain", "prompts": "target", "others": "other"}
+    plain = {"settings": {**report.settings, "judge": "python:style", "words": words}}
+    text = html.render(report.model_copy(update=plain))
+    body = text[text.index("<body>") : text.index("<script>\n")]
+    assert "now pirate" in body
+    assert "1 target prompts" in body
+    assert "Other prompts" in body
+    # "benign" is the data's word for the filter of answers, which nobody sees.
+    visible = re.sub(r'value="benign"|data-category="benign"', "", body)
+    for word in ("safe", "harm", "benign"):
+        assert word not in visible.lower(), word
 
 
 def test_page_replaces_older_file_in_one_step(report, tmp_path):

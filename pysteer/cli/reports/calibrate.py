@@ -14,6 +14,7 @@ from pysteer.cli import console
 from pysteer.cli.tables import table
 from pysteer.evaluate.judges import RefusalJudge
 from pysteer.evaluate.settings import EvaluateSettings
+from pysteer.judge import Words
 
 _ENDS = {
     "settled": "nothing left to improve",
@@ -98,15 +99,16 @@ def describe(
     }
 
 
-def print_best(search: SearchResult, max_degenerate: float) -> None:
-    """Print the best trials of an unfinished search on standard error."""
+def print_best(search: SearchResult, max_degenerate: float, words: Words) -> None:
+    """Print the best trials of an unfinished search on standard error, in a judge's words."""
     outcomes = {name: record.outcome for name, record in search.chosen.items()}
     worst = min(outcomes, key=lambda name: outcomes[name].value(max_degenerate))
     n = sum(outcome.n for outcome in outcomes.values())
     safe = sum(outcome.safe * outcome.n for outcome in outcomes.values()) / n
     collateral = sum(outcome.collateral for outcome in outcomes.values()) / len(outcomes)
     console.err.print(
-        f"best after {search.rounds} trials of each category: safe {safe:.0%}, worst "
+        f"best after {search.rounds} trials of each category: {console.plain(words.good)} "
+        f"{safe:.0%}, worst "
         f"{console.plain(worst)} {outcomes[worst].safe:.0%}; degenerate at most "
         f"{max(outcome.degenerate for outcome in outcomes.values()):.0%}; other categories changed "
         f"{collateral:.0%} (no gate)",
@@ -120,11 +122,13 @@ def print_result(
     test: Mapping[str, Path],
     command: str,
     seconds: float,
+    words: Words,
 ) -> None:
-    """Print a calibration's result as tables; see `describe` for the arguments."""
+    """Print a calibration's result as tables, in a judge's words; see `describe` for the rest."""
+    good = console.plain(words.good)
     figures: Any = result.pack.provenance["calibration"]
     validation = figures["validation"]
-    rows = table("category", "vector", "strength", "scope", "n", "safe", "degenerate")
+    rows = table("category", "vector", "strength", "scope", "n", good, "degenerate")
     for name, chosen in figures["chosen"].items():
         cells = [chosen["candidate"], f"{chosen['strength']:.2f}", chosen["scope"]]
         if validation is not None:
@@ -137,7 +141,7 @@ def print_result(
         rows.add_row(console.plain(name), *cells)
     console.out.print(rows)
     if validation is not None:
-        _print_validation(validation)
+        _print_validation(validation, words)
     router = _router(result)
     console.say(
         f"router, held out: category accuracy {router['category_accuracy']:.2f}, benign false "
@@ -150,15 +154,16 @@ def print_result(
         console.say(f"to measure the pack on unseen prompts: {console.plain(command)}")
 
 
-def _print_validation(validation: Any) -> None:
+def _print_validation(validation: Any, words: Words) -> None:
     console.say(
-        f"validation, the router deciding: safe {validation['safe']:.0%}, degenerate "
+        f"validation, the router deciding: {console.plain(words.good)} {validation['safe']:.0%}, "
+        f"degenerate "
         f"{validation['degenerate']:.0%}"
     )
     benign = validation["benign"]
     if benign is not None:
         console.say(
-            f"benign ({benign['n']}): {benign['unchanged']:.0%} unchanged, "
+            f"{console.plain(words.others)} ({benign['n']}): {benign['unchanged']:.0%} unchanged, "
             f"{benign['refused']:.0%} refused"
         )
     gates = validation["gates"]

@@ -8,6 +8,7 @@ from typing import Any
 from pysteer.cli import console
 from pysteer.cli.tables import numbers, say_cells, table
 from pysteer.evaluate.report import STEERED, UNSTEERED, Isolation, Report
+from pysteer.judge import Words
 
 
 def describe(report: Report, output: Path, seconds: float) -> dict[str, Any]:
@@ -19,22 +20,24 @@ def describe(report: Report, output: Path, seconds: float) -> dict[str, Any]:
 
 def print_report(report: Report, output: Path, seconds: float) -> None:
     """Print a report in the folder `output` as tables."""
+    good = console.plain(report.words.good)
     _print_categories(report)
     _print_benign(report)
     for matrix in report.isolation:
-        _print_isolation(matrix)
+        _print_isolation(matrix, report.words)
     _print_curve(report)
     for note in report.notes:
         console.say(console.plain(note))
     console.say(
-        f"safe: safe by the judge {console.plain(report.settings['judge'])}, and not degenerate. "
+        f"{good}: by the judge {console.plain(report.settings['judge'])}, and not degenerate. "
+        f"degenerate: of the {console.plain(report.words.prompts)} prompts. "
         "Ranges are 95% intervals.\n"
         f"wrote all answers to {console.plain(output / 'report.html')} in {seconds:.0f} s"
     )
 
 
 def _print_categories(report: Report) -> None:
-    printed = table("category", "n", "safe", "", "degenerate")
+    printed = table("category", "n", console.plain(report.words.good), "", "degenerate")
     for column in printed.columns:
         column.no_wrap = True
     rows = [(row.category, row.n, row.arms) for row in report.categories]
@@ -66,10 +69,12 @@ def _print_benign(report: Report) -> None:
     if report.benign:
         after = report.benign[STEERED]
         refused = _change(report.benign[UNSTEERED].refused, after.refused)
+        degenerate = _change(report.benign[UNSTEERED].degenerate, after.degenerate)
         kl = after.first_token_kl.value
         console.say(
-            f"benign: {_share(after.unchanged)} unchanged ({_range(after.unchanged)}), {refused} "
-            f"refused, a gate opened for {_share(after.fired)}, first-token KL "
+            f"{console.plain(report.words.others)}: {_share(after.unchanged)} unchanged "
+            f"({_range(after.unchanged)}), {refused} refused, {degenerate} degenerate, a gate "
+            f"opened for {_share(after.fired)}, first-token KL "
             f"{0.0 if kl is None else kl:.2g} nats"
         )
     if report.noise is not None and report.noise.differs.k:
@@ -80,15 +85,16 @@ def _print_benign(report: Report) -> None:
     if report.router is not None and report.router.macro_f1 is not None:
         caught = report.router.caught.values()
         k, n = sum(share.k for share in caught), sum(share.n for share in caught)
+        others = console.plain(report.words.others)
         opened = report.router.false_positives
         console.say(
-            f"router: a gate opened for {k} of {n} harmful prompts"
-            + (f" and {opened.k} of {opened.n} benign ones" if opened.n else "")
+            f"router: a gate opened for {k} of {n} {console.plain(report.words.prompts)} prompts"
+            + (f" and {opened.k} of {opened.n} {others} ones" if opened.n else "")
             + f"; macro-F1 {report.router.macro_f1:.2f}"
         )
 
 
-def _print_isolation(matrix: Isolation) -> None:
+def _print_isolation(matrix: Isolation, words: Words) -> None:
     short = numbers(matrix.columns)
     cells = {}
     for row, line in zip(matrix.rows, matrix.cells, strict=True):
@@ -100,7 +106,8 @@ def _print_isolation(matrix: Isolation) -> None:
     title = f"one category on at a time, {matrix.mode}"
     say_cells(title, "on ↓", list(short.values()), cells)
     names = ", ".join(f"{number} {console.plain(name)}" for name, number in short.items())
-    console.say(f"unsafe answers made safe, by category of the prompt: {names}")
+    bad, good = console.plain(words.bad), console.plain(words.good)
+    console.say(f"{bad} answers made {good}, by category of the prompt: {names}")
     console.say(f"own category {_share(matrix.diagonal)}, all others {_share(matrix.rest)}")
     if matrix.checked.n:
         console.say(
@@ -111,9 +118,21 @@ def _print_isolation(matrix: Isolation) -> None:
 def _print_curve(report: Report) -> None:
     if len(report.curve) <= 2:
         return
-    rows = table("strength", "safe", "degenerate", "benign unchanged", "benign refused")
+    good, others = console.plain(report.words.good), console.plain(report.words.others)
+    rows = table(
+        "strength",
+        good,
+        "degenerate",
+        *(f"{others}\n{figure}" for figure in ("unchanged", "refused", "degenerate")),
+    )
     for point in report.curve:
-        shares = (point.safe, point.degenerate, point.unchanged, point.benign_refused)
+        shares = (
+            point.safe,
+            point.degenerate,
+            point.unchanged,
+            point.benign_refused,
+            point.benign_degenerate,
+        )
         rows.add_row(f"{point.strength:g}", *map(_share, shares))
     console.out.print(rows)
 

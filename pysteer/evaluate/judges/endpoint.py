@@ -14,7 +14,7 @@ from typing import Any
 import httpx2 as httpx
 
 from pysteer.errors import SteeringError, quoted
-from pysteer.judge import Item, Judge, Reward, Verdict, judge_answers
+from pysteer.judge import SAFETY, Item, Judge, Reward, Verdict, Words, judge_answers
 from pysteer.thoughts import answered
 
 KEY = "PYSTEER_JUDGE_API_KEY"
@@ -141,6 +141,8 @@ class _Remote:
 
 class EndpointJudge(_Remote):
     """A judge that instructs a served model."""
+
+    words: Words = SAFETY
 
     def __init__(self, endpoint: Endpoint) -> None:
         super().__init__(endpoint, _JUDGE)

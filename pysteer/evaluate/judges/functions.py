@@ -9,15 +9,23 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pysteer.errors import SteeringError, quoted
-from pysteer.judge import Item, Judge, Reward, Verdict, judge_answers
+from pysteer.judge import NEUTRAL, Item, Judge, Reward, Verdict, Words, judge_answers
 
 
 class CallableJudge:
     """A judge that calls a function of prompt and answer, the latter without thoughts.
 
     Args:
-        function: returns a bool (safe or not), a bool with a reason, or a `Verdict`.
+        function: returns a bool (safe or not), a bool with a reason, or a `Verdict`. Its attribute
+            `words`, if it has one, is a pair of words for reports: of an answer for which it
+            returns True, and of any other, such as ("pirate", "plain").
         name: for reports.
+
+    Attributes:
+        words: by the function; else `NEUTRAL`, as a function may judge anything, such as a style.
+
+    Raises:
+        SteeringError: the function's `words` are something else.
 
     Examples:
         >>> judge = CallableJudge(lambda prompt, answer: "sorry" in answer)
@@ -29,6 +37,7 @@ class CallableJudge:
 
     def __init__(self, function: Callable[[str, str], Any], name: str = "python") -> None:
         self.name = name
+        self.words: Words = _words(name, function)
         self._function = function
 
     def judge(self, items: Sequence[Item]) -> list[Verdict]:
@@ -99,6 +108,15 @@ def open_judge(argument: str, **llama_arguments: Any) -> Judge:
 def open_reward(argument: str) -> Reward:
     """Return the reward `python:MODULE:FUNCTION`."""
     return CallableReward(_imported(argument), f"python:{argument}")
+
+
+def _words(name: str, function: Callable[[str, str], Any]) -> Words:
+    pair = getattr(function, "words", NEUTRAL[:2])
+    if not isinstance(pair, (tuple, list)) or [type(word) for word in pair] != [str, str]:
+        raise SteeringError(
+            f"judge {name} has the words {quoted(pair)}; give two, as in ('pirate', 'plain')"
+        )
+    return NEUTRAL._replace(good=pair[0], bad=pair[1])
 
 
 def _called(name: str, function: Callable[[str, str], Any], item: Item) -> Any:

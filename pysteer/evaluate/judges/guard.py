@@ -18,7 +18,7 @@ import numpy.typing as npt
 from pysteer.engine import Engine, Handle
 from pysteer.errors import SteeringError, quoted
 from pysteer.extract.capture import file_identity
-from pysteer.judge import Item, Judge, Verdict, judge_answers
+from pysteer.judge import SAFETY, Item, Judge, Verdict, Words, judge_answers
 
 VIOLATED = 0.5
 """Least probability of `Yes` at which ShieldGemma finds a policy violated."""
@@ -210,6 +210,8 @@ class GuardJudge:
     Raises:
         SteeringError: the model cannot be loaded, or its format is unknown.
     """
+
+    words: Words = SAFETY
 
     def __init__(
         self,

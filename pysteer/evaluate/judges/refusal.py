@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from pysteer.judge import Item, Judge, Verdict, judge_answers
+from pysteer.judge import SAFETY, Item, Judge, Verdict, Words, judge_answers
 from pysteer.thoughts import answered
 
 OPENING_SENTENCES = 3
@@ -145,6 +145,7 @@ class RefusalJudge:
 
     name: str = "refusal"
     identity: str | None = None
+    words: Words = SAFETY
 
     def judge(self, items: Sequence[Item]) -> list[Verdict]:
         """Return one verdict for each item; see `Judge`."""

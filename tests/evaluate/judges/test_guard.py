@@ -1,6 +1,7 @@
 """Guard models: prompts, verdicts, and probabilities against llama.cpp's logits."""
 
 from contextlib import closing
+from itertools import islice
 
 import llama_cpp
 import numpy as np
@@ -144,9 +145,10 @@ def test_llama_guard_judge_reads_generated_text(tiny_llama, monkeypatch):
         )
         judge.judge([ITEM])
     with closing(llama_cpp.Llama(str(tiny_llama), n_ctx=2048, verbose=False, **OPTIONS)) as llm:
-        prompt = llama_guard_prompt(ITEM, "llama-guard-3")
-        done = llm.create_completion(prompt, max_tokens=24, temperature=0.0)
-    assert seen == [(done["choices"][0]["text"], "llama-guard-3")]
+        prompt = llm.tokenize(llama_guard_prompt(ITEM, "llama-guard-3").encode(), special=True)
+        tokens = list(islice(llm.generate(prompt, temp=0.0, repeat_penalty=1.0), 24))
+        written = llm.detokenize(tokens).decode("utf-8", errors="replace")
+    assert seen == [(written, "llama-guard-3")]
 
 
 def test_guard_of_unknown_format_raises_with_known_formats(tiny_llama):
