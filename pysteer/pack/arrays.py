@@ -40,6 +40,28 @@ def _same(a: Any, b: Any) -> bool:
     return np.array_equal(a, b) if isinstance(a, np.ndarray) else bool(a == b)
 
 
+def to_numpy(value: object) -> npt.NDArray[Any]:
+    """Return `value` as an array of one of numpy's own types.
+
+    bfloat16 becomes float32. Tensors of torch are taken from their device and graph; torch is not
+    imported.
+
+    Raises:
+        TypeError, ValueError, OverflowError, RecursionError: not an array.
+    """
+    try:
+        array = np.asarray(value)
+    except (TypeError, RuntimeError):
+        if not hasattr(value, "detach"):
+            raise
+        # numpy takes no bfloat16, no tensor with a gradient, and none on a device.
+        tensor: Any = value
+        array = np.asarray(tensor.detach().cpu().float())
+    if array.dtype.isbuiltin == 2:  # a type of another package, such as bfloat16 of ml_dtypes
+        array = array.astype(np.float32)
+    return array
+
+
 def as_array(value: object, kinds: str, what: str) -> npt.NDArray[Any]:
     """Return `value` as an array.
 
@@ -52,7 +74,7 @@ def as_array(value: object, kinds: str, what: str) -> npt.NDArray[Any]:
         SteeringError: the dtype is of another kind. Text, None and objects are never valid.
     """
     try:
-        array = np.asarray(value)
+        array = to_numpy(value)
     except (TypeError, ValueError, OverflowError, RecursionError):
         array = np.asarray(None)
     if array.dtype.kind not in kinds:

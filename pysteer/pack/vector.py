@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from pysteer.errors import SteeringError, naming, quoted
 from pysteer.formats import gguf
+from pysteer.pack.arrays import to_numpy
 from pysteer.pack.operators import ADD, Operator
 
 if TYPE_CHECKING:
@@ -346,12 +347,18 @@ def _shape_for(operator: Operator) -> str:
 
 
 def _row(layer: int, direction: npt.ArrayLike) -> npt.NDArray[np.float32]:
+    what = f"the direction of layer {layer} is"
     try:
+        array = to_numpy(direction)
+        if array.dtype.kind not in "biufO":
+            raise SteeringError(f"{what} an array of type {array.dtype}, not of real numbers")
         with np.errstate(over="ignore", invalid="ignore"):  # the constructor checks
             # Plus zero: no negative zeros, so that equal vectors have equal bits.
-            return np.asarray(direction, dtype=np.float32) + np.float32(0)
-    except (TypeError, ValueError, OverflowError):
-        raise SteeringError(f"the direction of layer {layer} is not an array of numbers") from None
+            return np.asarray(array, dtype=np.float32) + np.float32(0)
+    except SteeringError:
+        raise
+    except (TypeError, ValueError, OverflowError, RecursionError):
+        raise SteeringError(f"{what} not an array of numbers") from None
 
 
 def _restore(

@@ -244,3 +244,46 @@ def test_repr_is_short(layers):
     assert "residual" in text
     assert "n_embd=2" in text
     assert ("..." in text) is (len(layers) > 4)
+
+
+# ---- arrays of other packages ------------------------------------------------------------------
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64", "int32"])
+@pytest.mark.parametrize("gradient", [False, True])
+def test_tensor_of_torch_is_taken_exactly(dtype, gradient):
+    torch = pytest.importorskip("torch")
+    if gradient and dtype == "int32":
+        return
+    tensor = torch.tensor([1.5, -3.0, 2.0**-9, 256.0, 7.0], dtype=getattr(torch, dtype))
+    tensor.requires_grad_(gradient)
+    expected = [float(number) for number in tensor.detach().to(torch.float64)]
+    assert SteeringVector({3: tensor}).direction(3).tolist() == expected
+    assert tensor.requires_grad == gradient
+    with pytest.raises(SteeringError, match="NaN"):
+        SteeringVector({3: torch.full((5,), float("nan"), dtype=torch.bfloat16)})
+
+
+def test_bfloat16_of_ml_dtypes_is_taken_exactly():
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    row = np.array([1.5, -3.0, 2.0**-9, 256.0, 7.0]).astype(ml_dtypes.bfloat16)
+    assert SteeringVector({3: row}).direction(3).tolist() == [1.5, -3.0, 2.0**-9, 256.0, 7.0]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (np.array([1 + 2j, 0]), "complex128"),
+        (np.array(["1", "2"]), "<U1"),
+        (np.array(["2020-01-01"], "M8[D]"), "datetime64"),
+        (np.zeros(2, [("a", "f4")]), "not of real numbers"),
+        ([1 + 2j], "complex128"),
+        ([[1, 2], [3]], "not an array of numbers"),
+        (object(), "not an array of numbers"),
+    ],
+)
+def test_array_of_other_values_raises_with_its_type(row, words):
+    with pytest.raises(SteeringError, match=words):
+        SteeringVector({3: row})
