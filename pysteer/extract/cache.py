@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import re
 import shutil
 import time
@@ -313,7 +314,20 @@ def _open(path: Path, dtype: Any, shape: tuple[int, ...]) -> Any:
             f"{needed / 1e9:.1f} GB are needed and {free.free / 1e9:.1f} GB are free; "
             "name another folder with --cache"
         )
-    return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    mapped = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    try:
+        _reserve(path)
+    except OSError:
+        path.unlink()
+        raise
+    return mapped
+
+
+def _reserve(path: Path) -> None:
+    """Take the room of a file on the disk, which another program may fill later."""
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
 def _flush(array: Any) -> None:

@@ -1,6 +1,7 @@
 """Caches: they resume anywhere, and never serve another run's or damaged activations."""
 
 import logging
+import os
 import sys
 import zlib
 from collections import Counter
@@ -333,6 +334,26 @@ def test_full_disk_raises_before_capturing(tmp_path, monkeypatch):
     monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(SteeringError, match=r"needed.*free.*--cache"):
         activation_cache(tmp_path, FakeCapture(), some_rows(20))
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="no reserved room")
+def test_room_is_reserved_before_capturing(tmp_path):
+    """A write to a mapped file on a disk that has become full ends the process."""
+    activation_cache(tmp_path, FakeCapture(), some_rows(2000))
+    for path in tmp_path.iterdir():
+        status = path.stat()
+        assert 512 * status.st_blocks >= status.st_size > 4096
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="no reserved room")
+def test_disk_filled_by_another_program_raises(tmp_path, monkeypatch):
+    def fill(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", fill)
+    with pytest.raises(SteeringError, match="No space left"):
+        activation_cache(tmp_path, FakeCapture(), some_rows(20))
+    assert not list(tmp_path.iterdir())
 
 
 # ---- clearing --------------------------------------------------------------------------------
