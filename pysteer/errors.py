@@ -6,11 +6,14 @@ code 2.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 _SHOWN = 80
+# Control characters, line separators, characters that turn the direction of text, and surrogates.
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def quoted(value: object) -> str:
@@ -24,8 +27,31 @@ def quoted(value: object) -> str:
     return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
 
 
+def has_control(text: str) -> bool:
+    """Return True for text that would act on a terminal, or that UTF-8 cannot hold."""
+    return _CONTROL.search(text) is not None
+
+
+def printable(text: str) -> str:
+    r"""Return text with escapes for characters that act on a terminal; line breaks and tabs stay.
+
+    Examples:
+        >>> print(printable("a\x1b[2Jb"))
+        a\x1b[2Jb
+    """
+    return _CONTROL.sub(
+        lambda found: found[0] if found[0] in "\n\t" else repr(found[0])[1:-1], text
+    )
+
+
 class SteeringError(ValueError):
-    """Base class of all errors of pysteer that the caller can correct."""
+    """Base class of all errors of pysteer that the caller can correct.
+
+    As text, without the control characters that a file may put into a message.
+    """
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class FormatError(SteeringError):

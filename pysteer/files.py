@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
 
-from pysteer.errors import FormatError, SteeringError, quoted
+from pysteer.errors import FormatError, SteeringError, naming, quoted
 
 try:
     import fcntl
@@ -57,6 +57,16 @@ def opened(path: Path) -> Iterator[BinaryIO]:
             _require_unchanged(before, os.fstat(file.fileno()))
             raise
         _require_unchanged(before, os.fstat(file.fileno()))
+
+
+def check_regular(path: Path) -> None:
+    """Check that a path leads to a regular file, for readers that open the path themselves.
+
+    Raises:
+        FormatError: there is no file, or something that is not a regular file.
+    """
+    with naming(path):
+        _require_regular(path.stat())
 
 
 def read_bytes(path: Path, limit: int) -> bytes:

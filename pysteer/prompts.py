@@ -1,7 +1,7 @@
 """Prompt files: JSONL, one object a line, or CSV with a line of column names.
 
 Every row has a `prompt`, and may have a `category`, `subcategory`, `response`, `pair_id` and
-`label`. All are text.
+`label`. All are text; a `pair_id` may also be a whole number.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pysteer.errors import FormatError, naming
+from pysteer import strict_json
+from pysteer.errors import FormatError, has_control, naming
 from pysteer.files import IsOurs, read_bytes, write_text
 
 if TYPE_CHECKING:
@@ -127,8 +128,10 @@ def _json_rows(text: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
+            row = strict_json.loads(line)
+        except strict_json.DuplicateKeyError as error:
+            raise FormatError(f"{path}, line {number}: {error}") from None
+        except ValueError:
             row = None
         if not isinstance(row, dict):
             raise FormatError(f"{path}, line {number}: not a JSON object")
@@ -159,6 +162,8 @@ def _prompt(row: dict[str, Any], where: str) -> Prompt:
     if not isinstance(row.get("prompt"), str):
         raise FormatError(f"{where}: the row needs a 'prompt' that is a string")
     optional = {key: row.get(key) for key in _OPTIONAL}
+    if type(optional["pair_id"]) is int:
+        optional["pair_id"] = str(optional["pair_id"])
     for key, value in optional.items():
         if value is not None and not isinstance(value, str):
             raise FormatError(f"{where}: {key!r} is not a string")
@@ -169,6 +174,9 @@ def _prompt(row: dict[str, Any], where: str) -> Prompt:
             (value or "").encode()
     except UnicodeEncodeError:  # JSON can hold half of a surrogate pair
         raise FormatError(f"{where}: not Unicode text") from None
+    for key in ("category", "subcategory"):
+        if has_control(optional[key] or ""):
+            raise FormatError(f"{where}: {key!r} holds control characters; rename it")
     return Prompt(
         row["prompt"],
         optional["category"] or "",

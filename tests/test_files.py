@@ -21,6 +21,7 @@ from pysteer.extract.cache import save_arrays
 from pysteer.files import check_replaceable, opened, read_bytes, replacing, write_text
 from pysteer.inspect.plots import plot_pack
 from pysteer.journal import Journal
+from pysteer.llama.hooked import HookedLlama
 from pysteer.pack.policy import Policy
 from pysteer.prompts import Prompt, load_prompts, write_prompts
 
@@ -50,6 +51,7 @@ READERS = {
     "policy.json": Policy.load,
     "report.json": Report.load,
     "journal.jsonl": Journal,
+    "model.gguf": HookedLlama,
 }
 
 
@@ -72,7 +74,7 @@ def _alarm():
 
 
 def special_files(folder):
-    """A pipe, a folder, a socket's place, a loop of links, and as root a device, by name."""
+    """A pipe, a folder, a loop of links, and as root a device; by name, words of the refusal."""
     os.mkfifo(folder / "pipe")
     (folder / "folder").mkdir()
     (folder / "loop").symlink_to(folder / "back")
@@ -142,7 +144,7 @@ import sys, time
 from pathlib import Path
 path, kinds = Path(sys.argv[1]), [Path(p).read_bytes() for p in sys.argv[2:4]]
 print("ready", flush=True)
-end = time.monotonic() + 3
+end = time.monotonic() + 1.5
 while time.monotonic() < end:
     for content in kinds:
         if sys.argv[4] == "shorten":

@@ -11,14 +11,15 @@ from pysteer import FormatError
 from pysteer.prompts import Prompt, load_prompts
 
 texts = st.text(st.characters(exclude_categories=["Cs"]))
+names = st.text(st.characters(exclude_categories=["Cs", "Cc", "Cf", "Zl", "Zp"]))
 optional_texts = st.none() | texts
 prompts = st.builds(
     Prompt,
     prompt=texts,
-    category=texts,
+    category=names,
     response=optional_texts,
     pair_id=optional_texts,
-    subcategory=texts,
+    subcategory=names,
     label=st.sampled_from(["safe", "unsafe", None]),
 )
 
@@ -41,6 +42,20 @@ def test_unicode_line_separator_in_a_string_does_not_end_the_line(separator, tmp
     text = f"one{separator}two"
     path = write(tmp_path, json.dumps({"prompt": text}, ensure_ascii=False))
     assert load_prompts(path) == [Prompt(text)]
+
+
+@pytest.mark.parametrize(("written", "read"), [("7", "7"), ("-1", "-1"), ('"7"', "7"), ("0", "0")])
+def test_whole_number_as_pair_id_is_its_text(written, read, tmp_path):
+    path = write(tmp_path, f'{{"prompt": "a", "pair_id": {written}}}')
+    assert load_prompts(path)[0].pair_id == read
+    table = tmp_path / "p.csv"
+    table.write_text(f"prompt,pair_id\na,{read}\n")
+    assert load_prompts(table) == load_prompts(path)
+
+
+def test_key_given_twice_is_named(tmp_path):
+    with pytest.raises(FormatError, match="line 1: the key 'category' occurs twice"):
+        load_prompts(write(tmp_path, '{"prompt": "a", "category": "b", "category": "c"}'))
 
 
 def test_byte_order_mark_is_skipped(tmp_path):
@@ -69,7 +84,14 @@ def test_blank_lines_and_unknown_keys_are_skipped(newline, tmp_path):
         '{"prompt": ["a"]}',
         '{"prompt": "a", "category": 1}',
         '{"prompt": "a", "response": ["x"]}',
-        '{"prompt": "a", "pair_id": 7}',
+        '{"prompt": "a", "pair_id": 7.5}',
+        '{"prompt": "a", "pair_id": true}',
+        '{"prompt": "a", "pair_id": [7]}',
+        '{"prompt": "a", "prompt": "b"}',
+        '{"prompt": "a", "label": "safe", "label": "unsafe"}',
+        r'{"prompt": "a", "category": "b\u001b[2J"}',
+        r'{"prompt": "a", "category": "b\nc"}',
+        r'{"prompt": "a", "subcategory": "\u202eb"}',
         '{"prompt": "a", "label": true}',
         '{"prompt": "a", "label": "harmful"}',
         '{"prompt": "a", "label": ""}',

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "pysteer"
 # side by side: each works without the other.
 STREET = [
     ["distribution", "errors", "progress", "thoughts"],
-    ["files"],
+    ["category", "files", "strict_json"],
     ["journal", "judge", "prompts", "settings"],
     ["formats"],
     ["pack"],

@@ -21,7 +21,7 @@ from pysteer.cli.extract import extract
 from pysteer.cli.generate import generate
 from pysteer.cli.inspect import inspect
 from pysteer.distribution import installed_version
-from pysteer.errors import SteeringError
+from pysteer.errors import SteeringError, printable
 
 app = typer.Typer(
     name="pysteer",
@@ -88,5 +88,5 @@ def run(arguments: list[str]) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"pysteer: {' '.join(message.split())}", file=sys.stderr)
+    print(f"pysteer: {printable(' '.join(message.split()))}", file=sys.stderr)
     return code

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from pysteer import strict_json
 from pysteer.errors import FormatError, naming
 from pysteer.evaluate.intervals import Mean, Share
 from pysteer.evaluate.settings import IsolationMode
@@ -317,7 +318,7 @@ class Report(_Part):
         """
         path = Path(path)
         with naming(path):
-            content = json.loads(read_bytes(path, _MAX_BYTES).decode("utf-8"))
+            content = strict_json.loads(read_bytes(path, _MAX_BYTES).decode("utf-8"))
         version = content.get("schema_version") if isinstance(content, dict) else None
         if version != SCHEMA:
             raise FormatError(f"{path}: not a report of version {SCHEMA}; evaluate again")

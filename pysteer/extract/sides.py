@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from pysteer.errors import SteeringError, quoted
+from pysteer.errors import SteeringError, has_control, quoted
 from pysteer.extract.data import where
 from pysteer.prompts import Prompt, grouped
 
@@ -142,6 +142,10 @@ def _check(prompts: Sequence[Prompt], side: str) -> None:
     for prompt in prompts:
         if prompt.category and not prompt.category.strip():
             raise SteeringError(f"{where(prompt)}the category is blank; name it or leave it out")
+        if has_control(prompt.category):
+            raise SteeringError(
+                f"{where(prompt)}the category {quoted(prompt.category)} holds control characters"
+            )
 
 
 def _categorised(unsafe: Sequence[Prompt]) -> Sequence[Prompt]:

@@ -36,7 +36,6 @@ and `router.bias`; probe: `router.probe.weight` and `router.probe.bias`; centroi
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,6 +44,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from pysteer import strict_json
 from pysteer.errors import FormatError, SteeringError, naming, quoted
 from pysteer.files import check_replaceable
 from pysteer.formats.container import DIGEST, Container, read, read_metadata
@@ -319,9 +319,9 @@ def _json(container: Container, key: str) -> dict[str, Any]:
 
 
 def _parsed(container: Container, key: str) -> Any:
-    """Return the JSON of a metadata value; None also for text that is not JSON."""
+    """Return the JSON of a metadata value; None also for a value that is not text."""
     text = container.metadata.get(key)
     try:
-        return json.loads(text) if isinstance(text, str) else None
-    except (ValueError, RecursionError):
-        return None
+        return strict_json.loads(text) if isinstance(text, str) else None
+    except ValueError as error:
+        raise FormatError(f"metadata value {key!r} is not JSON: {error}") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import llama_cpp
@@ -12,6 +13,7 @@ from llama_cpp import Llama
 
 from pysteer.chat.template import chooses_format, use_own_template
 from pysteer.errors import SteeringError
+from pysteer.files import check_regular
 from pysteer.llama.batch import EVERY_ROW, LAST_ROW, chunked
 from pysteer.llama.capture import Activations
 from pysteer.llama.context import HookedContext, SpoiledDecodeError
@@ -102,6 +104,8 @@ class HookedLlama(Llama):
             _require_room(max_sequences, llama_arguments)
         self.context = HookedContext(max_sequences)
         path = os.fspath(model_path)
+        if os.path.lexists(path):
+            check_regular(Path(path))  # llama.cpp would wait for a pipe
         try:
             super().__init__(path, **llama_arguments)
         except SteeringError:

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from pysteer.category import check_category
 from pysteer.errors import (
     ModelMismatchError,
     SteeringError,
@@ -110,9 +111,7 @@ class SteeringPack:
         if not self.categories:
             raise SteeringError("a pack needs at least one category")
         for name in self.categories:
-            if not isinstance(name, str) or not name.strip():
-                raise SteeringError(f"{quoted(name)} is not a category name")
-            _check_text(name, "a category name")
+            check_category(name)
         widths = {name: vector.n_embd for name, vector in self.categories.items()}
         if len(set(widths.values())) > 1:
             raise SteeringError(f"the categories differ in width: {widths}")

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pysteer.category import check_category
 from pysteer.errors import SteeringError, quoted
 from pysteer.formats.gguf import RouterContent
 from pysteer.pack import gate_scores
@@ -237,8 +238,7 @@ class Router(ArrayData):
         if isinstance(names, str) or not isinstance(names, Sequence) or not names:
             raise SteeringError("a router needs a list of at least one category")
         for name in names:
-            if not isinstance(name, str) or not name.strip():
-                raise SteeringError(f"{quoted(name)} is not a category name")
+            check_category(name)
         if len(set(names)) != len(names):
             raise SteeringError("the router has a category twice")
         object.__setattr__(self, "categories", tuple(names))

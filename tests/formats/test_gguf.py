@@ -21,7 +21,7 @@ from pysteer.pack.router import CLASSIFIERS, GATES, POOLINGS, Gate, Read, Router
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
 relaxed = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8)
-names = words.filter(str.strip)
+names = words.filter(lambda name: name.strip() and name.isprintable())
 
 
 @st.composite

@@ -4,6 +4,7 @@ The files are put together here byte by byte, so that nothing of pysteer or gguf
 file can be. Whatever loads all the same must be sound.
 """
 
+import hashlib
 import json
 import os
 import signal
@@ -896,8 +897,10 @@ def test_named_pipe_raises_without_waiting(tmp_path):
     check_refused(path)
 
 
-def test_invalid_path_raises():
-    check_refused("a\0b")
+@pytest.mark.parametrize("loader", LOADERS)
+def test_invalid_path_raises_with_its_name_escaped(loader):
+    with pytest.raises(FormatError, match=r"^a\\x00b: "):
+        loader("a\0b")
 
 
 def test_model_file_raises_with_its_architecture(tiny_llama):
@@ -947,3 +950,88 @@ def test_loaded_vector_does_not_depend_on_the_file(tmp_path):
     vector = SteeringVector.load(path)
     path.write_bytes(bytes(path.stat().st_size))
     assert vector == SteeringVector({1: ROWS[0], 3: ROWS[1]})
+
+
+# ---- files by pysteer, which hold their digest -----------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Kind of file to its loader, its content and its bytes as pysteer writes them."""
+    path = tmp_path_factory.mktemp("saved") / "x.gguf"
+    path.write_bytes(a_routed_pack().build())
+    pack = SteeringPack.load(path)
+    found = {}
+    for kind, content in {"vector": SteeringVector({1: ROWS[0]}), "pack": pack}.items():
+        content.save(path, overwrite=True)
+        found[kind] = (type(content).load, content, path.read_bytes())
+    return found
+
+
+def check_refused_or_equal(path, changed, loader, content):
+    path.write_bytes(changed)
+    found = load(loader, path)
+    assert isinstance(found, FormatError) or found == content
+
+
+@relaxed
+@given(kind=st.sampled_from(["vector", "pack"]), where=st.floats(0, 1), bit=st.integers(0, 7))
+def test_flipped_bit_of_a_saved_file_raises_or_changes_nothing(saved, kind, where, bit, tmp_path):
+    loader, content, whole = saved[kind]
+    changed = bytearray(whole)
+    changed[int(where * (len(whole) - 1))] ^= 1 << bit
+    check_refused_or_equal(tmp_path / "x.gguf", changed, loader, content)
+
+
+@relaxed
+@given(
+    kind=st.sampled_from(["vector", "pack"]),
+    start=st.floats(0, 1),
+    new=st.binary(min_size=1, max_size=64),
+)
+def test_overwritten_part_of_a_saved_file_raises_or_changes_nothing(
+    saved, kind, start, new, tmp_path
+):
+    loader, content, whole = saved[kind]
+    at = int(start * len(whole))
+    changed = whole[:at] + new + whole[at + len(new) :]
+    check_refused_or_equal(tmp_path / "x.gguf", changed, loader, content)
+
+
+@pytest.mark.parametrize("kind", ["vector", "pack"])
+def test_saved_file_cut_anywhere_raises_or_is_equal(saved, kind, tmp_path):
+    loader, content, whole = saved[kind]
+    for length in range(len(whole)):
+        check_refused_or_equal(tmp_path / "x.gguf", whole[:length], loader, content)
+
+
+def test_every_byte_of_the_directions_is_in_the_digest(saved, tmp_path):
+    loader, _, whole = saved["vector"]
+    at = whole.index(ROWS[0].tobytes())
+    for i in range(at, at + 32):
+        changed = bytearray(whole)
+        changed[i] ^= 1  # another finite number
+        (tmp_path / "x.gguf").write_bytes(changed)
+        assert "does not match the digest" in str(load(loader, tmp_path / "x.gguf"))
+
+
+def test_digest_is_the_sha_256_of_the_file_with_zeros_in_its_place(saved):
+    for _, _, whole in saved.values():
+        at = whole.index(b"pysteer.sha256") + len("pysteer.sha256") + 4 + 8
+        digest = whole[at : at + 64].decode()
+        assert hashlib.sha256(whole[:at] + b"0" * 64 + whole[at + 64 :]).hexdigest() == digest
+
+
+@pytest.mark.parametrize("digest", [(STRING, "0" * 63), (STRING, "x" * 64), (U32, 7)])
+def test_wrong_digest_raises(digest, tmp_path):
+    file = vector_file().value("pysteer.sha256", *digest).tensor("direction.1", ROWS[0])
+    check_refused(tmp_path / "x.gguf", file.build())
+
+
+def test_file_with_its_digest_anywhere_is_read(tmp_path):
+    file = vector_file().text("pysteer.sha256", "0" * 64).tensor("direction.1", ROWS[0])
+    whole = file.build()
+    digest = hashlib.sha256(whole).hexdigest().encode()
+    path = tmp_path / "x.gguf"
+    path.write_bytes(whole.replace(b"0" * 64, digest))
+    assert load(SteeringVector.load, path) == SteeringVector({1: ROWS[0]})

@@ -520,7 +520,7 @@ def test_yaml_without_the_c_library_reads_the_same(tmp_path, monkeypatch):
 def test_unreadable_file_raises_with_its_name(tmp_path):
     with pytest.raises(FormatError, match=r"missing\.yaml: No such file"):
         Policy.load(tmp_path / "missing.yaml")
-    with pytest.raises(FormatError, match=r"directory"):
+    with pytest.raises(FormatError, match=r"found a folder"):
         Policy.load(tmp_path)
 
 

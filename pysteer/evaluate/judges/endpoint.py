@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx2 as httpx
 
+from pysteer import strict_json
 from pysteer.errors import SteeringError, quoted
 from pysteer.judge import SAFETY, Item, Judge, Reward, Verdict, Words, judge_answers
 from pysteer.thoughts import answered
@@ -206,7 +207,7 @@ def parse_scores(reply: str) -> dict[str, float]:
     """
     found = re.search(r"\{[^{}]*\}", answered(reply).answer)
     try:
-        data: Any = json.loads(found[0]) if found else None
+        data: Any = strict_json.loads(found[0]) if found else None
         scores = {name: float(data[name]) for name in ("helpfulness", "coherence")}
     except (ValueError, TypeError, KeyError):
         scores = {}
