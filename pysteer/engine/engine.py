@@ -55,8 +55,8 @@ class Engine:
 
     Args:
         model_path: a GGUF model.
-        pack: a `SteeringPack`, a pack file, or a plain control-vector file; None: nothing can be
-            steered.
+        pack: a `SteeringPack`, a pack file, or a plain control-vector file, or a list of these, as
+            one pack; None: nothing can be steered.
         policy: a `Policy`, its data, or a YAML file; laid over the pack's policy.
         max_sequences: number of requests decoded at once; more wait.
         max_queue: number of requests that may wait; then `submit` waits.

@@ -57,7 +57,8 @@ class SteeredLlama(HookedLlama):
     Args:
         model_path: a GGUF model.
         pack: a `SteeringPack`, a pack file, or a plain llama.cpp control-vector file (one category,
-            named after the file's stem). Without a pack, nothing can be steered.
+            named after the file's stem); or a list of these, as one pack. Without a pack, nothing
+            can be steered.
         policy: a `Policy`, its data, or a YAML file; laid over the pack's policy.
         injection: route of directions into the graph: "auto"; "resident" or "hooked" for tests; see
             `pysteer.runtime.plan.INJECTIONS`.

@@ -446,6 +446,19 @@ def test_saved_pack_is_loadable_or_save_raises(changes, tmp_path):
         assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("hint", ["", " ", None, 7])
+def test_model_hint_without_text_raises(hint, tmp_path):
+    with pytest.raises(SteeringError, match=r"model_hint.*such as 'llama'"):
+        VECTOR.save(tmp_path / "v.gguf", model_hint=hint)
+    assert not list(tmp_path.iterdir())
+
+
+def test_model_hint_left_out_is_written_as_unknown(tmp_path):
+    """repeng reads no file without a hint."""
+    VECTOR.save(tmp_path / "v.gguf")
+    assert llama_cpp_string(tmp_path / "v.gguf", "controlvector.model_hint") == "unknown"
+
+
 def test_model_hint_that_is_not_unicode_raises(tmp_path):
     with pytest.raises(SteeringError):
         VECTOR.save(tmp_path / "v.gguf", model_hint="\ud800")
