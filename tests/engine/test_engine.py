@@ -1,12 +1,12 @@
 """The engine: every request gets its solo answer beside any other requests."""
 
 import threading
-import time
 from contextlib import closing
 
 import llama_cpp
 import numpy as np
 import pytest
+from holding import Steps
 from serving import (
     ARGUMENTS,
     GREEDY,
@@ -336,30 +336,45 @@ def test_long_prompt_leaves_each_decode_to_writing_requests(tiny_llama):
 
 def test_full_queue_raises_busy(engine):
     long = {"prompt": [10, 11, 12], "max_tokens": 200, **GREEDY}
-    handles = [engine.submit(**long) for _ in range(4)]
-    deadline = time.monotonic() + 20
-    while engine.statistics.running < 4 and time.monotonic() < deadline:
-        time.sleep(0.01)
+    steps = Steps()
+    with engine.together():
+        handles = [engine.submit(**long, stopping_criteria=steps)]
+        handles += [engine.submit(**long) for _ in range(3)]
+    steps.wait()
     handles += [engine.submit(**long) for _ in range(4)]
     with pytest.raises(EngineBusyError, match="max_queue"):
         engine.submit(**long, timeout=0)
     for handle in handles:
         handle.cancel()
+    steps.go_on()
     assert text(engine.submit(prompt=[10], max_tokens=1, **GREEDY).result())
 
 
 @pytest.mark.parametrize("when", ["queued", "reading", "writing", "done"])
 def test_cancel_ends_only_its_request(engine, when):
-    others = [engine.submit(prompt=[10 + k, 11], max_tokens=40, **GREEDY) for k in range(3)]
-    if when == "queued":
-        others += [engine.submit(prompt=[9, 11], max_tokens=40, **GREEDY)]
+    steps = Steps()
+    with engine.together():
+        others = [
+            engine.submit(
+                prompt=[10 + k, 11],
+                max_tokens=40,
+                stopping_criteria=steps if k == 0 else None,
+                **GREEDY,
+            )
+            for k in range(4 if when == "queued" else 3)
+        ]
+    steps.wait()
     n = 400 if when == "reading" else 3
     handle = engine.submit(prompt=[20] * n, max_tokens=2 if when == "done" else 90, **GREEDY)
+    for _ in range({"reading": 1, "writing": 4}.get(when, 0)):
+        steps.step()
     if when == "writing":
         next(iter(handle))
     if when == "done":
+        steps.go_on()
         expected = handle.result()
     handle.cancel()
+    steps.go_on()
     result = handle.result(timeout=30)
     if when == "done":
         assert result == expected

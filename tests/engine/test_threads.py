@@ -8,6 +8,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from holding import Steps
 from serving import ARGUMENTS, GREEDY, PROMPTS, pack_for, text
 
 from pysteer import Engine
@@ -73,12 +74,16 @@ def test_error_reaches_every_waiting_thread(engine):
 
 
 def test_cancel_from_many_threads_ends_every_request(engine):
-    handles = [engine.submit(**LONG) for _ in range(6)]
+    steps = Steps()
+    handles = [engine.submit(**LONG, stopping_criteria=steps)]
+    handles += [engine.submit(**LONG) for _ in range(5)]
     ends = []
 
     def work():
         for handle in handles:
             handle.cancel()
+        steps.go_on()
+        for handle in handles:
             ends.append(handle.result(30)["choices"][0]["finish_reason"])
 
     in_threads(4, work)

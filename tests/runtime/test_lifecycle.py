@@ -6,11 +6,11 @@ import sys
 import threading
 import weakref
 from contextlib import closing
-from pathlib import Path
 
 import llama_cpp
 import numpy as np
 import pytest
+from memory import in_own_process, measurable, resident_bytes
 
 from pysteer import Engine, HookedLlama, SteeredLlama, SteeringError, SteeringPack, SteeringVector
 
@@ -34,17 +34,11 @@ def new(path, **arguments):
     return SteeredLlama(path, pack=PACK, **{**ARGUMENTS, **arguments})
 
 
-def resident_bytes():
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) * 1024
-    raise AssertionError
+def resident_after_cycles(path):
+    """Return the resident memory after 60 cycles, and after 140 more."""
 
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_200_cycles_keep_memory_flat(tiny_llama):
     def cycle():
-        with closing(new(tiny_llama)) as llm:
+        with closing(new(path)) as llm:
             for steering in ({"residual": 1.0}, {"attention": 1.0}, None):
                 stream = llm.create_completion(
                     TOKENS, steering=steering, max_tokens=3, temperature=0.0, stream=True
@@ -56,11 +50,14 @@ def test_200_cycles_keep_memory_flat(tiny_llama):
     def cycles(n):
         for _ in range(n):
             cycle()
-        gc.collect()
         return resident_bytes()
 
-    warm = cycles(60)
-    after = cycles(140)
+    return cycles(60), cycles(140)
+
+
+@measurable
+def test_200_cycles_keep_memory_flat(tiny_llama):
+    warm, after = in_own_process(resident_after_cycles, tiny_llama)
     # The allocator's own ups and downs stay below 8 MB; a model that is not freed takes over 3 MB,
     # 140 of them over 400 MB.
     assert after - warm < 8_000_000
