@@ -42,9 +42,10 @@ def _print_categories(report: Report) -> None:
         column.no_wrap = True
     rows = [(row.category, row.n, row.arms) for row in report.categories]
     n = sum(row.n for row in report.categories)
-    for name, count, arms in [*rows, ("all", n, report.overall)]:
+    total = [("all", n, report.overall)] if len(rows) > 1 else []
+    for name, count, arms in [*rows, *total]:
         before, after = arms[UNSTEERED], arms[STEERED]
-        if name == "all":
+        if arms is report.overall:
             printed.add_section()
         printed.add_row(
             console.plain(name),
@@ -69,13 +70,13 @@ def _print_benign(report: Report) -> None:
     if report.benign:
         after = report.benign[STEERED]
         refused = _change(report.benign[UNSTEERED].refused, after.refused)
+        gate = f"a gate opened for {_share(after.fired)}, " if report.router is not None else ""
         degenerate = _change(report.benign[UNSTEERED].degenerate, after.degenerate)
         kl = after.first_token_kl.value
         console.say(
             f"{console.plain(report.words.others)}: {_share(after.unchanged)} unchanged "
-            f"({_range(after.unchanged)}), {refused} refused, {degenerate} degenerate, a gate "
-            f"opened for {_share(after.fired)}, first-token KL "
-            f"{0.0 if kl is None else kl:.2g} nats"
+            f"({_range(after.unchanged)}), {refused} refused, {degenerate} degenerate, {gate}"
+            f"first-token KL {0.0 if kl is None else kl:.2g} nats"
         )
     if report.noise is not None and report.noise.differs.k:
         console.say(
