@@ -1,6 +1,21 @@
-"""`python -m pysteer`, the same as the command `pysteer`."""
+"""The command `pysteer`, and `python -m pysteer`."""
 
-from pysteer.cli import main
+import sys
+
+
+def main() -> None:
+    """Run the command that the program was called with, and exit.
+
+    An interrupt ends the program with one line from the first import on.
+    """
+    try:
+        from pysteer.cli import main as run
+
+        run()
+    except KeyboardInterrupt:
+        print("pysteer: interrupted", file=sys.stderr)
+        sys.exit(130)
+
 
 if __name__ == "__main__":
     main()

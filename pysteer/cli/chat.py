@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import sys
 from contextlib import closing
 from pathlib import Path
@@ -13,6 +12,7 @@ import typer
 from pysteer.cli import console, options
 from pysteer.cli.loading import load_policy, load_steered
 from pysteer.cli.settings_options import with_options
+from pysteer.cli.streams import input_lines
 from pysteer.evaluate.settings import Sampling
 from pysteer.shipped import default_pack_path
 
@@ -107,9 +107,7 @@ def _follow(session: Session, printer: Printer) -> None:
     """Run a session with the lines of standard input."""
     from pysteer.cli.chat_input import entries
 
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # refused by the session
-    for entry in entries(sys.stdin):
+    for entry in entries(input_lines()):  # a line that is not Unicode is refused by the session
         with closing(session.handle(entry)) as events:
             if not printer.show(events):
                 return

@@ -12,11 +12,24 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
+from rich.text import Text
 
+from pysteer.cli.streams import writable
 from pysteer.errors import SteeringError
 
-out = Console(highlight=False, emoji=False)
-err = Console(stderr=True, highlight=False, emoji=False)
+
+class _Console(Console):
+    """A console that takes any text, and leaves a closed pipe to `pysteer.cli.run`."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(writable(text, self.encoding), **options)
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
+out = _Console(highlight=False, emoji=False)
+err = _Console(stderr=True, highlight=False, emoji=False)
 
 _debug = False
 
@@ -40,7 +53,9 @@ def print_json(value: dict[str, Any]) -> None:
 
 def waiting(activity: str) -> AbstractContextManager[object]:
     """Show a spinner on standard error while the block runs, if that is a terminal."""
-    return err.status(activity) if err.is_terminal else nullcontext()
+    if not err.is_terminal:
+        return nullcontext()
+    return err.status(activity, spinner="line" if err.options.ascii_only else "dots")
 
 
 @contextmanager

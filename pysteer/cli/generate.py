@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -14,6 +13,7 @@ import typer
 from pysteer.cli import console, options
 from pysteer.cli.loading import load_policy, load_steered
 from pysteer.cli.settings_options import with_options
+from pysteer.cli.streams import read_input, unicode_text
 from pysteer.errors import SteeringError
 from pysteer.evaluate.settings import Sampling
 from pysteer.shipped import default_pack_path
@@ -128,10 +128,11 @@ def _print_router(report: SteeringReport) -> None:
 
 def _read_prompt(prompt: str) -> str:
     try:
-        text = sys.stdin.read() if prompt == "-" else prompt
-        text.encode("utf-8")
+        text = read_input() if prompt == "-" else unicode_text(prompt)
     except UnicodeError:
         raise SteeringError("--prompt: not UTF-8 text") from None
+    if not text.strip():
+        raise SteeringError("--prompt is empty; write a text")
     return text
 
 

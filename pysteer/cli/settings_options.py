@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from types import NoneType, SimpleNamespace, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -38,8 +39,10 @@ _METAVARS = {int: "N", float: "X", Path: "FILE"}
 
 def with_options(
     *, leave_out: Iterable[str] = (), **spellings: Spelling
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
+) -> Callable[[Callable[..., None]], Callable[..., Callable[[], None]]]:
     """Return a decorator that makes a command function's options from its dataclasses.
+
+    The decorated function checks the options, and returns the command function with its arguments.
 
     Args:
         leave_out: settings without an option.
@@ -48,7 +51,7 @@ def with_options(
 
     left_out = set(leave_out)
 
-    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+    def decorate(function: Callable[..., None]) -> Callable[..., Callable[[], None]]:
         unknown = {*left_out, *spellings}
         plan: dict[str, _Group | None] = {}
         parameters: dict[str, inspect.Parameter] = {}
@@ -67,13 +70,13 @@ def with_options(
         if unknown:
             raise TypeError(f"{function.__name__} has no settings {', '.join(sorted(unknown))}")
 
-        def command(**values: Any) -> None:
-            function(
-                **{
-                    name: values[name] if group is None else group.build(values)
-                    for name, group in plan.items()
-                }
-            )
+        def command(**values: Any) -> Callable[[], None]:
+            # Run after parsing: typer takes some errors for its own, such as EOFError.
+            built = {
+                name: values[name] if group is None else group.build(values)
+                for name, group in plan.items()
+            }
+            return partial(function, **built)
 
         signature = [*parameters.values(), _parameter("debug", Debug, False)]
         command.__name__ = function.__name__

@@ -25,8 +25,6 @@ from pysteer.prompts import load_prompts
 
 command = importlib.import_module("pysteer.cli.chat")  # pysteer.cli.chat is the function
 
-MAIN = "from pysteer.cli import main; main()"
-
 # ---- input -----------------------------------------------------------------------------------
 
 
@@ -160,8 +158,8 @@ def test_line_that_is_not_utf8_is_refused_alone(tiny_llama):
     result = subprocess.run(
         [
             sys.executable,
-            "-c",
-            MAIN,
+            "-m",
+            "pysteer",
             "chat",
             *("-m", tiny_llama, "-n", "3"),
             "--context",
@@ -219,7 +217,7 @@ def terminal(*arguments):
     """A chat in a pseudo-terminal."""
     child = pexpect.spawn(
         sys.executable,
-        ["-c", MAIN, "chat", *map(str, arguments)],
+        ["-m", "pysteer", "chat", *map(str, arguments)],
         env={**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "NO_COLOR": "1"},
         encoding="utf-8",
         timeout=60,

@@ -460,6 +460,17 @@ def test_interrupt_is_exit_code_130(cli, tmp_path, monkeypatch):
     assert cli("inspect", tmp_path) == (130, "", "pysteer: interrupted\n")
 
 
+@pytest.mark.parametrize("error", [EOFError("cut"), TypeError("not a number")], ids=repr)
+def test_error_of_a_command_is_not_taken_for_an_interrupt(error, cli, tmp_path, monkeypatch):
+    def fail(path):
+        raise error
+
+    monkeypatch.setattr(SteeringPack, "load", fail)
+    code, out, err = cli("inspect", tmp_path)
+    assert (code, out) == (1, "")
+    assert err == f"pysteer: {type(error).__name__}: {error} (--debug shows where)\n"
+
+
 def test_doctor_of_another_file_is_an_error(cli, tmp_path, pack_file):
     for wrong in (tmp_path / "missing.gguf", pack_file):
         check_mistake(cli("doctor", "-m", wrong), wrong)
@@ -511,9 +522,8 @@ def test_help_loads_no_heavy_package():
 
 
 def process(*arguments, **options):
-    code = "from pysteer.cli import main; main()"
     return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
+        [sys.executable, "-m", "pysteer", *map(str, arguments)],
         capture_output=True,
         text=True,
         encoding="utf-8",

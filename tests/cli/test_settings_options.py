@@ -76,7 +76,7 @@ def search():
 def called(search, *arguments):
     command, calls = search
     calls.clear()
-    command.main([*arguments], prog_name="x", standalone_mode=False)
+    command.main([*arguments], prog_name="x", standalone_mode=False)()
     [call] = calls
     return call
 

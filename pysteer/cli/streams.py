@@ -1,0 +1,127 @@
+"""The standard streams of the process: they take any text, and end quietly."""
+
+from __future__ import annotations
+
+import codecs
+import io
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+_HANDLER: Final = "pysteer.ascii"
+
+_ASCII: Final = {
+    "\N{RIGHTWARDS ARROW}": "->",
+    "\N{DOWNWARDS ARROW}": "v",
+    "\N{HORIZONTAL ELLIPSIS}": "...",
+    "\N{REPLACEMENT CHARACTER}": "?",
+    "\N{BULLET}": "*",
+    "\N{EN DASH}": "-",
+    "\N{EM DASH}": "-",
+    "\N{LEFT SINGLE QUOTATION MARK}": "'",
+    "\N{RIGHT SINGLE QUOTATION MARK}": "'",
+    "\N{LEFT DOUBLE QUOTATION MARK}": '"',
+    "\N{RIGHT DOUBLE QUOTATION MARK}": '"',
+}
+"""Spellings in ASCII of characters that many encodings lack."""
+
+
+def prepare() -> None:
+    """Make the standard streams take any text, whatever the locale's encoding is.
+
+    Where the encoding lacks a character, its spelling in ASCII is written, or an escape such as
+    \\U0001f600. A stream that the process was started without is replaced by an empty one.
+    """
+    empty = Path(os.devnull)
+    if sys.stdin is None:
+        sys.stdin = empty.open(encoding="utf-8")
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, empty.open("w", encoding="utf-8"))
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=_HANDLER)
+
+
+def _spelled(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(map(_in_ascii, error.object[error.start : error.end])), error.end
+
+
+def _in_ascii(character: str) -> str:
+    return _ASCII.get(character) or character.encode("ascii", "backslashreplace").decode("ascii")
+
+
+codecs.register_error(_HANDLER, _spelled)
+
+
+def writable(text: str, encoding: str) -> str:
+    """Return a text with the spellings in ASCII of characters that an encoding lacks.
+
+    Used before a table measures its columns; `prepare` sees to everything else.
+    """
+    if text.isascii() or encoding.lower().startswith("utf"):
+        return text
+    return text.encode(encoding, _HANDLER).decode(encoding)
+
+
+def unicode_text(text: str) -> str:
+    """Return an argument's text, which Python may have decoded by a locale that is not UTF-8.
+
+    Raises:
+        UnicodeError: the argument is not UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return os.fsencode(text).decode()
+    return text
+
+
+def input_lines() -> Iterator[str]:
+    """Yield the lines of standard input: UTF-8, or else in the stream's own encoding.
+
+    Bytes of a line that are in neither become lone surrogates.
+    """
+    binary = getattr(sys.stdin, "buffer", None)
+    if binary is None:  # replaced by a stream of text
+        yield from sys.stdin
+        return
+    for line in binary:
+        yield _decoded(line).replace("\r\n", "\n")
+
+
+def read_input() -> str:
+    """Return all of standard input, decoded as by `input_lines`.
+
+    Raises:
+        UnicodeError: a line is in neither encoding.
+    """
+    text = "".join(input_lines())
+    text.encode()
+    return text
+
+
+def _decoded(line: bytes) -> str:
+    for encoding in ("utf-8", sys.stdin.encoding):
+        with suppress(UnicodeDecodeError):
+            return line.decode(encoding)
+    return line.decode(errors="surrogateescape")
+
+
+def discard() -> None:
+    """Write what is left in the standard streams, or nothing if nobody reads it.
+
+    Afterwards the interpreter can close the streams without a message.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            descriptor = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(descriptor, stream.fileno())
+            os.close(descriptor)
