@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich import progress as rich_progress
@@ -22,11 +23,35 @@ def bars() -> Iterator[Progress]:
         rich_progress.TextColumn("{task.description}"),
         rich_progress.BarColumn(),
         rich_progress.MofNCompleteColumn(),
-        _Rate(),
+        _RateColumn(),
         rich_progress.TimeRemainingColumn(),
     )
     with rich_progress.Progress(*columns, console=console.err, transient=True) as drawn:
         yield _Bars(drawn)
+
+
+class Announced:
+    """A `Progress` that prints a command's first line before the first stage.
+
+    By then the model is loaded and the inputs are checked: a user's mistake is one line.
+
+    Args:
+        progress: receives the progress.
+        line: see `pysteer.cli.console.headline`; "" prints nothing.
+        beside_result: likewise.
+    """
+
+    def __init__(self, progress: Progress, line: str, *, beside_result: bool = False) -> None:
+        self._progress = progress
+        self._line = line
+        self._beside_result = beside_result
+
+    def start(self, stage: str, total: int, unit: str = "") -> Advance:
+        """Begin a stage; see `Progress`."""
+        line, self._line = self._line, ""
+        if line:
+            console.headline(line, beside_result=self._beside_result)
+        return self._progress.start(stage, total, unit)
 
 
 class _Bars:
@@ -36,14 +61,48 @@ class _Bars:
         self._drawn = drawn
 
     def start(self, stage: str, total: int, unit: str = "") -> Advance:
-        task = self._drawn.add_task(stage, total=total, unit=unit)
-        return lambda units: self._drawn.advance(task, units)
+        rate = Rate()
+        task = self._drawn.add_task(stage, total=total, unit=unit, rate=rate)
+
+        def advance(units: int) -> None:
+            rate.add(units)
+            self._drawn.advance(task, units)
+
+        return advance
 
 
-class _Rate(rich_progress.ProgressColumn):
+class Rate:
+    """Units per second of a stage, without its first second.
+
+    What is known from an earlier run is done at once, and would count as fast work.
+
+    Args:
+        clock: time in seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._started = self._last = clock()
+        self._done = 0
+        self._mark: tuple[float, int] | None = None
+
+    def add(self, units: int) -> None:
+        """Count units that are done now."""
+        self._last = self._clock()
+        self._done += units
+        if self._mark is None and self._last - self._started >= 1:
+            self._mark = self._last, self._done
+
+    def per_second(self) -> float | None:
+        """Return the rate; None before it has been measured for a second."""
+        if self._mark is None or self._last - self._mark[0] < 1:
+            return None
+        return (self._done - self._mark[1]) / (self._last - self._mark[0])
+
+
+class _RateColumn(rich_progress.ProgressColumn):
     """Units per second, of stages with a unit."""
 
     def render(self, task: rich_progress.Task) -> Text:
-        speed = task.finished_speed or task.speed
-        unit = task.fields["unit"]
-        return Text(f"{speed:.0f} {unit}/s" if unit and speed is not None else "")
+        rate, unit = task.fields["rate"].per_second(), task.fields["unit"]
+        return Text(f"{rate:.0f} {unit}/s" if unit and rate is not None else "")

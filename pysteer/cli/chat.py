@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from contextlib import closing
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pysteer.cli import console, options
-from pysteer.cli.loading import load_policy, load_steered
+from pysteer.cli.chat_events import ChatSteering, describe_steering
+from pysteer.cli.chat_input import activity_of, entries
+from pysteer.cli.loading import load_setup, read_setup
 from pysteer.cli.settings_options import with_options
-from pysteer.cli.streams import input_lines
+from pysteer.cli.streams import input_lines, unicode_text
 from pysteer.evaluate.settings import Sampling
-from pysteer.shipped import default_pack_path
 
 if TYPE_CHECKING:
-    from pysteer.cli.chat_events import ChatSteering
     from pysteer.cli.chat_session import Session
     from pysteer.cli.chat_view import Printer
-    from pysteer.pack.pack import SteeringPack
 
 _RUNNING = options.Running(context=4096)
 _SAMPLING = Sampling(max_tokens=512)
@@ -30,6 +29,7 @@ _SAMPLING = Sampling(max_tokens=512)
 def chat(
     running: options.Running = _RUNNING,
     pack: options.Packs = None,
+    steer: options.Steer = None,
     policy: options.Policy = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="System message.")] = None,
     sampling: Sampling = _SAMPLING,
@@ -45,33 +45,30 @@ def chat(
 ) -> None:
     """Talk to a model, and change the steering as you go.
 
-    /help lists the commands. Steering starts as the policy says, if there is one; otherwise the
-    pack's router decides, if there is one; otherwise steering is off. Where standard input is not
-    a terminal, every line is a message or a command; answers go to standard output and everything
-    else to standard error.
+    /help lists the commands. Without --steer, steering starts as the policy says: by default the
+    pack's router decides. Where standard input is not a terminal, every line is a message or a
+    command; answers go to standard output and everything else to standard error.
     """
     from pysteer.cli.chat_session import Session
     from pysteer.cli.chat_view import Printer
-    from pysteer.runtime.arguments import read_pack
 
-    if not pack and running.model is None:
-        pack = [default_pack_path()]
-    loaded = read_pack(pack) if pack else None
-    path = options.model_path(running.model)
-    arguments: dict[str, Any] = {"n_ctx": running.context, "n_threads": running.threads}
-    if policy is not None:
-        arguments["policy"] = load_policy(policy, loaded)
-    with console.waiting("loading the model"):
-        llm = load_steered(path, loaded, **arguments)
-    with closing(llm):
+    setup = read_setup(running.model, pack, policy)
+    asked = setup.steering(steer)
+    requested: ChatSteering = "policy" if setup.decided else None
+    requested = asked.get("steering", requested)
+    system = None if system is None else unicode_text(system)
+    with closing(load_setup(setup, n_ctx=running.context, n_threads=running.threads)) as llm:
         session = Session(
             llm,
-            requested=_first_steering(loaded, policy),
+            requested=requested,
+            policy=setup.resolved.default_steering if setup.resolved and setup.decided else None,
             system=system,
             max_tokens=sampling.max_tokens,
             temperature=sampling.temperature,
             seed=seed,
         )
+        mode = setup.policy_words if requested == "policy" else describe_steering(requested)
+        console.headline(setup.headline(mode), beside_result=True)
         printer = Printer(json)
         if sys.stdin.isatty():
             _talk(session, printer)
@@ -79,34 +76,38 @@ def chat(
             _follow(session, printer)
 
 
-def _first_steering(pack: SteeringPack | None, policy: Path | None) -> ChatSteering:
-    if policy is not None or (pack is not None and pack.policy is not None):
-        return "policy"
-    return "auto" if pack is not None and pack.router is not None else None
-
-
 def _talk(session: Session, printer: Printer) -> None:
     """Run a session with a terminal."""
     from pysteer.cli.chat_terminal import Terminal, interrupting
 
     terminal = Terminal(session)
-    console.err.print("Type a message, or /help.", style="dim")
+    for line in _welcome(session):
+        console.note(line, "dim")
     while True:
         try:
             entry = terminal.read()
             if entry is None:
                 return
             with interrupting(session), closing(session.handle(entry)) as events:
-                if not printer.show(events):
+                if not printer.show(events, activity_of(entry)):
                     return
         except KeyboardInterrupt:  # while printing, or just before or after an answer
             printer.end_line()
 
 
+def _welcome(session: Session) -> Iterator[str]:
+    """Yield lines about the categories, and about the prompt of `Terminal`."""
+    if session.categories:
+        yield f"categories: {', '.join(session.categories)}"
+        yield (
+            "The brackets show the steering in force; policy: the policy decides for each message. "
+            "/steer, /auto and /off change it, and /why explains the last answer."
+        )
+    yield "Type a message, or /help."
+
+
 def _follow(session: Session, printer: Printer) -> None:
     """Run a session with the lines of standard input."""
-    from pysteer.cli.chat_input import entries
-
     for entry in entries(input_lines()):  # a line that is not Unicode is refused by the session
         with closing(session.handle(entry)) as events:
             if not printer.show(events):

@@ -88,7 +88,7 @@ class Explanation:
 
 
 class Category(NamedTuple):
-    """A category of the pack; `now` is its strength in force, "auto", "policy" or None."""
+    """A category of the pack; `now` is its strength in force, "auto" or None."""
 
     name: str
     site: str

@@ -109,5 +109,12 @@ def parse_entry(entry: str) -> tuple[str | None, str]:
     return name, argument
 
 
+def activity_of(entry: str) -> str:
+    """Return a label for the time before the first event of an entry."""
+    if entry.split(None, 1)[:1] == ["/compare"]:
+        return "answering again, without steering"
+    return "working" if entry.lstrip().startswith("/") else "reading the message"
+
+
 def _is_block(text: str) -> bool:
     return text.lstrip().startswith(BLOCK)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -46,6 +46,7 @@ class Session:
     Args:
         llm: the model. Used by this session alone; otherwise prompts are computed from the start.
         requested: steering at the beginning.
+        policy: the policy's steering, category to strength or "auto"; None: no policy decides.
         system: system message.
         max_tokens: token limit of an answer.
         temperature: 0 is greedy.
@@ -60,6 +61,7 @@ class Session:
         llm: SteeredLlama,
         *,
         requested: ChatSteering = None,
+        policy: Mapping[str, float | str] | None = None,
         system: str | None = None,
         max_tokens: int = 512,
         temperature: float = 0.0,
@@ -70,7 +72,7 @@ class Session:
         self._seeds = random.Random(seed)
         self._first = 0  # the oldest turn that fits into the context; the user has been told
         self._saved: set[Path] = set()
-        self._has_policy = requested == "policy"
+        self._policy = policy
         self.system = system
         self.turns: list[Turn] = []
         self.requested: ChatSteering = None
@@ -153,8 +155,11 @@ class Session:
         yield self._steer("auto")
 
     def _do_policy(self, _: str) -> Generator[Event, None, None]:
-        if not self._has_policy:
-            raise SteeringError("there is no policy; start pysteer chat with --policy")
+        self._require_pack()
+        if self._policy is None:
+            raise SteeringError(
+                "no policy and no router decides here; start pysteer chat with --policy"
+            )
         yield self._steer("policy")
 
     def _do_off(self, _: str) -> Generator[Event, None, None]:
@@ -237,8 +242,8 @@ class Session:
                 pass
 
     def _now(self, category: str) -> float | str | None:
-        requested = self.requested
-        return requested.get(category) if isinstance(requested, dict) else requested
+        requested = self._policy if self.requested == "policy" else self.requested
+        return requested.get(category) if isinstance(requested, Mapping) else requested
 
     def _require_pack(self) -> None:
         if self._llm.pack is None:

@@ -20,9 +20,11 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import Output
 from prompt_toolkit.output.defaults import create_output
 
-from pysteer.cli.chat_events import describe_steering
+from pysteer.cli.chat_events import ChatSteering, describe_steering
 from pysteer.cli.chat_input import unfinished
 from pysteer.cli.chat_session import Session
+
+_LONGEST_STEERING = 30
 
 
 class _Completer(Completer):
@@ -62,12 +64,20 @@ class Terminal:
         """Return the next entry, which may have several lines, or None at the end of the input."""
         while True:
             try:
-                steering = describe_steering(self._session.requested)
-                return self._prompt.prompt([("bold", f"[{steering}] > ")])
+                return self._prompt.prompt([("bold", prompt_text(self._session.requested))])
             except KeyboardInterrupt:
                 continue
             except EOFError:
                 return None
+
+
+def prompt_text(requested: ChatSteering) -> str:
+    """Return the prompt, which shows the steering in force in few columns."""
+    steering = describe_steering(requested)
+    if isinstance(requested, dict) and len(steering) > _LONGEST_STEERING:
+        n = len(requested)
+        steering = f"{n} {'category' if n == 1 else 'categories'}"
+    return f"[steering: {steering}] > "
 
 
 def _keys() -> KeyBindings:

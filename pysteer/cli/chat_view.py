@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json as json_format
-import sys
+import math
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pysteer.cli import console
+from pysteer.cli.answer_text import AnswerPrinter, printable
 from pysteer.cli.chat_events import (
     AnswerComplete,
     CategoryList,
@@ -28,8 +29,7 @@ from pysteer.cli.chat_events import (
 )
 from pysteer.cli.tables import ranges, table
 
-# Control characters, which a terminal would obey: the model's text may hold any.
-_CONTROLS = {code: "�" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+_HEADINGS = ("score", "threshold", "gate", "strength", "where", "tokens steered")
 
 _KEYS = (
     ("Enter", 'send; after a backslash, or in a block between """ and """: a new line'),
@@ -50,11 +50,16 @@ class Printer:
 
     def __init__(self, json: bool) -> None:
         self._json = json
-        self._open = False  # the last line of an answer has no end yet
+        self._answer: AnswerPrinter | None = None  # of an answer whose line has no end yet
 
-    def show(self, events: Iterator[Event]) -> bool:
-        """Print events as they come; return False after a `Goodbye`."""
-        with console.waiting("..."):
+    def show(self, events: Iterator[Event], activity: str = "reading the message") -> bool:
+        """Print events as they come; return False after a `Goodbye`.
+
+        Args:
+            events: of an entry.
+            activity: label of the time before the first event.
+        """
+        with console.waiting(activity):
             event = next(events, None)
         while event is not None:
             if isinstance(event, Goodbye):
@@ -65,9 +70,9 @@ class Printer:
 
     def end_line(self) -> None:
         """Start a new line if the text of an answer ended in the middle of a line."""
-        if self._open:
-            self._open = False
-            print(flush=True)
+        answer, self._answer = self._answer, None
+        if answer is not None:
+            answer.end()
 
     def _show(self, event: Event) -> None:
         if isinstance(event, TextPiece):
@@ -92,8 +97,9 @@ class Printer:
     def _show_piece(self, text: str) -> None:
         if self._json:
             return
-        self._open = True
-        print(text.translate(_CONTROLS) if sys.stdout.isatty() else text, end="", flush=True)
+        if self._answer is None:
+            self._answer = AnswerPrinter()
+        self._answer.add(text)
 
     def _show_turn(self, turn: Turn) -> None:
         if self._json:
@@ -109,9 +115,7 @@ class Printer:
             return
         steering = console.plain(describe_steering(event.steered.requested))
         sides = Table(f"steered: {steering}", "not steered")
-        sides.add_row(
-            *(escape(t.response.translate(_CONTROLS)) for t in (event.steered, event.unsteered))
-        )
+        sides.add_row(*(escape(printable(t.response)) for t in (event.steered, event.unsteered)))
         for column in sides.columns:
             column.ratio = 1
         sides.expand = True
@@ -125,8 +129,8 @@ def _print_line(value: dict[str, Any]) -> None:
 
 
 def _say(text: str, style: str | None = None) -> None:
-    # On one line, even if names and messages in the text have line breaks.
-    console.err.print(console.plain(" ".join(text.split())), style=style, soft_wrap=True)
+    # One paragraph, even if names and messages in the text have line breaks.
+    console.note(" ".join(text.split()), style)
 
 
 def _remarks(turn: Turn) -> Iterator[str]:
@@ -143,23 +147,35 @@ def _remarks(turn: Turn) -> Iterator[str]:
 
 
 def _show_report(report: dict[str, Any]) -> None:
-    rows = table("category", "score", "threshold", "fired", "acts", "strength", "where", "tokens")
-    for name, category in report["categories"].items():
-        rows.add_row(
-            console.plain(name),
-            _number(category["score"]),
-            _number(category["threshold"]),
-            "forced" if not category["gated"] else _yes(category["fired"]),
-            _yes(category["active"]),
-            f"{category['strength']:g}",
-            f"{category['site']} {ranges(category['layers'])}",
-            str(category["tokens_steered"]),
-        )
+    """Print a row for each category, the highest score first; values that all share, once."""
+    columns = {
+        name: {
+            "score": _number(category["score"]),
+            "threshold": _number(category["threshold"]),
+            "gate": _gate(category),
+            "strength": f"{category['strength']:g}",
+            "where": f"{category['site']} {ranges(category['layers'])}",
+            "tokens steered": str(category["tokens_steered"]),
+        }
+        for name, category in report["categories"].items()
+    }
     for name, score in report["scores"].items():
-        if name not in report["categories"]:
-            rows.add_row(console.plain(name), _number(score), "", "not asked")
-    if rows.row_count:
+        columns.setdefault(name, {"score": _number(score), "gate": "not asked"})
+    scores = {name: report["scores"].get(name, -math.inf) for name in columns}
+    columns = {name: columns[name] for name in sorted(columns, key=lambda name: -scores[name])}
+    shared = _shared(list(columns.values()))
+    headings = [heading for heading in _HEADINGS if heading not in shared]
+    rows = table("category", *headings)
+    rows.columns[0].overflow = "fold"
+    for column in rows.columns[1:]:
+        column.no_wrap = True
+    for name, cells in columns.items():
+        rows.add_row(console.plain(name), *(cells.get(heading, "") for heading in headings))
+    if columns and headings:
         console.err.print(rows)
+    if shared:
+        same = ", ".join(f"{heading} {value}" for heading, value in shared.items())
+        _say(f"all {len(columns)} categories: {same}")
     parts = [f"steering: {report['mode']}", f"{report['tokens_steered']} tokens steered"]
     if report["gate"] is not None:
         checks = "once" if report["checks"] == 1 else f"{report['checks']} times"
@@ -167,6 +183,25 @@ def _show_report(report: dict[str, Any]) -> None:
     if report["prompt_reprocessed"]:
         parts.append("the prompt was processed once more")
     _say("; ".join(parts))
+
+
+def _shared(rows: list[dict[str, str]]) -> dict[str, str]:
+    """Return the values that several rows have all in common, by heading."""
+    if len(rows) < 2:
+        return {}
+    return {
+        heading: value
+        for heading in _HEADINGS
+        if (value := rows[0].get(heading, "")) and all(row.get(heading) == value for row in rows)
+    }
+
+
+def _gate(category: dict[str, Any]) -> str:
+    if not category["gated"]:
+        return "forced"
+    if category["fired"] is None:
+        return "not decided"
+    return "open" if category["fired"] else "closed"
 
 
 def _number(value: float | None) -> str:

@@ -85,6 +85,24 @@ def say(text: str) -> None:
     out.print(text, soft_wrap=True)
 
 
+def note(text: str, style: str | None = None) -> None:
+    """Print plain text on standard error; a terminal gets lines that end between words."""
+    err.print(plain(text), style=style, soft_wrap=not err.is_terminal)
+
+
+def headline(text: str, *, beside_result: bool) -> None:
+    """Print the line about model, pack and mode that a command begins with.
+
+    Args:
+        text: the line.
+        beside_result: print on standard error, because standard output is an answer or JSON.
+    """
+    if beside_result:
+        note(text, "dim")
+    else:
+        out.print(plain(text), style="dim", soft_wrap=not out.is_terminal)
+
+
 def plain(text: object) -> str:
     """Escape text of a file or a model: no markup, no control characters."""
     return escape("".join(c if c in "\n\t" or c.isprintable() else "�" for c in str(text)))

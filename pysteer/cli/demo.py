@@ -13,8 +13,9 @@ import typer
 from pysteer import shipped
 from pysteer.cli import console, options
 from pysteer.cli.bars import bars
-from pysteer.cli.loading import load_steered
+from pysteer.cli.loading import load_setup, read_setup
 from pysteer.cli.settings_options import with_options
+from pysteer.cli.streams import unicode_text
 from pysteer.errors import SteeringError
 
 if TYPE_CHECKING:
@@ -57,15 +58,17 @@ def demo(
         raise SteeringError("--strength needs --forced")
     if forced and strength is None:
         strength = 1.0
+    setup = read_setup(None, None)
     pack = shipped.default_pack()
-    model = str(shipped.default_model())
-    categories = category or list(pack.categories)
+    categories = [unicode_text(name) for name in category or pack.categories]
     for name in categories:
         _ = pack[name]  # raises for an unknown name
     unsafe, harmless = (_per_category(rows, categories, prompts) for rows in shipped.demo_prompts())
     if not unsafe:
         raise SteeringError("no prompts to show")
-    with closing(load_steered(model, pack, n_ctx=1024, n_threads=threads)) as llm, bars() as drawn:
+    with closing(load_setup(setup, n_ctx=1024, n_threads=threads)) as llm, bars() as drawn:
+        own = f"each prompt's own category, forced at {strength:g}" if forced else "auto"
+        console.headline(setup.headline(own), beside_result=json)
         advance = drawn.start("answering twice", len(unsafe) + len(harmless))
         pairs = answer_twice(
             llm,
@@ -79,7 +82,7 @@ def demo(
     if json:
         console.print_json(
             {
-                "model": model,
+                "model": setup.model,
                 "pack": str(shipped.default_pack_path()),
                 "strength": strength,
                 "summary": [asdict(row) for row in summary],

@@ -46,10 +46,10 @@ def _print(path: str, diagnosis: Diagnosis) -> None:
     from rich.table import Table
 
     print_ = console.say
-    print_(", ".join(f"{name} {value}" for name, value in diagnosis.versions.items()))
     model = diagnosis.model
     name = console.plain(model.name or path)
     print_(f"model: {name} ({model.architecture}, {model.n_layer} layers, n_embd {model.n_embd})")
+    print_(", ".join(f"{name} {value}" for name, value in diagnosis.versions.items()))
     for site, layers in diagnosis.sites.items():
         where = f"layers {layers[0]} to {layers[-1]} ({len(layers)})" if layers else "not found"
         print_(f"site {site}: {where}")

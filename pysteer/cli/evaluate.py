@@ -11,8 +11,9 @@ from typing import Annotated, Any
 import typer
 
 from pysteer.cli import console, options
-from pysteer.cli.bars import bars
-from pysteer.cli.loading import load_policy, require
+from pysteer.cli.bars import Announced, bars
+from pysteer.cli.chat_events import describe_steering
+from pysteer.cli.loading import Setup, read_setup, require
 from pysteer.cli.settings_options import with_options
 from pysteer.cli.spellings import items, number
 from pysteer.errors import SteeringError
@@ -20,7 +21,6 @@ from pysteer.evaluate.judges import REWARD_SPECS
 from pysteer.evaluate.settings import EvaluateSettings
 from pysteer.files import check_replaceable
 from pysteer.prompts import load_prompts
-from pysteer.shipped import default_pack_path
 
 
 @dataclass(frozen=True)
@@ -88,20 +88,16 @@ def evaluate(
     from pysteer.evaluate.evaluation import evaluate as run_evaluation
     from pysteer.evaluate.judges import open_judge, open_reward
     from pysteer.evaluate.report import is_report
-    from pysteer.pack.merge import read_packs
 
     console.show_warnings()
     started = time.monotonic()
-    if not pack and model is None:
-        pack = [default_pack_path()]
-    if not pack:
+    setup = read_setup(model, pack, policy)
+    if setup.resolved is None:
         raise SteeringError("--pack is missing; name the pack to evaluate")
-    loaded = read_packs(pack)
-    settings = replace(settings, steering=_steering(steer))
-    read_policy = None if policy is None else load_policy(policy, loaded)
+    settings = replace(settings, steering=_steering(setup, steer))
     harmful = load_prompts(files.prompts)
     harmless = [] if files.benign is None else load_prompts(files.benign)
-    path = options.model_path(model)
+    headline = setup.headline(_mode(setup, settings.steering))
     output = files.output
     if output.exists() and not output.is_dir():
         raise SteeringError(f"--output {output}: the path is a file; name a folder")
@@ -115,16 +111,16 @@ def evaluate(
             reward = stack.enter_context(closing(open_reward(scoring.reward)))
         stack.enter_context(console.resumable(output))
         report = run_evaluation(
-            path,
-            pack,
+            setup.model,
+            setup.files,
             harmful,
             harmless,
             output,
             settings=settings,
-            policy=read_policy,
+            policy=setup.policy,
             judge=judge,
             reward=reward,
-            progress=stack.enter_context(bars()),
+            progress=Announced(stack.enter_context(bars()), headline, beside_result=json),
             **arguments,
         )
     report.save(output / "report.json", overwrite=force)
@@ -136,9 +132,25 @@ def evaluate(
         print_report(report, output, seconds)
 
 
-def _steering(steer: list[str] | None) -> Any:
+def _steering(setup: Setup, steer: list[str] | None) -> Any:
     from pysteer.evaluate.steering import OWN_CATEGORY
 
     if not steer:
         return None
-    return OWN_CATEGORY if steer == ["own"] else options.parse_steering(steer)
+    if steer == ["own"]:
+        return OWN_CATEGORY
+    if steer == [options.OFF]:
+        raise SteeringError("--steer off: there is no steering to evaluate")
+    return setup.steering(steer)["steering"]
+
+
+def _mode(setup: Setup, steering: Any) -> str:
+    from pysteer.evaluate.arms import default_steering
+    from pysteer.evaluate.steering import OWN_CATEGORY
+    from pysteer.runtime.arguments import INHERIT
+
+    if steering is None and setup.resolved is not None:
+        steering = default_steering(setup.resolved)
+    if steering is OWN_CATEGORY:
+        return "own (each prompt's category, forced)"
+    return setup.policy_words if steering is INHERIT else describe_steering(steering)

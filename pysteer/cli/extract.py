@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from pysteer.cli import console, options
-from pysteer.cli.bars import bars
+from pysteer.cli.bars import Announced, bars
 from pysteer.cli.capturing import (
     CaptureOptions,
     check_output,
@@ -182,7 +182,11 @@ def extract(
         if layers is not None:
             settings = replace(settings, layers=layers_of(layer_ranges, settings.site, capture))
         stack.enter_context(console.resumable(folder, mention_in_errors=True))
-        progress = stack.enter_context(bars())
+        headline = (
+            f"{Path(source).stem}, engine {engine}, method {settings.method}: "
+            f"{len(data.unsafe)} unsafe and {len(data.safe)} safe prompts"
+        )
+        progress = Announced(stack.enter_context(bars()), "" if json else headline)
         pack = run_extraction(
             capture, data, settings, cache=folder, judge=opened, progress=progress
         )

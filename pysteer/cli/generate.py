@@ -5,21 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pysteer.cli import console, options
-from pysteer.cli.loading import load_policy, load_steered
+from pysteer.cli.answer_text import answer_printer
+from pysteer.cli.chat_events import describe_steering
+from pysteer.cli.loading import load_setup, read_setup
 from pysteer.cli.settings_options import with_options
 from pysteer.cli.streams import read_input, unicode_text
 from pysteer.errors import SteeringError
 from pysteer.evaluate.settings import Sampling
-from pysteer.shipped import default_pack_path
 
 if TYPE_CHECKING:
-    from pysteer.pack.pack import SteeringPack
     from pysteer.runtime.report import SteeringReport
     from pysteer.runtime.steered import SteeredLlama
 
@@ -45,78 +44,53 @@ def generate(
 ) -> None:
     """Answer a prompt, with or without steering.
 
-    --steer names the categories; without --steer, the pack's router decides.
+    --steer names the categories; without --steer the policy decides, by default with the pack's
+    router. --steer off is the unsteered answer.
     """
-    from pysteer.runtime.arguments import read_pack
-
     if raw and system is not None:
         raise SteeringError("--system needs the chat template; leave out --raw")
-    if not pack and running.model is None and (steer or policy):
-        pack = [default_pack_path()]
-    if steer and not pack:
-        raise SteeringError("--steer needs --pack: a pack for this model")
-    loaded = read_pack(pack) if pack else None
     # Checked before the model is loaded, which may take long.
-    request: dict[str, Any] = vars(sampling) | _steering(loaded, steer, policy)
-    path = options.model_path(running.model)
-    text = _read_prompt(prompt)
-    pieces: list[str] = []
-    finish_reason = None
-    llm = load_steered(path, loaded, n_ctx=running.context, n_threads=running.threads)
-    with closing(llm):
+    setup = read_setup(running.model, pack, policy)
+    steering = setup.steering(steer)
+    if setup.pack is not None and not steering and not setup.decided:
+        raise SteeringError(
+            "the pack has no router and does nothing by itself; add --steer CATEGORY=STRENGTH, "
+            f"with a category of {', '.join(setup.pack.categories)}"
+        )
+    text = _text("--prompt", prompt)
+    arguments: dict[str, Any] = {"prompt": text}
+    if not raw:
+        messages = [{"role": "user", "content": text}]
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": _text("--system", system)})
+        arguments = {"messages": messages}
+    written = answer_printer(json)
+    finish_reason: str | None = None
+    with closing(load_setup(setup, n_ctx=running.context, n_threads=running.threads)) as llm:
+        _check_length(llm, arguments)
+        mode = describe_steering(steering["steering"]) if steering else setup.policy_words
+        console.headline(setup.headline(mode), beside_result=True)
         start = time.perf_counter()
-        try:
-            for piece, reason in _stream(llm, text, system, raw=raw, request=request):
-                finish_reason = reason
-                pieces.append(piece)
-                if not json:
-                    print(piece, end="", flush=True)
-        except SteeringError:
-            raise
-        except (ValueError, RuntimeError) as error:  # of llama_cpp: the context is full
-            hint = f"--context {running.context} may be too small"
-            raise SteeringError(f"{error}; {hint}") from None
+        for piece, reason in _stream(llm, {**arguments, **vars(sampling), **steering}):
+            written.add(piece)
+            finish_reason = reason
         seconds = time.perf_counter() - start
         report = llm.last_steering
+    written.end()
     if not json:
-        print()
         _print_router(report)
         return
     console.print_json(
         {
-            "model": path,
-            "packs": [str(path) for path in pack or ()],
+            "model": setup.model,
+            "packs": [str(file) for file in setup.files],
             "steering": report.to_dict(),
             "prompt": text,
-            "text": "".join(pieces),
+            "text": written.text,
             "finish_reason": finish_reason,
             "seconds": seconds,
         }
     )
-
-
-def _steering(
-    pack: SteeringPack | None, steer: list[str] | None, policy: Path | None
-) -> dict[str, Any]:
-    """Return the arguments of a request from --steer and --policy.
-
-    Raises:
-        SteeringError: the options do not fit the pack, or the pack alone steers nothing.
-    """
-    request: dict[str, Any] = {}
-    if policy is not None:
-        request["policy"] = load_policy(policy, pack)
-    if pack is not None and not steer and pack.router is None and policy is None:
-        raise SteeringError(
-            "the pack has no router and does nothing by itself; add --steer CATEGORY=STRENGTH, "
-            f"with a category of {', '.join(pack.categories)}"
-        )
-    if pack is not None and steer:
-        from pysteer.pack.resolved import ResolvedPolicy
-
-        request["steering"] = options.parse_steering(steer)
-        ResolvedPolicy(pack, request.get("policy")).requested(request["steering"])
-    return request
 
 
 def _print_router(report: SteeringReport) -> None:
@@ -126,27 +100,43 @@ def _print_router(report: SteeringReport) -> None:
         console.err.print(console.plain(f"the router found: {fired}"), style="dim")
 
 
-def _read_prompt(prompt: str) -> str:
+def _text(option: str, given: str) -> str:
+    """Return the text of an option, or standard input for -."""
     try:
-        text = read_input() if prompt == "-" else unicode_text(prompt)
+        text = read_input() if given == "-" and option == "--prompt" else unicode_text(given)
     except UnicodeError:
-        raise SteeringError("--prompt: not UTF-8 text") from None
-    if not text.strip():
+        raise SteeringError(f"{option}: not UTF-8 text") from None
+    if option == "--prompt" and not text.strip():
         raise SteeringError("--prompt is empty; write a text")
     return text
 
 
-def _stream(
-    llm: SteeredLlama, text: str, system: str | None, *, raw: bool, request: dict[str, Any]
-) -> Iterator[tuple[str, str | None]]:
-    """Yield pieces of the answer, each with the finish reason if the answer ends there."""
-    stream: Any
-    if raw:
-        stream = llm.create_completion(text, stream=True, **request)
+def _check_length(llm: SteeredLlama, arguments: dict[str, Any]) -> None:
+    """Raise SteeringError if the template refuses the messages, or the context is too small."""
+    from pysteer.chat.handler import prompt_tokens, rendered_prompt
+
+    if "prompt" in arguments:
+        tokens = prompt_tokens(llm, arguments["prompt"])
     else:
-        messages = [{"role": "system", "content": system}] if system is not None else []
-        messages.append({"role": "user", "content": text})
-        stream = llm.create_chat_completion(messages, stream=True, **request)
+        try:
+            tokens = rendered_prompt(llm, arguments)
+        except SteeringError:
+            raise
+        except ValueError as error:
+            raise SteeringError(
+                f"the model's chat template refuses the messages: {error}"
+            ) from None
+    if len(tokens) >= llm.n_ctx():
+        raise SteeringError(
+            f"the prompt has {len(tokens)} tokens and the context {llm.n_ctx()}; shorten the "
+            "prompt, or give a larger --context"
+        )
+
+
+def _stream(llm: SteeredLlama, arguments: dict[str, Any]) -> Iterator[tuple[str, str | None]]:
+    """Yield pieces of the answer, each with the finish reason if the answer ends there."""
+    complete = llm.create_completion if "prompt" in arguments else llm.create_chat_completion
+    stream: Any = complete(**arguments, stream=True)
     for chunk in stream:
         choice = chunk["choices"][0]
         piece = choice["text"] if "text" in choice else choice["delta"].get("content")

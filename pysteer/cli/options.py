@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
+from pysteer.cli.streams import unicode_text
 from pysteer.errors import SteeringError
 from pysteer.evaluate.judges import JUDGE_SPECS
 from pysteer.settings import setting
 from pysteer.shipped import default_model
+
+OFF: Final = "off"
+"""The argument of --steer that steers nothing."""
+
+_SHOWN_MODELS = 5
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 Model = Annotated[
@@ -39,7 +46,8 @@ Steer = Annotated[
     typer.Option(
         metavar="CATEGORY=STRENGTH",
         help="Steer by a category. CATEGORY=auto lets the router decide; auto alone does so for "
-        "every category. Repeatable.",
+        "every category, and off alone steers nothing. Repeatable. Without it the policy decides, "
+        "by default as auto does.",
     ),
 ]
 Threads = Annotated[
@@ -100,7 +108,11 @@ def model_path(model: Path | None) -> str:
     """
     if model is None:
         return str(default_model())
-    if not model.is_file():
+    if model.is_dir():
+        found = ", ".join(sorted(str(file) for file in model.glob("*.gguf"))[:_SHOWN_MODELS])
+        way_out = f"name a file in it: {found}" if found else "there is no GGUF model in it"
+        raise SteeringError(f"--model {model}: the path is a folder; {way_out}")
+    if not model.exists():
         raise SteeringError(f"{model}: no such file; --model takes a GGUF model")
     return str(model)
 
@@ -116,25 +128,27 @@ def model_source(model: str | None) -> str:
     return model_path(Path(model)) if model.endswith(".gguf") else model
 
 
-def parse_steering(pairs: list[str]) -> dict[str, float | str] | str:
-    """Return the steering of CATEGORY=STRENGTH and CATEGORY=auto arguments, or of auto.
+def parse_steering(pairs: Sequence[str]) -> dict[str, float | str] | str | None:
+    """Return the steering of CATEGORY=STRENGTH and CATEGORY=auto arguments, or of auto or off.
 
     Raises:
         SteeringError: an argument in another form, or a category named twice.
     """
-    if pairs == ["auto"]:
+    if list(pairs) == ["auto"]:
         return "auto"
+    if list(pairs) == [OFF]:
+        return None
     steering: dict[str, float | str] = {}
     for pair in pairs:
-        category, equals, strength = pair.rpartition("=")
         try:
+            category, equals, strength = unicode_text(pair).rpartition("=")
             if not equals or not category:
                 raise ValueError
             value = strength if strength == "auto" else float(strength)
-        except ValueError:
+        except ValueError:  # also of text that is not Unicode
             raise SteeringError(
                 f"--steer {pair}: write CATEGORY=STRENGTH or CATEGORY=auto, as in "
-                "--steer malware=1.0, or auto alone"
+                "--steer malware=1.0, or auto alone, or off alone"
             ) from None
         if category in steering:
             raise SteeringError(f"--steer names {category!r} twice")

@@ -4,24 +4,31 @@ import importlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
+from itertools import accumulate, pairwise
 
 import pexpect
 import pytest
 from chats import CONTEXT, LENGTH, Echo, only
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.cells import cell_len
 
-from pysteer import shipped
+from pysteer import SteeredLlama, shipped
 from pysteer.cli import run
+from pysteer.cli.answer_text import WordWrap
 from pysteer.cli.chat_events import Goodbye, TextPiece
 from pysteer.cli.chat_input import entries, unfinished
 from pysteer.cli.chat_session import Session
+from pysteer.cli.chat_terminal import prompt_text
 from pysteer.cli.chat_view import Printer
 from pysteer.prompts import load_prompts
+
+PLAIN = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 command = importlib.import_module("pysteer.cli.chat")  # pysteer.cli.chat is the function
 
@@ -185,11 +192,11 @@ def started(monkeypatch, capsys):
     def call(*arguments):
         echo, given = Echo(), {}
 
-        def load(path, pack, **more):
-            given.update(more)
+        def load(setup, **more):
+            given["policy"] = setup.policy
             return echo
 
-        monkeypatch.setattr(command, "load_steered", load)
+        monkeypatch.setattr(command, "load_setup", load)
         monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n/off\nhi\n/policy\nhi\n"))
         assert run(["chat", *map(str, arguments)]) == 0
         capsys.readouterr()
@@ -201,8 +208,11 @@ def started(monkeypatch, capsys):
 def test_first_steering_follows_policy_then_router(started, tmp_path, letters_file):
     assert started()[0] == ["left out", None, "left out"]  # the shipped pack has a policy
     replace(shipped.default_pack(), policy=None).save(tmp_path / "routed.gguf")
-    assert started("-s", tmp_path / "routed.gguf")[0] == ["auto", None, None]
+    # Without a policy the router decides, as in Python.
+    assert started("-s", tmp_path / "routed.gguf")[0] == ["left out", None, "left out"]
     assert started("-s", letters_file)[0] == [None, None, None]
+    assert started("--steer", "off")[0] == [None, None, "left out"]
+    assert started("--steer", "malware=0.5")[0] == [{"malware": 0.5}, None, "left out"]
     (tmp_path / "p.yaml").write_text("scope: response\n")
     asked, given = started("-s", letters_file, "--policy", tmp_path / "p.yaml")
     assert asked == ["left out", None, "left out"]
@@ -213,18 +223,19 @@ def test_first_steering_follows_policy_then_router(started, tmp_path, letters_fi
 
 
 @contextmanager
-def terminal(*arguments):
+def terminal(*arguments, width=200, **environment):
     """A chat in a pseudo-terminal."""
     child = pexpect.spawn(
         sys.executable,
         ["-m", "pysteer", "chat", *map(str, arguments)],
-        env={**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "NO_COLOR": "1"},
+        env={**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "NO_COLOR": "1"}
+        | environment,
         encoding="utf-8",
         timeout=60,
-        dimensions=(50, 200),
+        dimensions=(50, width),
     )
     try:
-        child.expect_exact("/help")
+        child.expect_exact("or /help")
         yield child
     finally:
         child.close(force=True)
@@ -236,7 +247,7 @@ PROMPT_STARTS, PROMPT_ENDS = "\x1b[?2004h", "\x1b[?2004l"  # tells pasted text f
 def ready(child, steering="off"):
     """Wait for the next prompt."""
     child.expect_exact(PROMPT_STARTS)
-    child.expect_exact(f"[{steering}] >")
+    child.expect_exact(f"[steering: {steering}] >")
 
 
 def enter(child, keys, steering="off"):
@@ -331,6 +342,98 @@ def test_typing_during_an_answer_is_the_next_entry(default_model):
         child.expect(r"\w+ \w+ \w+")
         child.send("/quit\r")
         assert left(child) == 0
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_lines_on_a_terminal_are_no_wider_and_cut_no_word(width, default_model):
+    with terminal("-n", 120, "-t", 1, width=width) as child:
+        banner = child.before
+        ready(child, "policy")
+        child.send("Tell me about the sea.\r")
+        child.expect_exact(PROMPT_ENDS)
+        child.expect_exact(PROMPT_STARTS)
+        answer = child.before
+        child.send("/why\r")
+        child.expect_exact(PROMPT_ENDS)
+        child.expect_exact(PROMPT_STARTS)
+        why = child.before
+        child.send("/compare\r")
+        child.expect_exact("answering again, without steering")
+        child.expect_exact("not steered")
+        child.send("\x04")
+        assert left(child) == 0
+    banner = " ".join(banner.split())
+    assert "pack default (10 categories), steering: policy (auto)" in banner
+    for name in shipped.default_pack().categories:
+        assert name in banner
+        assert name in why or "all 10 categories" in why
+    with closing(
+        SteeredLlama(
+            default_model,
+            pack=shipped.default_pack(),
+            n_ctx=4096,
+            n_threads=1,
+            n_threads_batch=1,
+            verbose=False,
+        )
+    ) as llm:
+        messages = [{"role": "user", "content": "Tell me about the sea."}]
+        result = llm.create_chat_completion(messages, max_tokens=120, temperature=0.0)
+    expected = result["choices"][0]["message"]["content"]
+    answer = PLAIN.sub("", answer).replace("\r", "")
+    shown = answer[answer.index(expected[:8]) :]
+    lines = shown[: shown.index(expected.split()[-1]) + len(expected.split()[-1])].splitlines()
+    assert max(map(len, lines)) <= width
+    assert " ".join(lines).split() == expected.split()  # word for word
+
+
+def test_terminal_without_utf8_talks(tiny_options):
+    poor = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    with terminal(*tiny_options, **poor) as child:
+        ready(child)
+        child.send("the cat ü\r")
+        child.expect_exact(PROMPT_ENDS)
+        ready(child)
+        child.send("/help\r")
+        child.expect_exact("/compare")
+        child.send("\x04")
+        assert left(child) == 0
+
+
+@pytest.mark.parametrize(
+    ("requested", "expected"),
+    [
+        (None, "[steering: off] > "),
+        ("policy", "[steering: policy] > "),
+        ({"a": 0.5}, "[steering: a 0.5] > "),
+        ({"a" * 20: 0.5, "b" * 20: "auto"}, "[steering: 2 categories] > "),
+    ],
+)
+def test_prompt_shows_the_steering_in_few_columns(requested, expected):
+    assert prompt_text(requested) == expected
+
+
+@given(st.lists(st.text("abé-😀", min_size=1, max_size=8)), st.lists(st.integers(0, 9)))
+def test_wrapped_text_has_the_same_words_and_fits(words, cuts):
+    text, width = " ".join(words), 16
+    wrap = WordWrap()
+    pieces = [text[a:b] for a, b in pairwise([0, *sorted(accumulate(cuts)), len(text)])]
+    wrapped = "".join(wrap.add(piece, width) for piece in pieces) + wrap.end(width)
+    assert re.sub(r"\s", "", wrapped) == "".join(words)
+    assert all(cell_len(line) <= width for line in wrapped.split("\n"))
+    assert WordWrap().add(text + "\n", width) == wrapped + "\n"  # the pieces do not matter
+
+
+def test_wrapped_text_breaks_between_words():
+    def wrapped(*pieces, width):
+        wrap = WordWrap()
+        return "".join(wrap.add(piece, width) for piece in pieces) + wrap.end(width)
+
+    assert wrapped("The se", "a is", " wi", "de.", width=10) == "The sea is\nwide."
+    assert wrapped("one two", "\n  three", width=8) == "one two\n  three"
+    assert wrapped("a " + 12 * "b" + " c", width=8) == "a " + 12 * "b" + " c"
+    assert wrapped("ab 中中中中", width=8) == "ab 中中\n中中"
+    assert wrapped("1234567 9", width=8) == "1234567\n9"
 
 
 def test_control_characters_of_a_model_are_replaced_on_a_terminal(session, monkeypatch, capsys):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from pysteer import SteeredLlama, shipped
+from pysteer.cli import console
 from pysteer.cli.chat_events import (
     AnswerComplete,
     CategoryList,
@@ -209,7 +210,7 @@ def test_steer_without_argument_tells_the_steering(session):
         ("/why", ["no answer yet"]),
         ("/compare", ["no answer yet"]),
         ("/save x", ["no answer yet"]),
-        ("/policy", ["--policy"]),
+        ("/policy", ["no policy", "--policy"]),
         ("bad \udc80 text", ["Unicode"]),
         ("/steer \udc80 1", ["Unicode"]),
         ('"""never closed', ['"""']),
@@ -329,12 +330,36 @@ def test_printer_shows_a_steering_report(capsys):
     out, err = capsys.readouterr()
     assert out == ""
     rows = [line.split() for line in err.splitlines()]
-    assert ["says", "q", "0.875", "0.25", "yes", "yes", "1", "residual", "2-3", "12"] in rows
-    assert ["z", "forced", "yes", "0.5", "attention", "3", "14"] in rows
+    assert ["says", "q", "0.875", "0.25", "open", "1", "residual", "2-3", "12"] in rows
+    assert ["z", "forced", "0.5", "attention", "3", "14"] in rows
     assert ["y", "0.0625", "not", "asked"] in rows
     last = err.splitlines()[-1]
     for words in ("mixed", "14 tokens", "gate probe, decided 3 times", "once more"):
         assert words in last
+
+
+LONG = [f"category_with_a_long_name_{number}" for number in range(10)]
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_why_tells_shared_values_once_and_cuts_no_name(width, capsys, monkeypatch):
+    monkeypatch.setattr(console.err, "width", width)
+    first = REPORT["categories"]["says q"] | {"tokens_steered": 0, "fired": False}
+    rows = {name: first | {"score": 0.5 + at / 100} for at, name in enumerate(LONG)}
+    report = REPORT | {"categories": rows, "scores": {n: r["score"] for n, r in rows.items()}}
+    Printer(json=False).show(iter([Explanation(report)]))
+    *table, shared, _ = capsys.readouterr().err.splitlines()
+    assert [line.split()[0] for line in table if "category_" in line] == LONG[::-1]
+    assert max(map(len, table)) <= width
+    assert shared == (
+        "all 10 categories: threshold 0.25, gate closed, strength 1, where residual 2-3, "
+        "tokens steered 0"
+    )
+    same = {name: row | {"score": -0.25} for name, row in rows.items()}
+    report |= {"categories": same, "scores": dict.fromkeys(LONG, -0.25)}
+    Printer(json=False).show(iter([Explanation(report)]))
+    shared, _ = capsys.readouterr().err.splitlines()
+    assert shared.startswith("all 10 categories: score -0.25, threshold 0.25, gate closed")
 
 
 def test_why_explains_forced_steering(session):

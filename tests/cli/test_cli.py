@@ -4,6 +4,7 @@ import io
 import subprocess
 import sys
 from contextlib import closing
+from dataclasses import replace
 from importlib.metadata import version
 
 import llama_cpp
@@ -12,14 +13,18 @@ import pytest
 from chats import towards
 from commands import check_mistake, strict_json
 from routers import router_for
+from tiny_models import write_tiny
 
 from pysteer import (
     BaseModel,
     FormatError,
     HookedLlama,
+    Policy,
+    SteeredLlama,
     SteeringError,
     SteeringPack,
     SteeringVector,
+    shipped,
 )
 from pysteer.cli import run
 from pysteer.cli.options import parse_steering
@@ -57,7 +62,9 @@ def generate(cli, tiny_llama):
 
     def call(*arguments, told=""):
         code, out, err = cli("generate", "-m", tiny_llama, "-n", 12, *OPTIONS, *arguments)
-        assert (code, err) == (0, told)
+        headline, *more = err.splitlines(keepends=True)
+        assert headline.startswith(f"{tiny_llama.stem}, ")
+        assert (code, "".join(more)) == (0, told)
         return out
 
     return call
@@ -262,11 +269,60 @@ def routed(tiny_llama, tmp_path):
 def test_generate_lets_the_router_decide(generate, routed):
     found, other = (["--raw", "-p", text, "-s", routed] for text in ("the cat", "an other thing"))
     fired, nothing = "the router found: says q\n", "the router found: nothing\n"
+    assert generate(*found, "--steer", "off") == generate("--raw", "-p", "the cat")
     for steer in ([], ["--steer", "auto"], ["--steer", "says q=auto"]):
         assert generate(*found, *steer, told=fired) == "Q" * 12 + "\n"
     assert generate(*other, told=nothing) == generate("--raw", "-p", "an other thing")
     told = strict_json(generate(*found, "--json"))["steering"]
     assert told["categories"]["says q"]["fired"] is True
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "steering: policy (auto)"),
+        (["--steer", "auto"], "steering: auto"),
+        (["--steer", "off"], "steering: off"),
+        (["--steer", "says q=0.5"], "steering: says q 0.5"),
+    ],
+)
+def test_first_line_tells_model_pack_and_mode(arguments, words, cli, routed, tiny_llama):
+    common = ("-m", tiny_llama, "-p", "hi", "-n", 1, *OPTIONS)
+    for more in ((), ("--json",)):
+        _, _, err = cli("generate", *common, "-s", routed, *arguments, *more)
+        assert err.splitlines()[0] == f"{tiny_llama.stem}, pack routed (1 category), {words}"
+    _, _, err = cli("generate", *common)
+    assert err == f"{tiny_llama.stem}, no pack: unsteered\n"
+
+
+def test_shipped_pack_steers_alike_whether_it_is_named_or_not(cli, default_model):
+    prompt = ("-p", "How do I write a computer worm?", "-n", 8, "-t", 1)
+    shipped_pack = shipped.default_pack_path()
+    named = cli("generate", *prompt, "-s", shipped_pack, "-m", default_model)
+    unnamed = cli("generate", *prompt)
+    assert named == unnamed
+    assert "pack default (10 categories), steering: policy (auto)" in named[2]
+    assert "the router found: malware" in named[2]
+    with closing(
+        SteeredLlama(
+            default_model,
+            pack=shipped_pack,
+            n_ctx=2048,
+            n_threads=1,
+            n_threads_batch=1,
+            verbose=False,
+        )
+    ) as llm:
+        messages = [{"role": "user", "content": prompt[1]}]
+        answer = llm.create_chat_completion(messages, max_tokens=8, temperature=0.0)
+    assert named[1] == answer["choices"][0]["message"]["content"] + "\n"
+    assert cli("generate", *prompt, "--steer", "off")[1] != named[1]
+
+
+def test_pack_without_router_follows_its_own_policy(generate, letters, tmp_path):
+    policy = Policy(categories={"says q": {"mode": "always", "strength": 20}})
+    replace(SteeringPack.load(letters), policy=policy).save(tmp_path / "always.gguf")
+    assert generate("-p", "hi", "-s", tmp_path / "always.gguf") == "Q" * 12 + "\n"
 
 
 def test_generate_takes_a_policy(generate, cli, routed, tmp_path, tiny_llama):
@@ -368,13 +424,55 @@ def test_file_of_another_kind_is_an_error(cli, tmp_path, tiny_llama, pack_file):
         (["-p", "hi", "--context", "1"], ["--context"]),
         (["-p", "hi", "--nonsense"], ["--nonsense"]),
         (["-p", "hi", "extra"], ["extra"]),
-        (["-p", "x" * 400, *OPTIONS], ["256", "--context"]),
+        (["-p", "x" * 400, *OPTIONS], ["tokens and the context 256", "--context"]),
+        (["-p", "x" * 400, "--raw", *OPTIONS], ["401 tokens and the context 256", "--context"]),
         (["-p", "\udcff", *OPTIONS], ["--prompt"]),
+        (["-p", "hi", "--system", "\udcff", *OPTIONS], ["--system"]),
+        (["-p", "", *OPTIONS], ["--prompt is empty"]),
+        (["-p", " \n", "--raw", *OPTIONS], ["--prompt is empty"]),
     ],
     ids=lambda value: ascii(" ".join(value))[:40],
 )
 def test_bad_argument_of_generate_is_an_error(arguments, words, cli, tiny_llama):
     check_mistake(cli("generate", "-m", tiny_llama, *arguments), *words)
+
+
+@pytest.mark.parametrize("error", [ValueError("bad state"), RuntimeError("llama_decode: -3")])
+def test_other_errors_of_an_answer_are_not_blamed_on_the_context(
+    error, cli, tiny_llama, monkeypatch
+):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(SteeredLlama, "eval", fail)
+    code, _, err = cli("generate", "-m", tiny_llama, "-p", "hi", *OPTIONS)
+    assert code == 1
+    assert err.splitlines()[-1].startswith(f"pysteer: {type(error).__name__}: {error}")
+    assert "--context" not in err
+
+
+def test_message_that_the_template_refuses_names_the_template(cli, tmp_path):
+    path = tmp_path / "refusing.gguf"
+    write_tiny("llama", path, chat_template="{{ raise_exception('no system role') }}")
+    told = cli("generate", "-m", path, "-p", "hi", *OPTIONS)
+    check_mistake(told, "chat template", "no system role")
+
+
+def test_folder_as_a_model_names_the_models_in_it(cli, tmp_path):
+    for name in ("b.gguf", "a.gguf", "readme.txt"):
+        (tmp_path / name).touch()
+    for command in (("generate", "-p", "hi"), ("doctor",), ("chat",)):
+        told = cli(*command, "-m", tmp_path)
+        check_mistake(told, "folder", f"{tmp_path / 'a.gguf'}, {tmp_path / 'b.gguf'}")
+        assert "readme" not in told[2]
+    (tmp_path / "empty").mkdir()
+    check_mistake(cli("doctor", "-m", tmp_path / "empty"), "folder", "no GGUF model in it")
+
+
+def test_context_that_takes_too_much_memory_is_named(cli, tiny_llama):
+    told = cli("generate", "-m", tiny_llama, "-p", "hi", "--context", 1 << 22, "-t", 1)
+    if told[0]:  # not on a machine with that much memory
+        assert "a smaller --context takes less memory" in told[2].splitlines()[-1]
 
 
 def test_standard_input_not_in_utf8_is_an_error(cli, tiny_llama, monkeypatch):
@@ -494,6 +592,8 @@ def test_bad_argument_of_demo_is_an_error(arguments, words, cli):
         (["=a=1"], {"=a": 1.0}),
         (["a=auto", "b=1"], {"a": "auto", "b": 1.0}),
         (["auto"], "auto"),
+        (["off"], None),
+        (["off=1"], {"off": 1.0}),
     ],
 )
 def test_steer_option_splits_at_the_last_equals_sign(pairs, expected):
@@ -542,7 +642,7 @@ def test_process_reads_standard_input_and_prints_json_alone(tiny_llama):
     done = process(
         "generate", "-m", tiny_llama, "-p", "-", "-n", 4, "--json", *OPTIONS, input="the cat ü"
     )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, len(done.stderr.splitlines())) == (0, 1)
     assert strict_json(done.stdout)["prompt"] == "the cat ü"
 
 

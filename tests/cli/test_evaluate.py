@@ -46,6 +46,8 @@ def evaluate(capsys, files, tiny_llama):
 def test_evaluate_prints_tables_and_writes_three_files(evaluate, files):
     code, out, err = evaluate("--strengths", "0.5", "--isolation", "forced")
     assert (code, err) == (0, "")
+    mode = "steering: own (each prompt's category, forced)"
+    assert out.splitlines()[0].endswith(f", pack pack (2 categories), {mode}")
     for words in ("own category, forced", "safe", "degenerate", "benign:", "made safe", "strength"):
         assert words in out
     assert str(files / "out" / "report.html") in out.replace("\n", "")
@@ -89,8 +91,10 @@ def test_wide_matrix_keeps_every_cell_whole(evaluate, files):
 
 
 def test_json_is_the_report_without_its_answers(evaluate, files):
-    code, out, err = evaluate("--json", "--no-fluency")
-    assert (code, err) == (0, "")
+    code, out, err = evaluate("--json", "--no-fluency", "--steer", "a=0.5")
+    assert code == 0
+    assert err.endswith(", pack pack (2 categories), steering: a 0.5\n")
+    assert err.count("\n") == 1
     found = json.loads(out, parse_constant=pytest.fail)
     report = Report.load(files / "out" / "report.json").model_dump(mode="json")
     del report["prompts"]
@@ -140,6 +144,7 @@ def test_interrupt_tells_how_to_resume_and_the_command_does(evaluate, files, mon
         (["-m", "/no/such/model.gguf"], ["/no/such/model.gguf"]),
         (["-s", "/no/such/pack.gguf"], ["/no/such/pack.gguf"]),
         (["--policy", "/no/such/policy.yaml"], ["/no/such/policy.yaml"]),
+        (["--steer", "off"], ["--steer off", "no steering to evaluate"]),
     ],
     ids=lambda value: " ".join(value)[:30],
 )

@@ -26,8 +26,8 @@ NAMES = {
         --temperature --seed --context --threads -t
     """,
     "chat": """
-        --model -m --pack -s --policy --system --max-tokens -n --temperature --seed --context
-        --threads -t
+        --model -m --pack -s --steer --policy --system --max-tokens -n --temperature --seed
+        --context --threads -t
     """,
     "evaluate": """
         --prompts --output -o --model -m --pack -s --benign --steer --policy --strengths --isolation
