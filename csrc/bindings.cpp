@@ -292,6 +292,14 @@ void bind_sequence(py::module_ & module) {
         .def_property_readonly("held", &Sequence::held)
         .def("hold", &Sequence::hold)
         .def("restart", &Sequence::restart)
+        .def("undo_decision",
+             [](Sequence & sequence) {
+                 if (sequence.n_decisions() == 0) {
+                     throw std::runtime_error("no decision to take back");
+                 }
+                 sequence.undo_decision();
+             })
+        .def_property_readonly("n_decisions", &Sequence::n_decisions)
         .def(
             "set_excluded",
             [](Sequence & sequence, int64_t start, const Array<uint32_t> & masks) {

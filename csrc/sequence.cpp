@@ -74,6 +74,8 @@ Sequence::Sequence(std::shared_ptr<const Plan> plan, int64_t n_prompt, std::vect
     sums_.assign(plan_->gate()->width(), 0.0);
     scores_.assign(plan_->gate()->n_rows(), 0.0);
     ranks_.assign(plan_->gate()->n_rows(), 0.0);
+    previous_scores_ = scores_;
+    previous_ranks_ = ranks_;
     open_.assign(plan_->gate()->n_categories(), 0);
     std::size_t longest = 1;
     for (const Term & term : plan_->terms()) {
@@ -227,6 +229,8 @@ void Sequence::decide(int64_t position) {
             throw std::runtime_error("the hidden state that the router reads is not finite");
         }
     }
+    scores_.swap(previous_scores_);
+    ranks_.swap(previous_ranks_);
     plan_->gate()->scores(sums_.data(), scores_.data(), ranks_.data());
     open_gates();
     fire_terms();
@@ -301,6 +305,14 @@ void Sequence::hold() noexcept {
     if (has_gate_) {
         restart();
     }
+}
+
+void Sequence::undo_decision() noexcept {
+    decided_at_.pop_back();
+    fired_.resize(fired_.size() - plan_->terms().size());
+    scores_.swap(previous_scores_);
+    ranks_.swap(previous_ranks_);
+    restart();
 }
 
 void Sequence::restart() noexcept {

@@ -58,6 +58,8 @@ class Sequence {
     // Makes the first decision hold from the first token on, for a prompt that is processed again. Forgets later
     // decisions: the rows that they read change.
     void hold() noexcept;
+    // Takes back the last decision, and the reads since: the decode that made it failed. Only once for each decision.
+    void undo_decision() noexcept;
     // Evaluation starts again: forgets the sums of the reads since the last decision.
     void restart() noexcept;
 
@@ -103,6 +105,8 @@ class Sequence {
     std::vector<double> sums_;         // by read, n_embd values each
     std::vector<double> scores_;
     std::vector<double> ranks_;
+    std::vector<double> previous_scores_;  // of the decision before the last
+    std::vector<double> previous_ranks_;
     std::vector<uint8_t> open_;   // by gate, while deciding
     std::vector<uint8_t> stack_;  // for rules, while deciding
 };

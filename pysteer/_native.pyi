@@ -321,6 +321,17 @@ class Sequence:
     def restart(self) -> None:
         """Forget the gate's reads since its last decision."""
 
+    def undo_decision(self) -> None:
+        """Take back the last decision, and the reads since; once for each decision.
+
+        Raises:
+            RuntimeError: there is no decision.
+        """
+
+    @property
+    def n_decisions(self) -> int:
+        """Number of decisions so far."""
+
     def set_excluded(self, start: int, masks: npt.NDArray[np.uint32]) -> None:
         """Set the exclusion masks of tokens from `start` on, one for each token."""
 

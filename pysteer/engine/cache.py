@@ -30,11 +30,22 @@ NOTHING = Content(np.zeros(0, np.intc), np.zeros(0, np.uint64))
 
 
 class Slot:
-    """One of llama.cpp's sequences. Its cells are in the order of the positions."""
+    """One of llama.cpp's sequences.
+
+    Attributes:
+        number: llama.cpp's sequence id.
+        cells: the cells, in the order of the positions.
+        checked: number of first cells that usable logits have been computed from. A value that is
+            not finite can hide in the cells behind them.
+        in_use: a request has the slot.
+        content: returns the content of the cells.
+        last_used: time of the last request's end, in requests.
+    """
 
     def __init__(self, number: int) -> None:
         self.number = number
         self.cells: list[int] = []
+        self.checked = 0
         self.in_use = False
         self.content: Callable[[], Content] = lambda: NOTHING
         self.last_used = 0
@@ -113,8 +124,8 @@ class KvCache:
         return Place(target, source, best, int(np.count_nonzero(unshared)))
 
     def _match(self, slot: Slot, tokens: Tokens, keys: Keys, limit: int) -> int:
-        n = min(len(slot.cells), limit)
-        if n == 0 or (not self._rewinds and (slot.in_use or len(slot.cells) > limit)):
+        n = min(slot.checked, limit)
+        if n == 0 or (not self._rewinds and (slot.in_use or len(slot.cells) > n)):
             return 0
         content = slot.content()
         same = (content.tokens[:n] == tokens[:n]) & (content.keys[:n] == keys[:n])
@@ -133,6 +144,7 @@ class KvCache:
             if reused:
                 self._memory.copy(source.number, slot.number, reused)
                 slot.cells = source.cells[:reused]
+                slot.checked = reused
                 self._holders[slot.cells] += 1
         held = self._running_holders[slot.cells]
         self._running_cells += int(np.count_nonzero(held == 0))
@@ -142,7 +154,8 @@ class KvCache:
         return slot
 
     def rest(self, slot: Slot) -> None:
-        """Mark a slot as idle; its cells may serve another request."""
+        """Mark a slot as idle; its checked cells may serve another request."""
+        self.cut(slot, slot.checked)
         content = slot.content()
         n = len(slot.cells)
         kept = Content(content.tokens[:n].copy(), content.keys[:n].copy())
@@ -160,6 +173,18 @@ class KvCache:
             self.cut(slot, 0)
             slot.last_used = 0
         self._memory.clear()
+
+    def forget(self) -> None:
+        """Empty all slots, and overwrite the memory with zeros; running requests keep their slots.
+
+        llama.cpp weights the cells of other sequences with 0, and 0 times NaN is NaN.
+        """
+        for slot in self.slots:
+            slot.cells, slot.checked = [], 0
+        self._unheld = list(range(self._n_cells - 1, -1, -1))
+        self._holders[:] = self._running_holders[:] = 0
+        self._running_cells = 0
+        self._memory.clear(data=True)
 
     # ---- cells -------------------------------------------------------------------------------
 
@@ -184,6 +209,7 @@ class KvCache:
         if not self._rewinds or (length and not self._memory.is_whole(slot.number)):
             length = 0
         self._memory.cut(slot.number, length)
+        slot.checked = min(slot.checked, length)
         cells = slot.cells[length:]
         del slot.cells[length:]
         if slot.in_use:

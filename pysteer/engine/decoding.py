@@ -6,12 +6,14 @@ import logging
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from pysteer import _native
+from pysteer.engine.recovery import Recovery
 from pysteer.engine.request import Request
 from pysteer.engine.running import RunningRequests
 from pysteer.engine.sampling import CandidateTokens
 from pysteer.engine.statistics import EngineStatistics
 from pysteer.llama.batch import LAST_ROW, NO_ROW, DecodeBatch
-from pysteer.llama.context import CacheFullError, HookedContext
+from pysteer.llama.context import CacheFullError, HookedContext, SpoiledDecodeError
 
 _log = logging.getLogger(__name__)
 
@@ -48,6 +50,7 @@ class Decoder:
         self._running = running
         self._statistics = statistics
         self._prompt_share = prompt_share
+        self._recovery = Recovery(running, statistics)
         self._candidates = CandidateTokens(context.n_vocab)
         self.batch = DecodeBatch(context.n_batch)
 
@@ -56,21 +59,24 @@ class Decoder:
         shares = self._shares()
         while shares and not self._running.make_room(sum(share.n for share in shares)):
             shares = self._shares()  # remaining requests go on before new ones start
-        together = []
-        for share in shares:
-            # llama.cpp orders the rows of a recurrent model's batch by itself.
-            if not self._context.batches_sequences or share.request.alone:
-                self._decode([share])
-            else:
-                together.append(share)
-        self._decode(together)
+        if self._context.batches_sequences:
+            self._decode(shares)
+            return
+        for share in shares:  # llama.cpp orders the rows of a recurrent model's batch by itself
+            if not self._decode([share]):
+                return
 
     def _shares(self) -> list[Share]:
         """Return the next batch: a token of each sequence that generates, and parts of prompts.
 
         While some sequences generate, sequences that read prompts share `prompt_share` tokens
-        evenly, so that a long prompt delays neither text nor other prompts.
+        evenly, so that a long prompt delays neither text nor other prompts. A request that has to
+        be alone goes before all others.
         """
+        alone = [request for request in self._running.active if request.alone]
+        if alone:
+            first = max(alone, key=lambda request: (request.suspicion, -request.order))
+            return [Share(first, min(first.pending, self._context.n_batch))]
         generating = [request for request in self._running.active if request.pending == 1]
         reading = [request for request in self._running.active if request.pending > 1]
         shares = [Share(request, 1) for request in generating]
@@ -85,38 +91,68 @@ class Decoder:
             room -= n
         return shares
 
-    def _decode(self, shares: Sequence[Share]) -> None:
+    def _decode(self, shares: Sequence[Share]) -> bool:
+        """Decode a batch, and draw. False: it cannot be used, and all requests start over."""
         shares = [share for share in shares if share.request.slot is not None]
         if not shares:
-            return
+            return True
         rows = self._fill(shares)
+        requests = [share.request for share in shares]
+        decisions = [request.steering.n_decisions for request in requests]
+        self._recovery.decoding(requests)
         try:
             self._context.decode(self.batch)
         except CacheFullError:
             self._running.relieve(1)
-            return
+            return True
+        except SpoiledDecodeError as error:
+            _undo(requests, decisions)
+            self._recovery.recover(requests, requests, error)
+            return False
         except Exception as error:
+            _undo(requests, decisions)
             if len(shares) == 1:
                 self._running.fail(shares[0].request, error)
             else:  # separate batches isolate the faulty request
                 _log.info("a batch of %d sequences failed: %s", len(shares), error)
                 for share in shares:
                     self._set_apart(share)
-            return
+            return True
         self._statistics.decodes += 1
         self._statistics.tokens_decoded += self.batch.n_rows
         for request, n in shares:
             assert request.slot is not None
             self._running.cache.take(request.slot, n)
             request.n_past += n
-        for (request, _), row in zip(shares, rows, strict=True):
-            if request.pending == 0:
-                try:
-                    self._draw(request, row)
-                # Of a stopping criterion or a logits processor, and not only an Exception: nothing
-                # that one request's callback does may end the others.
-                except BaseException as error:
-                    self._running.fail(request, error)
+        read = [
+            (request, row)
+            for request, row in zip(requests, rows, strict=True)
+            if request.pending == 0
+        ]
+        failed = [
+            request
+            for request, row in read
+            if not _native.has_usable_logits(self._context.logits(row))
+        ]
+        if failed:
+            _undo(requests, decisions)
+            self._recovery.recover(requests, failed)
+            return False
+        for request, row in read:
+            self._passed(request)
+            try:
+                self._draw(request, row)
+            # Of a stopping criterion or a logits processor, and not only an Exception: nothing
+            # that one request's callback does may end the others.
+            except BaseException as error:
+                self._running.fail(request, error)
+        return True
+
+    def _passed(self, request: Request) -> None:
+        """Take note of usable logits: the request's cells may be reused."""
+        assert request.slot is not None
+        request.slot.checked = request.n_past
+        self._recovery.passed(request)
 
     def _fill(self, shares: Sequence[Share]) -> list[int]:
         """Fill the batch; return the last row of each share."""
@@ -165,3 +201,9 @@ class Decoder:
             self._running.finish(request, "length")
             return
         request.append(token)
+
+
+def _undo(requests: Sequence[Request], decisions: Sequence[int]) -> None:
+    """Take back the decisions of routers that a failed decode made."""
+    for request, n in zip(requests, decisions, strict=True):
+        request.steering.undo(n)

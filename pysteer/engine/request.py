@@ -52,7 +52,9 @@ class Request:
         length_limit: number of tokens that the context takes, prompt and text together.
         slot: the sequence of the context, while the request has one.
         order: older requests have smaller numbers.
-        alone_until: number of decoded tokens up to which the request shares no batch.
+        alone_until: number of decoded tokens up to which nothing else is decoded meanwhile.
+        suspicion: number of decodes that could not be used, and may be the request's fault.
+        replaying: computed again from its first token, and no token drawn since.
         keep_first_logits: put the logits of the first token into the handle.
 
     Raises:
@@ -81,6 +83,8 @@ class Request:
         self.slot: Slot | None = None
         self.order = 0
         self.alone_until = 0
+        self.suspicion = 0
+        self.replaying = False
         self.steering = steering
         self.handle = handle
         self.keep_first_logits = False
@@ -101,7 +105,7 @@ class Request:
 
     @property
     def alone(self) -> bool:
-        """The next tokens must not share a batch with other requests."""
+        """The next tokens are decoded before those of all other requests."""
         return self.n_past < self.alone_until
 
     def tokens(self, start: int, stop: int) -> Tokens:

@@ -62,6 +62,19 @@ class RunningRequests:
         self._context.set_sequence(request.slot.number, request.steering.native)
         return True
 
+    def start_over(self) -> None:
+        """Forget all cells, and have every request with a slot computed again."""
+        self.cache.forget()
+        for request in self.active:
+            request.n_past = 0
+            request.replaying = True
+            request.steering.restart()
+
+    @property
+    def settled(self) -> bool:
+        """No request is decoded alone or computed again: others may join."""
+        return not any(request.alone or request.replaying for request in self.active)
+
     def make_room(self, n: int) -> bool:
         """Free `n` cells. False if a sequence was preempted: choose the batch anew then."""
         while self.cache.unheld < n:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from llama_cpp import Llama
 from llama_cpp.llama_grammar import LlamaGrammar
 
+from pysteer import _native
 from pysteer.errors import SteeringError, quoted
 
 Processor = Callable[[npt.NDArray[np.intc], npt.NDArray[np.single]], npt.NDArray[np.single]]
@@ -87,7 +88,7 @@ class Sampler:
         """Draw the next token from logits of shape (n_vocab,).
 
         Raises:
-            SteeringError: a logits processor returned no logits.
+            SteeringError: a logits processor returned no logits, or none to draw from.
             BaseException: raised by a logits processor.
         """
         if self._processors:
@@ -98,10 +99,16 @@ class Sampler:
         scores = logits.copy()
         for processor in self._processors:
             scores = processor(self._tokens(), scores)
-        scores = np.asarray(scores, np.single)
+        with np.errstate(over="ignore"):  # infinity raises below
+            scores = np.asarray(scores, np.single)
         if scores.shape != logits.shape:
             raise SteeringError(
                 f"a logits processor returned shape {scores.shape}, not {logits.shape}"
+            )
+        if not _native.has_usable_logits(np.ascontiguousarray(scores)):
+            raise SteeringError(
+                "no token can be drawn: a logits processor or logit_bias made a logit NaN or "
+                "+infinity, or all of them -infinity"
             )
         return scores
 
@@ -167,7 +174,10 @@ def _bias(logit_bias: Mapping[Any, float], n_vocab: int) -> Processor:
         if not 0 <= token < n_vocab:
             raise SteeringError(f"logit_bias: unknown token {token}; tokens are 0 to {n_vocab - 1}")
     tokens = np.fromiter(biases.keys(), np.intp, len(biases))
-    values = np.fromiter(biases.values(), np.float32, len(biases))
+    with np.errstate(over="ignore"):
+        values = np.fromiter(biases.values(), np.float32, len(biases))
+    if np.isnan(values).any() or np.isposinf(values).any():
+        raise SteeringError("logit_bias: a bias is NaN, or too large; -inf bans a token")
 
     def process(
         _tokens: npt.NDArray[np.intc], scores: npt.NDArray[np.single]

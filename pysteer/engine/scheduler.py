@@ -98,7 +98,7 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Give slots to waiting requests, in their order, as long as their tokens fit."""
-        while not self.running.full:
+        while not self.running.full and self.running.settled:
             preempted = self.running.preempted
             request = preempted[0] if preempted else self.queue.first()
             if request is None:

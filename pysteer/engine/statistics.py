@@ -14,6 +14,7 @@ class EngineStatistics:
         tokens_decoded: rows of all their batches.
         tokens_reused: prompt tokens that were in the cache already.
         preemptions: sequences that made room for older ones, and were decoded again later.
+        recoveries: decodes that could not be used; everything running was computed again.
         running: sequences that have a slot now.
         waiting: requests in the queue now.
     """
@@ -22,5 +23,6 @@ class EngineStatistics:
     tokens_decoded: int = 0
     tokens_reused: int = 0
     preemptions: int = 0
+    recoveries: int = 0
     running: int = 0
     waiting: int = 0

@@ -134,6 +134,18 @@ class SequenceSteering:
         if self.native is not None:
             self.native.restart()
 
+    @property
+    def n_decisions(self) -> int:
+        """Number of decisions of the router so far."""
+        return 0 if self.native is None else self.native.n_decisions
+
+    def undo(self, n_decisions: int) -> None:
+        """Go back to `n_decisions`, one fewer at most: a failed decode made the last decision."""
+        if self.n_decisions > n_decisions:
+            assert self.native is not None
+            self.native.undo_decision()
+        self.restart()
+
     def report(self, n_tokens: int) -> SteeringReport:
         """Return the effect on the first `n_tokens` tokens."""
         return report(self.plan, self.native, n_tokens)

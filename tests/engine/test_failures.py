@@ -122,7 +122,7 @@ def test_failed_prompt_leaves_nothing_in_its_slot(tiny_model, family):
 def test_failure_leaves_other_recurrent_states_alone(tiny_model, family):
     """The state of recurrent blocks is all that is left of the tokens read."""
     path = tiny_model(family)
-    request = {**REQUEST, "max_tokens": 40, "logit_bias": None}
+    request = {**REQUEST, "max_tokens": 40}
     [alone] = solo_answers(path, [request])
     failures = []
     with Engine(path, pack=pack_for(path), max_sequences=4, **ARGUMENTS) as engine:
@@ -191,14 +191,26 @@ def test_raising_callback_ends_only_its_request(engine, where, error):
         ("nonsense", ValueError),
         (np.zeros(3), SteeringError),
         (np.full(320, "a"), ValueError),
+        (np.full(320, np.nan), SteeringError),
+        (np.full(320, np.inf), SteeringError),
+        (np.full(320, -np.inf), SteeringError),
+        (np.arange(320) * 1e308, SteeringError),
     ],
-    ids=["none", "text", "too short", "no numbers"],
+    ids=["none", "text", "too short", "no numbers", "nan", "inf", "-inf", "beyond float32"],
 )
 def test_processor_that_returns_no_logits_raises(engine, returned, error):
     processors = llama_cpp.LogitsProcessorList([lambda tokens, logits: returned])
     request = {**REQUEST, "logit_bias": None, "logits_processor": processors}
     with pytest.raises(error):
         engine.submit(**request).result(30)
+
+
+@pytest.mark.parametrize("bias", [float("nan"), float("inf"), 1e300])
+def test_bias_that_is_not_finite_raises_at_submit(engine, bias):
+    with pytest.raises(SteeringError, match="logit_bias"):
+        engine.submit(prompt=[10], logit_bias={5: bias})
+    banned = engine.submit(prompt=[10], max_tokens=1, logit_bias={5: float("-inf")})
+    assert banned.result(30)["usage"]["completion_tokens"] == 1
 
 
 def test_callback_that_waits_for_its_own_engine_raises(engine):
