@@ -51,7 +51,8 @@ class Engine:
     that it would get alone. Prompts that begin alike under the same steering share that part of the
     cache. Recurrent and hybrid models are served, too, one sequence in each decode.
 
-    Use it as a context manager, or call `close`. Any thread may submit.
+    Use it as a context manager, or call `close`. Any thread may submit, but no process that is
+    forked from this one: create an engine there.
 
     Args:
         model_path: a GGUF model.
@@ -267,8 +268,10 @@ class Engine:
     def close(self, *, drain: bool = False) -> None:
         """End all requests as cancelled, or wait for them with `drain`; then free the model.
 
-        May be called again, and from any thread.
+        May be called again, and from any thread. Does nothing in a forked process.
         """
+        if self._scheduler.queue.left:
+            return
         self._scheduler.stop(drain=drain)
         if threading.current_thread() is not self._scheduler.thread:
             self._scheduler.thread.join()

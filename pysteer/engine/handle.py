@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from pysteer.engine.errors import require_other_thread
 from pysteer.engine.text import FinishReason
+from pysteer.llama.forks import left_behind, stays
 
 Completion = dict[str, Any]
 Chunk = dict[str, Any]
@@ -88,6 +89,8 @@ class Handle:
         self._result: dict[str, Any] | None = None
         self._on_cancel: Callable[[], None] | None = None
         self._decodes_in: threading.Thread | None = None
+        self._left = False
+        stays(self)
         self.cancelled = False
         self.first_logits: npt.NDArray[np.float32] | None = None
         self.prompt_tokens: Sequence[int] = prompt_tokens
@@ -104,8 +107,13 @@ class Handle:
         """End the request soon; the result has the text so far and "cancelled" as finish reason.
 
         Does nothing to a request that is done.
+
+        Raises:
+            SteeringError: in a forked process.
         """
         with self._changed:
+            if not self.done:
+                self._require_end_to_come()
             self.cancelled = True
             wake = self._on_cancel
         if wake is not None:
@@ -119,11 +127,12 @@ class Handle:
 
         Raises:
             TimeoutError: not done by then. The request goes on.
-            SteeringError: decoding failed.
+            SteeringError: decoding failed, or is going on in another process.
             BaseException: raised by a logits processor or stopping criterion of the request.
         """
         with self._changed:
             if not self.done:
+                self._require_end_to_come()
                 require_other_thread(self._decodes_in)
             if not self._changed.wait_for(lambda: self.done, timeout):
                 raise TimeoutError(f"not done after {timeout} seconds")
@@ -146,6 +155,15 @@ class Handle:
                 yield chunk
         if held is not None:
             yield self._finished(held)
+
+    def leave(self) -> None:
+        """Take note that this is the copy of a forked process, which the end does not reach."""
+        self._changed = threading.Condition()
+        self._left = True
+
+    def _require_end_to_come(self) -> None:
+        if self._left:
+            raise left_behind("the engine")
 
     # ---- the scheduler's side ----------------------------------------------------------------
 
@@ -204,6 +222,7 @@ class Handle:
         while True:
             with self._changed:
                 while len(self._texts) == read and not self.done:
+                    self._require_end_to_come()
                     require_other_thread(self._decodes_in)
                     self._changed.wait()
                 fresh = self._texts[read:]

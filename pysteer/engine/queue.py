@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 from pysteer.engine.errors import EngineBusyError, EngineClosedError, require_other_thread
 from pysteer.engine.request import Request
+from pysteer.llama.forks import left_behind
 
 _CLOSED = "the engine is closed; create a new one"
 
@@ -37,6 +38,7 @@ class RequestQueue:
         self._stopping = False
         self._draining = False
         self._cancelling = False
+        self._left = False  # this is the copy of a forked process
         self._idle = False  # the reader has nothing to do, except requests on hold
         self._held = False  # requests wait until all of a group are there
         self._released = False  # a group is complete, and wants an empty cache
@@ -45,6 +47,16 @@ class RequestQueue:
         return len(self._queue)
 
     # ---- called by any thread ----------------------------------------------------------------
+
+    def leave(self) -> None:
+        """Take note that this is the copy of a forked process, where nothing decodes."""
+        self._changed = threading.Condition(threading.RLock())
+        self._left = True
+
+    @property
+    def left(self) -> bool:
+        """This is the copy of a forked process."""
+        return self._left
 
     @property
     def open(self) -> bool:
@@ -62,8 +74,10 @@ class RequestQueue:
 
         Raises:
             EngineClosedError: the model is freed, or about to be.
+            SteeringError: this is a forked process.
         """
         with self._changed:
+            self._require_own_process()
             if self._stopping:
                 raise EngineClosedError(_CLOSED)
             self._users += 1
@@ -106,10 +120,11 @@ class RequestQueue:
 
         Raises:
             EngineClosedError: the engine was stopped.
-            SteeringError: called by the thread that decodes.
+            SteeringError: called by the thread that decodes, or in a forked process.
         """
         require_other_thread(self.thread)
         with self._changed:
+            self._require_own_process()
             self._changed.wait_for(
                 lambda: not self.open or (self._idle and not self._held and not self._queue)
             )
@@ -137,6 +152,10 @@ class RequestQueue:
             if not drain:
                 self._stopping = True
             self._changed.notify_all()
+
+    def _require_own_process(self) -> None:
+        if self._left:
+            raise left_behind("the engine")
 
     # ---- called by the thread that decodes ---------------------------------------------------
 

@@ -13,6 +13,7 @@ from pysteer.engine.queue import RequestQueue
 from pysteer.engine.request import Request
 from pysteer.engine.running import RunningRequests
 from pysteer.engine.statistics import EngineStatistics
+from pysteer.llama.forks import stays
 from pysteer.llama.hooked import HookedLlama
 
 _log = logging.getLogger(__name__)
@@ -47,6 +48,12 @@ class Scheduler:
         self.queue.thread = self.thread
         self.thread.start()
         _all.add(self)
+        stays(self)
+
+    def leave(self) -> None:
+        """Take note that this is the copy of a forked process, which has no such thread."""
+        self.queue.leave()
+        _all.discard(self)
 
     def statistics(self) -> EngineStatistics:
         """Return a copy of the counts; callable from any thread."""

@@ -23,6 +23,7 @@ from pysteer.llama.capture import (
     spans_capture,
     wanted_layers,
 )
+from pysteer.llama.forks import left_behind
 from pysteer.llama.memory import ContextMemory
 from pysteer.pack.vector import SITES
 
@@ -107,6 +108,7 @@ class HookedContext:
         self._hook = _native.Hook()
         self._probed = False
         self._closed = False
+        self._left = False
 
     def install(self, params: llama_cpp.llama_context_params) -> None:
         """Put the hook, and room for the sequences, into the parameters of a new context."""
@@ -143,8 +145,20 @@ class HookedContext:
         """`close` was called."""
         return self._closed
 
+    def leave(self) -> None:
+        """Take note that this is the copy of a forked process, which must not touch the context."""
+        self.lock = threading.RLock()
+        self._left = True
+
+    @property
+    def left(self) -> bool:
+        """This is the copy of a forked process."""
+        return self._left
+
     def require_open(self) -> None:
-        """Raise SteeringError if the context is closed."""
+        """Raise SteeringError if the context is closed, or of another process."""
+        if self._left:
+            raise left_behind("the model")
         if self._closed:
             raise SteeringError("the model is closed; create a new one")
 

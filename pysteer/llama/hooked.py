@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
@@ -17,6 +18,7 @@ from pysteer.files import check_regular
 from pysteer.llama.batch import EVERY_ROW, LAST_ROW, chunked
 from pysteer.llama.capture import Activations
 from pysteer.llama.context import HookedContext, SpoiledDecodeError
+from pysteer.llama.forks import stays
 from pysteer.llama.versions import load_native
 from pysteer.pack.pack import BaseModel
 
@@ -103,6 +105,7 @@ class HookedLlama(Llama):
         if max_sequences > 1:
             _require_room(max_sequences, llama_arguments)
         self.context = HookedContext(max_sequences)
+        stays(self)
         path = os.fspath(model_path)
         if os.path.lexists(path):
             check_regular(Path(path))  # llama.cpp would wait for a pipe
@@ -148,10 +151,18 @@ class HookedLlama(Llama):
         """`close` was called."""
         return self.context.closed
 
+    def leave(self) -> None:
+        """Take note that this is the copy of a forked process: never use or free the model here.
+
+        llama.cpp's threads do not exist in the process, and devices refuse calls from it.
+        """
+        self.context.leave()
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
+
     def close(self) -> None:
         """Free the model. Waits for a running step; may be called again."""
         context = self.__dict__.get("context")
-        if context is None:  # the constructor failed before there was anything to free
+        if context is None or context.left:  # the constructor failed, or a forked process
             return
         with context.lock:
             context.close()
