@@ -185,7 +185,7 @@ class Decoder:
         if request.keep_first_logits and request.handle.first_logits is None:
             request.handle.first_logits = logits.copy()
         if request.stopping_criteria is not None and request.stopping_criteria(
-            request.tokens(0, request.n_past), logits
+            request.evaluated(), logits.copy()
         ):
             self._running.finish(request, "stop")
             return

@@ -96,7 +96,7 @@ class Request:
             max_tokens=room if wanted is None or wanted <= 0 else min(wanted, room),
             bos_first=arguments["prompt"] == "",
         )
-        self.sampler = Sampler(llm, arguments, seed=seed, tokens=self._evaluated)
+        self.sampler = Sampler(llm, arguments, seed=seed, tokens=self.evaluated)
 
     @property
     def pending(self) -> int:
@@ -112,8 +112,9 @@ class Request:
         """Return a view of the tokens, prompt and text."""
         return self._tokens[start:stop]
 
-    def _evaluated(self) -> Tokens:
-        return self._tokens[: self.n_past]
+    def evaluated(self) -> Tokens:
+        """Return a copy of the decoded tokens, for callbacks: they may write into it."""
+        return self._tokens[: self.n_past].copy()
 
     def content(self) -> Content:
         """Return the content of the cells."""

@@ -3,31 +3,12 @@
 import sys
 import time
 
-import llama_cpp
-import numpy as np
 import pytest
 from memory import resident_bytes
 from serving import ARGUMENTS, pack_for, solo_answers
-from traffic import Traffic, random_cases, varied_requests
+from traffic import Traffic, check_cells, random_cases, varied_requests
 
 from pysteer import Engine
-
-
-def check_cells(engine):
-    """Check that nothing runs, and that llama.cpp agrees with the cells of the idle slots."""
-    assert engine.statistics.running == engine.statistics.waiting == 0
-    cache = engine._scheduler.running.cache
-    assert cache.available == cache._n_cells
-    assert not cache._running_holders.any()
-    assert not any(slot.in_use for slot in cache.slots)
-    held = np.concatenate([np.array(slot.cells, int) for slot in cache.slots])
-    assert np.array_equal(np.bincount(held, minlength=cache._n_cells), cache._holders)
-    assert cache.unheld == cache._n_cells - len(np.unique(held))
-    assert sorted({*cache._unheld, *held.tolist()}) == list(range(cache._n_cells))
-    memory = llama_cpp.llama_get_memory(engine._llm.ctx)
-    for slot in cache.slots:
-        last = llama_cpp.llama_memory_seq_pos_max(memory, slot.number)
-        assert last + 1 == len(slot.cells)
 
 
 @pytest.mark.parametrize("family", ["llama", "mamba", "lfm2"])

@@ -3,13 +3,26 @@
 from contextlib import closing
 from functools import cache
 
+import llama_cpp
 import numpy as np
 from routers import router_for
-from serving import PROMPTS
+from serving import ARGUMENTS, GREEDY, PROMPTS, text
 
-from pysteer import HookedLlama, SteeringPack, SteeringVector
+from pysteer import Engine, HookedLlama, SteeringPack, SteeringVector
 from pysteer.pack.operators import Operator
 from pysteer.pack.policy import Policy
+
+HONEST = [
+    {"prompt": [*PROMPTS["a"], *range(270, 300)], "steering": None},
+    {"prompt": [*PROMPTS["a"], *range(270, 300)], "steering": {"mild": 1.0}},
+    {"prompt": PROMPTS["a"], "steering": "auto"},
+    {"prompt": PROMPTS[""], "steering": "auto", "policy": {"recheck": 4, "scope": "response"}},
+    {"prompt": [*range(266, 316)] * 2, "steering": {"mild": -1.0}, "seed": 3, "temperature": 0.8},
+    {"prompt": PROMPTS["b"], "steering": {"mild": "auto"}, "seed": 4, "temperature": 1.0},
+    {"prompt": PROMPTS["b"], "steering": {"mild": 0.5}, "policy": {"scope": "linear 6"}},
+    {"prompt": [*PROMPTS["a"], *range(270, 305)], "steering": None},
+]
+"""Requests of all kinds of steering, short of the arguments of `honest`."""
 
 SIGNS = np.sign(np.random.default_rng(0).standard_normal(4096)).astype(np.float32)
 
@@ -50,3 +63,53 @@ def hostile_steerings(path):
     if "gpt2" in path.stem:  # LayerNorm
         found += [{"early": 3e38}, {"low_rank": 1e37}]
     return [each for each in found if set(each) <= set(overflow_pack(path).categories)]
+
+
+def honest(request):
+    return {"max_tokens": 24, **GREEDY, **request}
+
+
+def engine_for(path, **arguments):
+    pack = overflow_pack(path)
+    return Engine(path, pack=pack, **{**ARGUMENTS, "max_sequences": 12, "n_ctx": 2048, **arguments})
+
+
+def alone(path, requests, **arguments):
+    """Return the answers to requests, each from an engine's empty cache, one after the other."""
+    with engine_for(path, **arguments) as engine:
+        found = []
+        for request in requests:
+            with engine.together():
+                handle = engine.submit(**request)
+            found.append(handle.result(60))
+    return found
+
+
+def steady(path, requests, *, noise, **arguments):
+    """Return the requests whose answers do not rest on rounding, and their answers alone.
+
+    Sums round differently in batches of different sizes.
+    """
+
+    def disturb(seed):
+        rng = np.random.default_rng(seed)
+
+        def process(tokens, logits):
+            return logits + rng.uniform(-noise, noise, len(logits)).astype(np.float32)
+
+        return llama_cpp.LogitsProcessorList([process])
+
+    expected = alone(path, requests, **arguments)
+    others = [
+        alone(
+            path, [{**request, "logits_processor": disturb(k)} for request in requests], **arguments
+        )
+        for k in range(2)
+    ]
+    kept = [
+        k
+        for k, each in enumerate(expected)
+        if all(text(each) == text(other[k]) for other in others)
+    ]
+    assert len(kept) >= 5
+    return [requests[k] for k in kept], [expected[k] for k in kept]

@@ -232,3 +232,20 @@ def _fits(result, alone):
     if result["choices"][0]["finish_reason"] == "cancelled":
         return text(alone).startswith(text(result))
     return outcome(result) == outcome(alone)
+
+
+def check_cells(engine):
+    """Check that nothing runs, and that llama.cpp agrees with the cells of the idle slots."""
+    assert engine.statistics.running == engine.statistics.waiting == 0
+    cache = engine._scheduler.running.cache
+    assert cache.available == cache._n_cells
+    assert not cache._running_holders.any()
+    assert not any(slot.in_use for slot in cache.slots)
+    held = np.concatenate([np.array(slot.cells, int) for slot in cache.slots])
+    assert np.array_equal(np.bincount(held, minlength=cache._n_cells), cache._holders)
+    assert cache.unheld == cache._n_cells - len(np.unique(held))
+    assert sorted({*cache._unheld, *held.tolist()}) == list(range(cache._n_cells))
+    memory = llama_cpp.llama_get_memory(engine._llm.ctx)
+    for slot in cache.slots:
+        last = llama_cpp.llama_memory_seq_pos_max(memory, slot.number)
+        assert last + 1 == len(slot.cells)
