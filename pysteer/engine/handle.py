@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from pysteer.engine.errors import require_other_thread
 from pysteer.engine.text import FinishReason
 from pysteer.llama.forks import left_behind, stays
 
@@ -88,7 +87,7 @@ class Handle:
         self._error: BaseException | None = None
         self._result: dict[str, Any] | None = None
         self._on_cancel: Callable[[], None] | None = None
-        self._decodes_in: threading.Thread | None = None
+        self._require_waitable: Callable[[], None] | None = None
         self._left = False
         stays(self)
         self.cancelled = False
@@ -132,8 +131,7 @@ class Handle:
         """
         with self._changed:
             if not self.done:
-                self._require_end_to_come()
-                require_other_thread(self._decodes_in)
+                self._check_wait()
             if not self._changed.wait_for(lambda: self.done, timeout):
                 raise TimeoutError(f"not done after {timeout} seconds")
             if self._error is not None:
@@ -165,12 +163,17 @@ class Handle:
         if self._left:
             raise left_behind("the engine")
 
+    def _check_wait(self) -> None:
+        self._require_end_to_come()
+        if self._require_waitable is not None:
+            self._require_waitable()
+
     # ---- the scheduler's side ----------------------------------------------------------------
 
-    def attach(self, wake: Callable[[], None], thread: threading.Thread) -> None:
-        """Call `wake` when the request is cancelled; `thread` is the thread that decodes."""
+    def attach(self, wake: Callable[[], None], require_waitable: Callable[[], None]) -> None:
+        """Call `wake` when the request is cancelled, and `require_waitable` before a wait."""
         self._on_cancel = wake
-        self._decodes_in = thread
+        self._require_waitable = require_waitable
 
     def push(self, text: str) -> None:
         """Add text to the stream."""
@@ -191,7 +194,7 @@ class Handle:
             if self.done:  # the first end holds
                 return
             self._end, self._error = end, error
-            self._on_cancel = self._decodes_in = None
+            self._on_cancel = self._require_waitable = None
             self._changed.notify_all()
 
     # ---- dictionaries ------------------------------------------------------------------------
@@ -222,8 +225,7 @@ class Handle:
         while True:
             with self._changed:
                 while len(self._texts) == read and not self.done:
-                    self._require_end_to_come()
-                    require_other_thread(self._decodes_in)
+                    self._check_wait()
                     self._changed.wait()
                 fresh = self._texts[read:]
                 end, error = self._end, self._error

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 from pysteer.engine.errors import EngineBusyError, EngineClosedError, require_other_thread
 from pysteer.engine.request import Request
+from pysteer.errors import SteeringError
 from pysteer.llama.forks import left_behind
 
 _CLOSED = "the engine is closed; create a new one"
@@ -40,6 +41,7 @@ class RequestQueue:
         self._cancelling = False
         self._left = False  # this is the copy of a forked process
         self._idle = False  # the reader has nothing to do, except requests on hold
+        self._holder: int | None = None  # the thread that makes a group
         self._held = False  # requests wait until all of a group are there
         self._released = False  # a group is complete, and wants an empty cache
 
@@ -111,7 +113,7 @@ class RequestQueue:
                 raise EngineClosedError(_CLOSED)
             request.order = self._next_order
             self._next_order += 1
-            request.handle.attach(self.wake, self.thread)
+            request.handle.attach(self.wake, self.require_waitable)
             self._queue.append(request)
             self._changed.notify_all()
 
@@ -120,9 +122,10 @@ class RequestQueue:
 
         Raises:
             EngineClosedError: the engine was stopped.
-            SteeringError: called by the thread that decodes, or in a forked process.
+            SteeringError: called by the thread that decodes or holds already, or in a forked
+                process.
         """
-        require_other_thread(self.thread)
+        self.require_waitable()
         with self._changed:
             self._require_own_process()
             self._changed.wait_for(
@@ -131,13 +134,27 @@ class RequestQueue:
             if not self.open:
                 raise EngineClosedError(_CLOSED)
             self._held = True
+            self._holder = threading.get_ident()
 
     def release(self) -> None:
         """Start all requests queued since `hold`, at once and from an empty cache."""
         with self._changed:
             self._held = False
+            self._holder = None
             self._released = True
             self._changed.notify_all()
+
+    def require_waitable(self) -> None:
+        """Raise SteeringError if the calling thread would wait for itself.
+
+        The thread that decodes would, and between `hold` and `release` the thread that holds.
+        """
+        require_other_thread(self.thread)
+        if self._holder == threading.get_ident():
+            raise SteeringError(
+                "requests of a `with engine.together()` block start when the block ends; nest no "
+                "blocks, and wait for results behind the block"
+            )
 
     def wake(self) -> None:
         """Have the reader look for cancelled requests."""

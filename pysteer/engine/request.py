@@ -132,8 +132,8 @@ class Request:
 
     def finish(self, reason: FinishReason) -> None:
         """End the request with the text so far."""
-        self.sampler.close()
         try:
+            self.sampler.close()
             end = End(
                 text=self.writing.text,
                 finish_reason=reason,
@@ -141,16 +141,17 @@ class Request:
                 completion_tokens=len(self.writing.tokens),
                 steering=self.steering.report(self.n_past).to_dict(),
             )
+            rest = self.writing.take_rest()
         except Exception as error:  # a defect of ours; the request has to end all the same
             self.handle.fail(error)
             return
-        self.handle.text_tokens = tuple(self.writing.tokens)
-        rest = self.writing.take_rest()
         if rest:
             self.handle.push(rest)
         self.handle.finish(end)
 
     def fail(self, error: BaseException) -> None:
         """End the request with an error."""
-        self.sampler.close()
-        self.handle.fail(error)
+        try:
+            self.sampler.close()
+        finally:
+            self.handle.fail(error)

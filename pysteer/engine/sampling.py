@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -42,15 +43,24 @@ class CandidateTokens:
         )
 
     def draw(self, chain: Any, logits: npt.NDArray[np.float32]) -> int:
-        """Return the token that a chain of samplers draws from logits of shape (n_vocab,)."""
+        """Return the token that a chain of samplers draws from logits of shape (n_vocab,).
+
+        Raises:
+            SteeringError: the chain leaves no token; a grammar would end the process over any.
+        """
         array = self._array
         np.copyto(self._tokens, self._unsorted)  # samplers sort
         self._logits[:] = logits
         array.data, array.size, array.selected = self._data, len(self._tokens), -1
         array.sorted = False
         llama_cpp.llama_sampler_apply(chain, ctypes.byref(array))
-        assert array.selected >= 0
-        token = int(array.data[array.selected].id)
+        chosen = array.data[array.selected] if array.selected >= 0 else None
+        if chosen is None or not math.isfinite(chosen.logit):
+            raise SteeringError(
+                "no token can be drawn: the grammar, a logits processor, logit_bias and the "
+                "sampling arguments together leave no finite logit"
+            )
+        token = int(chosen.id)
         llama_cpp.llama_sampler_accept(chain, token)
         return token
 

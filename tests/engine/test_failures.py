@@ -194,7 +194,7 @@ def test_raising_callback_ends_only_its_request(engine, where, error):
         (np.full(320, np.nan), SteeringError),
         (np.full(320, np.inf), SteeringError),
         (np.full(320, -np.inf), SteeringError),
-        (np.arange(320) * 1e308, SteeringError),
+        (np.full(320, 1e308), SteeringError),
     ],
     ids=["none", "text", "too short", "no numbers", "nan", "inf", "-inf", "beyond float32"],
 )
@@ -211,6 +211,26 @@ def test_bias_that_is_not_finite_raises_at_submit(engine, bias):
         engine.submit(prompt=[10], logit_bias={5: bias})
     banned = engine.submit(prompt=[10], max_tokens=1, logit_bias={5: float("-inf")})
     assert banned.result(30)["usage"]["completion_tokens"] == 1
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("mirostat_mode", [0, 1, 2])
+def test_grammar_without_a_token_to_draw_ends_only_its_request(engine, temperature, mirostat_mode):
+    """llama.cpp would end the process over a token that the grammar does not take."""
+    grammar = llama_cpp.LlamaGrammar.from_string('root ::= "the"', verbose=False)
+    other = engine.submit(**{**REQUEST, "max_tokens": 30})
+    for left in ([], [40], [2]):  # a token outside of the grammar; the end of the text
+        banned = dict.fromkeys(set(range(320)) - set(left), float("-inf"))
+        bad = engine.submit(
+            prompt=[10],
+            grammar=grammar,
+            logit_bias=banned,
+            temperature=temperature,
+            mirostat_mode=mirostat_mode,
+        )
+        with pytest.raises(SteeringError, match="no token can be drawn"):
+            bad.result(30)
+    assert other.result(30)["usage"]["completion_tokens"] == 30
 
 
 def test_callback_that_waits_for_its_own_engine_raises(engine):

@@ -7,7 +7,7 @@ import llama_cpp
 import numpy as np
 import pytest
 
-from pysteer import Engine, SteeringPack, SteeringVector
+from pysteer import Engine, SteeringError, SteeringPack, SteeringVector
 from pysteer.engine import EngineBusyError, EngineClosedError
 from pysteer.llama.context import set_native_control_vector
 
@@ -71,6 +71,18 @@ def test_request_cancelled_before_its_start_ends(tiny_llama):
             gone.cancel()
         assert gone.result(timeout=30)["choices"][0]["finish_reason"] == "cancelled"
         assert stays.result(timeout=30)["choices"][0]["finish_reason"] != "cancelled"
+
+
+def test_waiting_inside_a_group_raises(tiny_llama):
+    """The group starts when the block ends, so that the thread would wait for itself."""
+    with Engine(tiny_llama, max_sequences=2, **OPTIONS) as engine:
+        with engine.together():
+            handle = engine.submit(prompt="the cat", max_tokens=8)
+            waits = [handle.result, lambda: next(iter(handle)), engine.together().__enter__]
+            for wait in waits:
+                with pytest.raises(SteeringError, match="behind the block"):
+                    wait()
+        assert handle.result(30)
 
 
 def test_groups_of_two_threads_do_not_mix(tiny_llama):
