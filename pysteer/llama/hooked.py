@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import llama_cpp
+import numpy as np
+import numpy.typing as npt
 from llama_cpp import Llama
 
+from pysteer import _native
 from pysteer.chat.template import chooses_format, use_own_template
 from pysteer.errors import SteeringError
 from pysteer.files import check_regular
@@ -120,6 +123,9 @@ class HookedLlama(Llama):
         if not chooses_format(llama_arguments):
             use_own_template(self)
         speculates = llama_arguments.get("draft_model") is not None
+        if speculates and not llama_arguments.get("logits_all"):
+            # llama_cpp.Llama then writes the logits of every token, and makes room for n_batch.
+            self.scores = np.ndarray((len(self.input_ids), self.n_vocab()), np.single)
         self._outputs = EVERY_ROW if llama_arguments.get("logits_all") or speculates else LAST_ROW
         try:
             self.context.attach(super().ctx, n_batch=self.n_batch)
@@ -145,6 +151,11 @@ class HookedLlama(Llama):
     def require_open(self) -> None:
         """Raise SteeringError if the model is closed."""
         self.context.require_open()
+
+    @property
+    def keeps_logits(self) -> bool:
+        """`scores` holds the logits of every token in the context, not of the last alone."""
+        return self._outputs == EVERY_ROW
 
     @property
     def closed(self) -> bool:
@@ -224,7 +235,8 @@ class HookedLlama(Llama):
         """Evaluate tokens after those in the context; see `llama_cpp.Llama.eval`.
 
         Raises:
-            HookError: a site that is to be steered was not reached by every token.
+            HookError: a site that is to be steered was not reached by every token, or the hidden
+                state or the logits are not finite. The context is empty then.
         """
         left = list(tokens)
         while True:
@@ -236,11 +248,24 @@ class HookedLlama(Llama):
             try:
                 with self.context.decoding(runs):
                     super().eval(part)
+                self._require_usable_logits(len(part))
             except SpoiledDecodeError:
+                # A freed cell still counts: a weight of 0 times NaN is NaN.
+                self.context.memory.clear(data=True)
                 self.reset()
                 raise
             if not left:
                 return
+
+    def _require_usable_logits(self, n_tokens: int) -> None:
+        """Raise SpoiledDecodeError if logits of the latest tokens are no numbers to draw from."""
+        if n_tokens == 0 or self.context_params.embeddings:
+            return
+        rows: Iterable[npt.NDArray[np.float32]] = [self.context.logits(-1)]
+        if self.keeps_logits:
+            rows = self.scores[self.n_tokens - n_tokens : self.n_tokens]
+        if not all(_native.has_usable_logits(row) for row in rows):
+            raise SpoiledDecodeError("the model computed logits that are not finite")
 
     def capture(self, *args: Any, **kwargs: Any) -> Activations:
         """Return activations of a prompt; see `HookedContext.capture`."""

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+from typing import Any
+
 import llama_cpp
+import numpy as np
+import numpy.typing as npt
 
 
 class ContextMemory:
@@ -13,6 +18,7 @@ class ContextMemory:
     """
 
     def __init__(self, context: llama_cpp.llama_context_p) -> None:
+        self._context = context
         self._memory = llama_cpp.llama_get_memory(context)
 
     def cut(self, slot: int, start: int) -> None:
@@ -37,6 +43,32 @@ class ContextMemory:
         if self._memory is not None:  # embedding models may have no memory
             llama_cpp.llama_memory_clear(self._memory, data)
 
+    def save(self, slot: int) -> npt.NDArray[np.uint8]:
+        """Return a copy of everything in memory for a sequence.
+
+        Raises:
+            RuntimeError: llama.cpp cannot copy the sequence.
+            MemoryError: there is no room for the copy.
+        """
+        size = llama_cpp.llama_state_seq_get_size(self._context, slot)
+        data = np.empty(size, np.uint8)
+        if llama_cpp.llama_state_seq_get_data(self._context, _bytes(data), size, slot) != size:
+            raise RuntimeError("llama.cpp cannot copy a sequence")
+        return data
+
+    def restore(self, slot: int, data: npt.NDArray[np.uint8]) -> None:
+        """Replace everything in memory by a sequence that `save` returned.
+
+        The copy is exact, to the last bit. Logits do not belong to it.
+
+        Raises:
+            RuntimeError: llama.cpp cannot take the sequence; the memory is empty.
+        """
+        self.clear()  # the sequence then lies in the first cells, as if it had been computed alone
+        if not llama_cpp.llama_state_seq_set_data(self._context, _bytes(data), data.size, slot):
+            self.clear()
+            raise RuntimeError("llama.cpp cannot put a sequence back")
+
     def is_whole(self, slot: int) -> bool:
         """Return True if the sequence still has its first position: a sliding window drops it."""
         return bool(llama_cpp.llama_memory_seq_pos_min(self._memory, slot) == 0)
@@ -45,3 +77,7 @@ class ContextMemory:
     def is_empty(self) -> bool:
         """No position of sequence 0 is in memory."""
         return bool(llama_cpp.llama_memory_seq_pos_max(self._memory, 0) < 0)
+
+
+def _bytes(data: npt.NDArray[np.uint8]) -> Any:
+    return data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))

@@ -22,6 +22,8 @@ PRIVATE_NAMES: Final = {
     "_grammar": "text of a LlamaGrammar, for llama_sampler_init_grammar",
     "_root": "root rule of a LlamaGrammar, for llama_sampler_init_grammar",
     "_chat_handlers": "chat handlers that Llama made of the model's own templates",
+    "_sampler": "sampler of the generation under way, which another generation replaces",
+    "_requires_eval": "set where the logits in the context are another generation's",
 }
 """Every private name of llama_cpp that pysteer uses, with the reason.
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Final
 
 import numpy as np
 from llama_cpp import LlamaState
 
+from pysteer.errors import SteeringError
+from pysteer.llama.context import SpoiledDecodeError
 from pysteer.llama.hooked import HookedLlama
 from pysteer.llama.vocabulary import token_piece
-from pysteer.runtime.ledger import CacheLedger
+from pysteer.runtime.generation import ActiveSteering, Request
+from pysteer.runtime.ledger import CachedSteering, CacheLedger, matching
 from pysteer.runtime.plan import UNSTEERED
 from pysteer.runtime.report import SteeringReport, report
-from pysteer.runtime.requests import ActiveSteering
 from pysteer.runtime.sequence import SequenceSteering
 
 # Attributes of a LlamaState: fingerprints of its tokens' steering, and the length of its prompt.
@@ -38,6 +42,7 @@ class SteeredCache:
     def __init__(self, llm: HookedLlama) -> None:
         self._llm = llm
         self._ledger = CacheLedger()
+        self._evaluating = False
         self._logits_key = 0  # of the last token decoded
         self._installed: SequenceSteering | None = None
         self._loaded_n_prompt: int | None = None  # of a loaded state, until a sequence goes on
@@ -107,7 +112,45 @@ class SteeredCache:
 
     # ---- tokens ------------------------------------------------------------------------------
 
-    def reuse(self, sequence: SequenceSteering, tokens: list[int], *, reset: bool) -> list[int]:
+    def moved(self, n_tokens: int, active: ActiveSteering | None) -> None:
+        """Take note of a new number of tokens in the context.
+
+        Multimodal chat handlers decode images straight on the context, and raise the number. Such
+        positions belong to their request alone: no tokens stand for them.
+
+        Raises:
+            SteeringError: steering is in force, which did not reach such positions.
+        """
+        self._ledger.forget(n_tokens)
+        start = self._ledger.known
+        if start >= n_tokens or self._evaluating:
+            return
+        if active is not None and active.plan.native is not None:
+            raise SteeringError(
+                "the chat handler decodes images by itself, and images cannot be steered; pass "
+                "steering=None, which also leaves out the router"
+            )
+        request = active.request if active is not None else None
+        key = secrets.randbits(64) if request is None else request.images
+        self._ledger.record(start, np.full(n_tokens - start, key, np.uint64))
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Record the tokens by other means inside the `with` block."""
+        self._evaluating = True
+        try:
+            yield
+        finally:
+            self._evaluating = False
+
+    def reuse(
+        self,
+        sequence: SequenceSteering,
+        request: Request,
+        tokens: list[int],
+        *,
+        reset: bool,
+    ) -> list[int]:
         """Cut the context back to the tokens that a sequence would compute the same way.
 
         `llama_cpp.Llama.generate` then reuses the remaining tokens that match the prompt, and
@@ -115,6 +158,7 @@ class SteeredCache:
 
         Args:
             sequence: the sequence about to begin.
+            request: the request that it belongs to.
             tokens: the argument of `generate`.
             reset: the argument of `generate`. True: `tokens` are the whole prompt. False: `tokens`
                 follow the context.
@@ -123,15 +167,23 @@ class SteeredCache:
             The tokens to call `generate` with.
         """
         llm, n = self._llm, self._llm.n_tokens
-        reusable = min(self._ledger.reusable(sequence.keys(0, n)), sequence.first_to_decode, n)
+        found, keys = self._ledger.keys()[:n], sequence.keys(0, n)
+        images = found == np.uint64(request.images)
+        reusable = min(matching(found, np.where(images, found, keys)), sequence.first_to_decode, n)
         stale = reusable < n or (n > 0 and sequence.logits_key(n - 1) != self._logits_key)
         if reset and stale:
             reusable = min(reusable, max(len(tokens) - 1, 0))
-        if reset and not self.cuts_back:
+        exact = not llm._requires_eval and self.tokens == tokens
+        if reset and not exact and not self.cuts_back:
             prefix = llm.longest_token_prefix(self.tokens, tokens[:-1])
             reusable = min(reusable, prefix)
         if reusable == n:
             return tokens
+        if images[reusable if self.cuts_back else 0 :].any():
+            raise SteeringError(
+                "an image in the context would have to be computed again, because another request "
+                "has used the model since; read the stream before the next request"
+            )
         cut = self.rewind(reusable)
         return tokens if reset else [*cut, *tokens]
 
@@ -143,6 +195,19 @@ class SteeredCache:
             return tokens
         self._llm.n_tokens = position
         return tokens[position:]
+
+    def draft_room(self, sequence: SequenceSteering, draft: Sequence[int]) -> int:
+        """Return the number of a draft's tokens to decode with the token before them.
+
+        A draft is a guess of the next tokens, decoded to be compared with the tokens drawn. No gate
+        decides on a guess, and a state that cannot be cut back takes none.
+        """
+        llm = self._llm
+        if not draft or not llm.keeps_logits or not self.cuts_back:
+            return 0
+        known = llm.n_vocab()
+        unknown = (at for at, token in enumerate(draft) if not 0 <= token < known)
+        return min(next(unknown, len(draft)), llm.n_batch - 1, sequence.free_after(llm.n_tokens))
 
     def evaluate(
         self,
@@ -175,13 +240,30 @@ class SteeredCache:
         sequence.begun = True
         self.install(sequence)
         try:
-            evaluate(tokens)
+            with self.evaluating():
+                evaluate(tokens)
+        except SpoiledDecodeError as error:
+            in_force = ", ".join(f"{t.category}={t.strength:g}" for t in sequence.plan.terms)
+            raise SpoiledDecodeError(
+                f"{error} (in force: {in_force})" if in_force else str(error)
+            ) from None
         finally:
             # Tokens decoded before a failure count, too; a reset context records nothing.
             stop = self._llm.n_tokens
             if stop > start:
                 self._ledger.record(start, sequence.keys(start, stop))
                 self._logits_key = sequence.logits_key(stop - 1)
+
+    # ---- copies ------------------------------------------------------------------------------
+
+    def taken(self, n_tokens: int) -> CachedSteering:
+        """Return the steering of the first tokens in the context."""
+        return CachedSteering(self._ledger.keys()[:n_tokens].tobytes(), self._logits_key)
+
+    def give(self, steering: CachedSteering) -> None:
+        """Take over the steering of tokens that were put back into the context."""
+        self._ledger = CacheLedger(np.frombuffer(steering.keys, np.uint64))
+        self._logits_key = steering.logits_key
 
     # ---- states ------------------------------------------------------------------------------
 

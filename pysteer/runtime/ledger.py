@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 Keys: TypeAlias = npt.NDArray[np.uint64]
 """Fingerprint of each token's steering; 0 means no steering."""
+
+
+class CachedSteering(NamedTuple):
+    """The steering of the tokens in a context: bytes of their keys, and of the last logits."""
+
+    keys: bytes
+    logits_key: int
 
 
 def matching(keys: Keys, others: Keys) -> int:
@@ -47,6 +54,15 @@ class CacheLedger:
             grown[:start] = self._keys[:start]
             self._keys = grown
         self._keys[start : self._known] = keys
+
+    @property
+    def known(self) -> int:
+        """Number of recorded tokens."""
+        return self._known
+
+    def forget(self, start: int) -> None:
+        """Forget the tokens from `start` on."""
+        self._known = min(self._known, start)
 
     def reusable(self, keys: Keys) -> int:
         """Return the number of tokens from the start that were computed under `keys`."""

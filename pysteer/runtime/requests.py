@@ -15,25 +15,13 @@ from pysteer.errors import SteeringError
 from pysteer.llama.hooked import HookedLlama
 from pysteer.pack.resolved import Steering
 from pysteer.runtime.arguments import INHERIT, Inherit, PolicyLike
+from pysteer.runtime.generation import ActiveSteering, Request
 from pysteer.runtime.plan import UNSTEERED, CompiledPlan
-from pysteer.runtime.report import SteeringReport
+from pysteer.runtime.report import report
 from pysteer.runtime.request_plans import RequestPlans
+from pysteer.runtime.turns import Turns
 
 _log = logging.getLogger(__name__)
-
-
-class ActiveSteering(NamedTuple):
-    """A plan in force.
-
-    Attributes:
-        plan: the plan.
-        conversation: the messages of a chat, for the router; None outside of chats.
-        of_request: put in force by a request, not by a `with llm.steering(...)` block.
-    """
-
-    plan: CompiledPlan
-    conversation: Conversation | None = None
-    of_request: bool = False
 
 
 @dataclass(eq=False)
@@ -76,15 +64,13 @@ class SteeredRequests:
     Args:
         llm: the model.
         plans: compiles the requests.
-        report: returns the report of the latest request.
+        turns: the generations that share the model's context.
     """
 
-    def __init__(
-        self, llm: HookedLlama, plans: RequestPlans, report: Callable[[], SteeringReport]
-    ) -> None:
+    def __init__(self, llm: HookedLlama, plans: RequestPlans, turns: Turns) -> None:
         self._llm = llm
         self._plans = plans
-        self._report = report
+        self._turns = turns
         self._innermost: ContextVar[_Frame | None] = ContextVar("steering", default=None)
         self._warned_unsteered = False
 
@@ -114,14 +100,15 @@ class SteeredRequests:
         Raises:
             SteeringError: the block ends where it was not in force.
         """
-        thread = threading.get_ident() if active.of_request else None
+        of_request = active.request is not None
+        thread = threading.get_ident() if of_request else None
         frame = _Frame(active, _innermost(self._innermost.get()), thread)
         self._innermost.set(frame)
         try:
             yield
         finally:
             held = self._leave(frame)
-            frame.ended = active.of_request or not held
+            frame.ended = of_request or not held
         if not held:
             raise SteeringError(
                 "a `with llm.steering(...)` block ended in another thread or asyncio task than it "
@@ -170,7 +157,8 @@ class SteeredRequests:
         """Make a request.
 
         A request inside another, such as the completion of a chat, is part of the outer request,
-        unless the inner request brings its own steering.
+        unless the inner request brings its own steering, or a callback makes it in the middle of a
+        step of the outer request.
 
         Args:
             call: a method of `llama_cpp.Llama`.
@@ -183,47 +171,65 @@ class SteeredRequests:
             to its end.
         """
         outer, conversation = self.in_force, options.conversation
-        if outer is not None and outer.of_request:
-            if isinstance(options.steering, Inherit) and options.policy is None:
+        if outer is not None and outer.request is not None:
+            inherits = isinstance(options.steering, Inherit) and options.policy is None
+            if inherits and self._turns.running is None:
                 result = call(*args, **kw)
-                self._add_report(result)
+                self._add_report(result, outer)
                 return result
             conversation = conversation or outer.conversation
-        plan = self.plan(options.steering, options.policy)
-        active = ActiveSteering(plan, conversation, of_request=True)
+        request = Request()
+        active = ActiveSteering(self.plan(options.steering, options.policy), conversation, request)
+        with self._step(active):
+            result = call(*args, **kw)
+        if isinstance(result, Iterator):
+            return self.stream(active, result)
+        self._add_report(result, active)
+        request.ended = True
+        return result
+
+    @contextmanager
+    def _step(self, active: ActiveSteering) -> Iterator[None]:
+        """Run a part of a request, all of it or up to its next chunk, inside the `with` block."""
         with self._llm.context.lock:
             self._llm.require_open()
-            with self.entered(active):
-                result = call(*args, **kw)
-            self._add_report(result)
-        return self.stream(active, result) if isinstance(result, Iterator) else result
+            with self._turns.apart():
+                if active.request is not None and active.request.latest is not None:
+                    self._turns.take(active.request.latest)
+                with self.entered(active):
+                    yield
+                self._turns.note_latest(active.request)
 
     def stream(self, active: ActiveSteering, stream: Iterator[Any]) -> Generator[Any, Any, None]:
-        """Advance a stream under a request's steering, regardless of the steering between items."""
+        """Advance a stream under a request's steering, whatever runs between items."""
         sent: Any = None
         try:
             while True:
-                with self._llm.context.lock:
-                    self._llm.require_open()
-                    with self.entered(active):
-                        try:
-                            if sent is not None and isinstance(stream, Generator):
-                                item = stream.send(sent)
-                            else:
-                                item = next(stream)
-                        except StopIteration:
-                            return
-                    self._add_report(item)
+                with self._step(active):
+                    try:
+                        if sent is not None and isinstance(stream, Generator):
+                            item = stream.send(sent)
+                        else:
+                            item = next(stream)
+                    except StopIteration:
+                        if active.request is not None:
+                            active.request.ended = True
+                        return  # the model may have gone with the last reference to it
+                    self._add_report(item, active)
                 sent = yield item
         finally:
+            if active.request is not None:
+                active.request.ended = True
             if isinstance(stream, Generator):
                 stream.close()
 
-    def _add_report(self, result: Any) -> None:
+    def _add_report(self, result: Any, active: ActiveSteering) -> None:
         """Put the report into a finished result, or the last chunk of a stream."""
         choices = result.get("choices") if isinstance(result, dict) else None
         if choices and choices[0].get("finish_reason") is not None:
-            result["steering"] = self._report().to_dict()
+            latest = active.request.latest if active.request is not None else None
+            found = report(active.plan, None, 0) if latest is None else latest.report()
+            result["steering"] = found.to_dict()
 
 
 def _innermost(frame: _Frame | None) -> _Frame | None:

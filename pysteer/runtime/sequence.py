@@ -108,6 +108,12 @@ class SequenceSteering:
             return self._first_read
         return decided[-1] + 1 if self.plan.rechecks and self.plan.pools else _END
 
+    def free_after(self, position: int) -> int:
+        """Return the number of tokens after a position whose rows no later decision rests on."""
+        if self.native is None or not self.plan.rechecks:
+            return _END
+        return 0 if self.plan.pools else max(self.native.next_decision - position - 1, 0)
+
     def reprocess_from(self, n_tokens: int) -> int:
         """Return the position from which tokens have to be decoded again.
 

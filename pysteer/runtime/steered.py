@@ -7,6 +7,7 @@ import os
 import weakref
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 from llama_cpp import Llama, LlamaState
@@ -26,10 +27,13 @@ from pysteer.runtime.arguments import (
     read_policy,
 )
 from pysteer.runtime.cache import SteeredCache
+from pysteer.runtime.generation import ActiveSteering, Generation, Request
 from pysteer.runtime.plan import INJECTIONS, UNSTEERED, Injection
 from pysteer.runtime.report import SteeringReport
 from pysteer.runtime.request_plans import RequestPlans
-from pysteer.runtime.requests import ActiveSteering, RequestOptions, SteeredRequests
+from pysteer.runtime.requests import RequestOptions, SteeredRequests
+from pysteer.runtime.token_limit import TokenLimit, limited
+from pysteer.runtime.turns import Turns
 
 _GENERATE = inspect.signature(Llama.generate)
 
@@ -112,7 +116,8 @@ class SteeredLlama(HookedLlama):
         # Without a circle, the model is freed when the last reference to it goes.
         proxy = cast(HookedLlama, weakref.proxy(self))
         self._cache = SteeredCache(proxy)
-        self._requests = SteeredRequests(proxy, plans, self._cache.report)
+        self._turns = Turns(proxy, self._cache)
+        self._requests = SteeredRequests(proxy, plans, self._turns)
 
     @property
     def pack(self) -> SteeringPack | None:
@@ -121,8 +126,13 @@ class SteeredLlama(HookedLlama):
 
     @property
     def last_steering(self) -> SteeringReport:
-        """Report of the last request, or of the request under way so far."""
-        return self._cache.report()
+        """Report of the last request, of whichever thread, or of the request under way so far.
+
+        Waits for the step that another thread runs.
+        """
+        with self.context.lock:
+            latest = self._turns.current
+            return self._cache.report() if latest is None else latest.report()
 
     @contextmanager
     def steering(self, steering: Steering, policy: PolicyLike | None = None) -> Iterator[None]:
@@ -156,8 +166,12 @@ class SteeredLlama(HookedLlama):
 
         The router reads the whole prompt: only a chat marks the user's message.
         """
-        options = RequestOptions(steering, policy)
-        return self._requests.run(super().create_completion, options, *args, **kwargs)
+        limit, kwargs = limited(self, args, kwargs)
+
+        def complete() -> Any:
+            return limit.finish(super(SteeredLlama, self).create_completion(**kwargs))
+
+        return self._requests.run(complete, RequestOptions(steering, policy))
 
     def __call__(
         self,
@@ -180,7 +194,16 @@ class SteeredLlama(HookedLlama):
         """`llama_cpp.Llama.create_chat_completion`, steered; see the class."""
         conversation = Conversation(self, chat_arguments(args, kwargs))
         options = RequestOptions(steering, policy, conversation)
-        return self._requests.run(super().create_chat_completion, options, *args, **kwargs)
+
+        def chat(*args: Any, **kwargs: Any) -> Any:
+            if self.chat_handler is not None:  # which may decode images by itself
+                self._turns.take(None)
+                self._cache.install(None)
+                with self.context.decoding([]):  # writes zeros over the latest control vector
+                    pass
+            return super(SteeredLlama, self).create_chat_completion(*args, **kwargs)
+
+        return self._requests.run(chat, options, *args, **kwargs)
 
     # ---- tokens ------------------------------------------------------------------------------
 
@@ -189,27 +212,72 @@ class SteeredLlama(HookedLlama):
     ) -> Generator[int, Sequence[int] | None, None]:
         """`llama_cpp.Llama.generate` under the steering in force at the time of the call."""
         active = self._requests.current()
-        generated = self._generate(active, list(tokens), *args, **kwargs)
-        if active.of_request:  # the request holds the lock, and has put its steering in force
-            return generated
-        return self._requests.stream(active._replace(of_request=True), generated)
+        if active.request is not None and self._turns.running is None:
+            # The request holds the lock, and has put its steering in force.
+            return self._generate(active.request, active, list(tokens), *args, **kwargs)
+        request = Request()
+        generated = self._generate(request, active, list(tokens), *args, **kwargs)
+        return self._requests.stream(active._replace(request=request), generated)
 
     def _generate(
-        self, active: ActiveSteering, tokens: list[int], *args: Any, **kwargs: Any
+        self,
+        request: Request,
+        active: ActiveSteering,
+        tokens: list[int],
+        *args: Any,
+        **kwargs: Any,
     ) -> Generator[int, Sequence[int] | None, None]:
-        reset = _GENERATE.bind(self, tokens, *args, **kwargs).arguments.get("reset", True)
+        arguments = _GENERATE.bind(self, tokens, *args, **kwargs).arguments
+        reset = arguments.get("reset", True)
         prompt = tokens if reset else [*self._cache.tokens, *tokens]
         sequence = self._cache.start(active, prompt)
-        tokens = self._cache.reuse(sequence, tokens, reset=reset)
-        inner = super().generate(tokens, *args, **kwargs)
+        generation = Generation(request, sequence, n_prompt=len(prompt))
+        limit = arguments.get("stopping_criteria")
+        if isinstance(limit, TokenLimit):
+            kwargs["stopping_criteria"] = limit.criteria  # create_completion passes it by name
+        if request.latest is not None and request.latest.over:
+            request.latest = None  # nothing of it is needed any more
+        try:
+            with self._turns.step(generation):
+                request.latest = generation
+                self._cache.sequence = sequence
+                tokens = self._cache.reuse(sequence, request, tokens, reset=reset)
+            inner = super().generate(tokens, *args, **kwargs)
+            yield from self._drawn(generation, inner, limit, prompt)
+        finally:
+            generation.over = True
+
+    def _drawn(
+        self,
+        generation: Generation,
+        inner: Generator[int, Sequence[int] | None, None],
+        limit: TokenLimit | None,
+        prompt: list[int],
+    ) -> Generator[int, Sequence[int] | None, None]:
+        """Draw tokens in turns with other generations, to the end or to the limit."""
+        n = None
+        if isinstance(limit, TokenLimit):
+            n = limit.begin(prompt, partial(self._turns.step, generation))
         sent: Sequence[int] | None = None
-        while True:
-            self._cache.sequence = sequence  # another request may have run since
-            try:
-                token = inner.send(sent)
-            except StopIteration:
-                return
+        while n is None or generation.n_drawn < n:
+            with self._turns.step(generation):
+                generation.request.latest = generation
+                try:
+                    token = inner.send(sent)
+                except StopIteration:
+                    return
+                generation.draw()
+            if isinstance(limit, TokenLimit):
+                limit.note(token)
             sent = yield token
+        if isinstance(limit, TokenLimit):
+            limit.reached = True  # `create_completion` asks for more
+
+    def sample(self, *args: Any, **kwargs: Any) -> int:
+        """`llama_cpp.Llama.sample`; called directly, it leaves the samplers of streams alone."""
+        with self.context.lock, self._turns.own_sampler():
+            token: int = super().sample(*args, **kwargs)
+            return token
 
     def eval(self, tokens: Sequence[int]) -> None:
         """`llama_cpp.Llama.eval` under the steering in force.
@@ -222,8 +290,45 @@ class SteeredLlama(HookedLlama):
         """
         with self.context.lock:
             self.require_open()
-            sequence = self._cache.continued(self._requests.current(), tokens)
+            generation = self._turns.running
+            if generation is not None:  # the call is its own
+                self._evaluate_step(generation, tokens)
+                return
+            active = self._requests.current()
+            if active.request is None:
+                self._turns.take(None)
+            sequence = self._cache.continued(active, tokens)
+            if active.request is not None:
+                self._turns.evaluate_prompt(active.request, sequence)
             self._cache.evaluate(sequence, tokens, super().eval)
+
+    def _evaluate_step(self, generation: Generation, tokens: Sequence[int]) -> None:
+        """Evaluate the prompt, or the token drawn last and as much of a draft as is useful."""
+        sequence, start = generation.sequence, self.n_tokens
+        if generation.n_drawn:
+            tokens = tokens[: 1 + self._cache.draft_room(sequence, tokens[1:])]
+        self._cache.sequence = sequence
+        self._cache.evaluate(sequence, tokens, super().eval)
+        known = start + 1 if generation.n_drawn else generation.n_prompt
+        generation.n_accepted = max(generation.n_accepted, known)
+
+    @property
+    def n_tokens(self) -> int:
+        """Number of tokens in the context. Set lower, the later tokens are never used again."""
+        return self._n_tokens
+
+    @n_tokens.setter
+    def n_tokens(self, n_tokens: int) -> None:
+        self._n_tokens = n_tokens
+        if "_requests" in self.__dict__:  # else the constructor is under way
+            self._cache.moved(n_tokens, self._requests.in_force)
+
+    def reset(self) -> None:
+        """`llama_cpp.Llama.reset`; an open stream goes on all the same."""
+        with self.context.lock:
+            if self._turns.running is None:  # else `generate` calls it
+                self._turns.take(None)
+            super().reset()
 
     # ---- captures, embeddings and states -----------------------------------------------------
 
@@ -235,6 +340,7 @@ class SteeredLlama(HookedLlama):
         """
         with self.context.lock:
             self.require_open()
+            self._turns.take(None)
             active = self._requests.in_force or ActiveSteering(UNSTEERED)
             if active.plan.gated:
                 raise SteeringError(
@@ -262,11 +368,17 @@ class SteeredLlama(HookedLlama):
         """
         with self.context.lock:
             self._end_steering("embeddings")
-            with self.context.decoding([]):
-                return super().embed(*args, **kwargs)
+            try:
+                with self.context.decoding([]):
+                    return super().embed(*args, **kwargs)
+            except BaseException:
+                self.context.memory.clear()  # embeddings of the texts before the failure
+                self.reset()
+                raise
 
     def _end_steering(self, what: str) -> None:
         self.require_open()
+        self._turns.take(None)
         current = self._requests.in_force
         if current is not None and current.plan is not UNSTEERED:
             raise SteeringError(
@@ -284,7 +396,9 @@ class SteeredLlama(HookedLlama):
     def load_state(self, state: LlamaState) -> None:
         """`llama_cpp.Llama.load_state`; a plain `llama_cpp.Llama`'s state counts as unsteered."""
         with self.context.lock:
-            super().load_state(state)
+            self._turns.take(None)
+            with self._cache.evaluating():
+                super().load_state(state)
             self._cache.load_from(state)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -1,17 +1,21 @@
 """A request gets the answer of a new context, after any history of its context.
 
-A state machine drives one model through changes of steering, rewinds, saved states, abandoned
-streams and evaluation by hand, and holds every answer against a second model that forgets
-everything first.
+A state machine drives one model through changes of steering, rewinds, saved states, streams that
+take turns, threads, asyncio tasks, requests within requests, drafts and evaluation by hand, and
+holds every answer against a second model that forgets everything first and drafts nothing.
 """
 
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import numpy as np
 import pytest
+from drafts import Rubble
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, rule, run_state_machine_as_test
+from images import ImageHandler, message
 from routers import router_for
 
 from pysteer import SteeredLlama, SteeringPack, SteeringVector
@@ -29,6 +33,7 @@ ARGUMENTS = {
     "n_ubatch": 8,
     "type_k": F32,
     "type_v": F32,
+    "chat_handler": ImageHandler(),
 }
 N_WRITTEN = 8
 HIGH_BYTES = range(5 + 128, 5 + 256)  # kept out, so that every character is complete
@@ -97,16 +102,54 @@ def pack_for(path, site):
     )
 
 
-def answer(llm, prompt, steering, policy):
+def answer(llm, prompt, steering, policy, **options):
     """Return text, the logits that decided its tokens, and the report without scores."""
-    result = llm.create_completion(prompt, steering=steering, policy=policy, **GREEDY)
+    result = llm.create_completion(prompt, steering=steering, policy=policy, **GREEDY, **options)
     rows = llm.scores[len(prompt) - 1 : len(prompt) - 1 + N_WRITTEN].copy()
-    told = result["steering"]
+    return result["choices"][0]["text"], rows, without_scores(result["steering"])
+
+
+def without_scores(told):
     told.pop("scores")
     told.pop("ranks")
     for category in told["categories"].values():
         category.pop("score")
-    return result["choices"][0]["text"], rows, told
+    return told
+
+
+def in_thread(call):
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(call).result(60)
+
+
+def in_task(call):
+    async def run():
+        return call()
+
+    return asyncio.run(run())
+
+
+class OpenStream:
+    """A stream of the model under test, and the answer that it has to give."""
+
+    def __init__(self, chunks, expected):
+        self.chunks = chunks
+        self.expected = expected
+        self.text = ""
+        self.report = None
+
+    def advance(self, n):
+        for _ in range(n):
+            chunk = next(self.chunks, None)
+            if chunk is None:
+                assert self.text == self.expected[0]
+                assert without_scores(self.report) == self.expected[2]
+                return
+            self.text += chunk["choices"][0]["text"]
+            self.report = chunk.get("steering", self.report)
+
+
+RUNS = [lambda call: call(), in_thread, in_task]
 
 
 class Context(RuleBasedStateMachine):
@@ -115,16 +158,21 @@ class Context(RuleBasedStateMachine):
     llm: SteeredLlama
     oracle: SteeredLlama
     states = Bundle("states")
+    streams = Bundle("streams")
 
     def __init__(self):
         super().__init__()
         self.llm.reset()
+        self.left = []  # streams
 
-    def check(self, prompt, request):
+    def expected(self, prompt, request):
         self.oracle.reset()
         self.oracle._cache._ledger = CacheLedger()  # reuse nothing, even if the ledger is wrong
-        expected = answer(self.oracle, prompt, *request)
-        found = answer(self.llm, prompt, *request)
+        return answer(self.oracle, prompt, *request)
+
+    def check(self, prompt, request, run=lambda call: call(), **options):
+        expected = self.expected(prompt, request)
+        found = run(lambda: answer(self.llm, prompt, *request, **options))
         assert found[0] == expected[0]
         np.testing.assert_allclose(found[1], expected[1], atol=5e-5)
         assert found[2] == expected[2]
@@ -154,6 +202,50 @@ class Context(RuleBasedStateMachine):
             pass
         stream.close()
 
+    @rule(target=streams, prompt=prompts, request=requests)
+    def open(self, prompt, request):
+        steering, policy = request
+        chunks = self.llm.create_completion(
+            prompt, steering=steering, policy=policy, stream=True, **GREEDY
+        )
+        stream = OpenStream(chunks, self.expected(prompt, request))
+        self.left.append(stream)
+        return stream
+
+    @rule(stream=streams, n=st.integers(1, 4), run=st.sampled_from(RUNS))
+    def advance(self, stream, n, run):
+        run(lambda: stream.advance(n))
+
+    @rule(prompt=prompts, request=requests, run=st.sampled_from(RUNS))
+    def ask_elsewhere(self, prompt, request, run):
+        self.check(prompt, request, run)
+
+    @rule(prompt=prompts, request=requests, inner_prompt=prompts, inner=requests)
+    def ask_within(self, prompt, request, inner_prompt, inner):
+        """A callback of the request makes another request, in the middle of a step."""
+        expected = self.expected(inner_prompt, inner)
+        found = []
+
+        def criterion(tokens, logits):
+            if not found:
+                found.append(answer(self.llm, inner_prompt, *inner))
+            return False
+
+        self.check(prompt, request, stopping_criteria=criterion)
+        assert found[0][0] == expected[0]  # `scores` are those of the outer request again
+        assert found[0][2] == expected[2]
+
+    @rule(parts=st.lists(st.sampled_from(["the ", "sea", 1, 2]), min_size=1, max_size=4))
+    def chat_with_images(self, parts):
+        """The tokens of an earlier request are left where the images stand."""
+        self.oracle.reset()
+        self.oracle._cache._ledger = CacheLedger()
+        texts = [
+            llm.create_chat_completion([message(*parts)], steering=None, **GREEDY)["choices"]
+            for llm in (self.llm, self.oracle)
+        ]
+        assert texts[0] == texts[1]
+
     @rule(tokens=prompts, request=requests)
     def evaluate(self, tokens, request):
         """Evaluate by hand; the steering may change between two tokens."""
@@ -170,6 +262,10 @@ class Context(RuleBasedStateMachine):
     def reset(self):
         self.llm.reset()
 
+    @rule()
+    def capture(self):
+        self.llm.capture([10, 11])
+
     @rule(target=states)
     def save(self):
         return self.llm.save_state()
@@ -178,20 +274,36 @@ class Context(RuleBasedStateMachine):
     def load(self, state):
         self.llm.load_state(state)
 
+    def teardown(self):
+        for stream in self.left:
+            stream.advance(2 * N_WRITTEN)
+
+
+def run_machine(path, site, examples, **arguments):
+    pack = pack_for(path, site)
+    with (
+        closing(SteeredLlama(path, pack=pack, **ARGUMENTS, **arguments)) as llm,
+        closing(SteeredLlama(path, pack=pack, **ARGUMENTS)) as oracle,
+    ):
+        machine = type("Context", (Context,), {"llm": llm, "oracle": oracle})
+        run_state_machine_as_test(
+            machine,
+            settings=settings(max_examples=examples, stateful_step_count=16, deadline=None),
+        )
+
 
 # The blocks of mamba have no attention to steer, and its state cannot be cut back.
 @pytest.mark.parametrize(
     ("family", "site", "examples"), [("llama", "attention", 40), ("mamba", "residual", 12)]
 )
 def test_answer_after_any_history_equals_answer_of_new_context(tiny_model, family, site, examples):
-    path = tiny_model(family)
-    pack = pack_for(path, site)
-    with (
-        closing(SteeredLlama(path, pack=pack, **ARGUMENTS)) as llm,
-        closing(SteeredLlama(path, pack=pack, **ARGUMENTS)) as oracle,
-    ):
-        machine = type("Context", (Context,), {"llm": llm, "oracle": oracle})
-        run_state_machine_as_test(
-            machine,
-            settings=settings(max_examples=examples, stateful_step_count=12, deadline=None),
-        )
+    run_machine(tiny_model(family), site, examples)
+
+
+@pytest.mark.parametrize(
+    ("family", "site", "examples"), [("llama", "attention", 25), ("mamba", "residual", 5)]
+)
+def test_answer_with_drafts_after_any_history_equals_answer_without(
+    tiny_model, family, site, examples
+):
+    run_machine(tiny_model(family), site, examples, draft_model=Rubble())

@@ -1,0 +1,98 @@
+"""One call of `generate` under its steering, and the request that it belongs to."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from pysteer.chat.conversation import Conversation
+from pysteer.runtime.ledger import CachedSteering
+from pysteer.runtime.plan import CompiledPlan
+from pysteer.runtime.report import SteeringReport
+from pysteer.runtime.sequence import SequenceSteering
+
+
+@dataclass(eq=False)
+class Request:
+    """A request, or a call of `generate` outside of requests.
+
+    Attributes:
+        latest: the request's latest generation.
+        ended: the result is complete, or the stream was closed.
+        images: fingerprint of the positions that its chat handler decoded by itself.
+    """
+
+    latest: Generation | None = None
+    ended: bool = False
+    images: int = field(default_factory=lambda: secrets.randbits(64))
+
+
+class SavedContext(NamedTuple):
+    """All that a generation leaves on the model and in its context."""
+
+    memory: npt.NDArray[np.uint8]
+    scores: npt.NDArray[np.float32] | None
+    sampler: Any
+
+
+@dataclass(eq=False)
+class Generation:
+    """One call of `generate`, from its prompt to its last token.
+
+    Attributes:
+        request: the request that it belongs to.
+        sequence: its steering.
+        tokens: the tokens in the context when the latest step ended.
+        steering: the steering of these tokens.
+        n_prompt: number of prompt tokens.
+        n_drawn: number of tokens drawn.
+        n_accepted: number of tokens decoded, without those of a draft that are not yet chosen.
+        over: nothing is generated any more.
+        live: the logits in the context are its own.
+        saved: what it left, while the context belongs to another.
+        lost: what it left could not be copied or put back.
+    """
+
+    request: Request
+    sequence: SequenceSteering
+    n_prompt: int
+    n_drawn: int = 0
+    n_accepted: int = 0
+    over: bool = False
+    tokens: npt.NDArray[np.intc] = field(default_factory=lambda: np.zeros(0, np.intc))
+    steering: CachedSteering | None = None
+    live: bool = True
+    saved: SavedContext | None = None
+    lost: bool = False
+
+    @property
+    def wanted(self) -> bool:
+        """More tokens may be asked for, or the request reads what the last ones left."""
+        return not self.over or (self.request.latest is self and not self.request.ended)
+
+    def draw(self) -> None:
+        """Count a token that was drawn."""
+        self.n_drawn += 1
+        self.n_accepted = max(self.n_accepted, self.n_prompt + self.n_drawn - 1)
+
+    def report(self) -> SteeringReport:
+        """Return the report of the generation so far."""
+        return self.sequence.report(self.n_accepted)
+
+
+class ActiveSteering(NamedTuple):
+    """A plan in force.
+
+    Attributes:
+        plan: the plan.
+        conversation: the messages of a chat, for the router; None outside of chats.
+        request: the request that put it in force; None: a `with llm.steering(...)` block.
+    """
+
+    plan: CompiledPlan
+    conversation: Conversation | None = None
+    request: Request | None = None
