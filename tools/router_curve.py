@@ -118,7 +118,7 @@ def _points(
                 reads=reads.reads,
                 site="residual",
                 settings=RouterSettings(seed=seed),
-            )
+            ).router
             h = reads.of(parts.test.unsafe).reshape(len(parts.test.unsafe), -1)
             names = np.array(["", *router.categories])
             words = make_pipeline(

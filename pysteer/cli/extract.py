@@ -27,8 +27,11 @@ from pysteer.cli.spellings import Spelling, items, words
 from pysteer.errors import SteeringError
 from pysteer.extract.methods import METHODS
 from pysteer.extract.settings import MASSIVE_RATIO, ExtractSettings
-from pysteer.prompts import load_prompts
+from pysteer.prompts import Prompt, load_prompts
 from pysteer.settings import check, described, setting
+from pysteer.shipped import everyday_prompts
+
+NO_BENIGN = Path("none")
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,12 @@ class Files:
     safe: Annotated[Path, typer.Option(metavar="FILE", help="Harmless prompts, for contrast.")]
     output: options.PackOutput
     benign: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="More harmless prompts, for the router.")
+        Path | None,
+        typer.Option(
+            metavar="FILE|none",
+            help="Everyday prompts, which no gate of the router should open for; by default a set "
+            "of pysteer's own. none: no such prompts.",
+        ),
     ] = None
     answers: options.SafeAnswers = None
     cache: Annotated[
@@ -52,7 +60,14 @@ class Files:
     @property
     def inputs(self) -> tuple[Path | None, ...]:
         """The files that the command reads."""
-        return self.unsafe, self.safe, self.benign, self.answers
+        benign = None if self.benign == NO_BENIGN else self.benign
+        return self.unsafe, self.safe, benign, self.answers
+
+    def load_benign(self, *, router: bool) -> list[Prompt]:
+        """Return the everyday prompts that the router learns from."""
+        if self.benign is None:
+            return everyday_prompts() if router else []
+        return [] if self.benign == NO_BENIGN else load_prompts(self.benign)
 
 
 def _method_setting(method: str, name: str, default: Any = None) -> Any:
@@ -161,13 +176,14 @@ def extract(
     from pysteer.extract.cache import clear
     from pysteer.extract.data import Data
     from pysteer.extract.extraction import extract as run_extraction
+    from pysteer.extract.inputs import fitting
 
     console.show_warnings()
     started = time.monotonic()
     data = Data(
         load_prompts(files.unsafe),
         load_prompts(files.safe),
-        [] if files.benign is None else load_prompts(files.benign),
+        files.load_benign(router=settings.router),
         [] if files.answers is None else load_prompts(files.answers, answers=True),
     )
     settings = replace(settings, options=method_options.given())
@@ -179,6 +195,8 @@ def extract(
         if judge != "labels":
             opened = stack.enter_context(closing(open_judge(judge)))
         capture = open_capture(capture_options, source, engine)
+        if files.benign is None:
+            data = replace(data, benign=fitting(capture, data.benign))
         if layers is not None:
             settings = replace(settings, layers=layers_of(layer_ranges, settings.site, capture))
         stack.enter_context(console.resumable(folder, mention_in_errors=True))

@@ -9,8 +9,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 from scipy import stats  # type: ignore[import-untyped]
 
-CONFIDENCE = 0.95
-"""Confidence level of every interval."""
+from pysteer.intervals import CONFIDENCE, wilson
 
 
 class Share(BaseModel):
@@ -52,17 +51,13 @@ class Mean(BaseModel):
 
 
 def share(flags: Iterable[bool]) -> Share:
-    """Return the share of flags that are set, with Wilson's score interval.
-
-    Source: Wilson 1927, "Probable Inference, the Law of Succession, and Statistical Inference". The
-    interval holds for small n and for shares of 0 and 1, where the textbook interval has no width.
-    """
+    """Return the share of flags that are set, with Wilson's score interval."""
     values = list(flags)
     k, n = sum(values), len(values)
     if n == 0:
         return Share(k=0, n=0)
-    interval = stats.binomtest(k, n).proportion_ci(CONFIDENCE, method="wilson")
-    return Share(k=k, n=n, value=k / n, low=float(interval.low), high=float(interval.high))
+    low, high = wilson(k, n)
+    return Share(k=k, n=n, value=k / n, low=low, high=high)
 
 
 def mean(values: Iterable[float], *, lowest: float = -math.inf) -> Mean:

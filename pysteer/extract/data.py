@@ -19,7 +19,8 @@ class Data:
     Attributes:
         unsafe: prompts to steer away from. Prompts without a category are of the category "unsafe".
         safe: harmless prompts: twins of the unsafe prompts, generic instructions, or both.
-        benign: more harmless prompts, for the router alone.
+        benign: everyday prompts, for the router alone: prompts of the kind that the model will
+            mostly see, which no gate should open for. `pysteer.shipped.everyday_prompts` has some.
         answers: safe answers, for methods that read answers; see
             `pysteer.extract.answers.safe_answers`.
     """

@@ -21,7 +21,7 @@ from pysteer.extract.methods import METHODS
 from pysteer.extract.methods.base import Method, Needs, Task, torch_model
 from pysteer.extract.provenance import provenance, separation
 from pysteer.extract.reader import Reader
-from pysteer.extract.routers.prompts import enough, fit_to_prompts, labelled
+from pysteer.extract.routers.prompts import enough, fit_to_prompts, labelled, warn_of_few
 from pysteer.extract.routers.settings import RouterSettings
 from pysteer.extract.settings import DEFAULT_STRENGTH, ExtractSettings
 from pysteer.extract.sides import Sides, split_sides
@@ -58,9 +58,9 @@ def extract(
         progress: receives progress reports.
 
     Returns:
-        A pack with the held-out figures in its provenance: `separation`, by category and layer the
-        AUC of held-out prompts' projections on the direction (0.5 is chance), and the rates of the
-        router.
+        A pack with the held-out figures in its provenance: "separation", by category and layer the
+        AUC of held-out prompts' projections on the direction (0.5 is chance), and "router", the
+        shares of `pysteer.extract.routers.prompts.FittedToPrompts`.
 
     Raises:
         SteeringError: the data or the settings are at fault; for data with file and line.
@@ -159,9 +159,9 @@ def fit_pack_routers(
     for each in data:
         each = each.distinct()
         prompts = labelled(
-            list(map(tokenized, each.unsafe)), list(map(tokenized, [*each.safe, *each.benign]))
+            *(list(map(tokenized, rows)) for rows in (each.unsafe, each.safe, each.benign))
         )
-        router, reader = fit_to_prompts(reader, prompts, settings)
+        router, reader, _ = fit_to_prompts(reader, prompts, settings)
         routers.append(router)
     return routers
 
@@ -248,10 +248,11 @@ def _pack(
         measure(reader.activations, rows, site=site, layers=task.layers, seed=task.seed)
         for site in (task.site, "residual")
     )
-    router = None
+    router, rates = None, None
     if with_router:
-        prompts = labelled(inputs.unsafe, [*inputs.safe, *inputs.benign])
-        router, reader = fit_to_prompts(
+        prompts = labelled(inputs.unsafe, inputs.safe, inputs.benign)
+        warn_of_few(prompts)
+        router, reader, rates = fit_to_prompts(
             reader, prompts, settings.router_settings, layers=task.layers
         )
         task = replace(task, reader=reader)
@@ -267,6 +268,8 @@ def _pack(
     on_prompts = task.pooling == "response" or method.reads_answers
     auc = separation(task, vectors, on_prompts=on_prompts)
     figures = {**result.figures, **changes, "separation": auc}
+    if rates is not None:
+        figures["router"] = rates
     return SteeringPack(
         vectors,
         base_model=reader.capture.base_model,

@@ -123,6 +123,11 @@ def require_fits(tokens: Tokens, capture: Capture, prompt: Prompt, *, answer: in
         )
 
 
+def fitting(capture: Capture, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Return the prompts that are not longer than the model's context."""
+    return [p for p in prompts if len(capture.prompt_tokens(p.prompt)) <= capture.n_ctx]
+
+
 def require_room(capture: Capture, prompts: Sequence[TokenizedPrompt], answer: int) -> None:
     """Raise SteeringError, with file and line, where the context has no room for an answer."""
     for prompt in prompts:

@@ -59,7 +59,12 @@ def test_calibrate_writes_pack_picture_and_test_prompts(calibrate, tmp_path):
     pack = SteeringPack.load(tmp_path / "pack.gguf")
     assert set(pack.categories) == {"hate", "malware"}
     assert pack.router is not None
-    for words in ("validation, the router deciding", "router, held out", "2 trials", "evaluate"):
+    for words in (
+        "validation, the router deciding",
+        "router, on held-out prompts",
+        "2 trials",
+        "evaluate",
+    ):
         assert words in out
     assert "best after 2 trials of each category" in err
     assert "<svg" in (tmp_path / "search.svg").read_text()

@@ -12,7 +12,7 @@ import pytest
 from commands import check_mistake, strict_json
 from prompting import rows, write
 
-from pysteer import SteeredLlama, SteeringPack, SteeringVector
+from pysteer import SteeredLlama, SteeringPack, SteeringVector, shipped
 from pysteer.cli import console
 from pysteer.extract.llama_capture import LlamaCapture
 
@@ -23,12 +23,13 @@ OPTIONS = ("--context", "256", "--threads", "1")
 @pytest.fixture
 def files(tmp_path, tiny_llama):
     """Arguments of a successful run, by option."""
-    unsafe = [*rows("harm", "hate", 8), *rows("harm", "malware", 8)]
-    safe = [*rows("calm", "hate", 8), *rows("calm", "malware", 8)]
+    unsafe = [*rows("harm", "hate", 20), *rows("harm", "malware", 20)]
+    safe = [*rows("calm", "hate", 20), *rows("calm", "malware", 20)]
     return {
         "--model": tiny_llama,
         "--unsafe": write(tmp_path / "unsafe.jsonl", unsafe),
         "--safe": write(tmp_path / "safe.jsonl", safe),
+        "--benign": write(tmp_path / "benign.jsonl", rows("hello", "x", 100)),
         "--output": tmp_path / "pack.gguf",
     }
 
@@ -38,6 +39,8 @@ def extract(cli, files):
     """A function that runs `extract`; options replace those of `files`, None removes."""
 
     def call(*flags, **options):
+        if "--no-router" in flags:
+            options.setdefault("benign", None)
         given = {**files, **{f"--{k.replace('_', '-')}": v for k, v in options.items()}}
         pairs = [part for pair in given.items() if pair[1] is not None for part in pair]
         context = () if "--context" in given else OPTIONS
@@ -91,7 +94,8 @@ def test_extract_writes_a_pack_that_steers_and_can_be_inspected(extract, cli, fi
     assert (code, err) == (0, "")
     assert "hate" in out
     assert "malware" in out
-    assert "router, held out: category accuracy" in out
+    assert "the category of unsafe prompts is found: " in out
+    assert "a gate opens for everyday prompts: " in out
     assert f"see it with pysteer inspect {files['--output']}\n" in out
     pack = SteeringPack.load(files["--output"])
     assert set(pack.categories) == {"hate", "malware"}
@@ -124,7 +128,7 @@ def test_extract_writes_a_pack_that_steers_and_can_be_inspected(extract, cli, fi
     assert '"cosine"' in out
     # No other files are left.
     folder = files["--output"].parent
-    assert everything(folder) == ["pack.gguf", "safe.jsonl", "unsafe.jsonl"]
+    assert everything(folder) == ["benign.jsonl", "pack.gguf", "safe.jsonl", "unsafe.jsonl"]
 
 
 def test_json_output_is_one_object_equal_to_the_pack(extract, files):
@@ -139,6 +143,7 @@ def test_json_output_is_one_object_equal_to_the_pack(extract, files):
         "gates": ["margin"],
         "category_accuracy": pack.router.category_accuracy,
         "benign_false_positive_rate": pack.router.benign_false_positive_rate,
+        "held_out": pack.provenance["router"],
     }
     assert 0 <= found["router"]["category_accuracy"] <= 1
     assert found["provenance"] == json.loads(json.dumps(dict(pack.provenance)))
@@ -185,13 +190,48 @@ def test_options_reach_the_settings(arguments, expected, extract, files):
     assert {name: found[name] for name in expected} == expected
 
 
-def test_gates_and_benign_prompts_reach_the_router(extract, files, tmp_path):
-    benign = write(tmp_path / "benign.jsonl", rows("hello", "x", 7))
-    code, _, err = extract("--json", gates="probe, multinomial", benign=benign)
+def test_gates_and_benign_prompts_reach_the_router(extract, files):
+    code, _, err = extract("--json", gates="probe, multinomial")
     assert (code, err) == (0, "")
     router = SteeringPack.load(files["--output"]).router
     assert list(router.gates) == ["multinomial", "probe"]
-    assert router.train_counts[0] == 16 + 7
+    assert router.train_counts[0] == 40 + 100
+
+
+def test_without_benign_prompts_the_router_learns_from_everyday_prompts(extract, files):
+    assert extract(context=1024, threads=1, benign=None)[0] == 0
+    pack = SteeringPack.load(files["--output"])
+    everyday = shipped.everyday_prompts()
+    assert pack.router.train_counts[0] == 40 + len(everyday)
+    assert pack.provenance["data"]["benign"]["prompts"] == len(everyday)
+    share = pack.provenance["router"]["everyday"]
+    assert share["n"] == pytest.approx(len(everyday) / 5, abs=4)
+    assert 0 <= share["low"] <= share["k"] / share["n"] <= share["high"] < 1
+
+
+def test_everyday_prompts_longer_than_the_context_are_left_out(extract, files):
+    code, _, err = extract(context=150, threads=1, benign=None)
+    assert code == 0, err
+    n = SteeringPack.load(files["--output"]).provenance["data"]["benign"]["prompts"]
+    assert 0 < n < len(shipped.everyday_prompts())
+
+
+def test_without_everyday_prompts_nothing_is_said_about_them(extract, files):
+    code, out, err = extract(benign="none")
+    assert code == 0
+    assert "no everyday prompts" in err
+    assert "nothing is known of everyday prompts; name some with --benign" in out
+    pack = SteeringPack.load(files["--output"])
+    assert pack.router.train_counts[0] == 40
+    assert set(pack.provenance["router"]) == {"caught", "category", "safe"}
+
+
+def test_few_prompts_are_warned_of(extract, files, tmp_path):
+    write(files["--unsafe"], [*rows("harm", "hate", 19), *rows("harm", "malware", 20)])
+    code, _, err = extract("--json", benign=write(tmp_path / "b.jsonl", rows("hello", "x", 7)))
+    assert code == 0
+    assert "fewer than 20 prompts in 'hate' (19)" in err
+    assert "only 7 everyday prompts" in err
 
 
 def test_judge_and_answers_reach_the_methods(extract, files, tmp_path):
@@ -214,14 +254,14 @@ def test_judge_of_evaluate_confirms_the_prompts_of_guided(extract, tmp_path, mon
 
 
 def test_warnings_go_to_standard_error(extract, files, tmp_path):
-    unsafe = rows("harm", "hate", 8)
+    unsafe = rows("harm", "hate", 20)
     write(files["--unsafe"], [*unsafe, unsafe[2]])
     code, out, err = extract("--json")
     assert code == 0
     strict_json(out)
     assert err == (
         "warning: 1 unsafe prompts repeat others and are left out, the first at "
-        f"{files['--unsafe']}, line 9\n"
+        f"{files['--unsafe']}, line 21\n"
     )
 
 
@@ -358,7 +398,7 @@ def test_bad_line_is_an_error_with_file_and_line(line, words, side, extract, fil
     line = line.replace('"hate"', '"hate"' if side == "unsafe" else '""')
     with path.open("a") as file:
         file.write(f"\n{line}\n")
-    check_mistake(extract(), f"{path}, line 18: ", words)
+    check_mistake(extract(), f"{path}, line 42: ", words)
     assert not files["--output"].exists()
 
 

@@ -145,6 +145,34 @@ def test_benign_prompts_reach_only_the_router(tmp_path, caplog):
     assert "benign prompts are for the router alone" in caplog.text
 
 
+def test_held_out_figures_equal_those_of_the_confusion_table(tmp_path):
+    everyday = prompts("hello", "any", 30, listed="")
+    data = Data(UNSAFE, GENERIC, everyday)
+    pack = extract(FakeCapture(), data, ExtractSettings(layers=(1, 2)), cache=tmp_path)
+    found, table = pack.provenance["router"], pack.router.confusion
+    assert (found["caught"]["k"], found["caught"]["n"]) == (table[1:, 1:].sum(), table[1:].sum())
+    assert found["category"]["k"] == np.trace(table[1:, 1:])
+    assert found["everyday"]["k"] + found["safe"]["k"] == table[0, 1:].sum()
+    assert found["everyday"]["n"] + found["safe"]["n"] == table[0].sum()
+    assert found["everyday"]["n"] > found["safe"]["n"] > 0
+
+
+@pytest.mark.parametrize(
+    ("unsafe", "everyday", "warnings"),
+    [
+        (20, 100, []),
+        (19, 100, ["fewer than 20 prompts in 'hate' (19)"]),
+        (20, 99, ["only 99 everyday prompts"]),
+        (20, 0, ["no everyday prompts"]),
+    ],
+)
+def test_few_prompts_are_warned_of(unsafe, everyday, warnings, tmp_path, caplog):
+    data = Data(prompts("harm", "hate", unsafe), GENERIC, prompts("hello", "any", everyday))
+    extract(FakeCapture(), data, ExtractSettings(layers=(1,)), cache=tmp_path)
+    assert len(caplog.records) == len(warnings)
+    assert all(words in caplog.text for words in warnings)
+
+
 def test_router_of_very_many_prompts_uses_a_sample(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(prompts_module, "MAX_PROMPTS", 25)
     pack = extract(FakeCapture(), GENERIC_DATA, ExtractSettings(layers=(1, 2)), cache=tmp_path)

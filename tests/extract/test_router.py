@@ -42,7 +42,7 @@ def fit(h, labels, **options):
     reads = [Read(4 * i + 1, "user") for i in range(h.shape[1])]
     options = {"reads": reads, "site": "mlp", "gates": GATES, **options}
     chosen = {name: options.pop(name) for name in described(RouterSettings) if name in options}
-    return fit_router(h, labels, settings=RouterSettings(**chosen), **options)
+    return fit_router(h, labels, settings=RouterSettings(**chosen), **options).router
 
 
 def wide(h):

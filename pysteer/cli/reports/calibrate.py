@@ -14,6 +14,7 @@ from pysteer.cli import console
 from pysteer.cli.tables import table
 from pysteer.evaluate.judges import RefusalJudge
 from pysteer.evaluate.settings import EvaluateSettings
+from pysteer.intervals import wilson
 from pysteer.judge import Words
 
 _ENDS = {
@@ -142,11 +143,7 @@ def print_result(
     console.out.print(rows)
     if validation is not None:
         _print_validation(validation, words)
-    router = _router(result)
-    console.say(
-        f"router, held out: category accuracy {router['category_accuracy']:.2f}, benign false "
-        f"positives {router['benign_false_positive_rate']:.3f}"
-    )
+    _print_router(result)
     search = figures["search"]
     console.say(f"{search['rounds']} trials of each category; {_ENDS[search['stopped']]}")
     console.say(f"wrote {console.plain(output)} in {seconds:.0f} s")
@@ -170,6 +167,22 @@ def _print_validation(validation: Any, words: Words) -> None:
     console.say(
         f"one category on at a time: its gate opens for {gates['own']:.0%} of its own prompts and "
         f"{gates['others']:.1%} of the others'"
+    )
+
+
+def _print_router(result: CalibrationResult) -> None:
+    """Print the router's decisions on its held-out prompts, with 95% intervals."""
+    assert result.pack.router is not None
+    table = result.pack.router.confusion
+    shares = [(int(table[0, 1:].sum()), int(table[0].sum()))]
+    shares.append((int(table[1:, 1:].trace()), int(table[1:].sum())))
+    opened, found = (
+        f"{k} of {n} ({100 * low:.0f}-{100 * high:.0f}%)"
+        for (k, n), (low, high) in ((share, wilson(*share)) for share in shares)
+    )
+    console.say(
+        f"router, on held-out prompts (95% interval): a gate opens for harmless prompts: {opened}; "
+        f"the category of unsafe prompts is found: {found}"
     )
 
 

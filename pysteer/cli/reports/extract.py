@@ -11,6 +11,13 @@ from rich.table import Table
 from pysteer.cli import console
 from pysteer.pack.pack import SteeringPack
 
+_FIGURES = {
+    "caught": "a gate opens for unsafe prompts:",
+    "category": "the category of unsafe prompts is found:",
+    "safe": "a gate opens for safe prompts:",
+    "everyday": "a gate opens for everyday prompts:",
+}
+
 
 def describe(pack: SteeringPack, output: Path, seconds: float) -> dict[str, Any]:
     """Return an extraction's result as JSON data."""
@@ -26,6 +33,7 @@ def describe(pack: SteeringPack, output: Path, seconds: float) -> dict[str, Any]
             "gates": list(pack.router.gates),
             "category_accuracy": pack.router.category_accuracy,
             "benign_false_positive_rate": pack.router.benign_false_positive_rate,
+            "held_out": pack.provenance["router"],
         }
     return report
 
@@ -47,12 +55,23 @@ def print_pack(pack: SteeringPack, output: Path, seconds: float) -> None:
         )
     console.out.print(table)
     if pack.router is not None:
-        console.say(
-            f"router, held out: category accuracy "
-            f"{pack.router.category_accuracy:.2f}, benign false positives "
-            f"{pack.router.benign_false_positive_rate:.3f}"
-        )
+        print_router(pack.provenance["router"])
     command = shlex.join(["pysteer", "inspect", str(output)])
     console.say(
         f"wrote {console.plain(output)} in {seconds:.0f} s; see it with {console.plain(command)}"
     )
+
+
+def print_router(shares: Any) -> None:
+    """Print the held-out figures of a router, each with its 95% interval.
+
+    Args:
+        shares: as `pysteer.extract.routers.prompts.FittedToPrompts` has them.
+    """
+    console.say("router, on held-out prompts (95% interval):")
+    for name, text in _FIGURES.items():
+        if name in shares:
+            k, n, low, high = (shares[name][key] for key in ("k", "n", "low", "high"))
+            console.say(f"  {text} {k} of {n} ({100 * low:.0f}-{100 * high:.0f}%)")
+    if "everyday" not in shares:
+        console.say("  nothing is known of everyday prompts; name some with --benign")

@@ -25,7 +25,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -47,6 +47,29 @@ from pysteer.pack.router import GATES, Gate, Read, Router
 _log = logging.getLogger(__name__)
 
 
+class HeldOut(NamedTuple):
+    """Prompts that the first fit was measured on.
+
+    Attributes:
+        rows: intp (m,), their indices among the prompts of the fit.
+        classes: intp (m,), their classes: 0 is benign, i + 1 is the router's category i.
+        found: intp (m,), the classes that the first fit found.
+        opened: bool (m,), True where a gate of the first of the router's kinds opened.
+    """
+
+    rows: Indices
+    classes: Indices
+    found: Indices
+    opened: npt.NDArray[np.bool_]
+
+
+class Fitted(NamedTuple):
+    """A router and the decisions that its figures come from."""
+
+    router: Router
+    held_out: HeldOut
+
+
 def fit_router(
     activations: npt.NDArray[Any],
     labels: Sequence[str],
@@ -56,7 +79,7 @@ def fit_router(
     groups: Sequence[Hashable] | None = None,
     look_alikes: npt.ArrayLike | None = None,
     settings: RouterSettings | None = None,
-) -> Router:
+) -> Fitted:
     """Learn which categories a prompt belongs to from its activations.
 
     The fit runs twice: on 80 % of the prompts of every class (benign, and each category), drawn by
@@ -80,9 +103,9 @@ def fit_router(
         settings: kinds of gate, rates, folds and seed; None takes the defaults.
 
     Returns:
-        The router. It lacks categories with fewer than `MIN_PROMPTS` prompts, which are logged as a
-        warning and whose prompts are not used. Of more than `MAX_PROMPTS` prompts a stratified
-        sample is used, which is logged too.
+        The router, and the held-out prompts of the first fit. The router lacks categories with
+        fewer than `MIN_PROMPTS` prompts, which are logged as a warning and whose prompts are not
+        used. Of more than `MAX_PROMPTS` prompts a stratified sample is used, which is logged too.
 
     Raises:
         SteeringError: shapes that do not match, NaN or infinity, fewer than `MIN_PROMPTS` benign
@@ -108,7 +131,7 @@ def fit_router(
     train, held_out = split(classes, settings.seed, fitter.groups)
     measured = fitter.fit(train)
     of, h = classes[held_out], fitter.h[held_out]
-    found = measured.classes(h)
+    found = np.asarray(measured.classes(h), np.intp)
     confusion = confusion_matrix(of, found, labels=range(len(categories) + 1))
     rates = {kind: _rates(measured.opens(kind, h), of) for kind in fitter.kinds}
     router = fitter.fit(np.arange(len(classes)), confusion, rates)
@@ -117,7 +140,8 @@ def fit_router(
         router.category_accuracy,
         router.benign_false_positive_rate,
     )
-    return router
+    opened = measured.opens(fitter.kinds[0], h).any(axis=1)
+    return Fitted(router, HeldOut(rows[held_out], of, found, opened))
 
 
 @dataclass(frozen=True)

@@ -5,16 +5,27 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from pysteer.errors import quoted
 from pysteer.extract.inputs import TokenizedPrompt, rows_of
 from pysteer.extract.reader import Reader
 from pysteer.extract.routers.reads import default_reads
-from pysteer.extract.routers.settings import MAX_PROMPTS, MIN_PROMPTS, RouterSettings
+from pysteer.extract.routers.settings import (
+    FEW_EVERYDAY,
+    FEW_UNSAFE,
+    MAX_PROMPTS,
+    MIN_PROMPTS,
+    RouterSettings,
+)
+from pysteer.intervals import wilson
 from pysteer.pack.router import Read, Router
+
+if TYPE_CHECKING:
+    from pysteer.extract.routers.fit import HeldOut
 
 _log = logging.getLogger(__name__)
 
@@ -25,10 +36,29 @@ class LabelledPrompt(NamedTuple):
     Attributes:
         prompt: the prompt.
         label: its category; "" for harmless prompts.
+        everyday: True for an everyday prompt, False for unsafe and safe prompts.
     """
 
     prompt: TokenizedPrompt
     label: str
+    everyday: bool = False
+
+
+class FittedToPrompts(NamedTuple):
+    """A router fitted to prompts.
+
+    Attributes:
+        router: the router.
+        reader: the reader, with the activations in memory.
+        figures: held-out figures as JSON data, each a share with its 95% interval ("k", "n",
+            "low", "high"). "everyday" and "safe": such prompts for which a gate opened; "caught":
+            unsafe prompts for which a gate opened; "category": unsafe prompts whose category was
+            found. A figure without held-out prompts is missing.
+    """
+
+    router: Router
+    reader: Reader
+    figures: dict[str, dict[str, float]]
 
 
 class RouterActivations(NamedTuple):
@@ -46,12 +76,17 @@ class RouterActivations(NamedTuple):
 
 
 def labelled(
-    unsafe: Sequence[TokenizedPrompt], harmless: Sequence[TokenizedPrompt]
+    unsafe: Sequence[TokenizedPrompt],
+    safe: Sequence[TokenizedPrompt],
+    everyday: Sequence[TokenizedPrompt],
 ) -> list[LabelledPrompt]:
     """Return each distinct text and label once, so that no prompt is both held out and learned."""
-    found = {(p.prompt.prompt, p.prompt.category or "unsafe"): p for p in unsafe}
-    found |= {(p.prompt.prompt, ""): p for p in harmless}
-    return [LabelledPrompt(prompt, label) for (_, label), prompt in found.items()]
+    found = {}
+    for prompts, harmless in ((unsafe, False), (safe, True), (everyday, True)):
+        for p in prompts:
+            label = "" if harmless else p.prompt.category or "unsafe"
+            found[p.prompt.prompt, label] = LabelledPrompt(p, label, prompts is everyday)
+    return list(found.values())
 
 
 def enough(labels: Sequence[str]) -> bool:
@@ -72,13 +107,34 @@ def enough(labels: Sequence[str]) -> bool:
     return False
 
 
+def warn_of_few(prompts: Sequence[LabelledPrompt]) -> None:
+    """Log a warning of prompts that are too few for a router's decisions, or for its figures."""
+    counts = Counter(p.label for p in prompts if p.label)
+    few = {name: n for name, n in counts.items() if MIN_PROMPTS <= n < FEW_UNSAFE}
+    if few:
+        _log.warning(
+            "fewer than %d prompts in %s: a router learns their style rather than the category; "
+            "add prompts",
+            FEW_UNSAFE,
+            ", ".join(f"{quoted(name)} ({n})" for name, n in few.items()),
+        )
+    n_everyday = sum(p.everyday for p in prompts)
+    if n_everyday < FEW_EVERYDAY:
+        _log.warning(
+            "%s everyday prompts: the router may open gates for prompts about anything else; give "
+            "%d or more benign prompts",
+            f"only {n_everyday}" if n_everyday else "no",
+            FEW_EVERYDAY,
+        )
+
+
 def fit_to_prompts(
     reader: Reader,
     prompts: Sequence[LabelledPrompt],
     settings: RouterSettings,
     *,
     layers: Sequence[int] = (),
-) -> tuple[Router, Reader]:
+) -> FittedToPrompts:
     """Fit a router to the residual stream of prompts.
 
     Prompts that share a `pair_id` are learned from or tested with together. Harmless prompts with
@@ -89,9 +145,6 @@ def fit_to_prompts(
         prompts: prompts, from `labelled`.
         settings: of the fit.
         layers: layers that are wanted later, captured in the same pass.
-
-    Returns:
-        The router, and the reader with the activations in memory.
     """
     from pysteer.extract.routers.fit import fit_router  # scikit-learn takes a while to import
 
@@ -100,10 +153,10 @@ def fit_to_prompts(
         chosen = np.random.default_rng(settings.seed).permutation(len(prompts))
         prompts = [prompts[i] for i in sorted(chosen[:MAX_PROMPTS].tolist())]
     reads, h, reader = read_prompts(reader, [p.prompt for p in prompts], layers=layers)
-    labels = [label for _, label in prompts]
+    labels = [p.label for p in prompts]
     categories = set(labels)
     rows = [p.prompt.prompt for p in prompts]
-    router = fit_router(
+    router, held_out = fit_router(
         h,
         labels,
         reads=reads,
@@ -115,7 +168,24 @@ def fit_to_prompts(
         ],
         settings=settings,
     )
-    return router, reader
+    return FittedToPrompts(router, reader, _figures(held_out, prompts))
+
+
+def _figures(held_out: HeldOut, prompts: Sequence[LabelledPrompt]) -> dict[str, dict[str, float]]:
+    everyday = np.array([prompts[row].everyday for row in held_out.rows], bool)
+    unsafe = held_out.classes > 0
+    figures = {}
+    for name, hits, among in (
+        ("everyday", held_out.opened, everyday),
+        ("safe", held_out.opened, ~unsafe & ~everyday),
+        ("caught", held_out.opened, unsafe),
+        ("category", held_out.found == held_out.classes, unsafe),
+    ):
+        k, n = int((hits & among).sum()), int(among.sum())
+        if n:
+            low, high = wilson(k, n)
+            figures[name] = {"k": k, "n": n, "low": low, "high": high}
+    return figures
 
 
 def read_prompts(

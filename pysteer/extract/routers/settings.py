@@ -21,6 +21,12 @@ MAX_LEAK = 0.05
 MIN_PROMPTS = 5
 """Fewest prompts of a class that can be split: four to learn from, one to test with."""
 
+FEW_UNSAFE = 20
+"""Prompts of a category below which its gate is warned of."""
+
+FEW_EVERYDAY = 100
+"""Everyday prompts below which false positives are warned of: 0 of 100 leaves up to 4%."""
+
 MAX_PROMPTS = 5000
 """Most prompts of a fit; of more a sample is used. More hardly help, and the time is cubic."""
 
