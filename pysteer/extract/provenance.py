@@ -35,12 +35,12 @@ def separation(
     Returns:
         Category to layer to AUC. Categories without held-out prompts on both sides are missing.
     """
-    from sklearn.metrics import roc_auc_score  # type: ignore[import-untyped]
-
     sides = [task.sides.held_out_unsafe, task.sides.held_out_safe]
     prompts = [p for side in sides for group in side.values() for p in group]
     if not prompts:
         return {}
+    from sklearn.metrics import roc_auc_score  # type: ignore[import-untyped]  # takes seconds
+
     rows = rows_of(task.reader.capture, prompts, "user" if on_prompts else task.pooling)
     activations = task.reader.activations(rows, task.site, task.layers)
     unsafe_parts, safe_parts = slices(sides)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pysteer.extract.capture import Row
+from pysteer.extract.capture import Row, Tokens
 
 SAMPLE = 64
 """Number of tokens, each from another prompt if there are enough."""
@@ -49,10 +49,16 @@ def measure(
     """
     random = np.random.default_rng(seed)
     chosen = [rows[i % len(rows)] for i in random.permutation(max(len(rows), SAMPLE))[:SAMPLE]]
-    tokens = []
-    for row in chosen:
-        at = int(random.integers(min(max(row.start, 1), row.stop - 1), row.stop))
-        tokens.append(Row(row.tokens[: at + 1], at, at + 1))
+    picks = [
+        (row, int(random.integers(min(max(row.start, 1), row.stop - 1), row.stop)))
+        for row in chosen
+    ]
+    # Tokens of one sequence come from one run of it, up to the last of them: of few prompts, many
+    # tokens of each are measured.
+    ends: dict[Tokens, int] = {}
+    for row, at in picks:
+        ends[row.tokens] = max(ends.get(row.tokens, 0), at + 1)
+    tokens = [Row(row.tokens[: ends[row.tokens]], at, at + 1) for row, at in picks]
     found = activations(tokens, site, layers)
     norms = np.median(np.linalg.norm(found.astype(np.float64), axis=2), axis=0)
     magnitudes = np.abs(found).mean(axis=0, dtype=np.float64)

@@ -1,8 +1,11 @@
 """Whole extractions, against formulas on activations that are taken one prompt at a time."""
 
 import json
+import subprocess
+import sys
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,6 +30,7 @@ from pysteer.extract.sides import split_sides
 from pysteer.extract.typical import SAMPLE, measure
 from pysteer.prompts import Prompt
 
+HELPERS = Path(__file__).parents[1] / "helpers"
 LAYERS = (1, 3)
 HEAD, TAIL = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
 # Settings that keep directions as the method found them.
@@ -380,7 +384,8 @@ def test_typical_measures_single_tokens_after_the_first():
     def activations(chosen, site, layers):
         asked.extend(chosen)
         assert (site, layers) == ("mlp", (2, 5))
-        values = np.array([[row.tokens[-1], -row.tokens[-1]] for row in chosen], np.float32)
+        at = [row.tokens[row.start] for row in chosen]
+        values = np.array([[token, -token] for token in at], np.float32)
         return np.stack([values, 2 * values], axis=1)
 
     typical = measure(activations, rows, site="mlp", layers=(2, 5), seed=3)
@@ -388,12 +393,15 @@ def test_typical_measures_single_tokens_after_the_first():
     last = []
     for row in asked:
         of = rows[row.tokens[0] // 10]
-        at = len(row.tokens) - 1
-        assert row == Row(of.tokens[: at + 1], at, at + 1)
+        at = row.start
+        assert row == Row(of.tokens[: len(row.tokens)], at, at + 1)
         assert of.start <= at < of.stop
         assert at > 0 or of.stop == 1
-        last.append(row.tokens[-1])
-    assert len({row.tokens[0] for row in asked}) == len(rows)
+        last.append(row.tokens[at])
+    sequences = {row.tokens for row in asked}
+    assert len(sequences) == len(rows)  # each runs once, up to the last of its tokens
+    ends = {row.tokens: max(r.stop for r in asked if r.tokens == row.tokens) for row in asked}
+    assert all(len(tokens) == end for tokens, end in ends.items())
     assert typical.norm[5] == pytest.approx(2 * np.sqrt(2) * np.median(last))
     assert typical.magnitude[2] == pytest.approx(np.mean(last) * np.ones(2))
 
@@ -413,6 +421,20 @@ def test_separation_is_share_of_held_out_pairs_in_order(data, capture, tmp_path)
             u, s = (rows[:, i] @ vector.direction(layer) for rows in (unsafe, safe))
             share = (s[:, None] > u[None, :]).mean()
             assert pack.provenance["separation"][name][str(layer)] == pytest.approx(share)
+
+
+def test_few_prompts_do_not_wait_for_scikit_learn():
+    """Neither a router nor held-out figures are possible, and the import takes seconds."""
+    code = (
+        "import sys; from pathlib import Path; from tempfile import mkdtemp; "
+        f"sys.path.insert(0, {str(HELPERS)!r}); "
+        "from extraction import UNSAFE, GENERIC, FakeCapture; "
+        "from pysteer.extract import Data, extract; "
+        "extract(FakeCapture(), Data(UNSAFE[:3], GENERIC[:3]), cache=Path(mkdtemp())); "
+        "print('sklearn' in sys.modules, 'scipy' in sys.modules)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout == "False False\n"
 
 
 def test_provenance_is_json_with_settings_data_and_versions(capture, tmp_path):
