@@ -7,9 +7,18 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from pysteer.calibrate.budget import (
+    LEARNING_SHARE,
+    ROUTER_SHARE,
+    VALIDATION_MARGIN,
+    Size,
+    affordable,
+    fitting_size,
+)
 from pysteer.calibrate.candidates import CandidateVectors, find_candidates
 from pysteer.calibrate.provenance import provenance, warn_beyond_limits
 from pysteer.calibrate.search import Deadline, OnRound, SearchResult, search
@@ -18,7 +27,7 @@ from pysteer.calibrate.split import PromptSet, Split, split
 from pysteer.calibrate.trials import Scorer
 from pysteer.engine import Engine
 from pysteer.errors import SteeringError
-from pysteer.evaluate.answers import Answerer
+from pysteer.evaluate.answers import Answerer, Query
 from pysteer.evaluate.evaluation import UNNAMED, evaluate
 from pysteer.evaluate.judges.refusal import RefusalJudge
 from pysteer.evaluate.preparation import answer_identity, make_folder
@@ -44,9 +53,7 @@ _log = logging.getLogger(__name__)
 VALIDATED_BENIGN = 24
 """Most benign prompts answered to validate the pack."""
 
-VALIDATION_MARGIN = 1.3
-"""Time of an answer in the validation over its time in trials: 1.2 on the default model, plus a
-margin."""
+_SECONDS = "seconds per answer"
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,7 @@ class CalibrationResult:
             figures in the provenance under "calibration".
         search: all trials.
         validation: report on the pack's vectors, with a router that was fitted without the
-            validation prompts; None if the validation was interrupted.
+            validation prompts; None if the validation was interrupted, or had no time.
         test: prompts that the calibration has not seen.
     """
 
@@ -106,12 +113,19 @@ def calibrate(
     settings = settings or CalibrateSettings()
     judge = judge or RefusalJudge()
     folder = Path(folder)
-    parts = _split(prompts, settings)
+    seconds = 60 * settings.minutes
+    parts = affordable(_split(prompts, settings), capture, ROUTER_SHARE * seconds)
     make_folder(folder)
     cache = folder / "activations"
     router, blind = _routers(capture, parts, settings, cache, progress)
     candidates = find_candidates(
-        capture, parts.train, answers, settings, cache=cache, progress=progress
+        capture,
+        parts.train,
+        answers,
+        settings,
+        cache=cache,
+        progress=progress,
+        deadline=started + LEARNING_SHARE * seconds,
     )
     base = SteeringPack(
         next(iter(candidates.vectors.values())),
@@ -119,10 +133,16 @@ def calibrate(
         residual_norm=candidates.residual_norm,
     )
     measurement = _Measurement(
-        Path(model), folder, settings, judge, progress, quiet_arguments(**llama_arguments), parts
+        Path(model),
+        folder,
+        settings,
+        judge,
+        progress,
+        quiet_arguments(**llama_arguments),
+        parts,
+        started + seconds,
     )
-    deadline = started + 60 * settings.minutes
-    result = measurement.search(base, candidates, deadline, on_round)
+    result = measurement.search(base, candidates, on_round)
     pack = _assembled(base, candidates, result, router)
     pack.save(folder / "pack.gguf")
     validated = replace(pack, router=blind)
@@ -179,9 +199,15 @@ def _routers(
     return router, blind
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Measurement:
-    """Trials and validation on one model and its validation prompts."""
+    """Trials and validation on one model and its validation prompts, cut to the time left.
+
+    Attributes:
+        deadline: end of the calibration, in seconds of `time.monotonic()`.
+        size: prompts that are answered.
+        seconds: measured time of an answer.
+    """
 
     model: Path
     folder: Path
@@ -190,22 +216,34 @@ class _Measurement:
     progress: Progress
     arguments: dict[str, Any]
     parts: Split
+    deadline: float
+    seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        benign = min(len(self.parts.validation.benign), VALIDATED_BENIGN)
+        self.size = Size(self.settings.limit, self.settings.others, benign)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Category to its number of validation prompts."""
+        by_category = grouped(self.parts.validation.unsafe)
+        return {name: len(rows) for name, rows in by_category.items()}
 
     @property
     def unsafe(self) -> dict[str, list[Prompt]]:
         by_category = grouped(self.parts.validation.unsafe)
-        return {name: rows[: self.settings.limit] for name, rows in by_category.items()}
+        return {name: rows[: self.size.unsafe] for name, rows in by_category.items()}
 
     @property
     def benign(self) -> list[Prompt]:
-        return list(self.parts.validation.benign[:VALIDATED_BENIGN])
+        return list(self.parts.validation.benign[: self.size.benign])
 
     @property
     def sampling(self) -> Sampling:
         return Sampling(max_tokens=self.settings.max_tokens, seed=self.settings.seed)
 
     def search(
-        self, base: SteeringPack, candidates: CandidateVectors, deadline: float, on_round: OnRound
+        self, base: SteeringPack, candidates: CandidateVectors, on_round: OnRound
     ) -> SearchResult:
         """Search the best vector, strength and scope of each category, by forced trials."""
         settings = self.settings
@@ -214,8 +252,6 @@ class _Measurement:
             **answer_identity(self.model, settings.parallel, settings.context, self.arguments),
             "vectors": {name: vector.digest for name, vector in pack.categories.items()},
         }
-        # The validation answers harmful prompts in two arms, and benign prompts once more.
-        n_validated = 2 * sum(map(len, self.unsafe.values())) + 3 * len(self.benign)
         with Engine(
             self.model,
             pack=pack,
@@ -225,20 +261,67 @@ class _Measurement:
         ) as engine:
             journal = Journal(self.folder / "trials.jsonl")
             answerer = Answerer(engine, self.sampling, journal, identity)
+            self._fit_trials(answerer)
+            n_validated = self.size.validation_answers(self.counts)
             return search(
-                Scorer(answerer, self.judge, self.unsafe, candidates, settings),
+                Scorer(
+                    answerer,
+                    self.judge,
+                    self.unsafe,
+                    candidates,
+                    replace(settings, others=self.size.others),
+                ),
                 list(base.categories),
                 candidates.starts,
                 settings,
                 deadline=Deadline(
-                    deadline, lambda seconds: seconds * n_validated * VALIDATION_MARGIN
+                    self.deadline, lambda seconds: seconds * n_validated * VALIDATION_MARGIN
                 ),
                 progress=self.progress,
                 on_round=on_round,
             )
 
+    def _fit_trials(self, answerer: Answerer) -> None:
+        """Measure the time of an answer, and cut the prompts to the time left.
+
+        Answers that an earlier run has kept take no time: then the time measured there counts.
+        """
+        speed = Journal(self.folder / "speed.jsonl")
+        rows = [p for group in zip_longest(*self.unsafe.values()) for p in group if p is not None]
+        group = [Query(prompt.prompt) for prompt in rows[: self.settings.parallel]]
+        started = time.monotonic()
+        answerer.ask(group)
+        seconds = (time.monotonic() - started) / len(group)
+        kept = speed.get(_SECONDS)
+        if not isinstance(kept, float) or seconds > kept / 10:  # not from the journal
+            speed.put(_SECONDS, seconds)
+        self.seconds = float(speed.get(_SECONDS))
+        left = self.deadline - time.monotonic()
+        size = fitting_size(self.size, self.counts, self.seconds, left, trial=True)
+        self._cut("trials and validation", size or self.size.scaled(0.0))
+
+    def _cut(self, stage: str, size: Size) -> None:
+        if size != self.size:
+            _log.warning(
+                "the time left suffices for %d unsafe prompts of each category and %d benign "
+                "prompts in %s; the figures are rougher, and more --minutes make them finer",
+                size.unsafe,
+                size.benign,
+                stage,
+            )
+        self.size = size
+
     def validate(self, pack: SteeringPack) -> Report | None:
-        """Evaluate a pack with its router deciding; None if interrupted."""
+        """Evaluate a pack with its router deciding; None if interrupted, or without time."""
+        left = self.deadline - time.monotonic()
+        size = fitting_size(self.size, self.counts, self.seconds, left, trial=False)
+        if size is None:
+            _log.warning(
+                "no time is left to validate the pack: its provenance has no validation; raise "
+                "--minutes, or measure the pack with pysteer evaluate"
+            )
+            return None
+        self._cut("the validation", size)
         path = self.folder / "validated.gguf"
         pack.save(path)
         try:

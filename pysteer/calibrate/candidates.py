@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pysteer.calibrate.split import PromptSet
 from pysteer.extract.capture import Capture
 from pysteer.extract.data import Data
 from pysteer.extract.extraction import extract
+from pysteer.extract.learning.settings import OutOfTimeError
 from pysteer.extract.methods import METHODS
 from pysteer.extract.postprocess import norms, scale_to
 from pysteer.extract.settings import ExtractSettings
@@ -20,6 +22,11 @@ from pysteer.pack.pack import SteeringPack
 from pysteer.pack.vector import SteeringVector
 from pysteer.progress import Progress
 from pysteer.prompts import Prompt
+
+_log = logging.getLogger(__name__)
+
+FALLBACK = "mean"
+"""Method for a calibration without time to learn."""
 
 
 class Trial(NamedTuple):
@@ -86,6 +93,7 @@ def find_candidates(
     *,
     cache: Path,
     progress: Progress,
+    deadline: float = math.inf,
 ) -> CandidateVectors:
     """Extract with every method, at each layer alone and at all layers together.
 
@@ -101,6 +109,8 @@ def find_candidates(
         settings: methods, layers and seed.
         cache: folder for activations, from which an interrupted call resumes.
         progress: receives the progress.
+        deadline: end of learning, in seconds of `time.monotonic()`. If `learned` has not taken a
+            step by then, `mean` takes its place, which is logged.
 
     Raises:
         SteeringError: invalid data.
@@ -110,7 +120,8 @@ def find_candidates(
     scopes: dict[str, str] = {}
     provenance: dict[str, Any] = {}
     residual_norm: dict[int, float] = {}
-    for method in settings.methods:
+    methods = list(settings.methods)
+    for method in methods:
         how = METHODS[method]
         trains = how.needs.gradients  # minutes for each set of layers
         chosen = ExtractSettings(
@@ -125,7 +136,14 @@ def find_candidates(
         # learns to do little at all. The gate keeps twins and unsafe prompts apart.
         safe = prompts.benign if how.needs.everyday_prompts else [*prompts.safe, *prompts.benign]
         data = Data(prompts.unsafe, safe, (), answers if how.needs.safe_answers else ())
-        pack = extract(capture, data, chosen, cache=cache, progress=progress)
+        try:
+            pack = extract(capture, data, chosen, cache=cache, progress=progress, deadline=deadline)
+        except OutOfTimeError as error:
+            _log.warning("%s: %s; raise --minutes", method, error)
+            if methods[-1] == method and not vectors:
+                _log.warning("the directions are found by %s instead, which steers worse", FALLBACK)
+                methods.append(FALLBACK)
+            continue
         residual_norm.update(pack.residual_norm)
         provenance[method] = {
             name: pack.provenance[name] for name in ("settings", "counts", "engine", "weights")

@@ -17,7 +17,9 @@ from pysteer.cli.capturing import (
     CaptureOptions,
     check_output,
     choose_engine,
+    choose_threads,
     layers_of,
+    let_waiting_threads_sleep,
     open_capture,
     parse_layers,
     quiet_bars,
@@ -101,20 +103,20 @@ def calibrate(
     Ctrl-C ends the search with the best so far.
     """
     quiet_bars()
+    started = time.monotonic()
     for module in ("optuna", "sklearn", "scipy", "jinja2"):
         require(module, "calibrate")
+    let_waiting_threads_sleep()
     from pysteer.calibrate.calibration import calibrate as run_calibration
     from pysteer.calibrate.picture import plot_search
     from pysteer.cli.reports import calibrate as reports
     from pysteer.evaluate.judges import open_judge
+    from pysteer.extract.threads import limited_threads
     from pysteer.inspect.plots import open_figure
 
     console.show_warnings()
-    started = time.monotonic()
     path = options.model_path(model)
-    capture_options = CaptureOptions(
-        model=path, engine=engine, context=settings.context, threads=threads
-    )
+    capture_options = CaptureOptions(model=path, engine=engine, context=settings.context)
     chosen = choose_engine(capture_options, path, settings.methods)
     prompts = files.prompts()
     answers = [] if files.answers is None else load_prompts(files.answers, answers=True)
@@ -124,14 +126,18 @@ def calibrate(
     check_output(files.output, (Path(path), *files.inputs), force=force)
     folder = files.cache or files.output.with_name(f"{files.output.name}.calibration")
     _check_folder(folder, force=force)
-    arguments: dict[str, Any] = {} if threads is None else {"n_threads": threads}
+    n_threads = choose_threads(threads)
+    capture_options = replace(capture_options, threads=n_threads)
+    arguments: dict[str, Any] = {"n_threads": n_threads}
     with ExitStack() as stack:
         opened = stack.enter_context(closing(open_judge(judge, **arguments)))
         words = opened.words
         capture = open_capture(capture_options, path, chosen)
+        stack.enter_context(limited_threads(n_threads))
         if layers is not None:
             settings = replace(settings, layers=layers_of(layer_ranges, "residual", capture))
         stack.enter_context(console.resumable(folder))
+        settings = _less(settings, time.monotonic() - started)
         result = run_calibration(
             capture,
             path,
@@ -169,6 +175,11 @@ def _check_folder(folder: Path, *, force: bool) -> None:
         check_replaceable(folder / name, None if force else _in_our_folder)
     for name in ("pack.gguf", "validated.gguf"):
         check_target(folder / name, overwrite=False)
+
+
+def _less(settings: CalibrateSettings, seconds: float) -> CalibrateSettings:
+    """Return settings without the time that loading took, a good part of a short calibration."""
+    return replace(settings, minutes=max(0.0, settings.minutes - seconds / 60))
 
 
 def _in_our_folder(path: Path) -> bool:

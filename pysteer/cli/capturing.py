@@ -81,6 +81,34 @@ def choose_engine(options: CaptureOptions, source: str, methods: Sequence[str]) 
     return options.engine
 
 
+def let_waiting_threads_sleep() -> None:
+    """Set the wait policy of OpenMP; call before torch and llama.cpp are imported.
+
+    They read the policy once. Otherwise threads spin while they wait, in the way of the threads
+    that they wait for.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+def choose_threads(threads: int | None) -> int:
+    """Return the threads of a command that learns.
+
+    By default as many as other programs leave free, which is printed if fewer than are usable.
+    """
+    if threads is not None:
+        return threads
+    from pysteer.extract.threads import free_cores, usable_cores
+
+    free, usable = free_cores(), usable_cores()
+    if free < usable:
+        console.err.print(
+            f"other programs leave {free} of {usable} cores: using {free} "
+            f"thread{'s' * (free > 1)} (--threads sets another number)",
+            soft_wrap=True,
+        )
+    return free
+
+
 def quiet_bars() -> None:
     """Hide tqdm's bars unless standard error is a terminal; call before tqdm is imported."""
     if not console.err.is_terminal:
@@ -93,11 +121,10 @@ def open_capture(options: CaptureOptions, source: str, engine: str) -> Capture:
     Raises:
         SteeringError: the model cannot be loaded, or a package is missing.
     """
-    threads = options.threads
     if engine == "llama":
         from pysteer.extract.llama_capture import LlamaCapture
 
-        arguments = {"n_threads": threads} if threads else {}
+        arguments = {"n_threads": options.threads} if options.threads else {}
         return LlamaCapture(source, n_ctx=options.context, **arguments)
     for module in ("torch", "transformers"):
         require(module, "extract")
@@ -110,8 +137,6 @@ def open_capture(options: CaptureOptions, source: str, engine: str) -> Capture:
     from pysteer.extract.torch_capture import TorchCapture
     from pysteer.extract.torch_model import TorchModel
 
-    if threads is not None:
-        torch.set_num_threads(threads)
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     return TorchCapture(TorchModel(source, dtype=dtype, device_map=options.device_map))
 

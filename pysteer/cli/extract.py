@@ -17,7 +17,9 @@ from pysteer.cli.capturing import (
     CaptureOptions,
     check_output,
     choose_engine,
+    choose_threads,
     layers_of,
+    let_waiting_threads_sleep,
     open_capture,
     parse_layers,
 )
@@ -171,12 +173,14 @@ def extract(
     source = options.model_source(capture_options.model)
     engine = choose_engine(capture_options, source, [settings.method])
     require("sklearn", "extract" if engine == "torch" else "extract-gguf")
+    let_waiting_threads_sleep()
     from pysteer.cli.reports.extract import describe, print_pack
     from pysteer.evaluate.judges import open_judge
     from pysteer.extract.cache import clear
     from pysteer.extract.data import Data
     from pysteer.extract.extraction import extract as run_extraction
     from pysteer.extract.inputs import fitting
+    from pysteer.extract.threads import limited_threads
 
     console.show_warnings()
     started = time.monotonic()
@@ -190,11 +194,14 @@ def extract(
     layer_ranges = None if layers is None else parse_layers(layers)
     check_output(files.output, (Path(source), *files.inputs), force=force)
     folder = files.cache or files.output.with_name(f"{files.output.name}.cache")
+    threads = choose_threads(capture_options.threads)
+    capture_options = replace(capture_options, threads=threads)
     with ExitStack() as stack:
         opened = None
         if judge != "labels":
             opened = stack.enter_context(closing(open_judge(judge)))
         capture = open_capture(capture_options, source, engine)
+        stack.enter_context(limited_threads(threads))
         if files.benign is None:
             data = replace(data, benign=fitting(capture, data.benign))
         if layers is not None:

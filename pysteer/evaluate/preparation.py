@@ -9,6 +9,8 @@ from typing import Any
 from pysteer.errors import SteeringError
 from pysteer.extract.capture import file_identity
 
+_THREADS = ("n_threads", "n_threads_batch")
+
 
 def make_folder(folder: Path) -> None:
     """Make a folder for answers.
@@ -31,7 +33,8 @@ def answer_identity(
         model: a GGUF file.
         parallel: prompts answered at once.
         context: context size shared by these prompts, tokens.
-        arguments: other arguments of `llama_cpp.Llama`.
+        arguments: other arguments of `llama_cpp.Llama`. Numbers of threads are left out: they
+            change no more than a rounding, and a busier machine has others.
 
     Raises:
         SteeringError: the file cannot be read.
@@ -44,5 +47,7 @@ def answer_identity(
         "model": model_identity,
         "parallel": parallel,
         "context": context,
-        "arguments": {name: repr(value) for name, value in sorted(arguments.items())},
+        "arguments": {
+            name: repr(value) for name, value in sorted(arguments.items()) if name not in _THREADS
+        },
     }

@@ -44,6 +44,7 @@ def extract(
     cache: Path,
     judge: Judge | None = None,
     progress: Progress = SILENT,
+    deadline: float = math.inf,
 ) -> SteeringPack:
     """Find each category's directions and fit a router.
 
@@ -56,6 +57,8 @@ def extract(
         judge: decides which answers are safe, for methods that need labels; None: the labels in the
             data decide.
         progress: receives progress reports.
+        deadline: end of gradient descent, in seconds of `time.monotonic()`; see
+            `pysteer.extract.learning.learn.learn`.
 
     Returns:
         A pack with the held-out figures in its provenance: "separation", by category and layer the
@@ -106,6 +109,7 @@ def extract(
         settings.method_options,
         data.answers,
         judge,
+        deadline,
     )
     method.check(task)
     return _pack(method, task, data, settings, with_router=with_router)

@@ -205,6 +205,39 @@ def test_calibration_interrupted_in_validation_returns_pack(run, tmp_path, monke
     assert "before the pack was validated" in caplog.text
 
 
+def test_calibration_without_time_gives_a_pack_that_was_tried_once(run, tmp_path, caplog):
+    result = run(tmp_path, settings=replace(SETTINGS, minutes=0.0))
+    assert (result.search.rounds, result.search.stopped) == (1, "time")
+    assert {record.outcome.n for rows in result.search.trials.values() for record in rows} == {2}
+    assert result.validation is None
+    assert "no time is left to validate the pack" in caplog.text
+    assert set(result.pack.categories) == set(result.pack.router.categories) == {"hate", "malware"}
+    assert SteeringPack.load(tmp_path / "pack.gguf").categories == result.pack.categories
+    # The same folder with more time goes on.
+    again = run(tmp_path)
+    assert again.search.rounds == 4
+    assert again.validation is not None
+
+
+@pytest.mark.torch
+def test_calibration_without_time_to_learn_takes_the_mean(tiny_llama, tmp_path, caplog):
+    torch = pytest.importorskip("torch")
+    from pysteer.extract.torch_capture import TorchCapture
+    from pysteer.extract.torch_model import TorchModel
+
+    capture = TorchCapture(TorchModel(str(tiny_llama), dtype=torch.float32))
+    settings = replace(SETTINGS, minutes=0.0, methods=("learned",))
+    result = calibrate(
+        capture, tiny_llama, PROMPTS, tmp_path, settings=settings, judge=JUDGE, **OPTIONS
+    )
+    assert "learned: the time for learning was up before the first useful step" in caplog.text
+    assert "the directions are found by mean instead" in caplog.text
+    assert {one.trial.candidate.split()[0] for one in result.search.chosen.values()} == {"mean"}
+    assert any(
+        vector.direction(vector.layers[0]).any() for vector in result.pack.categories.values()
+    )
+
+
 def test_unsafe_categories_are_warned_of(run, tmp_path, caplog):
     settings = replace(SETTINGS, max_degenerate=0.0, strengths=(6.0, 8.0), trials=3)
     never = CallableJudge(lambda prompt, answer: False, name="never")

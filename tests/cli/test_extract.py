@@ -210,7 +210,7 @@ def test_without_benign_prompts_the_router_learns_from_everyday_prompts(extract,
 
 
 def test_everyday_prompts_longer_than_the_context_are_left_out(extract, files):
-    code, _, err = extract(context=150, threads=1, benign=None)
+    code, _, err = extract(context=64, threads=1, benign=None)
     assert code == 0, err
     n = SteeringPack.load(files["--output"]).provenance["data"]["benign"]["prompts"]
     assert 0 < n < len(shipped.everyday_prompts())
@@ -466,7 +466,7 @@ def test_bug_is_exit_code_1_and_keeps_the_cache(extract, files, monkeypatch):
 # ---- Ctrl-C ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stop", [3, 50, 111])
+@pytest.mark.parametrize("stop", [3, 50, 400])
 def test_ctrl_c_keeps_the_cache_and_the_same_command_resumes(
     stop, interrupting, extract, files, tmp_path
 ):
@@ -476,7 +476,7 @@ def test_ctrl_c_keeps_the_cache_and_the_same_command_resumes(
     code, _, _ = extract(output=tmp_path / "whole.gguf")
     assert code == 0
     total = len(ran)
-    assert total == 112
+    assert total > 400
 
     interrupting(stop)
     code, out, err = extract("--json")

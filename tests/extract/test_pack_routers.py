@@ -140,7 +140,7 @@ def test_benign_prompts_reach_only_the_router(tmp_path, caplog):
     ]
     assert contents(packs[0]) == contents(packs[1])
     assert packs[1].router.train_counts[0] > packs[0].router.train_counts[0]
-    assert caplog.text == ""
+    assert "for the router alone" not in caplog.text
     extract(FakeCapture(), data[1], ExtractSettings(layers=(1, 2), router=False), cache=tmp_path)
     assert "benign prompts are for the router alone" in caplog.text
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice, zip_longest
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -130,7 +132,9 @@ class Descent:
         settings: rates, steps and batch sizes.
         scale: size of one component of each layer, shape (layers, 1).
         advance: called as steps are done, or left out by an early stop.
-        folder: folder of finished runs; None: no folder.
+        folder: folder of finished runs and of the steps of runs under way; None: no folder.
+        deadline: end of the descent, in seconds of `time.monotonic()`: no step begins later, and
+            the best state so far is the result.
     """
 
     forward: SteeredForward
@@ -139,6 +143,8 @@ class Descent:
     scale: Tensor
     advance: Advance = ignore
     folder: Path | None = None
+    deadline: float = math.inf
+    _told: bool = False
     _kept: dict[tuple[Span, bool], Prepared] = field(default_factory=dict)
 
     def run(
@@ -160,9 +166,7 @@ class Descent:
         path = self._path(batches, validation, start, rate)
         best = _load(path, start)
         if best is None:
-            self._prepare([validation, *batches])
-            best = self._descend(title, batches, validation, start, rate)
-            _save(best, path)
+            best = self._descend(title, batches, validation, start, rate, path)
             self.advance(steps - best.taken)
         else:
             self.advance(steps)
@@ -176,8 +180,8 @@ class Descent:
             best_step=best.step,
             n_prompts=_count(chain(*train)),
             n_validation=_count(validation.unsafe),
-            validation_loss=best.loss if validation.unsafe else None,
-            validation_kl=best.kl if validation.unsafe and validation.benign else None,
+            validation_loss=best.loss if math.isfinite(best.loss) else None,
+            validation_kl=best.kl if math.isfinite(best.loss) and validation.benign else None,
         )
 
     def _path(
@@ -209,39 +213,90 @@ class Descent:
         for final in (False, True):
             wanted = (span for b in batches for span in (b.benign if final else b.unsafe))
             missing = [s for s in dict.fromkeys(wanted) if (s, final) not in self._kept]
-            prepared = self.forward.prepare(missing, final=final)
+            prepared = self.forward.prepare(missing, final=final, before_each=self._check_time)
             self._kept.update(zip(((s, final) for s in missing), prepared, strict=True))
 
+    def _check_time(self) -> None:
+        if time.monotonic() >= self.deadline:
+            raise _OutOfTime
+
     def _descend(
-        self, title: str, batches: Sequence[Batch], validation: Batch, start: Tensor, rate: float
+        self,
+        title: str,
+        batches: Sequence[Batch],
+        validation: Batch,
+        start: Tensor,
+        rate: float,
+        path: Path | None,
     ) -> _Best:
-        settings = self.settings
-        state = start.clone().requires_grad_(True)
-        optimizer = torch.optim.Adam([state], lr=rate)
-        best = _Best(start, 0, 0, math.inf, math.inf)
-        for step, batch in enumerate([*batches, None]):
+        """Train from `start`, or from the step that an earlier run had reached."""
+        run = _Run.begin(start, rate)
+        under_way = None if path is None else path.with_suffix(".steps.npz")
+        try:
+            self._prepare([validation, *batches])
+            run.load(under_way)
+            if run.step:
+                self.advance(run.step)
+            self._steps(title, run, batches, validation, rate, under_way)
+        except _OutOfTime:
+            if not self._told:
+                _log.warning(
+                    "the time for learning was up at step %d of %d of %r: the directions are "
+                    "weaker than they could be; the same command continues from there",
+                    run.step,
+                    len(batches),
+                    title,
+                )
+            self._told = True
+            run.best.taken = run.step
+            return run.best
+        _save(run.best, path)
+        if under_way is not None:
+            under_way.unlink(missing_ok=True)
+        return run.best
+
+    def _steps(
+        self,
+        title: str,
+        run: _Run,
+        batches: Sequence[Batch],
+        validation: Batch,
+        rate: float,
+        under_way: Path | None,
+    ) -> None:
+        """Take the steps that are left; at the deadline, raise _OutOfTime with a best in `run`."""
+        settings, state = self.settings, run.state
+        for step, batch in list(enumerate([*batches, None]))[run.step :]:
+            run.step = step
+            if step % settings.check_every == 0:
+                run.save(under_way)
+            late = batch is not None and time.monotonic() >= self.deadline
+            if late and not step:
+                raise _OutOfTime
+            best = run.best
             best.taken = step
             if not validation.unsafe:
                 best.state, best.step = state.detach().clone(), step
-            elif batch is None or step % settings.check_every == 0:
+            elif batch is None or late or step % settings.check_every == 0:
                 with torch.no_grad():
                     ce, kl = self._losses(validation, state)
                 loss = ce + settings.kl_weight * kl
                 if loss < best.loss:
-                    best = _Best(state.detach().clone(), step, step, loss, kl)
+                    run.best = _Best(state.detach().clone(), step, step, loss, kl)
                 elif step - best.step >= settings.patience * settings.check_every:
                     break
             if batch is None:
                 break
+            if late:
+                raise _OutOfTime
             # Small last steps keep the result from depending on the last batch.
             fallen = (1 - _LAST_RATE) * step / max(1, len(batches) - 1)
-            optimizer.param_groups[0]["lr"] = rate * (1 - fallen)
-            optimizer.zero_grad()
+            run.optimizer.param_groups[0]["lr"] = rate * (1 - fallen)
+            run.optimizer.zero_grad()
             ce, kl = self._losses(batch, state)
             _log.debug("%s, step %d: loss %.2f, KL %.2f", title, step, ce, kl)
-            optimizer.step()
+            run.optimizer.step()
             self.advance(1)
-        return best
 
     def _losses(self, batch: Batch, state: Tensor) -> tuple[float, float]:
         """Return mean cross-entropy and KL; with gradients on, add the gradient to `state`."""
@@ -286,6 +341,75 @@ class _Best:
     taken: int
     loss: float
     kl: float
+
+
+class _OutOfTime(Exception):
+    """The deadline has passed."""
+
+
+@dataclass
+class _Run:
+    """A descent under way: everything that its next step depends on, besides the data.
+
+    Attributes:
+        state: the directions, in units of `Descent.scale`.
+        optimizer: Adam on `state`.
+        best: the best state so far.
+        step: the next step.
+    """
+
+    state: Tensor
+    optimizer: torch.optim.Adam
+    best: _Best
+    step: int = 0
+
+    @classmethod
+    def begin(cls, start: Tensor, rate: float) -> _Run:
+        state = start.clone().requires_grad_(True)
+        return cls(
+            state, torch.optim.Adam([state], lr=rate), _Best(start, 0, 0, math.inf, math.inf)
+        )
+
+    def save(self, path: Path | None) -> None:
+        """Write the run, before a step; nothing before the first."""
+        if path is None or not self.step:
+            return
+        moments = self.optimizer.state[self.state]
+        arrays = {
+            "state": self.state.detach(),
+            "best": self.best.state,
+            "mean": moments["exp_avg"],
+            "square": moments["exp_avg_sq"],
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_arrays(
+            path,
+            {name: values.numpy() for name, values in arrays.items()}
+            | {
+                "counts": np.array([self.step, self.best.step]),
+                "losses": np.array([self.best.loss, self.best.kl], np.float64),
+            },
+        )
+
+    def load(self, path: Path | None) -> None:
+        """Take up the run that a file holds, if there is one."""
+        like = self.best.state.numpy()
+        wanted: dict[str, Any] = dict.fromkeys(("state", "best", "mean", "square"), like)
+        wanted |= {"counts": np.zeros(2, np.int64), "losses": np.zeros(2)}
+        kept = None if path is None else load_arrays(path, wanted)
+        if kept is None:
+            return
+        self.step, best_step = kept["counts"].tolist()
+        with torch.no_grad():
+            self.state.copy_(torch.tensor(kept["state"]))
+        self.optimizer.state[self.state] = {
+            "step": torch.tensor(float(self.step)),
+            "exp_avg": torch.tensor(kept["mean"]),
+            "exp_avg_sq": torch.tensor(kept["square"]),
+        }
+        self.best = _Best(
+            torch.tensor(kept["best"]), best_step, self.step, *kept["losses"].tolist()
+        )
 
 
 def _load(path: Path | None, like: Tensor) -> _Best | None:

@@ -18,6 +18,8 @@ needs few steps and few prompts.
 from __future__ import annotations
 
 import logging
+import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -28,7 +30,7 @@ import torch
 from pysteer.errors import SteeringError, quoted
 from pysteer.extract.capture import Tokens
 from pysteer.extract.learning.descent import Descent, LearnedDirection, Spans, generator
-from pysteer.extract.learning.settings import LearnedSettings
+from pysteer.extract.learning.settings import LearnedSettings, OutOfTimeError
 from pysteer.extract.learning.steered_forward import Span, SteeredForward
 from pysteer.extract.torch_model import TorchModel
 from pysteer.progress import SILENT, Progress
@@ -73,6 +75,7 @@ def learn(
     settings: LearnedSettings | None = None,
     progress: Progress = SILENT,
     folder: Path | None = None,
+    deadline: float = math.inf,
 ) -> LearnedDirections:
     """Learn directions for each category; see the module's text for the method.
 
@@ -88,15 +91,21 @@ def learn(
         site: residual, attention or mlp.
         settings: rates, steps, batch sizes; None takes the defaults.
         progress: receives progress reports, in steps.
-        folder: folder of finished runs, from which the same call resumes after an interruption;
+        folder: folder of finished runs and of the steps of runs under way, from which the same
+            call resumes after an interruption, and ends with the same directions, bit for bit;
             None: no folder.
+        deadline: end, in seconds of `time.monotonic()`: the directions are the best so far, and the
+            same call with a later deadline resumes.
 
     Raises:
         SteeringError: a category without examples, an empty prompt or answer, no benign prompts
             although kl_weight is above 0, a site that the model lacks, or a loss that becomes NaN
             or infinite, or never falls.
+        OutOfTimeError: the deadline passed before the first useful step.
     """
     settings = settings or LearnedSettings()
+    if time.monotonic() >= deadline:
+        raise OutOfTimeError("the time for learning was up before the first useful step")
     total = settings.shared_steps + len(unsafe) * settings.category_steps
     forward = SteeredForward(model, layers, site=site)
     advance = progress.start("learning", total, "steps")
@@ -109,6 +118,7 @@ def learn(
         torch.tensor([[sizes[layer]] for layer in forward.layers]),
         advance,
         folder,
+        deadline,
     )
     start = torch.zeros(len(forward.layers), model.n_embd)
     rate = settings.learning_rate
@@ -120,12 +130,7 @@ def learn(
         category: descent.run(category, [category], start, settings.category_steps, rate)[1]
         for category in unsafe
     }
-    for category, found in categories.items():
-        if not any(direction.any() for direction in found.directions.values()):
-            raise SteeringError(
-                f"category {quoted(category)}: no step lowered the loss on validation prompts; "
-                "try a lower learning rate or kl_weight, more prompts, or another layer"
-            )
+    _require_found(categories, deadline)
     unchanged = [c for c, found in categories.items() if shared and found.best_step == 0]
     if unchanged and settings.category_steps:
         _log.warning(
@@ -134,6 +139,17 @@ def learn(
             ", ".join(map(quoted, unchanged)),
         )
     return LearnedDirections(categories, shared, sizes, settings)
+
+
+def _require_found(categories: Mapping[str, LearnedDirection], deadline: float) -> None:
+    for category, found in categories.items():
+        if not any(direction.any() for direction in found.directions.values()):
+            if time.monotonic() >= deadline:
+                raise OutOfTimeError("the time for learning was up before the first useful step")
+            raise SteeringError(
+                f"category {quoted(category)}: no step lowered the loss on validation prompts; "
+                "try a lower learning rate or kl_weight, more prompts, or another layer"
+            )
 
 
 def _spans(

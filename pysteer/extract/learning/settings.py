@@ -8,6 +8,10 @@ from pysteer.errors import SteeringError, quoted
 from pysteer.settings import check, setting
 
 
+class OutOfTimeError(SteeringError):
+    """The deadline passed before the first useful step."""
+
+
 @dataclass(frozen=True)
 class LearnedSettings:
     """Settings of `pysteer.extract.learning.learn.learn`; the options of the method `learned`.

@@ -123,17 +123,22 @@ class SteeredForward:
                 self._n_skipped = 0
                 _log.warning("%s cannot run its upper blocks alone; learning is slower", name)
 
-    def prepare(self, spans: Sequence[Span], *, final: bool) -> list[Prepared]:
+    def prepare(
+        self, spans: Sequence[Span], *, final: bool, before_each: Callable[[], None] | None = None
+    ) -> list[Prepared]:
         """Run sequences without steering, and return the states that `logits` needs, in order.
 
         Args:
             spans: the sequences.
             final: True: keep the head's input, from which `logits` computes the unsteered logits.
                 False: the blocks above the first steered block do not run.
+            before_each: called before each batch; may raise.
         """
         prepared: list[Prepared | None] = [None] * len(spans)
         lengths = [len(span.tokens) for span in spans]
         for batch in token_batches(lengths, self.token_budget, _MAX_ROWS, padded=True):
+            if before_each is not None:
+                before_each()
             chosen = [spans[i] for i in batch]
             for i, one in zip(batch, self._prepare(chosen, final), strict=True):
                 prepared[i] = one

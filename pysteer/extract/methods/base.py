@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -83,6 +84,7 @@ class Task(Generic[O]):
         options: an instance of `Method.options`.
         answers: safe answers from the data.
         judge: a judge of answers; None: labels in the data decide.
+        deadline: end of a descent, in seconds of `time.monotonic()`.
     """
 
     inputs: Inputs
@@ -94,6 +96,7 @@ class Task(Generic[O]):
     options: O
     answers: Sequence[Prompt] = ()
     judge: Judge | None = None
+    deadline: float = math.inf
 
     @property
     def sides(self) -> Sides[TokenizedPrompt]:

@@ -48,6 +48,7 @@ class Learned(Method[LearnedSettings]):
             settings=settings,
             progress=task.reader.progress,
             folder=task.reader.folder,
+            deadline=task.deadline,
         )
         figures = {
             "settings": asdict(settings),

@@ -140,7 +140,7 @@ def fit_router(
         router.category_accuracy,
         router.benign_false_positive_rate,
     )
-    opened = measured.opens(fitter.kinds[0], h).any(axis=1)
+    opened = np.asarray(measured.opens(fitter.kinds[0], h).any(axis=1))
     return Fitted(router, HeldOut(rows[held_out], of, found, opened))
 
 
