@@ -13,6 +13,7 @@
 #include "hook.hpp"
 #include "llama_abi.hpp"
 #include "plan.hpp"
+#include "shares.hpp"
 
 namespace py = pybind11;
 
@@ -124,6 +125,23 @@ py::object apply_operator(const Operator & op, const Array<float> & rows, float 
         pysteer::apply(op, rows.data(), scratch.size(), strength,
                        out.mutable_data() + static_cast<std::size_t>(k) * width, width, scratch.data());
     }
+    return out;
+}
+
+Array<float> shared_factors(const Array<double> & gram, const Array<float> & factors) {
+    const auto n = static_cast<std::size_t>(factors.size());
+    if (factors.ndim() != 1 || gram.ndim() != 2 || gram.shape(0) != factors.size() || gram.shape(1) != factors.size()) {
+        throw std::invalid_argument("expected a gram matrix and factors of shapes (n, n) and (n,), found " +
+                                    shape_of(gram) + " and " + shape_of(factors));
+    }
+    std::vector<double> triangle;
+    for (std::size_t i = 0; i < n; ++i) {
+        triangle.insert(triangle.end(), gram.data() + i * n, gram.data() + i * n + i + 1);
+    }
+    pysteer::Shares shares;
+    shares.reserve(n);
+    Array<float> out(factors.size(), factors.data());
+    shares.apply(triangle.data(), n, out.mutable_data());
     return out;
 }
 
@@ -278,6 +296,7 @@ void bind_plan(py::module_ & module) {
              py::arg("recheck"))
         .def("check_finite", &Plan::check_finite)
         .def_property_readonly("fits_resident", &Plan::fits_resident);
+    module.def("shared_factors", &shared_factors, py::arg("gram").noconvert(), py::arg("factors").noconvert());
 }
 
 void bind_sequence(py::module_ & module) {

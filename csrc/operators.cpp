@@ -82,6 +82,32 @@ bool usable_logits(const float * logits, std::size_t count) noexcept {
     return bad == 0 && std::any_of(logits, logits + count, [](float value) { return std::isfinite(value); });
 }
 
+double likeness(const Operator & a, const float * rows_a, std::size_t n_rows_a, const Operator & b,
+                const float * rows_b, std::size_t n_rows_b, std::size_t width) noexcept {
+    if (a.kind != b.kind || a.target || b.target) {
+        return 0.0;
+    }
+    const auto product = [&](std::size_t i, std::size_t j) {
+        return dot(rows_a + i * width, rows_b + j * width, width);
+    };
+    if (a.kind == OperatorKind::add) {
+        return product(0, 0);
+    }
+    if (a.kind == OperatorKind::rotate) {  // h changes by angle (e2 e1^T - e1 e2^T) h
+        return 2.0 * static_cast<double>(a.angle) * static_cast<double>(b.angle) *
+               (product(0, 0) * product(1, 1) - product(0, 1) * product(1, 0));
+    }
+    double sum = 0.0;
+    if (a.kind == OperatorKind::low_rank) {
+        for (std::size_t i = 0; i < n_rows_a / 2; ++i) {
+            for (std::size_t j = 0; j < n_rows_b / 2; ++j) {
+                sum += product(i, j) * product(n_rows_a / 2 + i, n_rows_b / 2 + j);
+            }
+        }
+    }
+    return sum;
+}
+
 void apply(const Operator & op, const float * rows, std::size_t n_rows, float strength, float * h, std::size_t width,
            double * scratch) noexcept {
     const double norm = op.keep_norm ? std::sqrt(dot(h, h, width)) : 0.0;

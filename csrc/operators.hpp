@@ -64,6 +64,13 @@ float largest(const float * values, std::size_t count) noexcept;
 // True if a token can be drawn from logits: none is NaN or +infinity, and at least one is finite.
 bool usable_logits(const float * logits, std::size_t count) noexcept;
 
+// The inner product of the changes that two operators make at strength 1: of the directions for add, and (Frobenius) of
+// the matrices that are multiplied with h for low_rank and, to first order in the angle, for rotate. 0 for operators of
+// different kinds, and for ablate, clamp and rotations to a target: strength 1 reaches the goal of these, and a second
+// one does not go beyond. Rows as for apply().
+double likeness(const Operator & a, const float * rows_a, std::size_t n_rows_a, const Operator & b,
+                const float * rows_b, std::size_t n_rows_b, std::size_t width) noexcept;
+
 // Applies an operator to h. `rows` holds n_rows rows of `width` values: unit rows for ablate and clamp, two orthonormal
 // rows for rotate. `scratch` has room for n_rows values.
 void apply(const Operator & op, const float * rows, std::size_t n_rows, float strength, float * h, std::size_t width,

@@ -6,6 +6,8 @@
 #include <string>
 #include <utility>
 
+#include "shares.hpp"
+
 namespace pysteer {
 namespace {
 
@@ -32,8 +34,10 @@ void Plan::add(Term term, Site site, const int32_t * layers, std::size_t n_layer
             throw std::invalid_argument("the model has no layer " + std::to_string(layers[k]) + ", only layers 0 to " +
                                         std::to_string(n_layer_ - 1));
         }
+    }
+    for (std::size_t k = 0; k < n_layers; ++k) {
         const std::size_t place = place_index({site, static_cast<std::size_t>(layers[k])}, n_layer_);
-        ops_[place].push_back({terms_.size(), rows + k * n_rows * n_embd_, n_rows});
+        add_op(place, term.op, {terms_.size(), rows + k * n_rows * n_embd_, n_rows});
         term.places.push_back(place);
         term.only_last_block = term.only_last_block && static_cast<std::size_t>(layers[k]) + 1 == n_layer_;
         term.only_control_vector = term.only_control_vector && site == Site::residual && layers[k] > 0;
@@ -50,6 +54,16 @@ void Plan::add(Term term, Site site, const int32_t * layers, std::size_t n_layer
     most_rows_ = std::max(most_rows_, n_rows);
     terms_.push_back(std::move(term));
     owners_.push_back(std::move(owner));
+}
+
+void Plan::add_op(std::size_t place, const Operator & op, const Op & added) {
+    std::vector<double> & gram = grams_[place];
+    ops_[place].push_back(added);
+    for (const Op & other : ops_[place]) {
+        const Operator & of_other = other.term < terms_.size() ? terms_[other.term].op : op;
+        gram.push_back(likeness(op, added.rows, added.n_rows, of_other, other.rows, other.n_rows, n_embd_));
+    }
+    most_ops_ = std::max(most_ops_, ops_[place].size());
 }
 
 void Plan::set_gate(std::shared_ptr<const Gate> gate, std::vector<double> thresholds, std::vector<uint8_t> above,
@@ -108,12 +122,19 @@ void Plan::check_finite() const {
         return;
     }
     std::vector<float> row(n_embd_);
+    Shares shares;
+    shares.reserve(most_ops_);
     for (std::size_t place = 0; place < ops_.size(); ++place) {
-        bool first = true;
+        std::vector<float> factors;
         for (const Op & op : ops_[place]) {
-            const Term & term = terms_[op.term];
+            factors.push_back(terms_[op.term].strength);
+        }
+        shares.apply(grams_[place].data(), factors.size(), factors.data());
+        bool first = true;
+        for (std::size_t n = 0; n < factors.size(); ++n) {
+            const Op & op = ops_[place][n];
             for (std::size_t k = 0; k < op.n_rows; ++k) {
-                add_scaled(row.data(), first, term.strength, op.rows + k * n_embd_, n_embd_);
+                add_scaled(row.data(), first, factors[n], op.rows + k * n_embd_, n_embd_);
                 first = false;
             }
         }

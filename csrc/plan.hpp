@@ -42,7 +42,11 @@ struct Term {
 class Plan {
   public:
     Plan(std::size_t n_layer, std::size_t n_embd, Injection injection)
-        : n_layer_(n_layer), n_embd_(n_embd), injection_(injection), ops_(n_sites * n_layer) {}
+        : n_layer_(n_layer),
+          n_embd_(n_embd),
+          injection_(injection),
+          ops_(n_sites * n_layer),
+          grams_(n_sites * n_layer) {}
 
     // A term at one place: n_rows rows of n_embd values.
     struct Op {
@@ -92,19 +96,27 @@ class Plan {
     // True if a term or the gate uses the sites attention or mlp.
     bool uses_products() const noexcept { return uses_products_; }
 
+    // Inner products of the changes by the ops at a place at factor 1, the lower triangle row by row; see likeness().
+    const double * gram(Place place) const noexcept { return grams_[place_index(place, n_layer_)].data(); }
+    std::size_t most_ops() const noexcept { return most_ops_; }
+
     // Writes the sum of the directions at a place, each times its factor; n_embd values, zeros if all factors are 0.
     // Ops whose factor is not 0 must be additions.
     void sum(Place place, const float * factors, float * out) const noexcept;
 
   private:
+    void add_op(std::size_t place, const Operator & op, const Op & added);
+
     std::size_t n_layer_;
     std::size_t n_embd_;
     Injection injection_;
     std::vector<Term> terms_;
     std::vector<std::shared_ptr<const void>> owners_;
     std::vector<std::vector<Op>> ops_;  // by place, in the order of the terms
+    std::vector<std::vector<double>> grams_;
     std::size_t most_rows_ = 0;
-    double bound_ = 0.0;  // of the absolute value of the sum of all additions
+    std::size_t most_ops_ = 0;  // at one place
+    double bound_ = 0.0;        // of the absolute value of the sum of all additions
     bool uniform_ = true;
     bool uses_products_ = false;
     std::shared_ptr<const Gate> gate_;

@@ -9,12 +9,14 @@ namespace pysteer {
 void Steerer::resize(std::size_t n_embd) {
     n_embd_ = n_embd;
     sum_.assign(n_embd, 0.0f);
-    summed_for_ = nullptr;
+    begin_node();
 }
 
 void Steerer::reserve(const Plan & plan) {
-    factors_.resize(std::max(factors_.size(), plan.terms().size()));
-    summed_.resize(factors_.size());
+    factors_.resize(std::max(factors_.size(), plan.most_ops()));
+    unshared_.resize(factors_.size());
+    shared_.resize(factors_.size());
+    shares_.reserve(plan.most_ops());
     scratch_.resize(std::max(scratch_.size(), plan.most_rows()));
 }
 
@@ -56,27 +58,40 @@ Steerer::Acts Steerer::find_factors(const Sequence & sequence, int64_t position,
     return acts;
 }
 
-void Steerer::sum_additions(const Plan & plan, Place place) noexcept {
-    const auto count = static_cast<std::ptrdiff_t>(plan.ops(place).size());
-    if (summed_for_ == &plan && std::equal(factors_.begin(), factors_.begin() + count, summed_.begin())) {
+void Steerer::find_shares(const Plan & plan, Place place) noexcept {
+    const std::size_t count = plan.ops(place).size();
+    const auto end = factors_.begin() + static_cast<std::ptrdiff_t>(count);
+    if (shared_for_ == &plan && std::equal(factors_.begin(), end, unshared_.begin())) {
         return;
     }
-    plan.sum(place, factors_.data(), sum_.data());
-    std::copy(factors_.begin(), factors_.begin() + count, summed_.begin());
-    summed_for_ = &plan;
+    std::copy(factors_.begin(), end, unshared_.begin());
+    std::copy(factors_.begin(), end, shared_.begin());
+    shares_.apply(plan.gram(place), count, shared_.data());
+    shared_for_ = &plan;
+    summed_ = false;
+}
+
+void Steerer::sum_additions(const Plan & plan, Place place) noexcept {
+    find_shares(plan, place);
+    if (!summed_) {
+        plan.sum(place, shared_.data(), sum_.data());
+        summed_ = true;
+    }
 }
 
 void Steerer::apply_in_order(const Plan & plan, Place place, float * values) noexcept {
-    summed_for_ = nullptr;
+    find_shares(plan, place);
+    summed_ = false;
     const std::vector<Plan::Op> & ops = plan.ops(place);
     bool pending = false;  // additions that follow each other are summed first, as llama.cpp's control vector is
     for (std::size_t k = 0; k < ops.size(); ++k) {
-        if (factors_[k] == 0.0f) {
+        const float factor = shared_[k];
+        if (factor == 0.0f) {
             continue;
         }
         const Operator & op = plan.terms()[ops[k].term].op;
         if (op.sums()) {
-            add_scaled(sum_.data(), !pending, factors_[k], ops[k].rows, n_embd_);
+            add_scaled(sum_.data(), !pending, factor, ops[k].rows, n_embd_);
             pending = true;
             continue;
         }
@@ -84,7 +99,7 @@ void Steerer::apply_in_order(const Plan & plan, Place place, float * values) noe
             add(values, sum_.data(), n_embd_);
             pending = false;
         }
-        apply(op, ops[k].rows, ops[k].n_rows, factors_[k], values, n_embd_, scratch_.data());
+        apply(op, ops[k].rows, ops[k].n_rows, factor, values, n_embd_, scratch_.data());
     }
     if (pending) {
         add(values, sum_.data(), n_embd_);

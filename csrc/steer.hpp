@@ -7,11 +7,12 @@
 
 #include "plan.hpp"
 #include "sequence.hpp"
+#include "shares.hpp"
 #include "site.hpp"
 
 namespace pysteer {
 
-// Holds the buffers, and the last sum of directions: the rows of a node mostly get the same sum.
+// Holds the buffers, and the last shares and sum of directions: the rows of a node mostly get the same.
 class Steerer {
   public:
     void resize(std::size_t n_embd);
@@ -19,7 +20,7 @@ class Steerer {
     void reserve(const Plan & plan);
 
     // Call before the rows of each node.
-    void begin_node() noexcept { summed_for_ = nullptr; }
+    void begin_node() noexcept { shared_for_ = nullptr; }
     // Steers the row of a token, n_embd values; returns whether the plan acts on it.
     bool steer(const Sequence & sequence, int64_t position, Place place, float * values) noexcept;
 
@@ -31,15 +32,19 @@ class Steerer {
 
     // Fills factors_ for a token.
     Acts find_factors(const Sequence & sequence, int64_t position, Place place) noexcept;
+    void find_shares(const Plan & plan, Place place) noexcept;
     void sum_additions(const Plan & plan, Place place) noexcept;
     void apply_in_order(const Plan & plan, Place place, float * values) noexcept;
 
     std::size_t n_embd_ = 0;
     std::vector<float> factors_;         // of the ops at the place, for one row
-    std::vector<float> sum_;             // n_embd values
-    const Plan * summed_for_ = nullptr;  // whose additions are in sum_
-    std::vector<float> summed_;          // the factors that sum_ was made with
-    std::vector<double> scratch_;        // for low-rank maps
+    const Plan * shared_for_ = nullptr;  // whose shares are in shared_
+    std::vector<float> unshared_;        // the factors that shared_ was made from
+    std::vector<float> shared_;          // the factors times their shares
+    Shares shares_;
+    bool summed_ = false;          // sum_ holds the sum of the additions in shared_
+    std::vector<float> sum_;       // n_embd values
+    std::vector<double> scratch_;  // for low-rank maps
 };
 
 }  // namespace pysteer

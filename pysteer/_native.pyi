@@ -273,6 +273,19 @@ class Plan:
         Such a plan makes the same additions to the residual of layers >= 1 for every token.
         """
 
+def shared_factors(
+    gram: npt.NDArray[np.float64], factors: npt.NDArray[np.float32]
+) -> npt.NDArray[np.float32]:
+    """Return factors times the shares of csrc/shares.hpp, (n,); for tests.
+
+    Args:
+        gram: inner products of the changes at factor 1, (n, n); the lower triangle is read.
+        factors: (n,).
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+
 # ---- sequence
 
 class Sequence:

@@ -22,6 +22,8 @@ the scope at that row. A row where s = 0 is not touched.
 
 `keep_norm`, with any operator: the row is scaled back to its norm before.
 
+Categories with alike changes at one place share their strength; csrc/shares.hpp has the formula.
+
 Stored per layer, as rows of n_embd values: `add`, `ablate`, `clamp`: d. `rotate`: d1, then d2.
 `low_rank`: the r columns of U, then the r columns of V.
 """

@@ -177,8 +177,8 @@ class Policy(_Settings):
         gate: the kind of gate that decides; one of `pysteer.pack.router.GATES`. None: "margin" if
             the router has it, else "multinomial".
         conflict: the choice among several fired categories: "strongest" (the score furthest past
-            its threshold), "first" (in the pack's order) or "sum" (all; vectors that are much
-            alike add up to a multiple of the strength, which ruins text).
+            its threshold), "first" (in the pack's order) or "sum" (all; those that are alike share
+            their strength).
         recheck: decide again after every so many response tokens. None: decide once, at the last
             prompt token.
         scope: of the categories that have no scope of their own.

@@ -1,53 +1,13 @@
 """Both injections give the logits of llama.cpp's own control vector, to the last bit."""
 
-import ctypes
 from contextlib import closing
 
 import llama_cpp
 import numpy as np
 import pytest
+from exactness import all_logits, native_control_vector, random_vector, same_bits, tokens_for
 
 from pysteer import SteeredLlama, SteeringPack, SteeringVector
-
-N_PROMPT = 40
-
-
-def random_vector(n_layer, n_embd, scale, *, layers=None, site="residual", seed=3):
-    rng = np.random.default_rng(seed)
-    chosen = range(1, n_layer) if layers is None else layers
-    return SteeringVector(
-        {layer: (scale * rng.standard_normal(n_embd)).astype(np.float32) for layer in chosen},
-        site=site,
-    )
-
-
-def native_control_vector(llm, vector, n_layer):
-    """Set llama.cpp's control vector through its own call, independently of pysteer."""
-    buffer = np.zeros((n_layer - 1, vector.n_embd), np.float32)
-    for layer, direction in vector.items():
-        buffer[layer - 1] = direction
-    status = llama_cpp.llama_set_adapter_cvec(
-        llm.ctx,
-        buffer.ctypes.data_as(ctypes.POINTER(ctypes.c_float)),
-        buffer.size,
-        vector.n_embd,
-        1,
-        n_layer - 1,
-    )
-    assert status == 0
-
-
-def all_logits(llm, tokens):
-    """Logits of a prompt, of one more token, and of several more at once, (tokens, n_vocab)."""
-    llm.reset()
-    llm.eval(tokens[:N_PROMPT])
-    llm.eval(tokens[N_PROMPT : N_PROMPT + 1])
-    llm.eval(tokens[N_PROMPT + 1 :])
-    return llm.scores[: len(tokens)].copy()
-
-
-def tokens_for(n_vocab):
-    return [int(t) for t in np.random.default_rng(5).integers(3, n_vocab, N_PROMPT + 8)]
 
 
 def check_exact(path, *, scale, **arguments):
@@ -70,10 +30,6 @@ def check_exact(path, *, scale, **arguments):
             with llm.steering({"c": 0.0}):
                 assert same_bits(all_logits(llm, tokens), unsteered), injection
             assert same_bits(all_logits(llm, tokens), unsteered), injection
-
-
-def same_bits(a, b):
-    return np.array_equal(a.view(np.uint32), b.view(np.uint32))
 
 
 @pytest.mark.parametrize("kind", ["Q4_K_M", "Q8_0", "F16"])
@@ -138,10 +94,15 @@ def test_logits_are_exact_for_the_last_layer_alone(tiny_model):
             assert same_bits(all_logits(llm, tokens), expected)
 
 
-def test_two_categories_equal_the_control_vector_of_their_sum(tiny_model):
+def test_orthogonal_categories_equal_the_control_vector_of_their_sum(tiny_model):
     path = tiny_model("llama")
     arguments = {"n_ctx": 128, "logits_all": True, "verbose": False}
     a, b = random_vector(4, 64, 0.3, seed=1), random_vector(4, 64, 0.3, layers=[2, 3], seed=2)
+    even = np.arange(64) % 2 == 0
+    a, b = (
+        SteeringVector({layer: np.where(kept, row, 0) for layer, row in vector.items()})
+        for vector, kept in ((a, even), (b, ~even))
+    )
     total = {i: np.float32(0.5) * row for i, row in a.items()}
     for layer, row in b.items():
         total[layer] = total[layer] + np.float32(-1.5) * row

@@ -287,9 +287,17 @@ def test_strength_past_float32_raises_even_for_a_zero_direction(strength):
 
 
 def test_sums_past_float32_raise_only_where_directions_meet():
+    meet = SteeringPack(
+        {
+            "a": SteeringVector({1: [HUGE, HUGE, 0]}),
+            "b": SteeringVector({1: [HUGE, -HUGE, 0]}),
+        }
+    )
+    for steering in ({"a": 1.0, "b": 1.0}, {"a": 1.0, "b": -1.0}):
+        with pytest.raises(SteeringError, match="'b'"):
+            compiled(steering, pack=meet)
     same = big_pack(a=HUGE, b=HUGE)
-    with pytest.raises(SteeringError, match="'b'"):
-        compiled({"a": 1.0, "b": 1.0}, pack=same)
+    compiled({"a": 1.0, "b": 1.0}, pack=same)  # which is one of them
     compiled({"a": 1.0, "b": -1.0}, pack=same)
     compiled({"a": 1.0, "b": 1.0}, pack=big_pack(a=HUGE, b=-HUGE))
     elsewhere = SteeringPack({"a": vector(1, value=HUGE), "b": vector(2, value=HUGE)})
