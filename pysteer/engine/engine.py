@@ -34,6 +34,7 @@ from pysteer.runtime.arguments import (
     read_pack,
     read_policy,
 )
+from pysteer.runtime.limits import MAX_RELATIVE_NORM
 from pysteer.runtime.plan import CompiledPlan
 from pysteer.runtime.request_plans import RequestPlans
 from pysteer.runtime.sequence import SequenceSteering
@@ -63,6 +64,7 @@ class Engine:
         max_queue: number of requests that may wait; then `submit` waits.
         prompt_share: number of prompt tokens that a decode may have while other requests are
             writing.
+        max_relative_norm: bound on strengths; see `SteeredLlama`.
         **llama_arguments: all arguments of `llama_cpp.Llama`. All requests share the `n_ctx`
             tokens; the default is 512 for each.
 
@@ -92,6 +94,7 @@ class Engine:
         max_sequences: int = 16,
         max_queue: int = 256,
         prompt_share: int = 128,
+        max_relative_norm: float | None = MAX_RELATIVE_NORM,
         **llama_arguments: Any,
     ) -> None:
         for name, number in (
@@ -105,7 +108,7 @@ class Engine:
         llama_arguments.setdefault("n_ctx", 512 * max_sequences)
         llm = HookedLlama(model_path, max_sequences=max_sequences, **llama_arguments)
         try:
-            self._plans = RequestPlans(llm, loaded, read)
+            self._plans = RequestPlans(llm, loaded, read, max_relative_norm=max_relative_norm)
             self._llm = llm
             self._base_model = llm.base_model
             self._pieces = Pieces(llm)

@@ -176,6 +176,27 @@ class Operator:
                 )
         return cls(**content)
 
+    def largest_change(self, rows: npt.NDArray[np.float32], norm: float) -> float:
+        """Return the most that strength 1 changes an h with |h| <= `norm`, as an L2 norm.
+
+        Before `keep_norm`, which undoes a change of length. Other strengths change h in proportion.
+        0 for `rotate`, which keeps the norm at any strength.
+
+        Args:
+            rows: one layer's rows as `prepare` returns them, (rows, n_embd).
+            norm: a norm of h.
+        """
+        if self.kind == "ablate":
+            return norm
+        if self.kind == "clamp":
+            low = -norm if self.low is None else self.low
+            high = norm if self.high is None else self.high
+            return max(low + norm, norm - high, 0.0)
+        if self.kind == "rotate":
+            return 0.0
+        wide = rows.astype(np.float64)
+        return float(np.linalg.norm(wide)) if self.kind == "add" else norm * _spectral_norm(wide)
+
     def prepare(self, rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Return one layer's stored rows as the native part reads them.
 
@@ -207,6 +228,14 @@ class Operator:
                 )
             basis.append(unit / left)
         return np.stack(basis).astype(np.float32)
+
+
+def _spectral_norm(rows: npt.NDArray[np.float64]) -> float:
+    """Return the largest singular value of U V^T; rows: the columns of U, then those of V."""
+    u, v = np.split(rows, 2)
+    # U = Q R: the singular values of U V^T are those of the small matrix R_u R_v^T.
+    small = np.linalg.qr(u.T)[1] @ np.linalg.qr(v.T)[1].T
+    return float(np.linalg.norm(small, 2))
 
 
 def _number(value: object, name: str) -> float:

@@ -13,6 +13,7 @@ from pysteer.pack.policy import Policy
 from pysteer.pack.resolved import AUTO, ResolvedPolicy, Steering
 from pysteer.pack.router import Router
 from pysteer.pack.vector import SteeringVector
+from pysteer.runtime.limits import StrengthLimits
 from pysteer.runtime.native import SITES, native_gate, native_operator, native_scope
 
 Injection: TypeAlias = Literal["auto", "resident", "hooked"]
@@ -131,9 +132,11 @@ class PlanCompiler:
         n_embd: the model's width.
         sites: site to the layers at which the model's graph has the site; None: all layers.
         injection: route of directions into the graph; see `INJECTIONS`.
+        limits: the largest strengths; None: any strength that leaves finite sums.
 
     Raises:
-        SteeringError: the policy does not fit the pack or the router, or there is no pack for it.
+        SteeringError: the policy does not fit the pack or the router, or there is no pack for it,
+            or the policy's strengths are beyond the limits.
         HookError: the policy needs a site that the model lacks.
     """
 
@@ -146,6 +149,7 @@ class PlanCompiler:
         n_embd: int,
         sites: Mapping[str, tuple[int, ...]] | None = None,
         injection: Injection = "auto",
+        limits: StrengthLimits | None = None,
     ) -> None:
         if injection not in INJECTIONS:
             raise SteeringError(
@@ -155,6 +159,7 @@ class PlanCompiler:
         self.n_layer = n_layer
         self.n_embd = n_embd
         self.injection = injection
+        self._limits = limits
         self._sites = None if sites is None else {name: set(sites[name]) for name in sites}
         self._gates: dict[str, _native.Gate] = {}
         self._plans: dict[tuple[object, ...], CompiledPlan] = {}
@@ -177,7 +182,8 @@ class PlanCompiler:
 
         Raises:
             UnknownCategoryError: a category that the pack does not hold.
-            SteeringError: steering or policy is invalid, or does not fit the pack.
+            SteeringError: steering or policy is invalid, does not fit the pack, or asks for more
+                than the limits.
             HookError: the model lacks a site, or injection "resident" cannot express the plan.
         """
         key = _key(steering, policy)
@@ -274,10 +280,14 @@ class PlanCompiler:
         """Add a category to the native plan.
 
         Raises:
-            SteeringError: the category's vector does not fit the model.
+            SteeringError: the category's vector does not fit the model, or its strength is beyond
+                the limits.
         """
         vector = resolved.pack[term.category]
         settings = resolved.settings(term.category)
+        if self._limits is not None:
+            factors = settings.scope.values or (1.0,)
+            self._limits.check(term.category, vector, term.strength, factors)
         exclude = settings.scope.exclude
         gates = {name: i for i, name in enumerate(resolved.thresholds)}
         try:

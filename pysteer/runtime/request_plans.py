@@ -9,6 +9,7 @@ from pysteer.pack.pack import SteeringPack
 from pysteer.pack.policy import Policy
 from pysteer.pack.resolved import Steering
 from pysteer.runtime.arguments import Inherit, PolicyLike, read_policy
+from pysteer.runtime.limits import MAX_RELATIVE_NORM, StrengthLimits, typical_norms
 from pysteer.runtime.plan import CompiledPlan, Injection, PlanCompiler
 
 
@@ -20,10 +21,11 @@ class RequestPlans:
         pack: a pack for the model; None: nothing can be steered.
         policy: laid over the pack's policy.
         injection: route of directions into the graph; see `PlanCompiler`.
+        max_relative_norm: bound on strengths; see `StrengthLimits`. None: no bound.
 
     Raises:
         ModelMismatchError: the pack is for another model.
-        SteeringError: the policy does not fit the pack.
+        SteeringError: the policy does not fit the pack, or its strengths are beyond the bound.
         HookError: the model lacks a site that the policy asks for.
     """
 
@@ -34,9 +36,14 @@ class RequestPlans:
         policy: Policy | None,
         *,
         injection: Injection = "auto",
+        max_relative_norm: float | None = MAX_RELATIVE_NORM,
     ) -> None:
         if pack is not None:
             pack.check_fits(llm.base_model)
+        limits = None
+        if max_relative_norm is not None:
+            norms = {} if pack is None else typical_norms(llm, pack)
+            limits = StrengthLimits(norms, max_relative_norm)
         self._lock = threading.Lock()  # the compiler keeps the latest plans
         self._compiler = PlanCompiler(
             pack,
@@ -46,6 +53,7 @@ class RequestPlans:
             # A vocabulary alone was not probed, and no pack goes with it.
             sites=llm.sites if any(llm.sites.values()) else None,
             injection=injection,
+            limits=limits,
         )
 
     @property
@@ -58,7 +66,7 @@ class RequestPlans:
 
         Raises:
             UnknownCategoryError: a category that the pack lacks.
-            SteeringError: invalid steering or policy.
+            SteeringError: invalid steering or policy, or a strength beyond the bound.
             FormatError: the file is not a policy.
         """
         read = read_policy(policy)

@@ -28,6 +28,7 @@ from pysteer.runtime.arguments import (
 )
 from pysteer.runtime.cache import SteeredCache
 from pysteer.runtime.generation import ActiveSteering, Generation, Request
+from pysteer.runtime.limits import MAX_RELATIVE_NORM
 from pysteer.runtime.plan import INJECTIONS, UNSTEERED, Injection
 from pysteer.runtime.report import SteeringReport
 from pysteer.runtime.request_plans import RequestPlans
@@ -66,6 +67,9 @@ class SteeredLlama(HookedLlama):
         policy: a `Policy`, its data, or a YAML file; laid over the pack's policy.
         injection: route of directions into the graph: "auto"; "resident" or "hooked" for tests; see
             `pysteer.runtime.plan.INJECTIONS`.
+        max_relative_norm: the most that a category may change a hidden state, in multiples of the
+            typical norm of the residual stream at its layer; None for no bound. Requests with
+            stronger steering are refused.
         **llama_arguments: all arguments of `llama_cpp.Llama`.
 
     Raises:
@@ -96,6 +100,7 @@ class SteeredLlama(HookedLlama):
         pack: PackLike | None = None,
         policy: PolicyLike | None = None,
         injection: Injection = "auto",
+        max_relative_norm: float | None = MAX_RELATIVE_NORM,
         **llama_arguments: Any,
     ) -> None:
         if injection not in INJECTIONS:
@@ -103,13 +108,20 @@ class SteeredLlama(HookedLlama):
                 f"unknown injection {injection!r}; use one of {', '.join(INJECTIONS)}"
             )
         self._injection = injection
+        self._max_relative_norm = max_relative_norm
         self._policy = read_policy(policy)
         self._pack = read_pack(pack)
         if self._pack is not None and llama_arguments.get("vocab_only"):
             raise HookError("a model without weights (vocab_only) cannot be steered")
         super().__init__(model_path, **llama_arguments)
         try:
-            plans = RequestPlans(self, self._pack, self._policy, injection=injection)
+            plans = RequestPlans(
+                self,
+                self._pack,
+                self._policy,
+                injection=injection,
+                max_relative_norm=max_relative_norm,
+            )
         except SteeringError:
             self.close()
             raise
@@ -407,4 +419,5 @@ class SteeredLlama(HookedLlama):
             "pack": self._pack,
             "policy": self._policy,
             "injection": self._injection,
+            "max_relative_norm": self._max_relative_norm,
         }

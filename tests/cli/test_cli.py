@@ -354,7 +354,7 @@ def test_generate_takes_a_policy(generate, cli, routed, tmp_path, tiny_llama):
         ("hate=nan", ["hate", "nan"]),
         ("hate=inf", ["hate", "inf"]),
         ("hate=-1e999", ["hate", "inf"]),
-        ("hate=1e39", ["hate", "not finite"]),
+        ("hate=1e39", ["hate", "largest strength allowed"]),
         ("fraud=1", ["fraud", "hate, mal=ware"]),
         ("Hate=1", ["Hate", "hate, mal=ware"]),
         ("fraud=0", ["fraud", "hate, mal=ware"]),

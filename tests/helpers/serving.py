@@ -14,6 +14,7 @@ from pysteer.runtime.ledger import CacheLedger
 N_EMBD = 64
 F32 = 0  # type of the KV cache: halves would hide differences
 ARGUMENTS = {
+    "max_relative_norm": None,  # or `TOO_STRONG` would be refused before anything is decoded
     "n_ctx": 512,
     "verbose": False,
     "n_threads": 1,

@@ -584,7 +584,7 @@ def test_router_that_reads_a_non_finite_state_raises(tiny_llama):
         router=router_for(tiny_llama, {"b": PROMPTS["b"], "": PROMPTS[""]}, layer=2),
     )
     with (
-        closing(SteeredLlama(tiny_llama, pack=broken, **ARGUMENTS)) as llm,
+        closing(SteeredLlama(tiny_llama, pack=broken, max_relative_norm=None, **ARGUMENTS)) as llm,
         pytest.raises(HookError, match="not finite"),
     ):
         complete(llm, PROMPTS["a"], {"a": 1.0, "b": "auto"})

@@ -325,7 +325,7 @@ def test_recurrent_model_starts_over_under_other_steering(tiny_model):
         ({"nope": 1.0}, UnknownCategoryError, "this pack has a, b, first, last, attention"),
         ({"a": float("nan")}, SteeringError, "finite"),
         ({"a": float("inf")}, SteeringError, "finite"),
-        ({"a": 1e39}, SteeringError, "not finite"),
+        ({"a": 1e39}, SteeringError, "largest strength allowed"),
         ({"a": "1.0"}, SteeringError, "not a number"),
         ({"a": "auto"}, SteeringError, "no router"),
         ({"a": True}, SteeringError, "not a number"),
