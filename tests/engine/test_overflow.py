@@ -76,9 +76,9 @@ def test_overflow_changes_no_other_answer(tiny_model, family, flash):
 CHATS = [  # content, steering and seed; no two tokens are so close that the size of a batch decides
     ("How many days are in a week?", None, None),
     ("What is 2 plus 2?", None, None),
-    ("What is 2 plus 2?", None, 2),
+    ("What is 2 plus 2?", {"mild": 1e-3}, None),
+    ("How many days are in a week?", {"mild": -1e-3}, 2),
     ("What is 2 plus 2?", None, 10),
-    ("What is the capital of France?", {"mild": 0.1}, 9),
 ]
 
 
@@ -88,7 +88,7 @@ def test_overflow_changes_no_chat_on_the_default_model(default_model):
             "messages": [{"role": "user", "content": content}],
             "steering": steering,
             "max_tokens": 6,
-            "temperature": 0.0 if seed is None else 0.5,
+            "temperature": 0.0 if seed is None else 0.2,
             "seed": seed,
         }
         for content, steering, seed in CHATS
