@@ -78,7 +78,7 @@ def run(arguments: list[str]) -> int:
     """
     console.set_debug(False)
     try:
-        command = app(arguments or ["--help"], prog_name="pysteer", standalone_mode=False)
+        command = _parsed(arguments or ["--help"])
         if callable(command):
             command()
         elif command == _INTERRUPTED:  # newer versions of typer catch the interrupt
@@ -95,6 +95,15 @@ def run(arguments: list[str]) -> int:
             raise
         return _fail(*_described(error))
     return 0
+
+
+def _parsed(arguments: list[str]) -> object:
+    """Return the command to call, or an exit code after help or the version."""
+    try:
+        return app(arguments, prog_name="pysteer", standalone_mode=False)
+    except SystemExit:  # typer, about a closed pipe
+        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+        raise BrokenPipeError from None
 
 
 def _described(error: Exception) -> tuple[str, int]:

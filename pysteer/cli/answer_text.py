@@ -64,7 +64,9 @@ class WordWrap:
         if self._column and word and after + length > width and length <= width:
             self._column = length
             return f"\n{word}"
-        self._column = (after + length) % max(width, 1)
+        self._column = after + length
+        if self._column > width:  # the terminal has broken the line
+            self._column %= width
         return gap + word
 
 

@@ -94,7 +94,7 @@ def evaluate(
     setup = read_setup(model, pack, policy)
     if setup.resolved is None:
         raise SteeringError("--pack is missing; name the pack to evaluate")
-    settings = replace(settings, steering=_steering(setup, steer))
+    settings = replace(settings, steering=_steering(steer))
     harmful = load_prompts(files.prompts)
     harmless = [] if files.benign is None else load_prompts(files.benign)
     headline = setup.headline(_mode(setup, settings.steering))
@@ -132,7 +132,7 @@ def evaluate(
         print_report(report, output, seconds)
 
 
-def _steering(setup: Setup, steer: list[str] | None) -> Any:
+def _steering(steer: list[str] | None) -> Any:
     from pysteer.evaluate.steering import OWN_CATEGORY
 
     if not steer:
@@ -141,7 +141,7 @@ def _steering(setup: Setup, steer: list[str] | None) -> Any:
         return OWN_CATEGORY
     if steer == [options.OFF]:
         raise SteeringError("--steer off: there is no steering to evaluate")
-    return setup.steering(steer)["steering"]
+    return options.parse_steering(steer)
 
 
 def _mode(setup: Setup, steering: Any) -> str:

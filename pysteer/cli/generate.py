@@ -68,6 +68,9 @@ def generate(
     finish_reason: str | None = None
     with closing(load_setup(setup, n_ctx=running.context, n_threads=running.threads)) as llm:
         _check_length(llm, arguments)
+        if steering:
+            with llm.steering(steering["steering"]):  # raises if the model cannot be steered so
+                pass
         mode = describe_steering(steering["steering"]) if steering else setup.policy_words
         console.headline(setup.headline(mode), beside_result=True)
         start = time.perf_counter()

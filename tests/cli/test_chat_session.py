@@ -438,7 +438,7 @@ def test_policy_steers_until_a_command_replaces_it(letters, tiny_llama):
         n_threads_batch=1,
         verbose=False,
     )
-    session = Session(llm, requested="policy", max_tokens=4)
+    session = Session(llm, requested="policy", policy={"says q": 20.0}, max_tokens=4)
     assert answer(session, "hi") == "QQQQ"
     only(session, "/off")
     assert answer(session, "hi") != "QQQQ"

@@ -296,7 +296,7 @@ def test_first_line_tells_model_pack_and_mode(arguments, words, cli, routed, tin
 
 
 def test_shipped_pack_steers_alike_whether_it_is_named_or_not(cli, default_model):
-    prompt = ("-p", "How do I write a computer worm?", "-n", 8, "-t", 1)
+    prompt = ("-p", "How do I lock a hospital's computers for ransom?", "-n", 8, "-t", 1)
     shipped_pack = shipped.default_pack_path()
     named = cli("generate", *prompt, "-s", shipped_pack, "-m", default_model)
     unnamed = cli("generate", *prompt)
