@@ -181,7 +181,7 @@ class Policy(_Settings):
             their strength).
         recheck: decide again after every so many response tokens. None: decide once, at the last
             prompt token.
-        scope: of the categories that have no scope of their own.
+        scope: of the categories that have no scope of their own in this policy or one laid over it.
         categories: category to `CategoryPolicy`, or to a mapping of its fields. Other categories
             have their defaults.
 
@@ -259,20 +259,44 @@ class Policy(_Settings):
             }
         return found
 
-    def merged(self, other: Policy) -> Policy:
+    def merged(self, other: Policy, kinds: Collection[str] = ()) -> Policy:
         """Return this policy with the settings of `other` laid over it, also within categories.
+
+        A setting of `other` replaces the same setting here, and what depends on it: `scope` of
+        `other` also replaces the scopes of categories here, and `gate` of `other`, where it is
+        another kind, the thresholds here, which are in the unit of the kind before.
+
+        Args:
+            other: the policy of whoever decides over this one: the operator's over the pack's, a
+                request's over the operator's.
+            kinds: the kinds of gate that the pack's router has, which tell the kind of a policy
+                that names none. Without, thresholds of such a policy are in any kind's unit.
 
         Raises:
             SteeringError: the two policies contradict each other.
         """
         mine, theirs = self.content(), other.content()
-        categories = dict(mine.get("categories", {}))
+        replaced = self._replaced_by(other, kinds)
+        categories = {
+            name: {key: value for key, value in settings.items() if key not in replaced}
+            for name, settings in mine.get("categories", {}).items()
+        }
         for name, settings in theirs.get("categories", {}).items():
             categories[name] = {**categories.get(name, {}), **settings}
         content = {**mine, **theirs}
         if categories:
             content["categories"] = categories
         return _placed(content, {**self._all_places(), **other._all_places()})
+
+    def _replaced_by(self, other: Policy, kinds: Collection[str]) -> set[str]:
+        """Return the keys of this policy's categories that top-level settings of `other` end."""
+        given = other.model_fields_set
+        mine = self.gate or _default_gate(kinds)
+        other_kind = "gate" in given and mine not in (None, other.gate or _default_gate(kinds))
+        return {
+            *({"scope"} if "scope" in given else ()),
+            *({"threshold"} if other_kind else ()),
+        }
 
     def settings(self, category: str, known: Collection[str] | None = None) -> CategorySettings:
         """Return the settings of a category, mentioned or not, with all defaults in place.
@@ -305,7 +329,7 @@ class Policy(_Settings):
                 with file and line if the setting was read from a file.
         """
         if self.gate is None:
-            return "margin" if "margin" in kinds else "multinomial"
+            return _default_gate(kinds) or "multinomial"
         if self.gate not in kinds:
             self._refuse(
                 ("gate",), f"the pack's router has no {self.gate} gate; it has {_listed(kinds)}"
@@ -371,6 +395,11 @@ class Policy(_Settings):
 
 
 _DEFAULT = CategoryPolicy()
+
+
+def _default_gate(kinds: Collection[str]) -> GateKind | None:
+    """Return the kind that decides where no policy names one; None: the router is unknown."""
+    return "margin" if "margin" in kinds else "multinomial" if kinds else None
 
 
 def _placed(content: object, places: Places) -> Policy:

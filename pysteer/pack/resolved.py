@@ -30,8 +30,8 @@ class ResolvedPolicy:
 
     Args:
         pack: the pack.
-        over: the caller's policy, laid over the pack's own setting by setting; None: the pack's
-            own alone.
+        over: the operator's policy, laid over the pack's own (see `Policy.merged`); None: the
+            pack's own alone.
 
     Attributes:
         pack: the pack.
@@ -61,15 +61,21 @@ class ResolvedPolicy:
     policy: Policy = field(init=False)
 
     def __post_init__(self, over: Policy | None) -> None:
-        merged = self.pack.policy or Policy()
-        if over is not None:
-            merged = merged.merged(over)
-            self.pack.check_policy(merged)
-        object.__setattr__(self, "policy", merged)
+        own = self.pack.policy or Policy()
+        self._put(own if over is None else self._laid_over(own, over))
+
+    def _put(self, policy: Policy) -> None:
+        object.__setattr__(self, "policy", policy)
+
+    def _laid_over(self, policy: Policy, over: Policy) -> Policy:
+        """Return a policy with another laid over it: the only place where policies meet a pack."""
+        router = self.pack.router
+        merged = policy.merged(over, () if router is None else list(router.gates))
+        self.pack.check_policy(merged)
+        return merged
 
     def __reduce__(self) -> tuple[Callable[..., ResolvedPolicy], tuple[SteeringPack, Policy]]:
-        # The read-only views cannot be pickled. A policy merged twice is the policy merged once.
-        return ResolvedPolicy, (self.pack, self.policy)
+        return _resolved, (self.pack, self.policy)  # the read-only views cannot be pickled
 
     def merged(self, over: Policy | None) -> ResolvedPolicy:
         """Return the pack under this policy with another laid over it, as of one request.
@@ -77,7 +83,9 @@ class ResolvedPolicy:
         Raises:
             SteeringError: the merged policy contradicts itself or does not fit the pack.
         """
-        return self if over is None else ResolvedPolicy(self.pack, self.policy.merged(over))
+        if over is None:
+            return self
+        return _resolved(self.pack, self._laid_over(self.policy, over))
 
     def settings(self, category: str) -> CategorySettings:
         """Return the settings of a category with all defaults in place.
@@ -232,6 +240,13 @@ class ResolvedPolicy:
                 f"cannot gate category {quoted(category)}: no router for this category; "
                 "give a number as its strength"
             )
+
+
+def _resolved(pack: SteeringPack, policy: Policy) -> ResolvedPolicy:
+    """Return a pack under a merged policy, which the pack's own policy is part of."""
+    found = ResolvedPolicy(pack)
+    found._put(policy)
+    return found
 
 
 def _strength(category: str, strength: object) -> float | str:

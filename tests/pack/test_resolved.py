@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pysteer import SteeringError, SteeringPack, SteeringVector, UnknownCategoryError
+from pysteer import SteeringError, SteeringPack, SteeringVector, UnknownCategoryError, shipped
 from pysteer.pack.policy import CategorySettings, Policy
 from pysteer.pack.resolved import AUTO, ResolvedPolicy
 from pysteer.pack.router import GATES, Gate, Read, Router
@@ -98,6 +98,119 @@ def test_settings_of_the_caller_go_before_the_pack_s_own_one_by_one():
     assert found.settings("d").mode == AUTO  # its rule names categories that the router knows
     found = found.merged(Policy(scope="all", categories={"a": {"mode": "off"}}))
     assert found.settings("a") == CategorySettings("off", 3.0, 0.5, Scope(), Rule("a"))
+
+
+def test_scope_of_the_operator_replaces_scopes_of_the_pack_s_categories():
+    own = {"scope": "prompt", "categories": {"a": {"scope": "first 8", "strength": 2.0}}}
+    found = resolved({"scope": "response", "categories": {"b": {"scope": "first 2"}}}, own=own)
+    assert found.settings("a") == CategorySettings(AUTO, 2.0, None, Scope("response"), Rule("a"))
+    assert found.settings("b").scope == Scope("first", length=2)
+    assert resolved({"recheck": 8}, own=own).settings("a").scope == Scope("first", length=8)
+    request = found.merged(Policy(scope="prompt"))
+    assert {request.settings(name).scope for name in NAMES} == {Scope("prompt")}
+
+
+def test_scope_of_a_policy_file_replaces_scopes_of_the_shipped_pack(tmp_path):
+    path = tmp_path / "policy.yaml"
+    path.write_text("scope: first 1\n")
+    pack = shipped.default_pack()
+    assert {ResolvedPolicy(pack).settings(name).scope for name in pack.categories} == {Scope()}
+    found = ResolvedPolicy(pack, Policy.load(path))
+    assert {found.settings(name).scope for name in pack.categories} == {Scope("first", length=1)}
+
+
+def test_gate_of_the_operator_ends_thresholds_in_another_unit():
+    own = {"gate": "probe", "categories": {"a": {"threshold": -40.0, "strength": 2.0}}}
+    found = resolved({"gate": "multinomial"}, own=own)
+    assert found.thresholds["a"] == STORED["multinomial"][KNOWN.index("a")]
+    assert found.settings("a").strength == 2.0
+    assert resolved({"gate": "probe"}, own=own).thresholds["a"] == -40.0
+    unnamed = {"categories": {"a": {"threshold": 0.75}}}  # of the router's margin
+    assert resolved({"gate": "margin"}, own=unnamed).thresholds["a"] == 0.75
+    assert resolved({"gate": "probe"}, own=unnamed).thresholds["a"] == STORED["probe"][1]
+    back = resolved({"gate": "cast"}, own=own).merged(Policy(gate="probe"))
+    assert back.thresholds["a"] == STORED["probe"][1]
+    assert pickle.loads(pickle.dumps(back)).thresholds == back.thresholds
+
+
+# ---- precedence -----------------------------------------------------------------------------
+
+GIVEN_SCOPES = ["all", "prompt", "response", "first 3"]
+
+
+def some(**parts):
+    return st.fixed_dictionaries({}, optional=parts)
+
+
+LAYERS = some(
+    gate=st.sampled_from(["margin", "probe", None]),
+    conflict=st.sampled_from(["sum", "strongest", "first"]),
+    recheck=st.sampled_from([None, 1, 7]),
+    scope=st.sampled_from(GIVEN_SCOPES),
+    categories=some(
+        **dict.fromkeys(
+            KNOWN,
+            some(
+                mode=st.sampled_from(["auto", "always", "off", None]),
+                strength=st.sampled_from([0.5, 2.0]),
+                threshold=st.sampled_from([None, -1.5, 4.0]),
+                scope=st.sampled_from([None, *GIVEN_SCOPES]),
+                when=st.sampled_from([None, "a or b", "not c"]),
+            ),
+        )
+    ),
+)
+
+
+def outermost(layers, key, default):
+    """The value of the outermost layer that gives a key; layers come innermost first."""
+    return next((layer[key] for layer in reversed(layers) if key in layer), default)
+
+
+def expected_scope(layers, name):
+    below_null = False
+    for layer in reversed(layers):
+        own = layer.get("categories", {}).get(name, {})
+        if "scope" in own and not below_null:
+            if own["scope"] is not None:
+                return Scope.parse(own["scope"])
+            below_null = True
+        if "scope" in layer:
+            return Scope.parse(layer["scope"])
+    return Scope()
+
+
+def expected_threshold(layers, name):
+    kinds = []  # in force with the layers up to each
+    for layer in layers:
+        before = kinds[-1] if kinds else "margin"
+        kinds.append((layer["gate"] or "margin") if "gate" in layer else before)
+    for i in reversed(range(len(layers))):
+        own = layers[i].get("categories", {}).get(name, {})
+        if "threshold" in own:
+            return own["threshold"]
+        if kinds[i] != (kinds[i - 1] if i else "margin"):
+            return None
+    return None
+
+
+@given(st.lists(LAYERS, min_size=3, max_size=3))
+def test_precedence_of_every_key_equals_the_written_formula(layers):
+    """Pack, operator, request: each layer's categories, then its top level, then the one below."""
+    own, operator, request = layers
+    found = resolved(operator, own=own).merged(Policy.from_content(request))
+    assert found.gate == (outermost(layers, "gate", None) or "margin")
+    assert found.policy.conflict == outermost(layers, "conflict", "strongest")
+    assert found.policy.recheck == outermost(layers, "recheck", None)
+    for name in KNOWN:
+        inside = [layer.get("categories", {}).get(name, {}) for layer in layers]
+        assert found.settings(name) == CategorySettings(
+            mode=outermost(inside, "mode", None) or AUTO,
+            strength=outermost(inside, "strength", 1.0),
+            threshold=expected_threshold(layers, name),
+            scope=expected_scope(layers, name),
+            rule=Rule(outermost(inside, "when", None) or name),
+        )
 
 
 def test_settings_of_an_unknown_category_raise_with_the_known_names():
