@@ -39,9 +39,10 @@ def foreign_names(tree: ast.Module) -> Iterator[str]:
 
 
 def defined_names(folder: Path) -> set[str]:
-    """All private attributes and functions that the modules of a folder assign or define."""
+    """All private attributes and functions of a folder's modules, and its private modules."""
     found: set[str] = set()
     for path in folder.glob("*.py"):
+        found.add(path.stem)
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
                 found.add(node.attr)

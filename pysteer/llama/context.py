@@ -24,6 +24,7 @@ from pysteer.llama.capture import (
     wanted_layers,
 )
 from pysteer.llama.forks import left_behind
+from pysteer.llama.log import kept_errors, with_cause
 from pysteer.llama.memory import ContextMemory
 from pysteer.pack.vector import SITES
 
@@ -293,11 +294,13 @@ class HookedContext:
             raise SpoiledDecodeError(str(error)) from None
 
     def _decode(self, batch: DecodeBatch) -> None:
-        status = batch.decode(self.pointer)
+        with kept_errors() as errors:
+            status = batch.decode(self.pointer)
         if status == _NO_ROOM:
             raise CacheFullError("the context has no room for the batch; pass a larger n_ctx")
         if status != 0:
-            raise HookError(f"llama.cpp could not decode a batch (status {status})")
+            message = f"llama.cpp could not decode a batch (status {status})"
+            raise HookError(with_cause(message, errors))
 
     def logits(self, row: int) -> npt.NDArray[np.float32]:
         """Return a view of the logits of a row of the last batch, float32 (n_vocab,)."""

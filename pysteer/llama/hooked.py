@@ -22,6 +22,7 @@ from pysteer.llama.batch import EVERY_ROW, LAST_ROW, chunked
 from pysteer.llama.capture import Activations
 from pysteer.llama.context import HookedContext, SpoiledDecodeError
 from pysteer.llama.forks import stays
+from pysteer.llama.log import kept_errors, with_cause
 from pysteer.llama.versions import load_native
 from pysteer.pack.pack import BaseModel
 
@@ -112,14 +113,16 @@ class HookedLlama(Llama):
         path = os.fspath(model_path)
         if os.path.lexists(path):
             check_regular(Path(path))  # llama.cpp would wait for a pipe
-        try:
-            super().__init__(path, **llama_arguments)
-        except SteeringError:
-            raise
-        except ValueError as error:
-            cause = str(error).removesuffix(f": {path}")
-            hint = "; is it a GGUF model?" if cause != str(error) else ""  # else it is an argument
-            raise SteeringError(f"{path}: {cause}{hint}") from None
+        with kept_errors() as errors:
+            try:
+                super().__init__(path, **llama_arguments)
+            except SteeringError:
+                raise
+            except ValueError as error:
+                cause = str(error).removesuffix(f": {path}")
+                # An error that names no file is about an argument.
+                hint = "; is it a GGUF model?" if cause != str(error) else ""
+                raise SteeringError(with_cause(f"{path}: {cause}", errors) + hint) from None
         if not chooses_format(llama_arguments):
             use_own_template(self)
         speculates = llama_arguments.get("draft_model") is not None

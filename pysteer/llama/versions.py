@@ -10,6 +10,7 @@ import llama_cpp
 
 from pysteer import _native
 from pysteer.errors import HookError
+from pysteer.llama import log
 
 TESTED_LLAMA_CPP = ("0.3.36",)
 """Versions of llama-cpp-python that the test suite has passed with."""
@@ -18,6 +19,7 @@ UNTESTED_OVERRIDE = "PYSTEER_UNTESTED_LLAMA_CPP"
 """Environment variable: set to 1 to try another version."""
 
 PRIVATE_NAMES: Final = {
+    "_logger": "llama-cpp-python's log callback, to replace that one and no other",
     "_lib": "the loaded llama.cpp library, whose functions the native part looks up",
     "_grammar": "text of a LlamaGrammar, for llama_sampler_init_grammar",
     "_root": "root rule of a LlamaGrammar, for llama_sampler_init_grammar",
@@ -37,7 +39,9 @@ pysteer also relies on two behaviours of `llama_cpp.Llama` that no test of names
 
 
 def load_native() -> None:
-    """Tie the native part to the llama.cpp that `llama_cpp` has loaded. Free after the first call.
+    """Tie the native part to the llama.cpp that `llama_cpp` has loaded, and take over its log.
+
+    Free after the first call.
 
     Raises:
         HookError: the version is untested, a function is missing, or the layout of a structure is
@@ -55,3 +59,4 @@ def load_native() -> None:
         _native.load_abi(library._handle, str(Path(library._name).parent))
     except RuntimeError as error:
         raise HookError(f"llama-cpp-python {version}: {error}; {works}") from None
+    log.take_over()
