@@ -25,6 +25,7 @@ from pysteer.calibrate.search import Deadline, OnRound, SearchResult, search
 from pysteer.calibrate.settings import CalibrateSettings
 from pysteer.calibrate.split import PromptSet, Split, split
 from pysteer.calibrate.trials import Scorer
+from pysteer.chat.form import form_content
 from pysteer.engine import Engine
 from pysteer.errors import SteeringError
 from pysteer.evaluate.answers import Answerer, Query
@@ -36,6 +37,7 @@ from pysteer.evaluate.settings import EvaluateSettings, Sampling
 from pysteer.extract.capture import Capture
 from pysteer.extract.data import Data, distinct
 from pysteer.extract.extraction import fit_pack_routers
+from pysteer.extract.inputs import prompt_ends
 from pysteer.extract.routers.settings import RouterSettings
 from pysteer.journal import Journal
 from pysteer.judge import Judge
@@ -150,7 +152,7 @@ def calibrate(
     record = provenance(result, candidates, validation, validated, settings, judge, parts)
     warn_beyond_limits(result, validation, settings)
     return CalibrationResult(
-        replace(pack, provenance={"method": "calibrated", "calibration": record}),
+        replace(pack, provenance=_provenance(capture, record)),
         result,
         validation,
         parts.test,
@@ -168,6 +170,12 @@ def _split(prompts: PromptSet, settings: CalibrateSettings) -> Split:
         distinct(prompts.benign, "benign"),
     )
     return split(unique, settings)
+
+
+def _provenance(capture: Capture, record: dict[str, Any]) -> dict[str, Any]:
+    """Return the provenance of the pack: the form of the router's prompts, and the calibration."""
+    form = form_content(prompt_ends(capture))
+    return {"method": "calibrated", "form": form, "calibration": record}
 
 
 def _routers(

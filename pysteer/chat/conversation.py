@@ -12,6 +12,7 @@ from llama_cpp import Llama
 from pysteer.chat.handler import Hold, rendered_prompt
 from pysteer.chat.messages import Message, snapshot
 from pysteer.chat.spans import Span, message_span, template_ends
+from pysteer.chat.template import require_form
 from pysteer.errors import SteeringError
 
 _log = logging.getLogger(__name__)
@@ -55,6 +56,10 @@ class Conversation:
         if self._found is None or prompt[: self._found[1]] != self._first[: self._found[1]]:
             self._found, self._first = self._find(prompt), prompt
         return (0, len(prompt)) if self._found == (0, len(self._first)) else self._found
+
+    def require_form(self) -> None:
+        """Raise SteeringError where the form is a guess; see `pysteer.chat.template`."""
+        require_form(self._llm)
 
     def require_found(self) -> None:
         """Raise SteeringError while the message is being found.

@@ -16,6 +16,8 @@ from typing import Any, TypeAlias, cast
 import llama_cpp
 from llama_cpp import Llama
 
+from pysteer.chat.messages import user_message
+from pysteer.chat.template import renders_chats
 from pysteer.errors import SteeringError
 
 Hold: TypeAlias = Callable[[], AbstractContextManager[None]]
@@ -117,6 +119,21 @@ def rendered_prompt(
         raise SteeringError(f"the chat handler of format {llm.chat_format!r} completed no prompt")
     with hold():
         return prompt_tokens(llm, prompts[0])
+
+
+def user_prompt(llm: Llama, text: str) -> list[int]:
+    """Return the prompt of a single user's message: a chat, or the bare text.
+
+    The one form in which models are learned from and measured; serving renders chats alike.
+
+    Args:
+        llm: the model; nothing is decoded. Where the form of its chats would be a guess (see
+            `pysteer.chat.template`), the text alone is the prompt.
+        text: the message.
+    """
+    if renders_chats(llm):
+        return rendered_prompt(llm, {"messages": [user_message(text)]})
+    return prompt_tokens(llm, text)
 
 
 def chat_arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -78,6 +78,9 @@ class Files:
         )
 
 
+_LLAMA = options.Llama()
+
+
 @with_options(
     leave_out=("layers", "validation", "test", "limit", "others"),
     held_out=Spelling(("--hold-out",)),
@@ -92,7 +95,7 @@ def calibrate(
     engine: options.Engine = "auto",
     layers: options.Layers = None,
     judge: options.Judge = "refusal",
-    threads: options.Threads = None,
+    llama: options.Llama = _LLAMA,
     force: options.Force = False,
     json: options.Json = False,
 ) -> None:
@@ -116,7 +119,7 @@ def calibrate(
 
     console.show_warnings()
     path = options.model_path(model)
-    capture_options = CaptureOptions(model=path, engine=engine, context=settings.context)
+    capture_options = CaptureOptions(path, engine, context=settings.context, **vars(llama))
     chosen = choose_engine(capture_options, path, settings.methods)
     prompts = files.prompts()
     answers = [] if files.answers is None else load_prompts(files.answers, answers=True)
@@ -126,7 +129,7 @@ def calibrate(
     check_output(files.output, (Path(path), *files.inputs), force=force)
     folder = files.cache or files.output.with_name(f"{files.output.name}.calibration")
     _check_folder(folder, force=force)
-    n_threads = choose_threads(threads)
+    n_threads = choose_threads(llama.threads)
     capture_options = replace(capture_options, threads=n_threads)
     arguments: dict[str, Any] = {"n_threads": n_threads}
     with ExitStack() as stack:
@@ -148,7 +151,7 @@ def calibrate(
             judge=opened,
             progress=stack.enter_context(bars()),
             on_round=lambda best: reports.print_best(best, settings.max_degenerate, words),
-            **arguments,
+            **{**llama.arguments, **arguments},
         )
     result.pack.save(files.output, overwrite=force)
     test = {kind: folder / _TEST_FILES[kind] for kind, held in vars(result.test).items() if held}
@@ -159,7 +162,7 @@ def calibrate(
         plot_search(result.search, limit, files.plot, good=words.good, overwrite=force)
     seconds = time.monotonic() - started
     command = reports.evaluate_command(
-        model, files.output, test, settings=settings, judge=judge, threads=threads
+        model, files.output, test, settings=settings, judge=judge, llama=llama
     )
     if json:
         console.print_json(reports.describe(result, files.output, test, command, seconds))

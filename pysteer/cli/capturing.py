@@ -6,13 +6,13 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pysteer.cli import console
 from pysteer.cli.loading import require
-from pysteer.cli.options import Threads
+from pysteer.cli.options import ChatFormat, Threads
 from pysteer.errors import SteeringError
 from pysteer.settings import check, setting
 
@@ -48,6 +48,7 @@ class CaptureOptions:
     ] = None
     context: int = setting(2048, "llama: context size in tokens.", 16, 1 << 22)
     threads: Threads = None
+    chat_format: ChatFormat = None
 
     def __post_init__(self) -> None:
         check(self)
@@ -69,8 +70,14 @@ def choose_engine(options: CaptureOptions, source: str, methods: Sequence[str]) 
     torch_methods = [m for m in methods if m in METHODS and METHODS[m].needs.gradients]
     gguf = source.endswith(".gguf")
     for_torch = options.dtype is not None or options.device_map is not None
+    if options.chat_format is not None and (for_torch or torch_methods or not gguf):
+        raise SteeringError(
+            "--chat-format is for --engine llama; transformers takes the tokenizer's chat template"
+        )
     if options.engine == "auto":
         return "llama" if gguf and not torch_methods and not for_torch else "torch"
+    if options.engine == "torch" and options.chat_format is not None:
+        raise SteeringError("--chat-format is for --engine llama")
     if options.engine == "llama":
         if not gguf:
             raise SteeringError(f"{source} is not a GGUF file; use --engine torch")
@@ -124,8 +131,10 @@ def open_capture(options: CaptureOptions, source: str, engine: str) -> Capture:
     if engine == "llama":
         from pysteer.extract.llama_capture import LlamaCapture
 
-        arguments = {"n_threads": options.threads} if options.threads else {}
-        return LlamaCapture(source, n_ctx=options.context, **arguments)
+        arguments: dict[str, Any] = {"n_threads": options.threads} if options.threads else {}
+        return LlamaCapture(
+            source, n_ctx=options.context, chat_format=options.chat_format, **arguments
+        )
     for module in ("torch", "transformers"):
         require(module, "extract")
     quiet_bars()

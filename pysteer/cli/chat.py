@@ -57,7 +57,7 @@ def chat(
     requested: ChatSteering = "policy" if setup.decided else None
     requested = asked.get("steering", requested)
     system = None if system is None else unicode_text(system)
-    with closing(load_setup(setup, n_ctx=running.context, n_threads=running.threads)) as llm:
+    with closing(load_setup(setup, **running.arguments)) as llm:
         session = Session(
             llm,
             requested=requested,

@@ -58,6 +58,9 @@ class Scoring:
     ] = None
 
 
+_LLAMA = options.Llama()
+
+
 @with_options(
     leave_out=("steering",),
     strengths=items("0.25,0.5,1.5", of=number),
@@ -71,7 +74,7 @@ def evaluate(
     pack: options.Packs = None,
     steer: options.Steer = None,
     policy: options.Policy = None,
-    threads: options.Threads = None,
+    llama: options.Llama = _LLAMA,
     force: options.Force = False,
     json: options.Json = False,
 ) -> None:
@@ -103,7 +106,7 @@ def evaluate(
         raise SteeringError(f"--output {output}: the path is a file; name a folder")
     check_replaceable(output / "report.json", None if force else is_report)
     check_replaceable(output / "report.html", None if force else html.is_page)
-    arguments: dict[str, Any] = {} if threads is None else {"n_threads": threads}
+    arguments: dict[str, Any] = {} if llama.threads is None else {"n_threads": llama.threads}
     with ExitStack() as stack:
         judge = stack.enter_context(closing(open_judge(scoring.judge, **arguments)))
         reward = None
@@ -121,7 +124,7 @@ def evaluate(
             judge=judge,
             reward=reward,
             progress=Announced(stack.enter_context(bars()), headline, beside_result=json),
-            **arguments,
+            **llama.arguments,
         )
     report.save(output / "report.json", overwrite=force)
     html.save(report, output / "report.html", overwrite=force)

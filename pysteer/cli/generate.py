@@ -66,7 +66,7 @@ def generate(
         arguments = {"messages": messages}
     written = answer_printer(json)
     finish_reason: str | None = None
-    with closing(load_setup(setup, n_ctx=running.context, n_threads=running.threads)) as llm:
+    with closing(load_setup(setup, **running.arguments)) as llm:
         _check_length(llm, arguments)
         if steering:
             with llm.steering(steering["steering"]):  # raises if the model cannot be steered so

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import typer
 
@@ -50,6 +50,13 @@ Steer = Annotated[
         "by default as auto does.",
     ),
 ]
+ChatFormat = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Chat format of llama-cpp-python, such as chatml; by default the model's template.",
+    ),
+]
 Threads = Annotated[
     int | None, typer.Option("--threads", "-t", metavar="N", min=1, help="CPU threads.")
 ]
@@ -92,12 +99,36 @@ Layers = Annotated[
 
 
 @dataclass(frozen=True)
+class Llama:
+    """The part of llama.cpp's arguments that does not come with a command's settings."""
+
+    threads: Threads = None
+    chat_format: ChatFormat = None
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of a model, those that were given."""
+        given = {"n_threads": self.threads, "chat_format": self.chat_format}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+@dataclass(frozen=True)
 class Running:
     """The model of a command, and how llama.cpp runs it."""
 
     model: Model = None
     context: int = setting(4096, "Context size in tokens.", 16, 1 << 22)
     threads: Threads = None
+    chat_format: ChatFormat = None
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of a model."""
+        return {
+            "n_ctx": self.context,
+            "n_threads": self.threads,
+            "chat_format": self.chat_format,
+        }
 
 
 def model_path(model: Path | None) -> str:

@@ -16,6 +16,7 @@ import llama_cpp
 
 from pysteer.chat.conversation import Conversation
 from pysteer.chat.handler import ChatCall, completion_arguments, prompt_tokens
+from pysteer.chat.template import renders_chats
 from pysteer.engine.handle import Handle, PlainShape, Shape
 from pysteer.engine.request import Request, check_prompt
 from pysteer.engine.scheduler import Scheduler
@@ -131,6 +132,11 @@ class Engine:
     def base_model(self) -> BaseModel:
         """Identity of the model, the same for all its quantisations."""
         return self._base_model
+
+    @property
+    def renders_chats(self) -> bool:
+        """True if the form of chats is known; see `pysteer.chat.template.renders_chats`."""
+        return renders_chats(self._llm)
 
     @property
     def statistics(self) -> EngineStatistics:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pysteer.chat.messages import user_message
 from pysteer.engine import Engine, Handle
 from pysteer.errors import SteeringError
 from pysteer.evaluate.degeneration import is_degenerate
@@ -198,10 +199,16 @@ class Answerer:
         text = self._engine.detokenize(handle.text_tokens)
         return text, answered(text, opening_of(prompt))
 
+    def _request(self, prompt: str) -> dict[str, Any]:
+        """Return a chat, or the bare prompt where extraction also reads it so."""
+        if self._engine.renders_chats:
+            return {"messages": [user_message(prompt)]}
+        return {"prompt": prompt}
+
     def _submit(self, query: Query, n: int) -> Handle:
         try:
             return self._engine.submit(
-                messages=[{"role": "user", "content": query.prompt}],
+                **self._request(query.prompt),
                 steering=query.steering,
                 policy=query.policy,
                 max_tokens=n,
@@ -226,13 +233,18 @@ def _recorded(value: Any) -> list[Answer] | None:
     return [Answer(**data) for data in value]
 
 
+def _text(choice: Mapping[str, Any]) -> str:
+    """Return the text of a choice of a chat completion, or of a completion."""
+    return choice["text"] if "text" in choice else choice["message"]["content"] or ""
+
+
 def _answer(result: Mapping[str, Any], read: tuple[str, Answered]) -> Answer:
     choice, steering = result["choices"][0], result["steering"]
     categories = steering["categories"]
     marked, found = read
     plain = found.answer == marked  # no markers of a thought
     return Answer(
-        text=(choice["message"]["content"] or "") if plain else found.answer,
+        text=_text(choice) if plain else found.answer,
         thoughts="" if plain else marked,
         unfinished=found.unfinished,
         finish_reason=choice["finish_reason"],

@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pysteer.chat.handler import rendered_prompt
-from pysteer.chat.messages import user_message
+from pysteer.chat.handler import user_prompt
 from pysteer.chat.spans import shared_start
 from pysteer.errors import SteeringError
 from pysteer.llama.batch import LAST_ROW, NO_ROW, DecodeBatch
@@ -116,7 +115,7 @@ class Likelihood:
         return found
 
     def _prompt(self, prompt: str) -> list[int]:
-        return rendered_prompt(self._llm, {"messages": [user_message(prompt)]})
+        return user_prompt(self._llm, prompt)
 
     def _chunks(
         self, pieces: Sequence[_PromptAnswers], shared: int

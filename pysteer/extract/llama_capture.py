@@ -12,10 +12,9 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
-from pysteer.chat.handler import rendered_prompt
-from pysteer.chat.messages import user_message
+from pysteer.chat.handler import user_prompt
 from pysteer.chat.spans import shared_start
-from pysteer.chat.template import chooses_format, has_template
+from pysteer.chat.template import renders_chats
 from pysteer.extract.capture import (
     Row,
     Tokens,
@@ -63,9 +62,12 @@ class LlamaCapture:
         self.llm = HookedLlama(model_path, max_sequences=_MAX_SEQUENCES, **arguments)
         self._path = Path(model_path)
         self._identity = file_identity(self._path)
-        self._rendered = has_template(self.llm) or chooses_format(llama_arguments)
-        if not self._rendered:
-            _log.warning("%s has no chat template; prompts are taken as they are", model_path)
+        if not self.has_chat_template:
+            _log.warning(
+                "%s has no chat template; prompts are taken as they are, unless a chat format is "
+                "given",
+                model_path,
+            )
 
     def close(self) -> None:
         """Free the model."""
@@ -99,13 +101,11 @@ class LlamaCapture:
     @property
     def has_chat_template(self) -> bool:
         """True if prompts are put into a chat template."""
-        return self._rendered
+        return renders_chats(self.llm)
 
     def prompt_tokens(self, prompt: str) -> Tokens:
         """Return a user's message in the chat template, up to where the response starts."""
-        if not self._rendered:
-            return tuple(self.llm.tokenize(prompt.encode()))
-        return tuple(rendered_prompt(self.llm, {"messages": [user_message(prompt)]}))
+        return tuple(user_prompt(self.llm, prompt))
 
     def response_tokens(self, text: str) -> Tokens:
         """Return the tokens of text that continues a prompt."""

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from llama_cpp import Llama
 
 from pysteer import _native
-from pysteer.chat.template import chooses_format, use_own_template
+from pysteer.chat.template import settle_format
 from pysteer.errors import SteeringError
 from pysteer.files import check_regular
 from pysteer.llama.batch import EVERY_ROW, LAST_ROW, chunked
@@ -73,6 +73,7 @@ class HookedLlama(Llama):
     Takes every argument of `llama_cpp.Llama`. Safe to create from several threads at once. One
     instance serves one thread at a time; `close()` from another thread waits for the running step.
     Chats are rendered by the model's own template, unless `chat_format` or `chat_handler` is given.
+    A file without a template keeps llama-cpp-python's guess; no router decides on such a chat.
 
     Args:
         model_path: a GGUF model.
@@ -84,8 +85,8 @@ class HookedLlama(Llama):
 
     Raises:
         HookError: the llama.cpp or the model cannot be hooked.
-        SteeringError: the model cannot be loaded, or n_batch or n_ctx is smaller than
-            max_sequences.
+        SteeringError: the model cannot be loaded, the chat format is unknown, or n_batch or n_ctx
+            is smaller than max_sequences.
 
     Examples:
         >>> from pysteer import shipped
@@ -123,14 +124,13 @@ class HookedLlama(Llama):
                 # An error that names no file is about an argument.
                 hint = "; is it a GGUF model?" if cause != str(error) else ""
                 raise SteeringError(with_cause(f"{path}: {cause}", errors) + hint) from None
-        if not chooses_format(llama_arguments):
-            use_own_template(self)
         speculates = llama_arguments.get("draft_model") is not None
         if speculates and not llama_arguments.get("logits_all"):
             # llama_cpp.Llama then writes the logits of every token, and makes room for n_batch.
             self.scores = np.ndarray((len(self.input_ids), self.n_vocab()), np.single)
         self._outputs = EVERY_ROW if llama_arguments.get("logits_all") or speculates else LAST_ROW
         try:
+            settle_format(self, llama_arguments)
             self.context.attach(super().ctx, n_batch=self.n_batch)
             if not llama_arguments.get("vocab_only"):  # else there is nothing to hook
                 self.context.probe()

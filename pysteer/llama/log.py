@@ -42,7 +42,8 @@ def kept_errors() -> Iterator[list[str]]:
     Yields:
         A list that grows, one line of text each; empty where a program has its own log callback.
     """
-    outer, errors = _thread.errors, []  # type: tuple[list[str] | None, list[str]]
+    errors: list[str] = []
+    outer = _thread.errors
     _thread.errors = errors
     try:
         yield errors

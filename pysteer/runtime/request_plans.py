@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 
+from pysteer.chat.form import form_of, is_other_form
 from pysteer.llama.hooked import HookedLlama
 from pysteer.pack.pack import SteeringPack
 from pysteer.pack.policy import Policy
@@ -11,6 +13,8 @@ from pysteer.pack.resolved import Steering
 from pysteer.runtime.arguments import Inherit, PolicyLike, read_policy
 from pysteer.runtime.limits import MAX_RELATIVE_NORM, StrengthLimits, typical_norms
 from pysteer.runtime.plan import CompiledPlan, Injection, PlanCompiler
+
+_log = logging.getLogger(__name__)
 
 
 class RequestPlans:
@@ -40,6 +44,7 @@ class RequestPlans:
     ) -> None:
         if pack is not None:
             pack.check_fits(llm.base_model)
+            _warn_of_other_form(llm, pack)
         limits = None
         if max_relative_norm is not None:
             norms = {} if pack is None else typical_norms(llm, pack)
@@ -74,3 +79,20 @@ class RequestPlans:
             if isinstance(steering, Inherit):
                 return self._compiler.by_policy(read)
             return self._compiler.compile(steering, read)
+
+
+def _warn_of_other_form(llm: HookedLlama, pack: SteeringPack) -> None:
+    """Log a warning if the pack's router was fitted with prompts of another form."""
+    if pack.router is None or "form" not in pack.provenance:
+        return
+    try:
+        form = form_of(llm)
+    except Exception as error:  # of any kind: chat handlers are foreign code
+        _log.warning("the form of this model's chats is unknown: %s", error)
+        return
+    if is_other_form(pack.provenance, form):
+        _log.warning(
+            "the pack's router was fitted with prompts in another form than this model's chats "
+            "have (another chat template, or none), and may decide otherwise than its figures say; "
+            "give the chat_format= of the extraction, or extract again"
+        )

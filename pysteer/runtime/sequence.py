@@ -33,7 +33,7 @@ class SequenceSteering:
         begun: a token of the sequence was decoded.
 
     Raises:
-        SteeringError: the router has no token to read.
+        SteeringError: the router has no token to read, or would read a chat whose form is a guess.
     """
 
     def __init__(
@@ -52,6 +52,8 @@ class SequenceSteering:
         if plan.router is not None:
             poolings = [read.pooling for read in plan.router.reads]
             message = (0, len(prompt))
+            if conversation is not None:
+                conversation.require_form()
             if conversation is not None and not {"user", "suffix"}.isdisjoint(poolings):
                 message = conversation.message_span(prompt)
             spans = [pooled_span(pooling, message, len(prompt)) for pooling in poolings]

@@ -47,3 +47,8 @@ def test_model_without_a_template_extracts_bare_prompts_and_chats_by_the_fallbac
     with closing(LlamaCapture(path, **ARGUMENTS)) as capture:
         assert not capture.has_chat_template
         assert capture.prompt_tokens("the") == tuple(capture.llm.tokenize(b"the"))
+    with closing(LlamaCapture(path, chat_format="chatml", **ARGUMENTS)) as capture:
+        assert capture.has_chat_template
+        with closing(HookedLlama(path, chat_format="chatml", **ARGUMENTS)) as llm:
+            expected = rendered_prompt(llm, {"messages": [user_message("the")]})
+        assert capture.prompt_tokens("the") == tuple(expected)

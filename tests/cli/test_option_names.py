@@ -13,26 +13,26 @@ NAMES = {
         --pooling --safe-data --benign --answers --judge --response-tokens --mask-massive
         --no-mask-massive --top-k --orthogonalise --unit-norm --scale --router --no-router --gates
         --false-positive-rate --held-out --seed --engine --dtype --device-map --context --cache
-        --threads -t --force
+        --threads -t --force --chat-format
     """,
     "calibrate": """
         --unsafe --benign --output -o --safe --answers --model -m --methods --layers
         --category-steps --scopes --strengths --minutes --trials --hold-out --max-degenerate
         --max-benign-change --max-look-alike --max-leak --judge --max-tokens -n --parallel --engine
-        --plot --cache --seed --context --threads -t --force
+        --plot --cache --seed --context --threads -t --force --chat-format
     """,
     "generate": """
         --prompt -p --model -m --pack -s --steer --policy --system --raw --max-tokens -n
-        --temperature --seed --context --threads -t
+        --temperature --seed --context --threads -t --chat-format
     """,
     "chat": """
         --model -m --pack -s --steer --policy --system --max-tokens -n --temperature --seed
-        --context --threads -t
+        --context --threads -t --chat-format
     """,
     "evaluate": """
         --prompts --output -o --model -m --pack -s --benign --steer --policy --strengths --isolation
         --judge --reward --fluency --no-fluency --limit --parallel --max-tokens -n --temperature
-        --seed --context --threads -t --force
+        --seed --context --threads -t --force --chat-format
     """,
     "inspect": "file --plot --force --verbose",
     "compare": "first second",

@@ -11,6 +11,7 @@ from pysteer.calibrate.calibration import CalibrationResult
 from pysteer.calibrate.search import SearchResult
 from pysteer.calibrate.settings import CalibrateSettings
 from pysteer.cli import console
+from pysteer.cli.options import Llama
 from pysteer.cli.tables import table
 from pysteer.evaluate.judges import RefusalJudge
 from pysteer.evaluate.settings import EvaluateSettings
@@ -32,7 +33,7 @@ def evaluate_command(
     *,
     settings: CalibrateSettings,
     judge: str,
-    threads: int | None,
+    llama: Llama,
 ) -> str:
     """Return the shell command that measures a pack as the calibration measured it.
 
@@ -44,7 +45,7 @@ def evaluate_command(
         test: files of the prompts that the calibration has not seen, by kind.
         settings: of the calibration.
         judge: spec of the judge.
-        threads: as given.
+        llama: as given.
 
     Returns:
         The command; "" without unsafe prompts to measure on.
@@ -62,7 +63,8 @@ def evaluate_command(
         ("--seed", settings.seed, usual.sampling.seed),
         ("--parallel", settings.parallel, usual.parallel),
         ("--context", settings.context, usual.context),
-        ("--threads", threads, None),
+        ("--threads", llama.threads, None),
+        ("--chat-format", llama.chat_format, None),
         ("--output", "report", None),
     ]
     words = [
