@@ -339,7 +339,7 @@ void bind_hook(py::module_ & module) {
     py::class_<Hook>(module, "Hook")
         .def(py::init<>())
         .def_property_readonly("address", [](const Hook & hook) { return reinterpret_cast<std::uintptr_t>(&hook); })
-        .def("begin_probe", &Hook::begin_probe, py::arg("n_layer"), py::arg("n_embd"))
+        .def("begin_probe", &Hook::begin_probe, py::arg("n_layer"), py::arg("n_embd"), py::arg("n_tokens"))
         .def("end_probe", &Hook::end_probe)
         .def_property_readonly("sites", &Hook::sites)
         .def("set_sequence", &Hook::set_sequence, py::arg("slot"), py::arg("sequence").none(true))

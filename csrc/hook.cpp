@@ -19,11 +19,11 @@ std::string shape_text(std::size_t n_layer, std::size_t n_embd) {
 
 // ---- probe ----------------------------------------------------------------------------------------------------------
 
-void Hook::begin_probe(std::size_t n_layer, std::size_t n_embd) {
+void Hook::begin_probe(std::size_t n_layer, std::size_t n_embd, int64_t n_tokens) {
     require_idle("probe the model");
     n_layer_ = n_layer;
     n_embd_ = n_embd;
-    sites_.emplace(n_layer, n_embd);
+    sites_.emplace(n_layer, n_embd, n_tokens);
     batch_.resize(n_layer);
     row_map_.resize(n_layer);
     resident_.resize(n_layer, n_embd);
@@ -199,7 +199,7 @@ bool Hook::wants(Tensor * node) {
     if (!place) {
         return false;
     }
-    const int64_t n_rows = abi().ggml_nrows(node);
+    const int64_t n_rows = abi().ggml_nrows(node) / sites_->streams(*place);
     row_map_.pass(*place, n_rows);
     const bool steers = batch_.active_at(*place);
     if (steers && is_resident_ && node->op == abi().op_add && node->src[1] == sites_->resident(place->layer)) {
@@ -226,21 +226,25 @@ void Hook::treat(const Tensor * node, Place place) {
     if (const std::string problem = rows.problem(); !problem.empty()) {
         return fail(place_name(place) + " " + problem);
     }
-    const std::optional<RowIndices> indices = row_map_.rows_of(place, rows.count());
-    if (!indices) {
+    const int64_t streams = sites_->streams(place);
+    const int64_t tokens = rows.count() / streams;
+    const std::optional<RowIndices> indices = row_map_.rows_of(place, tokens);
+    if (!indices || (streams > 1 && (node->ne[1] != tokens || node->ne[2] != streams))) {
         return fail("cannot tell which tokens the " + std::to_string(rows.count()) + " rows of " + place_name(place) +
                     " are");
     }
-    const Work work{place, batch_.reads_at(place), captures(place), rows.limit()};
+    const bool reads = batch_.reads_at(place);
     steerer_.begin_node();
-    rows.for_each([&](int64_t number, char * row) {
+    rows.for_each(streams, [&](int64_t token, int64_t stream, char * row) {
+        // A token is read, and captured, in its first stream, which attention and feed-forward work on.
+        const Work work{place, reads && stream == 0, captures(place) && stream == 0, rows.limit()};
         float * values = rows.load(row, row_.data());
-        if (treat_row(work, static_cast<std::size_t>((*indices)[number]), values)) {
+        if (treat_row(work, static_cast<std::size_t>((*indices)[token]), values)) {
             rows.store(row, values);
         }
     });
     if (!is_resident_) {
-        row_map_.reach(place, rows.count());
+        row_map_.reach(place, tokens);
     }
 }
 

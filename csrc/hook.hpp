@@ -40,8 +40,9 @@ class Hook {
     static bool callback(Tensor * node, bool ask, void * self) noexcept;
 
     // Probe: between the two, one decode on the new context while every control-vector tensor of layer N holds the
-    // value N in all its elements. Afterwards the tensors are zero and the sites are known.
-    void begin_probe(std::size_t n_layer, std::size_t n_embd);
+    // value N in all its elements; `n_tokens` is the number of tokens that it decodes. Afterwards the tensors are zero
+    // and the sites are known.
+    void begin_probe(std::size_t n_layer, std::size_t n_embd, int64_t n_tokens);
     void end_probe();
     const std::vector<SiteNode> & sites() const;
 

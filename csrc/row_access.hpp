@@ -26,17 +26,14 @@ class HostRows {
     // The largest absolute value that a row can hold.
     float limit() const noexcept;
 
-    // Calls visit(number, row) for each row in turn; `row` is for load() and store().
+    // Calls visit(token, stream, row) for each row, all streams of a token before the next token; `row` is for load()
+    // and store(). Rows lie stream by stream.
     template <typename Visit>
-    void for_each(Visit && visit) const {
-        int64_t number = 0;
-        for (int64_t i3 = 0; i3 < node_->ne[3]; ++i3) {
-            for (int64_t i2 = 0; i2 < node_->ne[2]; ++i2) {
-                char * row = static_cast<char *>(node_->data) + static_cast<std::size_t>(i3) * node_->nb[3] +
-                             static_cast<std::size_t>(i2) * node_->nb[2];
-                for (int64_t i1 = 0; i1 < node_->ne[1]; ++i1, row += node_->nb[1]) {
-                    visit(number++, row);
-                }
+    void for_each(int64_t streams, Visit && visit) const {
+        const int64_t tokens = count() / streams;
+        for (int64_t token = 0; token < tokens; ++token) {
+            for (int64_t stream = 0; stream < streams; ++stream) {
+                visit(token, stream, row(stream * tokens + token));
             }
         }
     }
@@ -47,6 +44,13 @@ class HostRows {
     void store(char * row, const float * values) const noexcept;
 
   private:
+    char * row(int64_t number) const noexcept {
+        const int64_t i1 = number % node_->ne[1];
+        const int64_t plane = number / node_->ne[1];
+        return static_cast<char *>(node_->data) + static_cast<std::size_t>(i1) * node_->nb[1] +
+               static_cast<std::size_t>(plane % node_->ne[2]) * node_->nb[2] +
+               static_cast<std::size_t>(plane / node_->ne[2]) * node_->nb[3];
+    }
     std::size_t element_size() const noexcept { return type_ == FloatType::f32 ? 4 : 2; }
 
     const Tensor * node_;

@@ -79,6 +79,7 @@ void SiteMap::record(Tensor * tensor) {
     node.tensor = tensor;
     node.name = tensor->name;
     node.width = tensor->ne[0];
+    node.streams = tensor->ne[1] == n_tokens_ && tensor->ne[3] == 1 ? tensor->ne[2] : 0;
     node.on_host = is_on_host(tensor);
     node.backend = buffer != nullptr ? api.ggml_backend_buffer_name(buffer) : "no";
     node.first_source = tensor->src[0];
@@ -152,7 +153,9 @@ void SiteMap::learn_residual() {
         const auto match = std::find_if(nodes_.begin(), nodes_.end(), named);
         const bool expected = layer == 0 || resident_[layer] != nullptr;
         if (expected && match != nodes_.end() && static_cast<std::size_t>(match->width) == n_embd_ &&
+            match->streams > 0 && (found_.empty() || match->streams == residual_streams_) &&
             std::none_of(match + 1, nodes_.end(), named)) {
+            residual_streams_ = match->streams;
             add_found({Site::residual, layer}, *match);
         }
     }
@@ -161,7 +164,7 @@ void SiteMap::learn_residual() {
 void SiteMap::learn_products() {
     depths_.assign(n_sites * n_layer_, -1);
     for (const Node & product : nodes_) {
-        if (!product.product || product.product->layer >= n_layer_ ||
+        if (!product.product || product.product->layer >= n_layer_ || product.streams != 1 ||
             static_cast<std::size_t>(product.width) != n_embd_) {
             continue;
         }

@@ -29,7 +29,9 @@ struct SiteNode {
 // that the graph has for it.
 class SiteMap {
   public:
-    SiteMap(std::size_t n_layer, std::size_t n_embd) : n_layer_(n_layer), n_embd_(n_embd) {}
+    // The probe decodes n_tokens tokens.
+    SiteMap(std::size_t n_layer, std::size_t n_embd, int64_t n_tokens)
+        : n_layer_(n_layer), n_embd_(n_embd), n_tokens_(n_tokens) {}
 
     // Probe: called for every node before it is computed, then once at the end.
     void record(Tensor * node);
@@ -42,6 +44,9 @@ class SiteMap {
     Tensor * resident(std::size_t layer) const noexcept {
         return layer < resident_.size() ? resident_[layer] : nullptr;
     }
+    // Rows of a place for one token. The residual of Gemma 3n is n_embd x tokens x 4 streams, and llama.cpp adds its
+    // control vector to every stream. A place with rows in another layout is not found.
+    int64_t streams(Place place) const noexcept { return place.site == Site::residual ? residual_streams_ : 1; }
     void forget_resident() noexcept { resident_.clear(); }
 
     // The place that a node computes; `products`: look for the sites attention and mlp, too. Cheap: called for every
@@ -57,6 +62,7 @@ class SiteMap {
         Tensor * tensor;
         std::string name;
         int64_t width;
+        int64_t streams;  // rows for one token; 0: in an unknown layout
         std::string backend;
         bool on_host;
         const Tensor * first_source;
@@ -77,10 +83,12 @@ class SiteMap {
 
     std::size_t n_layer_;
     std::size_t n_embd_;
+    int64_t n_tokens_;
     std::vector<Node> nodes_;
     std::vector<SiteNode> found_;
     std::vector<Tensor *> resident_;  // by layer
     std::string residual_base_;       // "l_out" where the node is called l_out-N
+    int64_t residual_streams_ = 1;
     // By place: how many scale, LoRA and bias nodes follow the product; -1: no product.
     std::vector<int32_t> depths_;
     int32_t deepest_ = -1;

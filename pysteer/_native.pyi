@@ -395,8 +395,8 @@ class Hook:
     def address(self) -> int:
         """The value for `llama_context_params.cb_eval_user_data`."""
 
-    def begin_probe(self, n_layer: int, n_embd: int) -> None:
-        """Start looking for the sites in the next decode.
+    def begin_probe(self, n_layer: int, n_embd: int, n_tokens: int) -> None:
+        """Start looking for the sites in the next decode, of `n_tokens` tokens.
 
         Meanwhile the control vector of layer N must hold the value N in all its elements.
         """

@@ -7,7 +7,8 @@ biases are random too: leaving a tensor out changes the logits.
 For each family in ``TRANSFORMERS_FAMILIES`` an F32 file gives the same logits in llama.cpp (CPU,
 F32 KV cache) and in transformers (``from_pretrained(folder, gguf_file=name)``). Logits of size 1
 differ by 1e-5 in llama, qwen2, qwen3, phi3, mamba and lfm2, and by 2e-3 in gemma2, gemma3 and gpt2,
-whose GELU llama.cpp's CPU backend reads from a table in half precision.
+whose GELU llama.cpp's CPU backend reads from a table in half precision. Transformers does not read
+gemma3n from GGUF.
 
 usage: python tools/tiny_models.py tiny llama out.gguf --n-embd 64 --dtype F32
        python tools/tiny_models.py bench out.gguf --shape 1.1b --ftype Q4_K_M
@@ -49,6 +50,7 @@ class Family:
     softcap: bool = False  # of attention scores and of logits
     recurrent: bool = False  # Mamba blocks: no attention and no FFN
     hybrid: bool = False  # a short convolution in place of attention, except in every third block
+    streams: bool = False  # Gemma 3n: four rows of the residual for a token, and inputs by layer
 
     def has_attention(self, layer: int) -> bool:
         """True if a block has attention; a block with a convolution instead has an FFN, too."""
@@ -68,13 +70,22 @@ _TABLE: dict[str, Family] = {
     "gemma3": Family(
         rope_base=1e6, head_dim=256, tied=True, qk_norm=True, post_norm=True, window=16
     ),
+    "gemma3n": Family(
+        rope_base=1e6,
+        head_dim=256,
+        tied=True,
+        qk_norm=True,
+        post_norm=True,
+        window=16,
+        streams=True,
+    ),
     "phi3": Family(fused_qkv=True, ffn="fused"),
     "gpt2": Family(rope_base=None, grouped=False, tied=True, gpt=True, fused_qkv=True, ffn="plain"),
     "mamba": Family(rope_base=None, tied=True, recurrent=True),
     "lfm2": Family(rope_base=1e6, tied=True, qk_norm=True, hybrid=True),
 }
 FAMILIES: tuple[str, ...] = tuple(_TABLE)
-TRANSFORMERS_FAMILIES: tuple[str, ...] = FAMILIES
+TRANSFORMERS_FAMILIES: tuple[str, ...] = tuple(name for name in FAMILIES if name != "gemma3n")
 
 # name: n_layer, n_embd, n_ff, n_head, n_kv
 BENCH_SHAPES: dict[str, tuple[int, int, int, int, int]] = {
@@ -82,6 +93,7 @@ BENCH_SHAPES: dict[str, tuple[int, int, int, int, int]] = {
     "small": (12, 768, 2048, 12, 4),
 }
 
+_ALTUP, _PER_LAYER, _LAUREL = 4, 256, 64  # Gemma 3n's own streams, input of a layer, and rank
 _SSM_CONV, _SSM_STATE = 4, 16  # Mamba's own kernel width and state size
 _SHORT_CONV = 3  # LFM2's own kernel width
 CHAT_TEMPLATE = (
@@ -174,6 +186,31 @@ def _ffn(p: str, fam: Family, d: Dims) -> Iterator[Tensor]:
         yield _bias(p + "ffn_up", d.n_ff)
 
 
+def _stream_model(d: Dims) -> Iterator[Tensor]:
+    """Tensors of Gemma 3n around its blocks."""
+    for name in ("altup_proj", "altup_unembd_proj"):
+        yield Tensor(f"{name}.weight", (_ALTUP - 1, d.n_embd, d.n_embd), d.n_embd**-0.5)
+    width = _PER_LAYER * d.n_layer
+    yield Tensor("per_layer_token_embd.weight", (d.n_vocab, width), _PER_LAYER**-0.5)
+    yield _matrix("per_layer_model_proj", width, d.n_embd)
+    yield _norm("per_layer_proj_norm", _PER_LAYER)
+
+
+def _stream_block(p: str, d: Dims) -> Iterator[Tensor]:
+    """Tensors of a block of Gemma 3n besides those of Gemma 3."""
+    yield _matrix(p + "inp_gate", _PER_LAYER, d.n_embd)
+    yield _matrix(p + "proj", d.n_embd, _PER_LAYER)
+    yield _norm(p + "post_norm", d.n_embd)
+    yield Tensor(p + "altup_correct_coef.weight", (_ALTUP, _ALTUP), 0.5, f32=True)
+    yield _norm(p + "altup_correct_scale", d.n_embd)
+    yield Tensor(p + "altup_predict_coef.weight", (_ALTUP**2, _ALTUP), 0.5, f32=True)
+    yield _matrix(p + "altup_router", _ALTUP, d.n_embd, d.n_embd**0.5)
+    yield _norm(p + "altup_router_norm", d.n_embd)
+    yield _matrix(p + "laurel_l", _LAUREL, d.n_embd)
+    yield _matrix(p + "laurel_r", d.n_embd, _LAUREL)
+    yield _norm(p + "laurel_post_norm", d.n_embd)
+
+
 def _mamba(p: str, d: Dims) -> Iterator[Tensor]:
     """Tensors of one Mamba block, of inner size 2 n_embd."""
     inner, rank = 2 * d.n_embd, d.n_embd // 16
@@ -205,6 +242,10 @@ def _tensors(fam: Family, d: Dims) -> Iterator[Tensor]:
         else:
             yield from _short_convolution(f"blk.{i}.", d)
         yield from _ffn(f"blk.{i}.", fam, d)
+        if fam.streams:
+            yield from _stream_block(f"blk.{i}.", d)
+    if fam.streams:
+        yield from _stream_model(d)
     if fam.tied:
         # For logits of size 1. A mean above zero would make a tied model repeat its input.
         norm_std = d.n_embd**-0.5 / embd_std

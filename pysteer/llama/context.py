@@ -196,7 +196,7 @@ class HookedContext:
         if self.n_layer > 1:
             layers = np.arange(1, self.n_layer, dtype=np.float32)
             _set_control_vector(self.pointer, np.repeat(layers[:, None], self.n_embd, axis=1))
-        self._hook.begin_probe(self.n_layer, self.n_embd)
+        self._hook.begin_probe(self.n_layer, self.n_embd, 1)
         batch = DecodeBatch(1)
         bos = llama_cpp.llama_vocab_bos(llama_cpp.llama_model_get_vocab(self._model))
         batch.add(0, 0, [max(bos, 0)])

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from pysteer import _native
 from pysteer.distribution import installed_version
+from pysteer.errors import SteeringError
 from pysteer.llama.context import set_native_control_vector
 from pysteer.llama.hooked import HookedLlama
 from pysteer.llama.versions import load_native
@@ -113,6 +114,7 @@ def diagnose(
         SteeringError: the model cannot be loaded.
     """
     found = versions()
+    checks: list[Check] = []
     arguments: dict[str, Any] = {
         "n_ctx": 256,
         "n_ubatch": _N_UBATCH,
@@ -128,20 +130,29 @@ def diagnose(
         for _, _, _, name in hooked.context.site_nodes:
             memory[name] = memory.get(name, 0) + 1
         tokens = _tokens(model.n_vocab)
-        try:
+        norm = 1.0  # any size shows the same where the activations cannot be read
+        with _failing(checks, "pysteer reads the residual"):
             norm = _residual_norm(hooked, tokens)
-        except NotImplementedError:
-            norm = 1.0  # the activations cannot be read here; any size shows the same
     residual = tuple(layer for layer in sites["residual"] if layer >= 1)
-    checks: list[Check] = []
     if residual:
         vector = _known_vector(residual, model.n_embd, norm)
-        checks += _compare(model_path, arguments, vector, tokens, model.n_layer, progress)
+        _compare(model_path, arguments, vector, tokens, model.n_layer, progress, checks)
     for site, layer in (("residual", 0), ("attention", max(sites["attention"], default=0))):
         if layer in sites[site]:
             with _stage(progress, f"steering of {site}, layer {layer}"):
-                checks.append(_effect(model_path, arguments, site, layer, model, norm, tokens))
+                _effect(model_path, arguments, site, layer, model, norm, tokens, checks)
     return Diagnosis(found, model, sites, memory, checks)
+
+
+@contextmanager
+def _failing(checks: list[Check], name: str) -> Iterator[None]:
+    """Make a check of an error inside the `with` block: a diagnosis reports, and goes on."""
+    try:
+        yield
+    except NotImplementedError as error:
+        checks.append(Check(name, None, None, str(error)))
+    except SteeringError as error:
+        checks.append(Check(name, False, None, str(error)))
 
 
 @contextmanager
@@ -158,8 +169,8 @@ def _compare(
     tokens: list[int],
     n_layer: int,
     progress: Progress,
-) -> list[Check]:
-    checks = []
+    checks: list[Check],
+) -> None:
     with (
         _stage(progress, "llama.cpp, with and without its control vector"),
         closing(llama_cpp.Llama(model_path, **arguments)) as plain,
@@ -195,15 +206,11 @@ def _compare(
                     )
                 )
             name = f"pysteer {injection} equals llama.cpp's control vector"
-            try:
+            with _failing(checks, name):
                 with llm.steering({"known": 1.0}):
                     steered, speed = _logits(llm, tokens)
-            except NotImplementedError as error:
-                checks.append(Check(name, None, None, str(error)))
-                continue
-            difference = _largest_difference(steered, native)
-            checks.append(Check(name, difference == 0, difference, f"{speed:.0f} tokens/s"))
-    return checks
+                difference = _largest_difference(steered, native)
+                checks.append(Check(name, difference == 0, difference, f"{speed:.0f} tokens/s"))
 
 
 def _effect(
@@ -214,22 +221,24 @@ def _effect(
     model: BaseModel,
     norm: float,
     tokens: list[int],
-) -> Check:
+    checks: list[Check],
+) -> None:
     """Check that steering beyond llama.cpp's control vector acts, and ends when switched off."""
     vector = SteeringVector(dict(_known_vector((layer,), model.n_embd, norm).items()), site=site)
     name = f"pysteer steers {site}, layer {layer}, and stops"
     pack = SteeringPack({"known": vector})
-    with closing(SteeredLlama(model_path, pack=pack, **arguments)) as llm:
+    with (
+        _failing(checks, name),
+        closing(SteeredLlama(model_path, pack=pack, **arguments)) as llm,
+    ):
         before, _ = _logits(llm, tokens)
-        try:
-            with llm.steering({"known": 1.0}):
-                steered, _ = _logits(llm, tokens)
-        except NotImplementedError as error:
-            return Check(name, None, None, str(error))
+        with llm.steering({"known": 1.0}):
+            steered, _ = _logits(llm, tokens)
         after, _ = _logits(llm, tokens)
-    effect = _largest_difference(steered, before)
-    left = _largest_difference(after, before)
-    return Check(name, effect > 0 and left == 0, effect, f"{left:g} left after switching off")
+        effect = _largest_difference(steered, before)
+        left = _largest_difference(after, before)
+        text = f"{left:g} left after switching off"
+        checks.append(Check(name, effect > 0 and left == 0, effect, text))
 
 
 def _rows(vector: SteeringVector, n_layer: int) -> npt.NDArray[np.float32]:

@@ -111,7 +111,7 @@ class Graph:
             block = self.tensor("", (N_ROWS, N_EMBD))
             nodes.append(self.add(f"l_out-{layer}", block, vector))
             self.vectors[layer] = vector
-        self.hook.begin_probe(N_LAYER, N_EMBD)
+        self.hook.begin_probe(N_LAYER, N_EMBD, N_ROWS)
         for node in nodes:
             alter(node)
             assert not self.ask(node)
@@ -498,4 +498,58 @@ def test_device_memory_raises_with_its_name(graph, device_buffer):
     graph.ask(nodes[1])
     graph.computed(nodes[1])
     with pytest.raises(RuntimeError, match="not on the host"):
+        graph.hook.end_decode()
+
+
+STREAMS = 3
+
+
+def reshaped(*sizes):
+    """Give a tensor other sizes, the same over which it has rows; the memory stays."""
+
+    def alter(tensor):
+        for axis, size in enumerate(sizes):
+            tensor.contents.ne[axis] = size
+            tensor.contents.nb[axis] = 4 * int(np.prod(sizes[:axis], dtype=int))
+
+    return alter
+
+
+def test_residual_with_rows_in_an_unknown_layout_is_no_site(graph):
+    """Token by token, the streams of each: no model of llama.cpp's that is known here."""
+    graph.probe(alter=reshaped(N_EMBD, STREAMS, N_ROWS, 1))
+    assert graph.hook.sites == []
+    made, _ = plan(1)
+    with pytest.raises(ValueError, match="no site residual, layer 1"):
+        graph.hook.set_sequence(0, sequence(made))
+
+
+def test_streams_of_a_token_are_steered_alike(graph):
+    graph.probe(alter=reshaped(N_EMBD, N_ROWS, STREAMS, 1))
+    assert [found.layer for found in graph.hook.sites] == list(range(N_LAYER))
+    node = graph.tensor("l_out-0", (STREAMS * N_ROWS, N_EMBD))
+    values = rows(shape=(STREAMS, N_ROWS, N_EMBD))
+    graph.fill(node, values)
+    reshaped(N_EMBD, N_ROWS, STREAMS, 1)(node)
+    _, directions = plan(0)
+    scoped = _native.Plan(N_LAYER, N_EMBD, _native.Injection.hooked)
+    add_term(scoped, [0], directions, scope=_native.Scope(_native.ScopeKind.positions, 3, 5))
+    graph.hook.set_sequence(0, sequence(scoped))
+    begin(graph)
+    assert graph.ask(node)
+    graph.computed(node)
+    graph.hook.end_decode()
+    expected = values.copy()
+    expected[:, 3:5] += directions[0]
+    np.testing.assert_array_equal(graph.read(node, values), expected)
+
+
+def test_streams_in_another_number_than_in_the_probe_raise(graph):
+    graph.probe(alter=reshaped(N_EMBD, N_ROWS, STREAMS, 1))
+    node = graph.tensor("l_out-0", (STREAMS * N_ROWS, N_EMBD))  # one stream of more rows
+    steer(graph, 0)
+    begin(graph)
+    assert graph.ask(node)
+    graph.computed(node)
+    with pytest.raises(RuntimeError, match=f"which tokens the {STREAMS * N_ROWS} rows"):
         graph.hook.end_decode()

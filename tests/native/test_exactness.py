@@ -40,7 +40,9 @@ def test_logits_are_exact_for_quantisations(tiny_model, kind, flash_attn, n_ubat
     check_exact(path, scale=0.3, flash_attn=flash_attn, n_ubatch=n_ubatch)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2", "mamba"])
+@pytest.mark.parametrize(
+    "family", ["qwen2", "qwen3", "gemma2", "gemma3", "gemma3n", "phi3", "gpt2", "mamba"]
+)
 def test_logits_are_exact_for_families(tiny_model, family):
     check_exact(tiny_model(family), scale=0.3, n_ubatch=16)
 

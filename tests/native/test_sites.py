@@ -1,10 +1,13 @@
 """Sites of each family against transformers, captured and steered."""
 
+import ctypes
+import re
 from contextlib import closing, contextmanager
 
 import llama_cpp
 import numpy as np
 import pytest
+from states import LAYER, components_of, reading_pack
 
 from pysteer import (
     HookedLlama,
@@ -14,6 +17,7 @@ from pysteer import (
     SteeringPack,
     SteeringVector,
 )
+from pysteer.pack.operators import Operator
 
 N_LAYER, N_EMBD = 4, 64
 ATTENTION_FAMILIES = ["llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2"]
@@ -329,3 +333,126 @@ def test_capture_leaves_an_empty_context(tiny_llama):
         assert llm.n_tokens == 0
         llm.eval(TOKENS)
         np.testing.assert_array_equal(llm.scores[: len(TOKENS)], expected)
+
+
+# ---- several rows of the residual for one token ---------------------------------------------
+
+STREAMS = 4  # of Gemma 3n
+
+
+class NodeReader:
+    """The nodes l_out-N of a plain `llama_cpp.Llama`, read and changed in llama.cpp's own callback.
+
+    Only accessors of ggml are used, independently of pysteer's native part.
+    """
+
+    def __init__(self, path, change=None):
+        self.rows = {}
+        lib = llama_cpp.llama_cpp._lib
+        copy = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
+        for name, result, arguments in [
+            ("ggml_get_name", ctypes.c_char_p, copy[:1]),
+            ("ggml_nbytes", ctypes.c_size_t, copy[:1]),
+            ("ggml_backend_tensor_get", None, copy),
+            ("ggml_backend_tensor_set", None, copy),
+        ]:
+            getattr(lib, name).restype, getattr(lib, name).argtypes = result, arguments
+
+        def callback(tensor, ask, _):
+            name = re.fullmatch(r"l_out-(\d+)", lib.ggml_get_name(tensor).decode())
+            if not name:
+                return not ask
+            if not ask:
+                values = np.empty(lib.ggml_nbytes(tensor) // 4, np.float32)
+                lib.ggml_backend_tensor_get(tensor, values.ctypes.data, 0, values.nbytes)
+                rows = values.reshape(STREAMS, -1, N_EMBD)
+                if change is not None:
+                    rows[:] = change(int(name[1]), rows)
+                    lib.ggml_backend_tensor_set(tensor, values.ctypes.data, 0, values.nbytes)
+                self.rows.setdefault(int(name[1]), []).append(rows)
+            return True
+
+        self._callback = llama_cpp.ggml_backend_sched_eval_callback(callback)
+        reader = self
+
+        class Plain(llama_cpp.Llama):
+            context_params = property(
+                lambda self: self._params, lambda self, params: reader._install(self, params)
+            )
+
+        self.llm = Plain(str(path), **ARGUMENTS)
+
+    def _install(self, llm, params):
+        params.cb_eval = self._callback
+        llm._params = params
+
+    def eval(self, tokens):
+        """Return the logits, and layer to rows (streams, tokens, n_embd)."""
+        self.llm.eval(tokens)
+        rows = {layer: np.concatenate(parts, axis=1) for layer, parts in self.rows.items()}
+        return self.llm.scores[: len(tokens)].copy(), rows
+
+
+def test_capture_of_streams_is_the_first_stream_of_the_node(tiny_model):
+    path = tiny_model("gemma3n")
+    reader = NodeReader(path)
+    with closing(reader.llm):
+        _, expected = reader.eval(TOKENS)
+    with closing(HookedLlama(path, **ARGUMENTS)) as llm:
+        assert llm.sites == dict.fromkeys(["residual", "attention", "mlp"], tuple(range(N_LAYER)))
+        captured = llm.capture(TOKENS, pool="all")["residual"]
+    for layer in range(N_LAYER):
+        assert expected[layer].shape == (STREAMS, len(TOKENS), N_EMBD)
+        assert np.abs(expected[layer][0] - expected[layer][1]).max() > 0.1
+        np.testing.assert_array_equal(captured[layer], expected[layer][0])
+
+
+@pytest.mark.parametrize("layer", [0, 2, 3])
+def test_operator_acts_on_each_stream_by_itself(tiny_model, layer):
+    path = tiny_model("gemma3n")
+    direction = np.random.default_rng(3).standard_normal(N_EMBD)
+    unit = (direction / np.linalg.norm(direction)).astype(np.float32)
+
+    def ablated(at, rows):
+        return rows - (rows @ unit)[..., None] * unit if at == layer else rows
+
+    logits = {}
+    for name, change in (("plain", None), ("ablated", ablated)):
+        reader = NodeReader(path, change)
+        with closing(reader.llm):
+            logits[name], _ = reader.eval(TOKENS)
+    vector = SteeringVector({layer: direction}, operator=Operator("ablate"))
+    with closing(SteeredLlama(path, pack=SteeringPack({"c": vector}), **ARGUMENTS)) as llm:
+        with llm.steering({"c": 1.0}):
+            llm.eval(TOKENS)
+        steered = llm.scores[: len(TOKENS)].copy()
+    assert np.abs(logits["ablated"] - logits["plain"]).max() > 0.1
+    np.testing.assert_allclose(steered, logits["ablated"], atol=8e-3)
+
+
+def test_gate_on_streams_reads_what_capture_reads(tiny_model):
+    """The router's score is a component of the captured mean, and steering leaves no other row."""
+    path = tiny_model("gemma3n")
+    pack = reading_pack(N_EMBD, poolings=("prompt", "last"))
+    with closing(SteeredLlama(path, pack=pack, **ARGUMENTS)) as llm:
+        result = llm.create_completion(TOKENS, steering="auto", max_tokens=1)
+    scores = list(result["steering"]["scores"].values())
+    with closing(HookedLlama(path, **ARGUMENTS)) as llm:
+        expected = [
+            llm.capture(TOKENS, layers=[LAYER], pool=pool)["residual"][LAYER][component]
+            for pool in ("mean", "last")
+            for component in components_of(N_EMBD)
+        ]
+    np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_batch_of_sequences_with_streams_equals_single_sequences(tiny_model):
+    path = tiny_model("gemma3n")
+    sequences, spans = [TOKENS, TOKENS[3:12], TOKENS[::-1]], [(0, 21), (8, 9), (5, 19)]
+    with closing(HookedLlama(path, max_sequences=3, **{**ARGUMENTS, "n_ctx": 128})) as llm:
+        together = llm.capture_means(sequences, spans)["residual"]
+    with closing(HookedLlama(path, **ARGUMENTS)) as llm:
+        for number, (tokens, span) in enumerate(zip(sequences, spans, strict=True)):
+            alone = llm.capture(tokens, pool="mean", span=span)["residual"]
+            for layer, row in alone.items():
+                np.testing.assert_allclose(together[layer][number], row, atol=8e-3)
