@@ -9,7 +9,7 @@ return an existing completion, which gives the chat completion.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias, cast
 
@@ -200,11 +200,20 @@ class _Vocabulary:
         self._answers: dict[Any, Any] = {}
 
     def ask(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        key = (method, repr(args), repr(sorted(kwargs.items())))
+        key = _key((method, args, sorted(kwargs.items())))
         if key not in self._answers:
             with self._hold():
                 self._answers[key] = getattr(self._llm, method)(*args, **kwargs)
         return self._answers[key]
+
+
+def _key(value: Any) -> Any:
+    """Return a key that only an equal argument of the same type has; texts of arrays are cut."""
+    if isinstance(value, (list, tuple)):
+        return type(value), tuple(map(_key, value))
+    if hasattr(value, "tolist"):  # of numpy
+        return type(value), _key(value.tolist())
+    return type(value), value if isinstance(value, Hashable) else repr(value)
 
 
 class _StandIn:

@@ -2,6 +2,7 @@
 
 from contextlib import closing
 
+import numpy as np
 import pytest
 
 from pysteer import HookedLlama, SteeringError
@@ -42,6 +43,24 @@ def test_rendered_prompt_equals_the_decoded_prompt(llm, chat_format, monkeypatch
     llm.n_tokens = 0
     assert rendered_prompt(llm, CHAT) == decoded(llm, CHAT)
     assert rendered_prompt(llm, CHAT) == ChatCall(llm, CHAT).completion["prompt"]
+
+
+def test_long_arrays_of_a_handler_are_told_apart(llm, monkeypatch):
+    """The text of such an array leaves out its middle."""
+    seen = []
+
+    def handler(*, llama, messages, **_):
+        for middle in (40, 41):
+            tokens = np.full(5000, 40)
+            tokens[2500] = middle
+            seen.append(llama.detokenize(tokens))
+        return llama.create_completion(prompt=[7])
+
+    monkeypatch.setattr(llm, "chat_handler", handler)
+    rendered_prompt(llm, CHAT)
+    expected = [llm.detokenize([*[40] * 2500, middle, *[40] * 2499]) for middle in (40, 41)]
+    assert seen == expected
+    assert seen[0] != seen[1]
 
 
 def test_rendered_prompt_of_text_equals_the_decoded_prompt(llm, monkeypatch):
