@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
+
+from pysteer.errors import SteeringError
 
 Message: TypeAlias = Mapping[str, Any]
 """A role and a content: a string, or a list of parts, some with text."""
+
+MAX_DEPTH: Final = 64
+"""Most levels of mappings and lists in a message; calls of tools have about ten."""
 
 
 def user_message(text: str) -> Message:
@@ -18,16 +23,23 @@ def snapshot(messages: Any) -> Any:
     """Return a copy of messages, and of their parts, that later changes do not reach.
 
     Anything but a sequence of messages is returned as it is.
+
+    Raises:
+        SteeringError: parts within parts more than `MAX_DEPTH` deep, or without an end.
     """
     if isinstance(messages, str) or not isinstance(messages, Sequence):
         return messages
-    return [_copied(message) for message in messages]
+    return [_copied(message, 1) for message in messages]
 
 
-def _copied(value: Any) -> Any:
+def _copied(value: Any, depth: int) -> Any:
+    if not isinstance(value, (Mapping, list)):
+        return value
+    if depth > MAX_DEPTH:
+        raise SteeringError(f"a message is nested more than {MAX_DEPTH} deep")
     if isinstance(value, Mapping):
-        return {key: _copied(item) for key, item in value.items()}
-    return [_copied(item) for item in value] if isinstance(value, list) else value
+        return {key: _copied(item, depth + 1) for key, item in value.items()}
+    return [_copied(item, depth + 1) for item in value]
 
 
 def replace_user_text(messages: Sequence[Message], text: str) -> list[Message] | None:

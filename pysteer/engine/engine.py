@@ -190,9 +190,9 @@ class Engine:
             shape: Shape
             if messages is not None:
                 given = {**arguments, "messages": list(messages)}
+                conversation = Conversation(self._llm, given, hold=self._scheduler.queue.kept)
                 shape = chat = ChatCall(self._llm, given, hold=self._scheduler.queue.kept)
                 completion = chat.completion
-                conversation = Conversation(self._llm, given, hold=self._scheduler.queue.kept)
             else:
                 shape = PlainShape()
                 completion = completion_arguments({**arguments, "prompt": prompt})

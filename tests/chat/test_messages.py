@@ -2,7 +2,8 @@
 
 import pytest
 
-from pysteer.chat.messages import replace_user_text, user_message
+from pysteer import SteeringError
+from pysteer.chat.messages import replace_user_text, snapshot, user_message
 
 SYSTEM = {"role": "system", "content": "s"}
 ANSWER = {"role": "assistant", "content": "a"}
@@ -55,3 +56,15 @@ def test_replace_user_text_changes_the_last_user_message(messages, expected):
 )
 def test_replace_user_text_without_a_text_returns_none(messages):
     assert replace_user_text(messages, "new") is None
+
+
+def test_snapshot_of_messages_without_an_end_raises():
+    nested, endless = user_message("a"), {"role": "user", "content": []}
+    for _ in range(5000):
+        nested = {"role": "user", "content": "a", "more": nested}
+    endless["content"].append(endless)
+    for message in (nested, endless):
+        with pytest.raises(SteeringError, match="nested more than 64 deep"):
+            snapshot([message])
+    call = [{"function": {"arguments": {"a": [{"b": [1, {"c": None}]}]}}}]
+    assert snapshot([{"role": "tool", "calls": call}]) == [{"role": "tool", "calls": call}]
