@@ -209,13 +209,6 @@ def test_without_benign_prompts_the_router_learns_from_everyday_prompts(extract,
     assert 0 <= share["low"] <= share["k"] / share["n"] <= share["high"] < 1
 
 
-def test_everyday_prompts_longer_than_the_context_are_left_out(extract, files):
-    code, _, err = extract(context=64, threads=1, benign=None)
-    assert code == 0, err
-    n = SteeringPack.load(files["--output"]).provenance["data"]["benign"]["prompts"]
-    assert 0 < n < len(shipped.everyday_prompts())
-
-
 def test_without_everyday_prompts_nothing_is_said_about_them(extract, files):
     code, out, err = extract(benign="none")
     assert code == 0
@@ -423,7 +416,7 @@ def test_failure_keeps_an_existing_pack_and_names_the_cache(extract, files):
     # One category is a multiple of the other, which shows only after the capture.
     hate = rows("harm", "hate", 8)
     write(files["--unsafe"], [*hate, *({**row, "category": "other"} for row in hate)])
-    result = extract("--no-router", orthogonalise="categories", held_out=0)
+    result = extract("--no-router", "--json", orthogonalise="categories", held_out=0)
     check_mistake(result, "nothing is left of the direction", "finished work is kept in")
     assert output.read_bytes() == precious
     cache = output.with_name("pack.gguf.cache")
@@ -435,7 +428,7 @@ def test_failure_keeps_an_existing_pack_and_names_the_cache(extract, files):
     SteeringPack.load(output)
 
 
-def test_terminal_shows_bars_with_rate_and_time_left(extract, monkeypatch):
+def test_terminal_shows_bars_with_time_left(extract, monkeypatch):
     from rich.console import Console
 
     screen = io.StringIO()
@@ -445,7 +438,7 @@ def test_terminal_shows_bars_with_rate_and_time_left(extract, monkeypatch):
     assert code == 0
     strict_json(out)
     shown = screen.getvalue()
-    for word in ("activations", "the model's own answers", "tokens/s", "0:00:0"):
+    for word in ("activations", "the model's own answers", "0:00:0"):
         assert word in shown
 
 
@@ -455,7 +448,7 @@ def test_bug_is_exit_code_1_and_keeps_the_cache(extract, files, monkeypatch):
 
     run_module = importlib.import_module("pysteer.extract.extraction")
     monkeypatch.setattr(run_module, "separation", broken)
-    code, out, err = extract()
+    code, out, err = extract("--json")
     assert (code, out) == (1, "")
     first, last = err.splitlines()
     assert "finished work is kept in" in first

@@ -20,7 +20,7 @@ from pysteer import SteeringError
 from pysteer.chat.spans import SENTINELS
 from pysteer.extract.data import Data
 from pysteer.extract.extraction import extract, fit_pack_routers
-from pysteer.extract.inputs import require_room, rows_of, tokenizer
+from pysteer.extract.inputs import fitting, require_room, rows_of, tokenizer
 from pysteer.extract.llama_capture import LlamaCapture
 from pysteer.extract.methods import METHODS
 from pysteer.extract.settings import ExtractSettings
@@ -41,6 +41,12 @@ def rows(capture, prompts, pooling, *, respond=True):
 
 def tokens(capture, text):
     return tuple(capture.llm.tokenize(text.encode(), add_bos=False, special=True))
+
+
+def test_prompts_longer_than_the_context_do_not_fit():
+    """The fake model has a token for each byte, three for its template, and room for 200."""
+    fits, long = Prompt("a" * 197), Prompt("b" * 198)
+    assert fitting(FakeCapture(), [long, fits, long]) == [fits]
 
 
 @given(
