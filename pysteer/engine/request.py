@@ -141,6 +141,7 @@ class Request:
                 completion_tokens=len(self.writing.tokens),
                 steering=self.steering.report(self.n_past).to_dict(),
             )
+            self.handle.text_tokens = tuple(self.writing.tokens)
             rest = self.writing.take_rest()
         except Exception as error:  # a defect of ours; the request has to end all the same
             self.handle.fail(error)
