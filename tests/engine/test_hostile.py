@@ -5,6 +5,8 @@ from hostile import Attack
 from overflow import HONEST, engine_for, honest, steady
 from traffic import check_cells
 
+from pysteer.runtime.limits import MAX_RELATIVE_NORM
+
 
 def attack(path, n, seed, **arguments):
     requests = [{**honest(request), "max_tokens": 6 + 2 * k} for k, request in enumerate(HONEST)]
@@ -16,17 +18,25 @@ def attack(path, n, seed, **arguments):
     print(hostile.ends, hostile.honest, statistics)
     assert hostile.differing == []
     assert hostile.honest + sum(hostile.ends.values()) == n
-    assert min(hostile.ends.values()) > 0
+    assert hostile.honest > n / 5
+    assert hostile.ends["answered"] > 0
+    assert arguments["max_relative_norm"] is not None or min(hostile.ends.values()) > 0
     return statistics
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "lfm2"])
-def test_hostile_requests_change_no_honest_answer(tiny_model, family):
-    statistics = attack(tiny_model(family), 150, seed=1)
-    assert statistics.recoveries
+@pytest.mark.parametrize(
+    ("family", "bound"), [("llama", MAX_RELATIVE_NORM), ("gpt2", None), ("lfm2", None)]
+)
+def test_hostile_requests_change_no_honest_answer(tiny_model, family, bound):
+    """With the bound on strengths few of them are decoded; without it most overflow."""
+    statistics = attack(tiny_model(family), 150, seed=1, max_relative_norm=bound)
+    assert bound is not None or statistics.recoveries > 10
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "n"), [("gpt2", 12_000), ("llama", 8_000)])
-def test_twenty_thousand_requests_change_no_honest_answer(tiny_model, family, n):
-    assert attack(tiny_model(family), n, seed=2).recoveries > n / 20
+@pytest.mark.parametrize(
+    ("family", "n", "bound"), [("gpt2", 12_000, None), ("llama", 8_000, MAX_RELATIVE_NORM)]
+)
+def test_twenty_thousand_requests_change_no_honest_answer(tiny_model, family, n, bound):
+    statistics = attack(tiny_model(family), n, seed=2, max_relative_norm=bound)
+    assert bound is not None or statistics.recoveries > n / 20
