@@ -79,12 +79,25 @@ def reference(tiny_llama):
         messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
         if system is not None:
             messages.insert(0, {"role": "system", "content": system})
+        drawn = []
+
+        def generate(*args, **kwargs):
+            for token in original(*args, **kwargs):
+                drawn.append(token)
+                yield token
+
+        original, llm.generate = llm.generate, generate
         llm.reset()
         # Streamed like the chat's: bytes that are not text differ in whole answers.
         chunks = llm.create_chat_completion(
             messages, max_tokens=max_tokens, temperature=0.0, stream=True
         )
-        return "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)
+        text = "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)
+        llm.generate = original
+        if len(drawn) <= max_tokens or llm.token_eos() in drawn[: max_tokens + 1]:
+            return text
+        # llama_cpp counts no tokens of an unfinished character, and goes on.
+        return b"".join(llm.detokenize([t]) for t in drawn[:max_tokens]).decode(errors="replace")
 
     yield get
     llm.close()

@@ -117,18 +117,18 @@ def test_standard_output_has_answers_only(chat, letters_file, reference):
 
 def test_json_output_has_one_object_per_answer(chat, letters_file, reference):
     lines = ("the cat", "/steer says q 20", "so", "/compare", "/why", "/help")
-    code, out, _ = chat("\n".join(lines), "-s", letters_file, "--json", "--system", "be")
-    plain = reference("the cat", system="be")
+    code, out, _ = chat("\n".join(lines), "-s", letters_file, "--json", "--system", "be nice")
+    plain = reference("the cat", system="be nice")
     first, second, compared = (json.loads(line) for line in out.splitlines())
     assert code == 0
     assert (first["prompt"], first["response"], first["requested"]) == ("the cat", plain, None)
     assert (second["prompt"], second["response"]) == ("so", "Q" * LENGTH)
     assert second["requested"] == {"says q": 20.0}
     assert {row["finish_reason"] for row in (first, second)} == {"length"}
-    assert {row["system"] for row in (first, second)} == {"be"}
+    assert {row["system"] for row in (first, second)} == {"be nice"}
     assert compared["compare"]["steered"] == second
     assert compared["compare"]["unsteered"]["response"] == reference(
-        "the cat", plain, "so", system="be"
+        "the cat", plain, "so", system="be nice"
     )
 
 

@@ -164,8 +164,10 @@ def test_steering_changes_from_message_to_message(session, reference):
     assert answer(session, "the cat") == plain
     assert only(session, "/steer says q 20") == Notice("steering: says q 20")
     assert answer(session, "the cat") == "Q" * LENGTH
-    assert only(session, "/steer z 60") == Notice("steering: says q 20, z 60")
+    assert only(session, "/steer says q 1") == Notice("steering: says q 1")
+    assert only(session, "/steer z 26") == Notice("steering: says q 1, z 26")
     assert answer(session, "the cat") == "Z" * LENGTH
+    assert only(session, "/steer says q 20") == Notice("steering: says q 20, z 26")
     assert only(session, '/steer "z" 0') == Notice("steering: says q 20")
     assert answer(session, "the cat") == "Q" * LENGTH
     assert only(session, "/steer 'says q' 0") == Notice("steering: off")
