@@ -30,6 +30,11 @@ class Request:
     ended: bool = False
     images: int = field(default_factory=lambda: secrets.randbits(64))
 
+    def end(self) -> None:
+        """End the request: what its latest generation left is freed, and never copied again."""
+        self.ended = True
+        self.latest = None  # without the circle, the copy of a context goes at once
+
 
 class SavedContext(NamedTuple):
     """All that a generation leaves on the model and in its context."""

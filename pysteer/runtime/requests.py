@@ -180,13 +180,18 @@ class SteeredRequests:
             conversation = conversation or outer.conversation
         request = Request()
         active = ActiveSteering(self.plan(options.steering, options.policy), conversation, request)
-        with self._step(active):
-            result = call(*args, **kw)
-        if isinstance(result, Iterator):
-            return self.stream(active, result)
-        self._add_report(result, active)
-        request.ended = True
-        return result
+        streams = False
+        try:
+            with self._step(active):
+                result = call(*args, **kw)
+            streams = isinstance(result, Iterator)
+            if streams:
+                return self.stream(active, result)
+            self._add_report(result, active)
+            return result
+        finally:
+            if not streams:
+                request.end()
 
     @contextmanager
     def _step(self, active: ActiveSteering) -> Iterator[None]:
@@ -213,13 +218,13 @@ class SteeredRequests:
                             item = next(stream)
                     except StopIteration:
                         if active.request is not None:
-                            active.request.ended = True
+                            active.request.end()
                         return  # the model may have gone with the last reference to it
                     self._add_report(item, active)
                 sent = yield item
         finally:
             if active.request is not None:
-                active.request.ended = True
+                active.request.end()
             if isinstance(stream, Generator):
                 stream.close()
 

@@ -1,7 +1,9 @@
 """Streams that take turns on one model: each goes on as if it were alone."""
 
 import asyncio
+import gc
 import random
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
@@ -243,3 +245,36 @@ def test_failed_embeddings_leave_nothing_in_the_context(tiny_llama):
         with pytest.raises(ValueError, match="exceed batch size"):
             llm.embed(["a b c d e", "a b c d e f", "x " * 40], truncate=False)
         assert llm.create_completion(prompt, **request)["choices"] == expected
+
+
+@pytest.mark.parametrize("end", ["dropped", "closed", "read"])
+def test_copy_of_an_interrupted_stream_goes_with_the_stream(llm, end):
+    gc.collect()
+    gc.disable()  # or it would hide a circle, which keeps copies until it runs
+    try:
+        stream = ask(llm, 0, stream=True)
+        next(stream)
+        left = weakref.ref(llm._turns.current)
+        ask(llm, 1)
+        assert left().saved is not None
+        if end == "closed":
+            stream.close()
+        if end == "read":
+            list(stream)
+            ask(llm, 1)
+        else:
+            del stream
+        assert left() is None
+    finally:
+        gc.enable()
+
+
+def test_nothing_is_copied_for_a_request_that_failed(llm):
+    def fail(tokens, logits):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        ask(llm, 0, stopping_criteria=llama_cpp.StoppingCriteriaList([fail]))
+    failed = llm._turns.current
+    ask(llm, 1)
+    assert failed.saved is None
