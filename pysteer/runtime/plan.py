@@ -186,6 +186,8 @@ class PlanCompiler:
                 than the limits.
             HookError: the model lacks a site, or injection "resident" cannot express the plan.
         """
+        if isinstance(steering, Mapping):
+            steering = dict(steering.items())  # read once: key and plan are of the same strengths
         key = _key(steering, policy)
         try:
             plan = self._plans.get(key)

@@ -179,6 +179,22 @@ def test_equal_mappings_of_any_type_share_a_plan():
     assert made.compile(Opaque({"middle": 1.0})) is made.compile({"middle": 1.0})
 
 
+class Changing(UserDict):
+    """A mapping that another thread changes after it was read once."""
+
+    def items(self):
+        found = list(super().items())
+        self.data = {"first": 2.0}
+        return found
+
+
+def test_mapping_that_changes_meanwhile_gets_no_other_request_its_plan():
+    made = compiler()
+    for steering in (Changing({"middle": 1.0}), {"middle": 1.0}):
+        (term,) = made.compile(steering).terms
+        assert (term.category, term.strength) == ("middle", 1.0)
+
+
 @pytest.mark.parametrize("same", [True, np.True_, ("middle", float, 1.0)], ids=repr)
 def test_invalid_steering_raises_though_an_equal_request_is_cached(same):
     made = compiler()
