@@ -152,6 +152,8 @@ def replacing(path: Path, is_ours: IsOurs | None = None) -> Iterator[BinaryIO]:
         with _new_part(target.parent, tag) as file:
             part = Path(file.name)
             try:
+                with suppress(FileNotFoundError):  # nobody else reads what the older file hides
+                    part.chmod(stat.S_IMODE(target.stat().st_mode) | stat.S_IRUSR | stat.S_IWUSR)
                 yield file
                 file.flush()
                 os.fsync(file.fileno())

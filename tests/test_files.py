@@ -267,6 +267,16 @@ def test_disk_without_room_leaves_the_older_file_whole(tmp_path):
         subprocess.run(["umount", disk], check=True)
 
 
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o400])
+def test_unfinished_content_is_as_private_as_the_older_file(mode, tmp_path):
+    path = tmp_path / "report.json"
+    path.write_text("old")
+    path.chmod(mode)
+    with replacing(path) as file:
+        file.write(b"secret")
+        assert stat.S_IMODE(Path(file.name).stat().st_mode) == mode | 0o600
+
+
 @pytest.mark.parametrize("mode", [0o600, 0o640, 0o664])
 def test_new_content_keeps_the_permissions_of_the_older_file(mode, tmp_path):
     path = tmp_path / "x"
