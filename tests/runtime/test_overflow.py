@@ -56,7 +56,9 @@ def test_overflow_after_the_site_raises_and_leaves_nothing_behind(
     with (
         closing(HookedLlama(path, **arguments)) as plain,
         closing(SteeredLlama(path, pack=pack(plain.n_layer), **arguments)) as fresh,
-        closing(SteeredLlama(path, pack=pack(plain.n_layer), **arguments)) as llm,
+        closing(
+            SteeredLlama(path, pack=pack(plain.n_layer), max_relative_norm=None, **arguments)
+        ) as llm,
     ):
         expected = outcome(fresh.create_completion(PROMPT, steering=None, **GREEDY))
         stream = llm.create_completion(PROMPT, steering=None, stream=True, **GREEDY)
