@@ -40,7 +40,7 @@ REQUESTS = [
 
 def ask(llm, number, **options):
     request = {"max_tokens": 10, "logit_bias": BYTES_OF_ASCII, **REQUESTS[number]}
-    return llm.create_completion(**request, seed=number, **options)
+    return llm.create_completion(**{**request, "seed": number, **options})
 
 
 def joined(chunks):
@@ -278,3 +278,14 @@ def test_nothing_is_copied_for_a_request_that_failed(llm):
     failed = llm._turns.current
     ask(llm, 1)
     assert failed.saved is None
+
+
+def test_logits_of_another_request_are_not_drawn_from(llm):
+    """A stream that only ends puts its tokens back into the context, without their logits."""
+    expected = ask(llm, 0, max_tokens=1)["choices"]
+    stream = ask(llm, 0, max_tokens=1, stream=True)
+    next(stream)
+    ask(llm, 1)
+    list(stream)
+    assert llm._input_ids.tolist() == REQUESTS[0]["prompt"]
+    assert ask(llm, 0, max_tokens=1)["choices"] == expected
