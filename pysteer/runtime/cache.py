@@ -126,6 +126,7 @@ class SteeredCache:
         if start >= n_tokens or self._evaluating:
             return
         if active is not None and active.plan.native is not None:
+            self._llm.n_tokens = start  # the next decode removes what the handler left
             raise SteeringError(
                 "the chat handler decodes images by itself, and images cannot be steered; pass "
                 "steering=None, which also leaves out the router"

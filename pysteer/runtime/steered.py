@@ -331,9 +331,12 @@ class SteeredLlama(HookedLlama):
 
     @n_tokens.setter
     def n_tokens(self, n_tokens: int) -> None:
+        if "_requests" not in self.__dict__:  # the constructor is under way
+            self._n_tokens = n_tokens
+            return
+        active = self._requests.in_force
         self._n_tokens = n_tokens
-        if "_requests" in self.__dict__:  # else the constructor is under way
-            self._cache.moved(n_tokens, self._requests.in_force)
+        self._cache.moved(n_tokens, active)
 
     def reset(self) -> None:
         """`llama_cpp.Llama.reset`; an open stream goes on all the same."""

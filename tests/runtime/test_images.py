@@ -102,3 +102,20 @@ def test_steered_image_chat_is_refused(tiny_llama, steering):
                 llm.create_chat_completion(messages, steering=steering, **OPTIONS)
             assert chat(llm, CHATS[0], steering=None) == expected
         assert llm.create_chat_completion(CHATS[4], steering=steering, **OPTIONS)["steering"]
+
+
+def test_refused_image_chat_leaves_the_model_to_other_requests(tiny_llama):
+    prompt = list(range(270, 290))
+    expected = fresh(tiny_llama, lambda plain: plain(prompt, **OPTIONS)["choices"])
+    with models(tiny_llama)[1] as llm:
+        uses = [
+            lambda: llm(prompt, steering=None, **OPTIONS),
+            lambda: llm.eval([60, 61]),
+            lambda: next(llm.generate([60, 61], reset=False)),
+            lambda: llm.load_state(llm.save_state()),
+        ]
+        for use in uses:
+            with pytest.raises(SteeringError, match="images cannot be steered"):
+                llm.create_chat_completion(CHATS[0], steering={"a": 1.0}, **OPTIONS)
+            use()
+            assert llm(prompt, steering=None, **OPTIONS)["choices"] == expected
