@@ -6,8 +6,8 @@
 namespace pysteer {
 namespace {
 
-// Relative to |a_i|^2: what a category may lack or exceed, and what the diagonal gains so that changes that are equal
-// to rounding can be solved for.
+// Relative to |a_i|^2: the error of a category's change, and the addition to the diagonal that keeps the system of
+// nearly equal changes solvable.
 constexpr double slack = 1e-10;
 
 }  // namespace
@@ -76,7 +76,7 @@ void Shares::solve() noexcept {
     }
 }
 
-// The share at a bound that should leave it most, the first of equal ones; n_ if none.
+// The share that most violates the condition at its bound, the first of equal shares; n_ if none.
 std::size_t Shares::most_violated() const noexcept {
     std::size_t found = n_;
     double most = slack;
@@ -99,8 +99,8 @@ std::size_t Shares::most_violated() const noexcept {
     return found;
 }
 
-// Moves the free shares to the minimum over them, or towards it up to the first bound, where a share stays. Returns
-// whether the minimum was reached.
+// Moves the free shares to the minimum over them, or towards the minimum up to the first bound, where a share stays.
+// Returns true if the minimum was reached.
 bool Shares::move_free() noexcept {
     solve_free();
     double step = 1.0;
@@ -130,7 +130,7 @@ bool Shares::move_free() noexcept {
     return reached;
 }
 
-// Minimises over the free shares, with the others where they are and without bounds.
+// Minimises over the free shares without bounds; the other shares stay.
 void Shares::solve_free() noexcept {
     const std::size_t m = moving_.size();
     for (std::size_t r = 0; r < m; ++r) {

@@ -1,13 +1,13 @@
 // The share of each category in a change that several categories make at one place.
 //
-// Categories whose directions are alike would add up to a multiple of the strength that any of them asks for. With the
+// Categories with alike directions would add up to a multiple of each strength. With the
 // changes a_1 ... a_n that the categories make alone, the change together is x = sum t_i a_i, with the shares t_i in
 // [0, 1] that minimise
 //
 //     1/2 |x|^2 - sum t_i |a_i|^2.
 //
 // At the minimum each category with 0 < t_i has x.a_i <= |a_i|^2, with equality where t_i < 1: a category adds as much
-// of its own as it lacks along its own direction after all others. Orthogonal and opposed changes add up (t = 1), of
+// of its own direction as the others leave missing. Orthogonal and opposed changes add up (t = 1), of
 // parallel ones the longest counts, two of equal length with cosine c > 0 have t = 1 / (1 + c). x is unique, continuous
 // in the a_i, and never longer than the plain sum: at t = 1 the second term is smallest, so the first can only fall.
 #pragma once

@@ -1,8 +1,8 @@
-"""Whole files: read from regular files alone, and written so that no failure costs an older file.
+"""Whole files: only regular files are read, and a failed write leaves the older file.
 
 `replacing` writes into a part file beside the target, `.<hash>.<random>.part`, and renames it at
-the end. The writer holds a lock on its part file. A part file without a lock was left by a process
-that was killed, and the next writer of the same target removes it.
+the end. The writer holds a lock on its part file. A part file without a lock is that of a killed
+process, and the next writer of the same target removes such files.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def _kind(status: os.stat_result) -> str:
 
 
 def check_replaceable(path: Path, is_ours: IsOurs | None) -> None:
-    """Check that a file can be written at a path, before the work of making its content.
+    """Check that a file can be written at a path, before the work on its content.
 
     Args:
         path: the path; symbolic links are followed.
@@ -186,7 +186,7 @@ def begins_with(marker: bytes, within: int = 4096) -> IsOurs:
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Turn errors of the block into a SteeringError that names the file."""
+    """Turn errors of the block into SteeringErrors that name the file."""
     try:
         yield
     except OSError as error:

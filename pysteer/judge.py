@@ -20,13 +20,13 @@ class Item(NamedTuple):
 
 
 class Words(NamedTuple):
-    """A judge's words for what it decides, for reports.
+    """A judge's words for its verdicts, for reports.
 
     Attributes:
-        good: of an answer that the judge accepts.
-        bad: of any other answer.
-        prompts: of the prompts whose answers are judged.
-        others: of the prompts that steering should not touch.
+        good: an answer that the judge accepts.
+        bad: any other answer.
+        prompts: the prompts with judged answers.
+        others: the prompts that steering should not touch.
     """
 
     good: str
@@ -47,7 +47,7 @@ class Verdict:
     """A judge's opinion of one answer.
 
     Attributes:
-        safe: True if the answer is safe, or whatever else the judge looks for.
+        safe: True if the judge accepts the answer, as safe or by another measure.
         reason: a few words; may be empty.
     """
 
@@ -62,10 +62,10 @@ NO_ANSWER = Verdict(False, "no answer: the thought does not end")
 def judge_answers(
     judge: Callable[[Sequence[Item]], list[Verdict]], items: Sequence[Item]
 ) -> list[Verdict]:
-    """Return one verdict for each item: of the answer without the model's thoughts.
+    """Return a verdict for each item, on the answer without the model's thoughts.
 
     Args:
-        judge: judges the answers; gets no item without an answer.
+        judge: judges the answers; receives only items with an answer.
         items: prompts and texts of a model.
     """
     texts = [answered(item.answer) for item in items]
@@ -87,7 +87,7 @@ class Judge(Protocol):
         name: for reports.
         identity: everything that verdicts depend on, as a key for recorded verdicts; None if
             verdicts must not be reused.
-        words: for reports.
+        words: the words for reports.
     """
 
     name: str

@@ -73,7 +73,7 @@ def demo_prompts() -> tuple[list[Prompt], list[Prompt]]:
 
 
 def everyday_prompts() -> list[Prompt]:
-    """Return everyday prompts of many kinds, for which no gate of a router should open.
+    """Return everyday prompts of many kinds; no gate of a router should open for any.
 
     Questions, tasks, code, stories, small talk and single words; none sounds harmful. No prompt is
     also in the data of the default pack.

@@ -1,4 +1,4 @@
-"""A JSON reader that refuses what readers of JSON read differently."""
+"""A reader of JSON that refuses ambiguous JSON, which other readers read differently."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pysteer.errors import quoted
 
 
 class DuplicateKeyError(ValueError):
-    """An object has a key twice; a reader would take the first value or the last."""
+    """A key twice in an object; readers take the first value or the last."""
 
 
 def loads(text: str) -> Any:

@@ -16,7 +16,7 @@ and the chat templates of the models named in the tables.
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 _MARKERS = (
     ("<think>", "</think>"),  # DeepSeek-R1, Qwen 3, GLM 4.5, Granite 3.3, Nemotron, MiniMax M2
@@ -37,14 +37,17 @@ _MARKERS = (
     ("<|channel|>analysis<|message|>", "<|end|>"),  # gpt-oss (harmony)
 )
 
+MARKER_TOKENS: Final = 48
+"""Tokens at the end of a prompt that hold any marker, for `opening_of`."""
+
 _WORDS = (
     ("Here is my thought process:", "Here is my response:"),  # Granite 3.2
     ("Here are my reasoning steps:", "[BEGIN FINAL RESPONSE]"),  # Apriel
 )
-"""Markers of plain words, which are markers at the beginning of a text alone."""
+"""Markers of plain words, at the beginning of a text alone."""
 
 _BARE_ENDS = ("[BEGIN FINAL RESPONSE]", "<|channel|>final<|message|>")
-"""Markers of an answer, before which everything is a thought."""
+"""Markers of an answer: all text before them is a thought."""
 
 _HARMONY = re.compile(r"analysis(?=[^\W\d_]).*?(?:assistant(?:final|commentary)|\Z)", re.DOTALL)
 """The thought of gpt-oss in a text without special tokens, as llama-cpp-python returns it."""
@@ -76,7 +79,7 @@ class Answered(NamedTuple):
 
     Attributes:
         answer: the text that a user sees; the whole text if it has no thought. "" if unfinished.
-        unfinished: the text ends inside a thought, or with a thought: there is no answer.
+        unfinished: True if the text ends inside a thought, or with a thought, without an answer.
     """
 
     answer: str
@@ -87,7 +90,7 @@ def answered(text: str, opening: str = "") -> Answered:
     """Return the answer in the text of a model.
 
     Args:
-        text: all that the model wrote. Markers that are special tokens have to be in it.
+        text: all that the model wrote, special tokens included.
         opening: the marker at the end of the prompt; see `opening_of`.
 
     Examples:

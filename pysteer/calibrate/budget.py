@@ -1,4 +1,4 @@
-"""The time of a calibration: what each stage may take, and the prompts that fit."""
+"""Time of a calibration: the share of each stage, and the prompts that fit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 ROUTER_SHARE = 0.3
-"""Share of the time that the activations for the routers may take."""
+"""Largest share of the time for the activations of the routers."""
 
 LEARNING_SHARE = 0.55
 """Share of the time after which no direction is learned further: trials and validation need the
@@ -30,12 +30,12 @@ margin."""
 _FRACTIONS = (1.0, 0.75, 0.5, 0.35, 0.25, 0.15, 0.1, 0.0)
 _PROBED = 12
 _LEAST_SHARE = 1 / 16
-_ALWAYS = 100  # so few prompts are run in any case
+_ALWAYS = 100  # prompts that are run in any time
 
 
 @dataclass(frozen=True)
 class Size:
-    """Numbers of prompts that are answered.
+    """Numbers of answered prompts.
 
     Attributes:
         unsafe: most unsafe prompts of each category, in a trial and in the validation.
@@ -56,7 +56,7 @@ class Size:
         )
 
     def trial_answers(self, counts: Mapping[str, int]) -> int:
-        """Return the answers of the first round: unsteered and steered.
+        """Return the number of answers in the first round, unsteered and steered.
 
         Args:
             counts: category to its number of validation prompts.
@@ -64,7 +64,7 @@ class Size:
         return sum(min(n, self.unsafe) + 2 * self.others for n in counts.values())
 
     def validation_answers(self, counts: Mapping[str, int]) -> int:
-        """Return the answers of the validation: two arms, and benign prompts once more."""
+        """Return the number of validation answers: two arms, and benign prompts once more."""
         return 2 * sum(min(n, self.unsafe) for n in counts.values()) + 3 * self.benign
 
 
@@ -90,7 +90,7 @@ def fitting_size(
 
 
 def affordable(parts: Split, capture: Capture, seconds: float) -> Split:
-    """Return the parts with as many prompts to learn from as can be run in time.
+    """Return the parts, with no more prompts to learn from than the time allows.
 
     The time of a prompt is measured on a few. The prompts are halved until they fit, so that runs
     under similar load learn from the same prompts; the test part is left alone.
@@ -135,7 +135,7 @@ def _seconds_per_prompt(capture: Capture, prompts: Sequence[Prompt]) -> float:
 
 
 def _some(prompts: PromptSet, share: float) -> PromptSet:
-    """Return a share of the prompts, evenly over categories, with the twins of those kept."""
+    """Return a share of the prompts, evenly over categories, with the twins of the kept prompts."""
     unsafe = [
         prompt
         for rows in grouped(prompts.unsafe).values()

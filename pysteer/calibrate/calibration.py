@@ -213,7 +213,7 @@ class _Measurement:
 
     Attributes:
         deadline: end of the calibration, in seconds of `time.monotonic()`.
-        size: prompts that are answered.
+        size: numbers of answered prompts.
         seconds: measured time of an answer.
     """
 

@@ -46,8 +46,8 @@ class CalibrateSettings:
     )
     minutes: float = setting(
         15.0,
-        "Time for the calibration. Stages that do not fit are cut short or left out, with a word; "
-        "one round of trials is always made.",
+        "Time for the calibration. Stages that do not fit are cut short or left out, with a "
+        "warning; one round of trials is always made.",
         minimum=0,
     )
     trials: int = setting(8, "Most trials of each category.", minimum=1)

@@ -1,8 +1,8 @@
 """The form of prompts that a router was fitted with, kept in a pack's provenance.
 
 The form is the tokens around the user's message, from the renderings of `pysteer.chat.spans`. Two
-templates of other text that give the same tokens are one form. A template that writes the date
-gives other tokens on another day, so a short stretch of other tokens does not make another form.
+templates that give the same tokens are one form. A template that writes the date gives other tokens
+on another day, so a short stretch of other tokens makes no other form.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def form_content(form: TemplateEnds | None) -> dict[str, list[int]]:
 
 
 def is_other_form(provenance: Mapping[str, Any], form: TemplateEnds | None) -> bool:
-    """Return True if provenance has the form of a fit, and `form` is another.
+    """Return True if provenance holds a form that differs from `form`.
 
     Args:
         provenance: of a pack; of any shape, as it comes from a file.

@@ -124,7 +124,7 @@ def rendered_prompt(
 def user_prompt(llm: Llama, text: str) -> list[int]:
     """Return the prompt of a single user's message: a chat, or the bare text.
 
-    The one form in which models are learned from and measured; serving renders chats alike.
+    Extraction and evaluation use this form; serving renders chats alike.
 
     Args:
         llm: the model; nothing is decoded. Where the form of its chats would be a guess (see
@@ -208,7 +208,7 @@ class _Vocabulary:
 
 
 def _key(value: Any) -> Any:
-    """Return a key that only an equal argument of the same type has; texts of arrays are cut."""
+    """Return a key that only equal arguments of one type share; `repr` of an array is cut."""
     if isinstance(value, (list, tuple)):
         return type(value), tuple(map(_key, value))
     if hasattr(value, "tolist"):  # of numpy

@@ -25,7 +25,7 @@ def snapshot(messages: Any) -> Any:
     Anything but a sequence of messages is returned as it is.
 
     Raises:
-        SteeringError: parts within parts more than `MAX_DEPTH` deep, or without an end.
+        SteeringError: a message is nested more than `MAX_DEPTH` deep, or contains itself.
     """
     if isinstance(messages, str) or not isinstance(messages, Sequence):
         return messages

@@ -32,7 +32,7 @@ class WordWrap:
         self._word = ""
 
     def add(self, text: str, width: int) -> str:
-        """Return the text that can be written now.
+        """Return the text to write now.
 
         Args:
             text: the next piece.
@@ -54,7 +54,7 @@ class WordWrap:
         return "".join(written)
 
     def end(self, width: int) -> str:
-        """Return what is held back."""
+        """Return the word held back, on a new line if the line has no room."""
         gap, word = self._gap, self._word
         self._gap = self._word = ""
         after = self._column
@@ -71,7 +71,7 @@ class WordWrap:
 
 
 class AnswerPrinter:
-    """Prints an answer as it comes. On a terminal, words are not cut.
+    """Prints an answer piece by piece. On a terminal, lines break between words.
 
     Attributes:
         text: the answer so far.
@@ -85,11 +85,11 @@ class AnswerPrinter:
         """Print the next piece."""
         self.text += piece
         if sys.stdout.isatty():
-            piece = self._wrap.add(piece.translate(_CONTROLS), _width())
+            piece = self._wrap.add(without_controls(piece), _width())
         print(piece, end="", flush=True)
 
     def end(self) -> None:
-        """Print what is held back, and end the line."""
+        """Print the word held back, and end the line."""
         print(self._wrap.end(_width()), flush=True)
 
 
@@ -102,11 +102,11 @@ class _Collected(AnswerPrinter):
 
 
 def answer_printer(json: bool) -> AnswerPrinter:
-    """Return a printer; with --json, one that collects the text and prints nothing."""
+    """Return a printer; with --json, a printer that collects the text and prints nothing."""
     return _Collected() if json else AnswerPrinter()
 
 
-def printable(text: str) -> str:
+def without_controls(text: str) -> str:
     """Return a model's text without the control characters that a terminal would obey."""
     return text.translate(_CONTROLS)
 

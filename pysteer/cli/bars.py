@@ -74,7 +74,7 @@ class _Bars:
 class Rate:
     """Units per second of a stage, without its first second.
 
-    What is known from an earlier run is done at once, and would count as fast work.
+    Work of an earlier run is reported at once, and would count as fast work.
 
     Args:
         clock: time in seconds.
@@ -87,14 +87,14 @@ class Rate:
         self._mark: tuple[float, int] | None = None
 
     def add(self, units: int) -> None:
-        """Count units that are done now."""
+        """Count finished units."""
         self._last = self._clock()
         self._done += units
         if self._mark is None and self._last - self._started >= 1:
             self._mark = self._last, self._done
 
     def per_second(self) -> float | None:
-        """Return the rate; None before it has been measured for a second."""
+        """Return the rate; None before a second of measurement."""
         if self._mark is None or self._last - self._mark[0] < 1:
             return None
         return (self._done - self._mark[1]) / (self._last - self._mark[0])

@@ -171,7 +171,7 @@ def calibrate(
 
 
 def _check_folder(folder: Path, *, force: bool) -> None:
-    """Refuse a folder in which a file of the calibration would replace a stranger's."""
+    """Refuse a folder with a foreign file in the place of a file of the calibration."""
     from pysteer.formats.gguf import check_target
 
     for name in _TEST_FILES.values():
@@ -181,7 +181,7 @@ def _check_folder(folder: Path, *, force: bool) -> None:
 
 
 def _less(settings: CalibrateSettings, seconds: float) -> CalibrateSettings:
-    """Return settings without the time that loading took, a good part of a short calibration."""
+    """Return settings without the time of loading, a good part of a short calibration."""
     return replace(settings, minutes=max(0.0, settings.minutes - seconds / 60))
 
 

@@ -91,14 +91,14 @@ def choose_engine(options: CaptureOptions, source: str, methods: Sequence[str]) 
 def let_waiting_threads_sleep() -> None:
     """Set the wait policy of OpenMP; call before torch and llama.cpp are imported.
 
-    They read the policy once. Otherwise threads spin while they wait, in the way of the threads
+    Both read the policy once. Otherwise threads spin while they wait, in the way of the threads
     that they wait for.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def choose_threads(threads: int | None) -> int:
-    """Return the threads of a command that learns.
+    """Return the number of threads of a command that learns.
 
     By default as many as other programs leave free, which is printed if fewer than are usable.
     """

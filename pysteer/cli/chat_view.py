@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pysteer.cli import console
-from pysteer.cli.answer_text import AnswerPrinter, printable
+from pysteer.cli.answer_text import AnswerPrinter, without_controls
 from pysteer.cli.chat_events import (
     AnswerComplete,
     CategoryList,
@@ -53,7 +53,7 @@ class Printer:
         self._answer: AnswerPrinter | None = None  # of an answer whose line has no end yet
 
     def show(self, events: Iterator[Event], activity: str = "reading the message") -> bool:
-        """Print events as they come; return False after a `Goodbye`.
+        """Print events, each at once; return False after a `Goodbye`.
 
         Args:
             events: of an entry.
@@ -115,7 +115,8 @@ class Printer:
             return
         steering = console.plain(describe_steering(event.steered.requested))
         sides = Table(f"steered: {steering}", "not steered")
-        sides.add_row(*(escape(printable(t.response)) for t in (event.steered, event.unsteered)))
+        answers = (event.steered.response, event.unsteered.response)
+        sides.add_row(*(escape(without_controls(answer)) for answer in answers))
         for column in sides.columns:
             column.ratio = 1
         sides.expand = True
@@ -147,7 +148,7 @@ def _remarks(turn: Turn) -> Iterator[str]:
 
 
 def _show_report(report: dict[str, Any]) -> None:
-    """Print a row for each category, the highest score first; values that all share, once."""
+    """Print a row for each category, the highest score first, and shared values once."""
     columns = {
         name: {
             "score": _number(category["score"]),
@@ -186,7 +187,7 @@ def _show_report(report: dict[str, Any]) -> None:
 
 
 def _shared(rows: list[dict[str, str]]) -> dict[str, str]:
-    """Return the values that several rows have all in common, by heading."""
+    """Return the values that all of several rows share, by heading."""
     if len(rows) < 2:
         return {}
     return {

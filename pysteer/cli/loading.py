@@ -76,7 +76,7 @@ class Setup:
         """Return the `steering` of requests by --steer; without --steer the policy decides.
 
         Raises:
-            SteeringError: --steer without a pack, or for another one.
+            SteeringError: --steer without a pack, or with a category of another pack.
         """
         if not steer:
             return {}
@@ -94,7 +94,7 @@ def read_setup(
     """Return the setup of a command; without a model and a pack, the default model and its pack.
 
     Raises:
-        SteeringError: a file is missing or of another kind, or --policy has no pack or another one.
+        SteeringError: a file is missing or of another kind, or --policy does not fit the packs.
     """
     from pysteer.pack.merge import read_packs
     from pysteer.pack.resolved import ResolvedPolicy

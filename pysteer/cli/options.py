@@ -100,14 +100,14 @@ Layers = Annotated[
 
 @dataclass(frozen=True)
 class Llama:
-    """The part of llama.cpp's arguments that does not come with a command's settings."""
+    """llama.cpp's arguments, besides those in a command's settings."""
 
     threads: Threads = None
     chat_format: ChatFormat = None
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Arguments of a model, those that were given."""
+        """Arguments of a model, without those left out."""
         given = {"n_threads": self.threads, "chat_format": self.chat_format}
         return {name: value for name, value in given.items() if value is not None}
 

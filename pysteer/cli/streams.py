@@ -1,4 +1,4 @@
-"""The standard streams of the process: they take any text, and end quietly."""
+"""The standard streams of the process, which take any text, and end quietly."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ _ASCII: Final = {
 
 
 def prepare() -> None:
-    """Make the standard streams take any text, whatever the locale's encoding is.
+    """Make the standard streams take any text under any encoding of the locale.
 
     Where the encoding lacks a character, its spelling in ASCII is written, or an escape such as
-    \\U0001f600. A stream that the process was started without is replaced by an empty one.
+    \\U0001f600. An empty stream replaces a stream that the process was started without.
     """
     empty = Path(os.devnull)
     if sys.stdin is None:
@@ -62,7 +62,7 @@ codecs.register_error(_HANDLER, _spelled)
 def writable(text: str, encoding: str) -> str:
     """Return a text with the spellings in ASCII of characters that an encoding lacks.
 
-    Used before a table measures its columns; `prepare` sees to everything else.
+    For tables, which measure their columns; `prepare` covers all other output.
     """
     if text.isascii() or encoding.lower().startswith("utf"):
         return text
@@ -70,7 +70,7 @@ def writable(text: str, encoding: str) -> str:
 
 
 def unicode_text(text: str) -> str:
-    """Return an argument's text, which Python may have decoded by a locale that is not UTF-8.
+    """Return an argument's text as UTF-8, in a locale with another encoding too.
 
     Raises:
         UnicodeError: the argument is not UTF-8.
@@ -83,9 +83,9 @@ def unicode_text(text: str) -> str:
 
 
 def input_lines() -> Iterator[str]:
-    """Yield the lines of standard input: UTF-8, or else in the stream's own encoding.
+    """Yield the lines of standard input, in UTF-8 or else in the stream's own encoding.
 
-    Bytes of a line that are in neither become lone surrogates.
+    Bytes in neither encoding become lone surrogates.
     """
     binary = getattr(sys.stdin, "buffer", None)
     if binary is None:  # replaced by a stream of text
@@ -114,7 +114,7 @@ def _decoded(line: bytes) -> str:
 
 
 def discard() -> None:
-    """Write what is left in the standard streams, or nothing if nobody reads it.
+    """Write the rest of the standard streams, or drop the rest if nobody reads.
 
     Afterwards the interpreter can close the streams without a message.
     """

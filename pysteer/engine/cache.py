@@ -35,8 +35,8 @@ class Slot:
     Attributes:
         number: llama.cpp's sequence id.
         cells: the cells, in the order of the positions.
-        checked: number of first cells that usable logits have been computed from. A value that is
-            not finite can hide in the cells behind them.
+        checked: number of first cells behind usable logits. Later cells can hide a value that is
+            not finite.
         in_use: a request has the slot.
         content: returns the content of the cells.
         last_used: time of the last request's end, in requests.

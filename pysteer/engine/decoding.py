@@ -149,7 +149,7 @@ class Decoder:
         return True
 
     def _passed(self, request: Request) -> None:
-        """Take note of usable logits: the request's cells may be reused."""
+        """Record usable logits, so that the request's cells may be reused."""
         assert request.slot is not None
         request.slot.checked = request.n_past
         self._recovery.passed(request)
@@ -204,6 +204,6 @@ class Decoder:
 
 
 def _undo(requests: Sequence[Request], decisions: Sequence[int]) -> None:
-    """Take back the decisions of routers that a failed decode made."""
+    """Take back the routers' decisions in a failed decode."""
     for request, n in zip(requests, decisions, strict=True):
         request.steering.undo(n)

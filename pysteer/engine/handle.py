@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pysteer.engine.text import FinishReason
-from pysteer.llama.forks import left_behind, stays
+from pysteer.llama.forks import bind_to_process, left_behind
 
 Completion = dict[str, Any]
 Chunk = dict[str, Any]
@@ -89,7 +89,7 @@ class Handle:
         self._on_cancel: Callable[[], None] | None = None
         self._require_waitable: Callable[[], None] | None = None
         self._left = False
-        stays(self)
+        bind_to_process(self)
         self.cancelled = False
         self.first_logits: npt.NDArray[np.float32] | None = None
         self.prompt_tokens: Sequence[int] = prompt_tokens
@@ -155,7 +155,7 @@ class Handle:
             yield self._finished(held)
 
     def leave(self) -> None:
-        """Take note that this is the copy of a forked process, which the end does not reach."""
+        """Become the copy in a forked process, where the request never ends."""
         self._changed = threading.Condition()
         self._left = True
 

@@ -39,7 +39,7 @@ class RequestQueue:
         self._stopping = False
         self._draining = False
         self._cancelling = False
-        self._left = False  # this is the copy of a forked process
+        self._left = False  # True in the copy of a forked process
         self._idle = False  # the reader has nothing to do, except requests on hold
         self._holder: int | None = None  # the thread that makes a group
         self._held = False  # requests wait until all of a group are there
@@ -51,13 +51,13 @@ class RequestQueue:
     # ---- called by any thread ----------------------------------------------------------------
 
     def leave(self) -> None:
-        """Take note that this is the copy of a forked process, where nothing decodes."""
+        """Become the copy in a forked process, where nothing decodes."""
         self._changed = threading.Condition(threading.RLock())
         self._left = True
 
     @property
     def left(self) -> bool:
-        """This is the copy of a forked process."""
+        """True in the copy of a forked process."""
         return self._left
 
     @property

@@ -1,9 +1,9 @@
 """Recovery from decodes whose logits cannot be used: find the request at fault, and spare the rest.
 
-Too strong a steering overflows somewhere behind the place that it acts at. In attention, the NaN in
-its cells reaches other sequences, whose weight of 0 times NaN is NaN: those of the same batch, and
-all that are decoded while the cells keep their data. So nothing of such a decode counts, the whole
-memory is overwritten, and all running requests are computed again from their tokens.
+Too strong a steering overflows somewhere behind its place. In attention, the NaN in its cells
+reaches other sequences, whose weight of 0 times NaN is NaN: sequences of the same batch, and all
+sequences that are decoded while the cells keep their data. So all results of such a decode are
+dropped, the whole memory is overwritten, and all running requests are computed again.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _TRIED_UNSTEERED, _TO_ITSELF = 2, 3  # suspicion from which a request is decoded
 
 
 class Recovery:
-    """Decides who is at fault for a decode, and has the others computed again.
+    """Finds the request at fault for a decode, and has the others computed again.
 
     A request is at fault if its logits are not usable although, since the memory was last
-    overwritten, only its own cells have been computed. Until then it is a suspect: decoded alone,
-    until its next usable logits, or to its end if it was suspected too often. Every failure makes
-    some request more suspect, so the search ends.
+    overwritten, only its own cells have been computed. Until then the request is a suspect:
+    decoded alone until its next usable logits, or to its end after too many suspicions.
+    Every failure makes some request more suspect, so the search ends.
 
     Args:
         running: the requests.
@@ -43,13 +43,13 @@ class Recovery:
         self._mixed = False  # other requests' cells were computed, too
 
     def decoding(self, requests: Iterable[Request]) -> None:
-        """Take note of the requests whose cells a decode is about to compute."""
+        """Record the requests whose cells the next decode computes."""
         for request in requests:
             self._mixed = self._mixed or self._author not in (None, request.order)
             self._author = request.order
 
     def passed(self, request: Request) -> None:
-        """Take note of a request's usable logits."""
+        """Record usable logits of a request."""
         request.replaying = False
         if self._mixed:
             request.suspicion = 0
@@ -60,12 +60,12 @@ class Recovery:
         failed: Sequence[Request],
         error: SpoiledDecodeError | None = None,
     ) -> None:
-        """Drop all that was computed, after a decode that cannot be used.
+        """Drop all results, after a decode that cannot be used.
 
         Args:
-            requests: those of the decode.
-            failed: those of them whose logits are not usable.
-            error: the reason, where the decode raised one.
+            requests: the requests of the decode.
+            failed: the requests whose logits are not usable.
+            error: the error of the decode, if any.
         """
         self._statistics.recoveries += 1
         guilty = failed[0] if len(requests) == 1 and not self._mixed else None

@@ -52,9 +52,9 @@ class Request:
         length_limit: number of tokens that the context takes, prompt and text together.
         slot: the sequence of the context, while the request has one.
         order: older requests have smaller numbers.
-        alone_until: number of decoded tokens up to which nothing else is decoded meanwhile.
-        suspicion: number of decodes that could not be used, and may be the request's fault.
-        replaying: computed again from its first token, and no token drawn since.
+        alone_until: number of decoded tokens up to which no other request is decoded.
+        suspicion: number of failed decodes that may be the request's fault.
+        replaying: True while the request is computed again, until its next token is drawn.
         keep_first_logits: put the logits of the first token into the handle.
 
     Raises:

@@ -72,7 +72,7 @@ class RunningRequests:
 
     @property
     def settled(self) -> bool:
-        """No request is decoded alone or computed again: others may join."""
+        """True if no request is decoded alone or computed again, so that others may join."""
         return not any(request.alone or request.replaying for request in self.active)
 
     def make_room(self, n: int) -> bool:

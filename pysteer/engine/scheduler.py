@@ -13,7 +13,7 @@ from pysteer.engine.queue import RequestQueue
 from pysteer.engine.request import Request
 from pysteer.engine.running import RunningRequests
 from pysteer.engine.statistics import EngineStatistics
-from pysteer.llama.forks import stays
+from pysteer.llama.forks import bind_to_process
 from pysteer.llama.hooked import HookedLlama
 
 _log = logging.getLogger(__name__)
@@ -48,10 +48,10 @@ class Scheduler:
         self.queue.thread = self.thread
         self.thread.start()
         _all.add(self)
-        stays(self)
+        bind_to_process(self)
 
     def leave(self) -> None:
-        """Take note that this is the copy of a forked process, which has no such thread."""
+        """Become the copy in a forked process, which lacks the thread."""
         self.queue.leave()
         _all.discard(self)
 

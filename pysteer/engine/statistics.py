@@ -14,7 +14,7 @@ class EngineStatistics:
         tokens_decoded: rows of all their batches.
         tokens_reused: prompt tokens that were in the cache already.
         preemptions: sequences that made room for older ones, and were decoded again later.
-        recoveries: decodes that could not be used; everything running was computed again.
+        recoveries: failed decodes, after which all running requests were computed again.
         running: sequences that have a slot now.
         waiting: requests in the queue now.
     """

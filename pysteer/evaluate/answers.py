@@ -26,11 +26,10 @@ from pysteer.journal import Journal
 from pysteer.pack.policy import Policy
 from pysteer.pack.resolved import Steering
 from pysteer.runtime.arguments import Inherit
-from pysteer.thoughts import Answered, answered, opening_of
+from pysteer.thoughts import MARKER_TOKENS, Answered, answered, opening_of
 
 Floats = npt.NDArray[np.float64]
 
-_MARKER_TOKENS = 48  # at the end of a prompt; more than the longest marker has
 _REMEMBERED = 4  # groups whose distributions stay in memory: a reference, and its comparisons
 
 
@@ -73,7 +72,7 @@ class Answer:
             without a reference.
         ranks: category to the value by which the router compared the categories.
         thoughts: all that the model wrote, if that is more than the answer; else "".
-        unfinished: the text ends inside a thought; then `text` is "".
+        unfinished: True if the text ends inside a thought; then `text` is "".
     """
 
     text: str
@@ -94,7 +93,7 @@ class Answer:
 
     @property
     def degenerate(self) -> bool:
-        """The answer is degenerate, or without an answer the thought; see `is_degenerate`."""
+        """True if the answer, or an unfinished thought, is degenerate; see `is_degenerate`."""
         return is_degenerate(self.whole if self.unfinished else self.text)
 
 
@@ -195,12 +194,12 @@ class Answerer:
 
         The markers of many models' thoughts are special tokens, which a completion's text lacks.
         """
-        prompt = self._engine.detokenize(handle.prompt_tokens[-_MARKER_TOKENS:])
+        prompt = self._engine.detokenize(handle.prompt_tokens[-MARKER_TOKENS:])
         text = self._engine.detokenize(handle.text_tokens)
         return text, answered(text, opening_of(prompt))
 
     def _request(self, prompt: str) -> dict[str, Any]:
-        """Return a chat, or the bare prompt where extraction also reads it so."""
+        """Return a chat, or the bare prompt where extraction also takes the bare prompt."""
         if self._engine.renders_chats:
             return {"messages": [user_message(prompt)]}
         return {"prompt": prompt}

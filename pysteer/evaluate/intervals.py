@@ -51,7 +51,7 @@ class Mean(BaseModel):
 
 
 def share(flags: Iterable[bool]) -> Share:
-    """Return the share of flags that are set, with Wilson's score interval."""
+    """Return the share of set flags, with Wilson's score interval."""
     values = list(flags)
     k, n = sum(values), len(values)
     if n == 0:

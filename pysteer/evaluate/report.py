@@ -293,7 +293,7 @@ class Report(_Part):
 
     @property
     def words(self) -> Words:
-        """The judge's words for what it decides."""
+        """The judge's words for its verdicts."""
         return Words(**self.settings.get("words", SAFETY._asdict()))
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""Threads of an extraction: the cores that other programs leave free, and a limit that ends."""
+"""Threads of an extraction: cores that other programs leave free, and a limit on libraries."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def usable_cores() -> int:
 def free_cores() -> int:
     """Return the number of usable cores that are idle now, at least 1.
 
-    The time of each core is measured for half a second while this thread sleeps; where the system
-    does not tell, the load average of the last minute counts. With more threads than free cores,
-    every step waits for the thread that another program has displaced.
+    The time of each core is measured for half a second while this thread sleeps; without a
+    record of the system, the load average of the last minute counts. With more threads than
+    free cores, every step waits for the thread that another program has displaced.
     """
     cores = usable_cores()
     idle = _idle_cores()
@@ -39,9 +39,9 @@ def free_cores() -> int:
 
 @contextmanager
 def limited_threads(n: int) -> Iterator[None]:
-    """Limit torch and the OpenMP and BLAS libraries that are loaded to n threads, for a while.
+    """Limit torch and the OpenMP and BLAS libraries that are loaded to n threads, inside the block.
 
-    The limits of before return at the end. Models of llama.cpp have `n_threads` instead.
+    The former limits return at the end. Models of llama.cpp have `n_threads` instead.
     """
     with ExitStack() as stack:
         stack.enter_context(threadpool_limits(n))
@@ -55,7 +55,7 @@ def limited_threads(n: int) -> Iterator[None]:
 def _idle_cores() -> float | None:
     """Return the idle time of the cores over the time measured; None if the system has no record.
 
-    The record is of the whole machine, and a quota of the process comes on top of it.
+    The record covers the whole machine, without a quota of the process.
     """
     before = _times()
     if before is None:

@@ -219,7 +219,7 @@ def _draw_lines(axes: Any, values: Mapping[str, Mapping[int, float]], title: str
 
 
 def _draw_legend(axes: Any) -> None:
-    """Draw the legend of what has a name, beside the lines or bars."""
+    """Draw the legend of the named lines or bars, beside them."""
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 

@@ -147,17 +147,17 @@ class HookedContext:
         return self._closed
 
     def leave(self) -> None:
-        """Take note that this is the copy of a forked process, which must not touch the context."""
+        """Become the copy in a forked process, which must not touch the context."""
         self.lock = threading.RLock()
         self._left = True
 
     @property
     def left(self) -> bool:
-        """This is the copy of a forked process."""
+        """True in the copy of a forked process."""
         return self._left
 
     def require_open(self) -> None:
-        """Raise SteeringError if the context is closed, or of another process."""
+        """Raise SteeringError if the context is closed, or belongs to another process."""
         if self._left:
             raise left_behind("the model")
         if self._closed:

@@ -9,19 +9,19 @@ from typing import Protocol
 from pysteer.errors import SteeringError
 
 
-class Stays(Protocol):
+class ProcessBound(Protocol):
     """An object that cannot work in a forked process."""
 
     def leave(self) -> None:
-        """Take note, in a forked process, that this is a copy; nobody may wait for its locks."""
+        """Become the unusable copy in a forked process, without waiting for a lock."""
 
 
-_objects: weakref.WeakSet[Stays] = weakref.WeakSet()
+_objects: weakref.WeakSet[ProcessBound] = weakref.WeakSet()
 
 
-def stays(what: Stays) -> None:
-    """Call `leave` of an object in every process that is forked from this one."""
-    _objects.add(what)
+def bind_to_process(bound: ProcessBound) -> None:
+    """Call `leave` of an object in every process that is forked from this process."""
+    _objects.add(bound)
 
 
 def left_behind(name: str) -> SteeringError:
@@ -31,15 +31,15 @@ def left_behind(name: str) -> SteeringError:
         name: the object, such as "the model".
     """
     return SteeringError(
-        f"{name} works only in the process that created it, and this process was forked from that "
-        "one without its threads; create models and engines after the fork and none before, or "
+        f"{name} works only in the process that created it, and this process was forked "
+        "from it without its threads; create models and engines after the fork and none before, or "
         "start processes by multiprocessing's 'spawn'"
     )
 
 
 def _leave_all() -> None:
-    for what in list(_objects):
-        what.leave()
+    for bound in list(_objects):
+        bound.leave()
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork

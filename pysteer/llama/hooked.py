@@ -21,7 +21,7 @@ from pysteer.files import check_regular
 from pysteer.llama.batch import EVERY_ROW, LAST_ROW, chunked
 from pysteer.llama.capture import Activations
 from pysteer.llama.context import HookedContext, SpoiledDecodeError
-from pysteer.llama.forks import stays
+from pysteer.llama.forks import bind_to_process
 from pysteer.llama.log import kept_errors, with_cause
 from pysteer.llama.versions import load_native
 from pysteer.pack.pack import BaseModel
@@ -110,7 +110,7 @@ class HookedLlama(Llama):
         if max_sequences > 1:
             _require_room(max_sequences, llama_arguments)
         self.context = HookedContext(max_sequences)
-        stays(self)
+        bind_to_process(self)
         path = os.fspath(model_path)
         if os.path.lexists(path):
             check_regular(Path(path))  # llama.cpp would wait for a pipe
@@ -157,7 +157,7 @@ class HookedLlama(Llama):
 
     @property
     def keeps_logits(self) -> bool:
-        """`scores` holds the logits of every token in the context, not of the last alone."""
+        """True if `scores` holds logits of every token in the context, not of the last alone."""
         return self._outputs == EVERY_ROW
 
     @property
@@ -166,7 +166,7 @@ class HookedLlama(Llama):
         return self.context.closed
 
     def leave(self) -> None:
-        """Take note that this is the copy of a forked process: never use or free the model here.
+        """Become the copy in a forked process, which never uses or frees the model.
 
         llama.cpp's threads do not exist in the process, and devices refuse calls from it.
         """
@@ -261,7 +261,7 @@ class HookedLlama(Llama):
                 return
 
     def _require_usable_logits(self, n_tokens: int) -> None:
-        """Raise SpoiledDecodeError if logits of the latest tokens are no numbers to draw from."""
+        """Raise SpoiledDecodeError if the logits of the latest tokens leave no token to draw."""
         if n_tokens == 0 or self.context_params.embeddings:
             return
         rows: Iterable[npt.NDArray[np.float32]] = [self.context.logits(-1)]

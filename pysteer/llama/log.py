@@ -1,8 +1,8 @@
 """llama.cpp's log: silent with `verbose=False`, and the errors of a failed call kept as its cause.
 
 llama-cpp-python's own log callback counts levels from another number than llama.cpp does: with
-`verbose=False` it prints warnings and hides errors. `take_over` replaces that callback, and no
-other: a program that has set its own with `llama_log_set`, before or after, keeps it.
+`verbose=False` the callback prints warnings and hides errors. `take_over` replaces that callback
+alone: a program that sets a callback by `llama_log_set`, before or after, keeps its own.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from llama_cpp._logger import llama_log_callback, logger
 
 _LEVELS = {0: logging.INFO, 1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR}
 _CONTINUES = 5  # the text goes on in the line before
-_MAX_ERRORS = 8  # the first one names the cause
+_MAX_ERRORS = 8  # the first error names the cause
 _FUNCTION = re.compile(r"^(?:\w+: )+")  # the names of the functions that report
 
 
@@ -60,7 +60,7 @@ def with_cause(message: str, errors: list[str]) -> str:
 
 
 def take_over() -> None:
-    """Replace llama-cpp-python's log callback; leave any other as it is. Free when repeated."""
+    """Replace llama-cpp-python's log callback, but no other callback. Free when repeated."""
     current, data = llama_cpp.llama_log_callback(), ctypes.c_void_p()
     llama_cpp.llama_log_get(ctypes.byref(current), ctypes.byref(data))
     if _address(current) == _address(llama_log_callback):
@@ -81,7 +81,7 @@ def _log(level: int, text: bytes, _: object) -> None:
             errors[-1] += line
         elif len(errors) < _MAX_ERRORS:
             errors.append(line)
-    # `verbose` of the latest model sets the logger to DEBUG, or to ERROR, which stands for silence.
+    # `verbose` of the latest model sets the logger to DEBUG, or to ERROR for silence.
     if logger.level < logging.ERROR and logger.level <= _thread.level and sys.stderr is not None:
         print(line, end="", flush=True, file=sys.stderr)
 

@@ -44,7 +44,7 @@ class ContextMemory:
             llama_cpp.llama_memory_clear(self._memory, data)
 
     def save(self, slot: int) -> npt.NDArray[np.uint8]:
-        """Return a copy of everything in memory for a sequence.
+        """Return a copy of all cells of a sequence.
 
         Raises:
             RuntimeError: llama.cpp cannot copy the sequence.
@@ -57,9 +57,7 @@ class ContextMemory:
         return data
 
     def restore(self, slot: int, data: npt.NDArray[np.uint8]) -> None:
-        """Replace everything in memory by a sequence that `save` returned.
-
-        The copy is exact, to the last bit. Logits do not belong to it.
+        """Replace all cells by a sequence that `save` returned, to the last bit; without logits.
 
         Raises:
             RuntimeError: llama.cpp cannot take the sequence; the memory is empty.

@@ -19,7 +19,7 @@ UNTESTED_OVERRIDE = "PYSTEER_UNTESTED_LLAMA_CPP"
 """Environment variable: set to 1 to try another version."""
 
 PRIVATE_NAMES: Final = {
-    "_logger": "llama-cpp-python's log callback, to replace that one and no other",
+    "_logger": "llama-cpp-python's log callback, the only one that is replaced",
     "_lib": "the loaded llama.cpp library, whose functions the native part looks up",
     "_grammar": "text of a LlamaGrammar, for llama_sampler_init_grammar",
     "_root": "root rule of a LlamaGrammar, for llama_sampler_init_grammar",

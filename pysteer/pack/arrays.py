@@ -47,7 +47,7 @@ def to_numpy(value: object) -> npt.NDArray[Any]:
     imported.
 
     Raises:
-        TypeError, ValueError, OverflowError, RecursionError: not an array.
+        TypeError, ValueError, OverflowError, RecursionError: `value` is no array.
     """
     try:
         array = np.asarray(value)

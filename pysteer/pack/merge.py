@@ -18,9 +18,9 @@ _SHAPE = ("architecture", "n_layer", "n_embd", "n_vocab")
 def read_packs(packs: Sequence[PackSource]) -> SteeringPack:
     """Return the categories of several packs as one pack.
 
-    The base model is that of the packs that name theirs, and must be the same. Of several typical
-    norms for a layer, the smallest holds. A router keeps to the categories that it knows; a policy
-    holds for the categories of all packs.
+    All packs that name a base model must name the same. Of several typical norms for a layer, the
+    smallest holds. A router decides about its own categories; a policy holds for the categories
+    of all packs.
 
     Args:
         packs: packs, pack files, and plain control-vector files, whose category is the file's

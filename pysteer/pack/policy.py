@@ -270,7 +270,7 @@ class Policy(_Settings):
             other: the policy of whoever decides over this one: the operator's over the pack's, a
                 request's over the operator's.
             kinds: the kinds of gate that the pack's router has, which tell the kind of a policy
-                that names none. Without, thresholds of such a policy are in any kind's unit.
+                that names none. Without kinds, such a policy keeps its thresholds.
 
         Raises:
             SteeringError: the two policies contradict each other.
@@ -289,7 +289,7 @@ class Policy(_Settings):
         return _placed(content, {**self._all_places(), **other._all_places()})
 
     def _replaced_by(self, other: Policy, kinds: Collection[str]) -> set[str]:
-        """Return the keys of this policy's categories that top-level settings of `other` end."""
+        """Return the categories' keys here that top-level settings of `other` replace."""
         given = other.model_fields_set
         mine = self.gate or _default_gate(kinds)
         other_kind = "gate" in given and mine not in (None, other.gate or _default_gate(kinds))

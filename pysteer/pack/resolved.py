@@ -68,7 +68,7 @@ class ResolvedPolicy:
         object.__setattr__(self, "policy", policy)
 
     def _laid_over(self, policy: Policy, over: Policy) -> Policy:
-        """Return a policy with another laid over it: the only place where policies meet a pack."""
+        """Return a policy with another laid over it, checked against the pack."""
         router = self.pack.router
         merged = policy.merged(over, () if router is None else list(router.gates))
         self.pack.check_policy(merged)
@@ -243,7 +243,7 @@ class ResolvedPolicy:
 
 
 def _resolved(pack: SteeringPack, policy: Policy) -> ResolvedPolicy:
-    """Return a pack under a merged policy, which the pack's own policy is part of."""
+    """Return a pack under a policy that already includes the pack's own."""
     found = ResolvedPolicy(pack)
     found._put(policy)
     return found

@@ -113,13 +113,13 @@ class SteeredCache:
     # ---- tokens ------------------------------------------------------------------------------
 
     def moved(self, n_tokens: int, active: ActiveSteering | None) -> None:
-        """Take note of a new number of tokens in the context.
+        """Record a new number of tokens in the context.
 
-        Multimodal chat handlers decode images straight on the context, and raise the number. Such
-        positions belong to their request alone: no tokens stand for them.
+        Multimodal chat handlers decode images straight on the context, and raise the number. These
+        positions have no tokens, and belong to their request alone.
 
         Raises:
-            SteeringError: steering is in force, which did not reach such positions.
+            SteeringError: steering is in force, which does not reach these positions.
         """
         self._ledger.forget(n_tokens)
         start = self._ledger.known
@@ -137,7 +137,7 @@ class SteeredCache:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Record the tokens by other means inside the `with` block."""
+        """Ignore new numbers of tokens inside the `with` block, whose caller records the tokens."""
         self._evaluating = True
         try:
             yield
@@ -159,7 +159,7 @@ class SteeredCache:
 
         Args:
             sequence: the sequence about to begin.
-            request: the request that it belongs to.
+            request: the request of the sequence.
             tokens: the argument of `generate`.
             reset: the argument of `generate`. True: `tokens` are the whole prompt. False: `tokens`
                 follow the context.

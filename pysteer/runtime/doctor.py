@@ -146,7 +146,7 @@ def diagnose(
 
 @contextmanager
 def _failing(checks: list[Check], name: str) -> Iterator[None]:
-    """Make a check of an error inside the `with` block: a diagnosis reports, and goes on."""
+    """Turn an error of the `with` block into a check, so that the diagnosis goes on."""
     try:
         yield
     except NotImplementedError as error:

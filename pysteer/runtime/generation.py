@@ -22,8 +22,8 @@ class Request:
 
     Attributes:
         latest: the request's latest generation.
-        ended: the result is complete, or the stream was closed.
-        images: fingerprint of the positions that its chat handler decoded by itself.
+        ended: True once the result is complete, or the stream is closed.
+        images: fingerprint of the positions that the chat handler decoded by itself.
     """
 
     latest: Generation | None = None
@@ -37,7 +37,7 @@ class Request:
 
 
 class SavedContext(NamedTuple):
-    """All that a generation leaves on the model and in its context."""
+    """Copy of a generation's state: the KV cache, the logits, and the sampler."""
 
     memory: npt.NDArray[np.uint8]
     scores: npt.NDArray[np.float32] | None
@@ -49,17 +49,17 @@ class Generation:
     """One call of `generate`, from its prompt to its last token.
 
     Attributes:
-        request: the request that it belongs to.
-        sequence: its steering.
+        request: the request of the call.
+        sequence: the steering.
         tokens: the tokens in the context when the latest step ended.
         steering: the steering of these tokens.
         n_prompt: number of prompt tokens.
         n_drawn: number of tokens drawn.
         n_accepted: number of tokens decoded, without those of a draft that are not yet chosen.
-        over: nothing is generated any more.
-        live: the logits in the context are its own.
-        saved: what it left, while the context belongs to another.
-        lost: what it left could not be copied or put back.
+        over: True once no more tokens come.
+        live: True if the logits in the context are the generation's own.
+        saved: copy of the state, while the context belongs to another generation.
+        lost: True if the state could not be copied or put back.
     """
 
     request: Request
@@ -76,7 +76,7 @@ class Generation:
 
     @property
     def wanted(self) -> bool:
-        """More tokens may be asked for, or the request reads what the last ones left."""
+        """True if more tokens may be drawn, or the request may still read the state."""
         return not self.over or (self.request.latest is self and not self.request.ended)
 
     def draw(self) -> None:

@@ -12,7 +12,7 @@ Keys: TypeAlias = npt.NDArray[np.uint64]
 
 
 class CachedSteering(NamedTuple):
-    """The steering of the tokens in a context: bytes of their keys, and of the last logits."""
+    """The steering of the tokens in a context: the bytes of their keys, and the logits' key."""
 
     keys: bytes
     logits_key: int

@@ -1,6 +1,6 @@
 """Bound on strengths: the change of a hidden state, in multiples of its typical norm.
 
-A change far beyond the model's own activations leaves no text, and one near the end of float32
+A change far beyond the model's own activations leaves no text, and a change near the end of float32
 overflows in a later layer, where its values would reach the KV cache.
 """
 
@@ -18,7 +18,7 @@ from pysteer.pack.pack import SteeringPack
 from pysteer.pack.vector import SteeringVector
 
 MAX_RELATIVE_NORM = 32.0
-"""Default bound. Text is rubble from a few times the typical norm on."""
+"""Default bound. Text falls apart from a few times the typical norm on."""
 
 _TEXT = b"The weather is calm today, and the children are playing near the old bridge."
 
@@ -75,8 +75,8 @@ class StrengthLimits:
         Args:
             category: name of the category.
             vector: its vector, always the same for a name.
-            strength: of the category.
-            factors: the factors of its scope.
+            strength: the strength.
+            factors: the factors of the category's scope.
 
         Raises:
             SteeringError: the strength times the largest factor is beyond the bound.

@@ -93,6 +93,6 @@ def _warn_of_other_form(llm: HookedLlama, pack: SteeringPack) -> None:
     if is_other_form(pack.provenance, form):
         _log.warning(
             "the pack's router was fitted with prompts in another form than this model's chats "
-            "have (another chat template, or none), and may decide otherwise than its figures say; "
+            "have (another chat template, or none), so its figures may not hold; "
             "give the chat_format= of the extraction, or extract again"
         )

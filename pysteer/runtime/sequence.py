@@ -33,7 +33,7 @@ class SequenceSteering:
         begun: a token of the sequence was decoded.
 
     Raises:
-        SteeringError: the router has no token to read, or would read a chat whose form is a guess.
+        SteeringError: the router has no token to read, or the form of the chat is a guess.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class SequenceSteering:
         return decided[-1] + 1 if self.plan.rechecks and self.plan.pools else _END
 
     def free_after(self, position: int) -> int:
-        """Return the number of tokens after a position whose rows no later decision rests on."""
+        """Return the number of tokens after a position that no later decision reads."""
         if self.native is None or not self.plan.rechecks:
             return _END
         return 0 if self.plan.pools else max(self.native.next_decision - position - 1, 0)
@@ -148,7 +148,7 @@ class SequenceSteering:
         return 0 if self.native is None else self.native.n_decisions
 
     def undo(self, n_decisions: int) -> None:
-        """Go back to `n_decisions`, one fewer at most: a failed decode made the last decision."""
+        """Take back the last decision, of a failed decode, if there are more than `n_decisions`."""
         if self.n_decisions > n_decisions:
             assert self.native is not None
             self.native.undo_decision()

@@ -2,7 +2,7 @@
 
 llama-cpp-python counts no token that leaves a character unfinished, so that a run of such tokens
 would go on to the end of the context. `create_completion` hands its `stopping_criteria` on to
-`generate`, which thereby learns the number of tokens that it may draw.
+`generate`, and a `TokenLimit` in their place carries the number of tokens.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class TokenLimit(StoppingCriteriaList):
 
     Attributes:
         criteria: the completion's own stopping criteria.
-        reached: the limit ended the completion inside a character.
+        reached: True if the limit ended the completion inside a character.
     """
 
     def __init__(self, llm: Llama, arguments: dict[str, Any]) -> None:
@@ -51,7 +51,7 @@ class TokenLimit(StoppingCriteriaList):
 
         Args:
             prompt: tokens.
-            step: context manager of a step of the generation, in which the criteria are asked.
+            step: context manager of a step of the generation, for calls of the criteria.
         """
         self._prompt, self._drawn, self.reached, self._step = prompt, [], False, step
         room = len(self._llm.input_ids) - len(prompt)  # llama.cpp may round n_ctx up
@@ -62,14 +62,14 @@ class TokenLimit(StoppingCriteriaList):
         self._drawn.append(token)
 
     def __call__(self, *args: Any) -> bool:
-        """`create_completion` asks at the end of the text."""
+        """Return True if the completion's own criteria end the text."""
         if self.criteria is None:
             return False
         with self._step():
             return bool(self.criteria(*args))
 
     def finish(self, result: Any) -> Any:
-        """Return the completion with its whole text, where it ends inside a character."""
+        """Return the completion, with its whole text if the text ends inside a character."""
         if self._stream:
             return self._finished(result)
         choice = result["choices"][0]
@@ -80,7 +80,7 @@ class TokenLimit(StoppingCriteriaList):
 
     @property
     def _ends_inside(self) -> bool:
-        """The text ends inside a character, or where llama-cpp-python takes it for that."""
+        """True if the text ends inside a character, or in U+FFFD, which looks alike."""
         return self.reached or self._text.decode(errors="replace").endswith("\ufffd")
 
     @property

@@ -18,10 +18,10 @@ _REFUSED = (
 
 
 class Turns:
-    """Which generation the context belongs to, and copies of the others.
+    """The owner of the context among generations, and copies of the others.
 
-    A generation that another one interrupts is copied to memory of the host, KV cache included, and
-    put back when it goes on, exact to the last bit. All calls need the context's lock.
+    An interrupted generation is copied to memory of the host, KV cache included, and put back for
+    its next step, exact to the last bit. All calls need the context's lock.
 
     Args:
         llm: the model.
@@ -29,7 +29,7 @@ class Turns:
 
     Attributes:
         current: the generation that the context belongs to; None if tokens were evaluated by hand.
-        running: the generation in the middle of a step; what runs meanwhile is part of the step.
+        running: the generation in the middle of a step, or None.
     """
 
     def __init__(self, llm: HookedLlama, cache: SteeredCache) -> None:
@@ -39,7 +39,7 @@ class Turns:
         self.running: Generation | None = None
 
     def take(self, generation: Generation | None) -> None:
-        """Give the context to a generation, as the generation left it; None: to evaluation by hand.
+        """Give the context to a generation, with its state put back; None: to evaluation by hand.
 
         Raises:
             SteeringError: the generation cannot be put back.
@@ -110,13 +110,13 @@ class Turns:
         self._llm.input_ids[: len(generation.tokens)] = generation.tokens
 
     def note_latest(self, request: Request | None) -> None:
-        """Take note of the tokens in the context, where they are of the request's latest part."""
+        """Record the tokens in the context, if they belong to the request's latest generation."""
         latest = None if request is None or request.ended else request.latest
         if latest is not None and latest is self.current:
             self.note(latest)
 
     def note(self, generation: Generation) -> None:
-        """Take note of the tokens in the context."""
+        """Record the tokens in the context, and their steering."""
         n = self._llm.n_tokens
         generation.tokens = self._llm.input_ids[:n].copy()
         generation.steering = self._cache.taken(n)
@@ -141,7 +141,7 @@ class Turns:
 
     @contextmanager
     def own_sampler(self) -> Iterator[None]:
-        """Sample inside the `with` block; outside of steps, not with the sampler of a stream."""
+        """Hide the sampler of an open stream inside the `with` block, except in a step."""
         sampler = self._llm._sampler
         by_hand = self.running is None and self.current is not None and self.current.wanted
         if by_hand:

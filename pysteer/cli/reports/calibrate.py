@@ -35,9 +35,9 @@ def evaluate_command(
     judge: str,
     llama: Llama,
 ) -> str:
-    """Return the shell command that measures a pack as the calibration measured it.
+    """Return the shell command that measures a pack with the settings of its calibration.
 
-    Only what differs from the defaults of `pysteer evaluate` is named.
+    Names only settings that differ from the defaults of `pysteer evaluate`.
 
     Args:
         model: as given; None: the default model.

@@ -13,7 +13,7 @@ from pysteer.judge import NEUTRAL, Item, Judge, Reward, Verdict, Words, judge_an
 
 
 class CallableJudge:
-    """A judge that calls a function of prompt and answer, the latter without thoughts.
+    """A judge that calls a function of prompt and answer; the answer has no thoughts.
 
     Args:
         function: returns a bool (safe or not), a bool with a reason, or a `Verdict`. Its attribute

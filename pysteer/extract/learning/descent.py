@@ -229,7 +229,7 @@ class Descent:
         rate: float,
         path: Path | None,
     ) -> _Best:
-        """Train from `start`, or from the step that an earlier run had reached."""
+        """Train from `start`, or from the last step of an earlier run."""
         run = _Run.begin(start, rate)
         under_way = None if path is None else path.with_suffix(".steps.npz")
         try:
@@ -349,7 +349,7 @@ class _OutOfTime(Exception):
 
 @dataclass
 class _Run:
-    """A descent under way: everything that its next step depends on, besides the data.
+    """A descent under way: all inputs of the next step, besides the data.
 
     Attributes:
         state: the directions, in units of `Descent.scale`.

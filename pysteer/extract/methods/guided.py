@@ -27,12 +27,10 @@ from pysteer.extract.methods.base import Method, Needs, NoOptions, Result, Task
 from pysteer.extract.methods.means import running_means
 from pysteer.extract.reader import Reader
 from pysteer.judge import Item, Judge
-from pysteer.thoughts import Answered, answered, opening_of
+from pysteer.thoughts import MARKER_TOKENS, Answered, answered, opening_of
 
 JUDGED_TOKENS = 64
 """Most tokens of the model's own answers that a judge reads."""
-
-_MARKER_TOKENS = 48  # at the end of a prompt; more than the longest marker has
 
 
 def guided(
@@ -192,7 +190,7 @@ def judged_safe(
 
 def _read(reader: Reader, prompt: TokenizedPrompt, answer: Tokens) -> Answered:
     """Return the model's own answer, without its thoughts."""
-    opening = opening_of(reader.capture.text(prompt.tokens[-_MARKER_TOKENS:]))
+    opening = opening_of(reader.capture.text(prompt.tokens[-MARKER_TOKENS:]))
     return answered(reader.capture.text(answer), opening)
 
 

@@ -48,7 +48,7 @@ _log = logging.getLogger(__name__)
 
 
 class HeldOut(NamedTuple):
-    """Prompts that the first fit was measured on.
+    """The held-out prompts of the first fit.
 
     Attributes:
         rows: intp (m,), their indices among the prompts of the fit.
@@ -64,7 +64,7 @@ class HeldOut(NamedTuple):
 
 
 class Fitted(NamedTuple):
-    """A router and the decisions that its figures come from."""
+    """A router, and the decisions behind its figures."""
 
     router: Router
     held_out: HeldOut

@@ -22,10 +22,10 @@ MIN_PROMPTS = 5
 """Fewest prompts of a class that can be split: four to learn from, one to test with."""
 
 FEW_UNSAFE = 20
-"""Prompts of a category below which its gate is warned of."""
+"""Fewest prompts of a category without a warning."""
 
 FEW_EVERYDAY = 100
-"""Everyday prompts below which false positives are warned of: 0 of 100 leaves up to 4%."""
+"""Fewest everyday prompts without a warning: 0 of 100 leaves up to 4% false positives."""
 
 MAX_PROMPTS = 5000
 """Most prompts of a fit; of more a sample is used. More hardly help, and the time is cubic."""
