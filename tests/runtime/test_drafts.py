@@ -98,3 +98,17 @@ def test_accepted_drafts_save_decodes(tiny_llama, pack):
     with closing(Counting(tiny_llama, pack=pack, **arguments)) as llm:
         answer(llm, A, {"a": 1.0}, None, temperature=0.0)
     assert len(calls) <= 4
+
+
+def test_draft_of_an_interrupted_stream_is_made_again(tiny_llama, pack):
+    with closing(SteeredLlama(tiny_llama, pack=pack, **ARGUMENTS)) as llm:
+        tokens = answer(llm, A, {"a": 1.0}, None, temperature=0.0)[3]
+    arguments = {**ARGUMENTS, "draft_model": Oracle(tokens, 6, 0)}
+    with closing(SteeredLlama(tiny_llama, pack=pack, **arguments)) as llm:
+        with llm.steering({"a": 1.0}):
+            stream = llm.generate(A, temp=0.0)
+        found = []
+        for _ in range(N_WRITTEN - 1):
+            found.append(next(stream))
+            llm.create_completion(B, steering=None, max_tokens=1)
+    assert [*A, *found] == tokens
