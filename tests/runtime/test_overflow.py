@@ -61,6 +61,7 @@ def test_overflow_after_the_site_raises_and_leaves_nothing_behind(
         ) as llm,
     ):
         expected = outcome(fresh.create_completion(PROMPT, steering=None, **GREEDY))
+        short = outcome(fresh.create_completion([40, 41], steering=None, **GREEDY))
         stream = llm.create_completion(PROMPT, steering=None, stream=True, **GREEDY)
         text = next(stream)["choices"][0]["text"]
         for n in (len(PROMPT), 5):
@@ -72,6 +73,7 @@ def test_overflow_after_the_site_raises_and_leaves_nothing_behind(
                 llm.eval(PROMPT)
             assert llm.n_tokens == 0
             # Cells keep what was in them: a weight of 0 times NaN would be NaN.
+            assert outcome(llm.create_completion([40, 41], steering=None, **GREEDY)) == short
             assert outcome(llm.create_completion(PROMPT, steering=None, **GREEDY)) == expected
         text += "".join(chunk["choices"][0]["text"] for chunk in stream)
         assert text == expected[0]
