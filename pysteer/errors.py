@@ -7,7 +7,7 @@ code 2.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,6 +25,21 @@ def quoted(value: object) -> str:
     """
     text = repr(value[: 2 * _SHOWN] if isinstance(value, (str, bytes, list)) else value)
     return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
+
+
+def nearest(name: object, names: Iterable[str]) -> str:
+    """Return a question for the known name that a mistyped name resembles, or "".
+
+    Examples:
+        >>> nearest("malwre", ["hate", "malware"])
+        "; did you mean 'malware'?"
+        >>> nearest("style", ["hate", "malware"])
+        ''
+    """
+    from difflib import get_close_matches  # slow to import
+
+    found = get_close_matches(name, names, n=1) if isinstance(name, str) else []
+    return f"; did you mean {quoted(found[0])}?" if found else ""
 
 
 def has_control(text: str) -> bool:

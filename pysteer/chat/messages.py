@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, TypeAlias
 
-from pysteer.errors import SteeringError
+from pysteer.errors import SteeringError, quoted
 
 Message: TypeAlias = Mapping[str, Any]
 """A role and a content: a string, or a list of parts, some with text."""
@@ -22,12 +22,18 @@ def user_message(text: str) -> Message:
 def snapshot(messages: Any) -> Any:
     """Return a copy of messages, and of their parts, that later changes do not reach.
 
-    Anything but a sequence of messages is returned as it is.
+    Anything else but a text is returned as it is.
 
     Raises:
-        SteeringError: a message is nested more than `MAX_DEPTH` deep, or contains itself.
+        SteeringError: a text instead of messages, or a message that is nested more than `MAX_DEPTH`
+            deep or contains itself.
     """
-    if isinstance(messages, str) or not isinstance(messages, Sequence):
+    if isinstance(messages, str):
+        raise SteeringError(
+            f"messages={quoted(messages)}: give a list of messages, such as "
+            '[{"role": "user", "content": "Hello"}]'
+        )
+    if not isinstance(messages, Sequence):
         return messages
     return [_copied(message, 1) for message in messages]
 

@@ -15,6 +15,7 @@ from pysteer.errors import (
     SteeringError,
     UnknownCategoryError,
     naming,
+    nearest,
     quoted,
 )
 from pysteer.formats import gguf, registry
@@ -162,6 +163,7 @@ class SteeringPack:
         except KeyError:
             raise UnknownCategoryError(
                 f"unknown category {quoted(category)}; this pack has {', '.join(self.categories)}"
+                + nearest(category, self.categories)
             ) from None
 
     def __reduce__(self) -> tuple[type[SteeringPack], tuple[object, ...]]:

@@ -58,6 +58,11 @@ def test_replace_user_text_without_a_text_returns_none(messages):
     assert replace_user_text(messages, "new") is None
 
 
+def test_text_instead_of_messages_raises_with_an_example():
+    with pytest.raises(SteeringError, match=r"messages='Hello': give a list .*\"role\": \"user\""):
+        snapshot("Hello")
+
+
 def test_snapshot_of_messages_without_an_end_raises():
     nested, endless = user_message("a"), {"role": "user", "content": []}
     for _ in range(5000):

@@ -316,3 +316,11 @@ def test_loading_a_pack_without_a_policy_imports_neither_pydantic_nor_yaml(tmp_p
         [sys.executable, "-c", code, path], capture_output=True, text=True, timeout=60, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_mistyped_category_raises_with_the_nearest_name():
+    pack = SteeringPack({"malware": SteeringVector({1: np.ones(4)})})
+    with pytest.raises(UnknownCategoryError, match=r"'malwre'; .* did you mean 'malware'\?"):
+        pack["malwre"]
+    with pytest.raises(UnknownCategoryError, match=r"this pack has malware$"):
+        pack["style"]
