@@ -113,6 +113,13 @@ def test_no_page_has_python_that_no_test_runs():
     assert pages - elsewhere == {"runtime.md", "vectors.md", "extract.md", "evaluate.md"}
 
 
+FEW_PROMPTS = (
+    "warning: fewer than 20 prompts in 'malware' (8), 'fraud_deception' (8), "
+    "'hate_harass_violence' (8), 'privacy_violation' (8): a router learns their style rather than "
+    "the category; add prompts"
+)
+
+
 @pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("pysteer")])
 def test_commands_succeed(folder, command):
     program, *arguments = shlex.split(command)
@@ -127,8 +134,14 @@ def test_commands_succeed(folder, command):
         env={**os.environ, "COLUMNS": "100"},
     )
     assert result.returncode == 0, result.stderr
-    routed = "--steer auto" in command
-    assert result.stderr == ("the router found: malware\n" if routed else "")
+    beside = result.stderr.splitlines()
+    if arguments[0] == "generate":
+        assert beside.pop(0).startswith("SmolLM2-135M-Instruct")
+        assert beside == ([] if "--steer" in arguments else ["the router found: malware"])
+    elif arguments[0] == "extract":  # of 8 prompts a category, and perhaps beside other programs
+        assert [line for line in beside if "other programs" not in line] == [FEW_PROMPTS]
+    else:
+        assert not beside
     assert result.stdout.strip()
 
 

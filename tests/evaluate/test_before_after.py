@@ -95,7 +95,8 @@ def test_broken_answer_is_never_a_success(default_model):
     noise = SteeringVector({layer: 200 * rng.standard_normal(576) for layer in range(10, 20)})
     pack = SteeringPack({"malware": noise})
     prompts = shipped.demo_prompts()[0][:3]
-    with closing(SteeredLlama(default_model, pack=pack, n_ctx=512, verbose=False)) as llm:
+    options = {"n_ctx": 512, "verbose": False, "max_relative_norm": None}
+    with closing(SteeredLlama(default_model, pack=pack, **options)) as llm:
         (row,) = summarise(answer_twice(llm, prompts, [], max_tokens=32))
     assert row.refused_after == 0.0
     assert row.degenerate_after > 0.5

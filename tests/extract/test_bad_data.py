@@ -161,7 +161,8 @@ def test_refusing_model_raises_for_contrast(tmp_path, caplog):
 
 def test_learned_without_torch_raises_before_the_model_runs(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pysteer.extract.torch_capture", None)
-    refused(r"torch; run: pip install 'pysteer\[extract\]'", method="learned", folder=tmp_path)
+    words = r"torch; run: pip install 'pysteer-llama\[extract\]'"
+    refused(words, method="learned", folder=tmp_path)
 
 
 def test_equal_sides_raise(tmp_path):
