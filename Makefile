@@ -48,8 +48,9 @@ cd build/$(2) && $(3) LD_PRELOAD="$$($${CXX:-c++} -print-file-name=lib$(2).so) \
   bin/python -m pytest -c ../../pyproject.toml --rootdir ../.. $(4)
 endef
 
+# A failed allocation is llama.cpp's to report, also under AddressSanitizer.
 asan: $(VENV)/.dev ## Run the tests with the native part under AddressSanitizer.
-	$(call sanitized,address,asan,env ASAN_OPTIONS=detect_leaks=0,-m "not slow and not torch" ../../tests)
+	$(call sanitized,address,asan,env ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1,-m "not slow and not torch" ../../tests)
 
 # Python and llama.cpp are not compiled for ThreadSanitizer: it ignores their accesses and sees their locks.
 # It cannot see OpenMP's threads wait for each other, hence one thread. Some kernels randomise the layout of

@@ -27,9 +27,14 @@ LOCALES = {
 def started(*arguments, flags=(), **options):
     env = {k: v for k, v in os.environ.items() if not k.startswith(("LC_", "LANG"))}
     env |= options.pop("env", {})
+
+    def heed_interrupts():  # which a shell's background jobs ignore, with all their children
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     return subprocess.Popen(
         [sys.executable, *flags, "-m", "pysteer", *map(str, arguments)],
         env=env,
+        preexec_fn=heed_interrupts,
         **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options},
     )
 
