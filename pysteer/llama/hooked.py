@@ -124,6 +124,7 @@ class HookedLlama(Llama):
                 # An error that names no file is about an argument.
                 hint = "; is it a GGUF model?" if cause != str(error) else ""
                 raise SteeringError(with_cause(f"{path}: {cause}", errors) + hint) from None
+        self.input_ids.fill(0)  # image handlers make prompts of ids that nobody has written
         speculates = llama_arguments.get("draft_model") is not None
         if speculates and not llama_arguments.get("logits_all"):
             # llama_cpp.Llama then writes the logits of every token, and makes room for n_batch.

@@ -335,6 +335,8 @@ class SteeredLlama(HookedLlama):
             self._n_tokens = n_tokens
             return
         active = self._requests.in_force
+        if n_tokens < self._n_tokens:
+            self._requires_eval = True  # the logits in the context are those of a later token
         self._n_tokens = n_tokens
         self._cache.moved(n_tokens, active)
 

@@ -109,12 +109,13 @@ def answer(llm, prompt, steering, policy, **options):
     return result["choices"][0]["text"], rows, without_scores(result["steering"])
 
 
+def without(mapping, *keys):
+    return {key: value for key, value in mapping.items() if key not in keys}
+
+
 def without_scores(told):
-    told.pop("scores")
-    told.pop("ranks")
-    for category in told["categories"].values():
-        category.pop("score")
-    return told
+    categories = {name: without(one, "score") for name, one in told["categories"].items()}
+    return {**without(told, "scores", "ranks"), "categories": categories}
 
 
 def in_thread(call):
@@ -290,6 +291,20 @@ def run_machine(path, site, examples, **arguments):
             machine,
             settings=settings(max_examples=examples, stateful_step_count=16, deadline=None),
         )
+
+
+@pytest.mark.parametrize("n", range(1, 6))
+def test_answer_after_n_tokens_is_set_back_equals_answer_of_new_context(tiny_model, n):
+    """The logits in the context are those of a token that is gone."""
+    prompt = [10, 11, 40, 41, 266]
+    with (
+        closing(SteeredLlama(tiny_model("llama"), **ARGUMENTS)) as llm,
+        closing(SteeredLlama(tiny_model("llama"), **ARGUMENTS)) as oracle,
+    ):
+        llm.create_completion(prompt, **GREEDY)
+        llm.n_tokens = n
+        found = llm.create_completion(prompt[:n], **GREEDY)["choices"]
+        assert found == oracle.create_completion(prompt[:n], **GREEDY)["choices"]
 
 
 # The blocks of mamba have no attention to steer, and its state cannot be cut back.
