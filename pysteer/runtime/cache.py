@@ -16,7 +16,7 @@ from pysteer.llama.context import SpoiledDecodeError
 from pysteer.llama.hooked import HookedLlama
 from pysteer.llama.vocabulary import token_piece
 from pysteer.runtime.generation import ActiveSteering, Request
-from pysteer.runtime.ledger import CachedSteering, CacheLedger, matching
+from pysteer.runtime.ledger import CachedSteering, CacheLedger
 from pysteer.runtime.plan import UNSTEERED
 from pysteer.runtime.report import SteeringReport, report
 from pysteer.runtime.sequence import SequenceSteering
@@ -170,7 +170,8 @@ class SteeredCache:
         llm, n = self._llm, self._llm.n_tokens
         found, keys = self._ledger.keys()[:n], sequence.keys(0, n)
         images = found == np.uint64(request.images)
-        reusable = min(matching(found, np.where(images, found, keys)), sequence.first_to_decode, n)
+        reusable = self._ledger.reusable(np.where(images, found, keys))
+        reusable = min(reusable, sequence.first_to_decode)
         stale = reusable < n or (n > 0 and sequence.logits_key(n - 1) != self._logits_key)
         if reset and stale:
             reusable = min(reusable, max(len(tokens) - 1, 0))
