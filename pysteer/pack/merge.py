@@ -12,8 +12,6 @@ from pysteer.pack.pack import BaseModel, SteeringPack
 PackSource: TypeAlias = "SteeringPack | str | os.PathLike[str]"
 """A pack, a pack file, or a plain llama.cpp control-vector file."""
 
-_SHAPE = ("architecture", "n_layer", "n_embd", "n_vocab")
-
 
 def read_packs(packs: Sequence[PackSource]) -> SteeringPack:
     """Return the categories of several packs as one pack.
@@ -88,12 +86,12 @@ def _base_model(packs: Sequence[tuple[str, SteeringPack]]) -> BaseModel | None:
         return None
     first, model = known[0]
     for name, other in known[1:]:
-        for what in _SHAPE:
-            if getattr(other, what) != getattr(model, what):
-                raise ModelMismatchError(
-                    f"{first} was made for a model with {what} {getattr(model, what)}, {name} for "
-                    f"one with {what} {getattr(other, what)}; give packs of one model"
-                )
+        if difference := model.difference(other):
+            what, ours, theirs = difference
+            raise ModelMismatchError(
+                f"{first} was made for a model with {what} {ours}, {name} for one with {what} "
+                f"{theirs}; give packs of one model"
+            )
     return model
 
 

@@ -64,6 +64,14 @@ class BaseModel:
             if type(size) is not int or not smallest <= size <= _MAX_COUNT:
                 raise SteeringError(f"{what} of the base model is {quoted(size)}")
 
+    def difference(self, other: BaseModel) -> tuple[str, object, object] | None:
+        """Return the first field besides the name in which two models differ, with both values."""
+        for what in ("architecture", "n_layer", "n_embd", "n_vocab"):
+            ours, theirs = getattr(self, what), getattr(other, what)
+            if ours != theirs:
+                return what, ours, theirs
+        return None
+
 
 @dataclass(frozen=True)
 class SteeringPack:
@@ -198,14 +206,12 @@ class SteeringPack:
     def check_fits(self, model: BaseModel) -> None:
         """Raise ModelMismatchError unless the pack can steer `model`."""
         made_for = self.base_model
-        if made_for is not None:
-            for what in ("architecture", "n_layer", "n_embd", "n_vocab"):
-                ours, theirs = getattr(made_for, what), getattr(model, what)
-                if ours != theirs:
-                    raise ModelMismatchError(
-                        f"the pack was made for {made_for.name or 'a model'} with {what} {ours}, "
-                        f"this model has {what} {theirs}; build a pack for this model"
-                    )
+        if made_for is not None and (difference := made_for.difference(model)):
+            what, ours, theirs = difference
+            raise ModelMismatchError(
+                f"the pack was made for {made_for.name or 'a model'} with {what} {ours}, "
+                f"this model has {what} {theirs}; build a pack for this model"
+            )
         self._check_shape(model)
 
     def _check_shape(self, model: BaseModel) -> None:
