@@ -13,7 +13,6 @@ void Batch::resize(std::size_t n_layer) {
     output_rows_.clear();
     gates_.clear();
     active_.assign(n_sites * n_layer, 0);
-    planned_.assign(n_sites * n_layer, 0);
 }
 
 void Batch::assign(const RowRun * runs, std::size_t n_runs, const std::vector<std::shared_ptr<Sequence>> & slots) {
@@ -84,18 +83,6 @@ void Batch::find_active() noexcept {
             }
         }
     });
-}
-
-const std::vector<uint8_t> & Batch::planned() noexcept {
-    std::fill(planned_.begin(), planned_.end(), static_cast<uint8_t>(0));
-    for_each_steered([&](const Sequence & sequence, const RowRun &) {
-        for (const Term & term : sequence.plan().terms()) {
-            for (const std::size_t at : term.places) {
-                planned_[at] = 1;
-            }
-        }
-    });
-    return planned_;
 }
 
 bool Batch::reads_at(Place place) const noexcept {

@@ -47,8 +47,6 @@ class Batch {
     const std::vector<uint8_t> & active() const noexcept { return active_; }
     bool active_at(Place place) const noexcept { return active_[place_index(place, n_layer_)] != 0; }
     bool any_active() const noexcept;
-    // Flags by place_index(): the terms of some row name the place, whether they act or wait for a gate.
-    const std::vector<uint8_t> & planned() noexcept;
 
     // Finds the active places anew after a gate's decision.
     void take_decision() noexcept;
@@ -67,7 +65,6 @@ class Batch {
     std::vector<int32_t> output_rows_;
     std::vector<const Gate *> gates_;
     std::vector<uint8_t> active_;
-    std::vector<uint8_t> planned_;
     int64_t decisions_due_ = 0;
     bool uses_products_ = false;
 };

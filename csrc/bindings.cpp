@@ -208,8 +208,11 @@ py::object read_capture(const Capture & capture, Site site, std::size_t layer) {
 // ---- module ---------------------------------------------------------------------------------------------------------
 
 void bind_library(py::module_ & module) {
-    py::register_exception<pysteer::NotOnHost>(module, "NotOnHost", PyExc_NotImplementedError);
     module.def("load_abi", &pysteer::load_abi, py::arg("library_handle"), py::arg("library_folder"));
+    module.def(
+        "function_address",
+        [](const std::string & name) { return reinterpret_cast<std::uintptr_t>(pysteer::find_function(name)); },
+        py::arg("name"));
     module.def("ggml_version", [] { return std::string(pysteer::abi().ggml_version()); });
     module.attr("callback_address") = reinterpret_cast<std::uintptr_t>(&Hook::callback);
 }

@@ -44,13 +44,12 @@ Capture::Capture(std::size_t n_layer, std::size_t n_embd, std::vector<uint8_t> w
     seen_.assign(count * n_slots, 0);
 }
 
-void Capture::put(Place place, int64_t token, const float * row) noexcept {
+void Capture::put(Place place, std::size_t token, const float * row) noexcept {
     const int32_t at = index(place);
-    const auto number = static_cast<std::size_t>(token);
-    if (at < 0 || number >= slots_.size() || slots_[number] < 0) {
+    if (at < 0 || !takes(token)) {
         return;
     }
-    const std::size_t mean = static_cast<std::size_t>(at) * n_slots() + static_cast<std::size_t>(slots_[number]);
+    const std::size_t mean = static_cast<std::size_t>(at) * n_slots() + static_cast<std::size_t>(slots_[token]);
     ++seen_[mean];
     accumulate(sums_.data() + mean * n_embd_, row, n_embd_);
 }

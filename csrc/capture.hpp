@@ -22,8 +22,10 @@ class Capture {
     bool wants(Place place) const noexcept { return index(place) >= 0; }
     // True if the place is the last wanted place in the order of the graph.
     bool ends_at(Place place) const noexcept { return place == last_; }
+    // True if the decode's token number `token` counts towards a mean.
+    bool takes(std::size_t token) const noexcept { return token < slots_.size() && slots_[token] >= 0; }
     // Adds the row of the decode's token number `token`.
-    void put(Place place, int64_t token, const float * row) noexcept;
+    void put(Place place, std::size_t token, const float * row) noexcept;
 
     // Writes the means of a place, n_slots x n_embd. Throws std::runtime_error if the place is not wanted, or the
     // row of some token is missing.

@@ -3,10 +3,10 @@
 #include <algorithm>
 #include <cstdio>
 #include <exception>
+#include <stdexcept>
 #include <utility>
 
 #include "operators.hpp"
-#include "row_access.hpp"
 
 namespace pysteer {
 namespace {
@@ -66,15 +66,6 @@ void Hook::require_place(Place place) const {
     }
 }
 
-void Hook::require_host(Place place) const {
-    const SiteNode * found = sites_->find(place);
-    if (found != nullptr && !found->on_host) {
-        throw NotOnHost(place_name(place) + " is in " + found->backend +
-                        " memory, and this version hooks host memory only; steer the residual of layers >= 1 alike for "
-                        "all tokens, or keep the layers on the CPU with n_gpu_layers=0");
-    }
-}
-
 void Hook::require_fit(const Plan & plan) const {
     if (plan.n_layer() != n_layer_ || plan.n_embd() != n_embd_) {
         throw std::invalid_argument("the plan is for " + shape_text(plan.n_layer(), plan.n_embd()) +
@@ -122,33 +113,14 @@ void Hook::begin_decode(const RowRun * runs, std::size_t n_runs) {
     batch_.assign(runs, n_runs, slots_);
     row_map_.begin(batch_, batch_.active());
     const bool steers = batch_.any_active();
-    const bool reads = !batch_.gates().empty();
     is_resident_ = steers && fits_control_vector(batch_);
-    if ((steers && !is_resident_) || reads) {
-        require_hooked_places_on_host();
-    }
     if (is_resident_) {
         resident_.write(*sites_, batch_, steerer_);
     } else if (sites_) {
         resident_.write_zeros(*sites_);
     }
-    busy_ = steers || reads || capture_ != nullptr;
+    busy_ = steers || !batch_.gates().empty() || capture_ != nullptr;
     decoding_.store(true);
-}
-
-// Also the places where the plans act only if a gate fires.
-void Hook::require_hooked_places_on_host() {
-    const std::vector<uint8_t> & planned = batch_.planned();
-    for (std::size_t at = 0; at < planned.size(); ++at) {
-        if (planned[at] != 0) {
-            require_host(place_at(at, n_layer_));
-        }
-    }
-    for (const Gate * gate : batch_.gates()) {
-        for (const Gate::Read & read : gate->reads()) {
-            require_host({gate->site(), read.layer});
-        }
-    }
 }
 
 void Hook::end_decode() {
@@ -201,25 +173,73 @@ bool Hook::wants(Tensor * node) {
     }
     const int64_t n_rows = abi().ggml_nrows(node) / sites_->streams(*place);
     row_map_.pass(*place, n_rows);
-    const bool steers = batch_.active_at(*place);
-    if (steers && is_resident_ && node->op == abi().op_add && node->src[1] == sites_->resident(place->layer)) {
+    if (is_resident_ && node->op == abi().op_add && node->src[1] == sites_->resident(place->layer)) {
         row_map_.reach(*place, n_rows);  // the graph adds the direction by itself
     }
-    return (steers && !is_resident_) || captures(*place) || batch_.reads_at(*place);
+    if (touches(node, *place)) {
+        return true;
+    }
+    if (!is_resident_) {
+        row_map_.reach(*place, n_rows);  // checked, and left alone
+    }
+    return false;
 }
 
-bool Hook::visit(const Tensor * node) {
+std::optional<RowIndices> Hook::rows_of(const Tensor * node, Place place) const noexcept {
+    const int64_t streams = sites_->streams(place);
+    const int64_t tokens = abi().ggml_nrows(node) / streams;
+    if (streams > 1 && (node->ne[1] != tokens || node->ne[2] != streams)) {
+        return std::nullopt;
+    }
+    return row_map_.rows_of(place, tokens);
+}
+
+bool Hook::touches(const Tensor * node, Place place) const noexcept {
+    if (captures(place) && only_captures() && capture_->ends_at(place)) {
+        return true;  // to end the graph
+    }
+    const bool steers = batch_.active_at(place) && !is_resident_;
+    if (!steers && !captures(place) && !batch_.reads_at(place)) {
+        return false;
+    }
+    const std::optional<RowIndices> indices = rows_of(node, place);
+    if (!indices) {
+        return true;  // for visit() to report
+    }
+    const int64_t tokens = abi().ggml_nrows(node) / sites_->streams(place);
+    for (int64_t token = 0; token < tokens; ++token) {
+        if (touches_row(place, static_cast<std::size_t>((*indices)[token]), true)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+bool Hook::touches_row(Place place, std::size_t index, bool first_stream) const noexcept {
+    const Row & row = batch_.rows()[index];
+    if (row.sequence != nullptr) {
+        if (!is_resident_ && batch_.active_at(place) && Steerer::acts(*row.sequence, row.position, place)) {
+            return true;
+        }
+        // A decision may steer the token's other streams, too.
+        if (first_stream ? row.sequence->reads_at(place, row.position) : row.sequence->decides(row.position)) {
+            return true;
+        }
+    }
+    return first_stream && captures(place) && capture_->takes(index);
+}
+
+bool Hook::visit(Tensor * node) {
     const std::optional<Place> place = sites_->recognise(node, true);
     if (!place) {
         return true;
     }
     treat(node, *place);
-    const bool only_captures = capture_ && batch_.gates().empty() && !batch_.any_active();
-    return !only_captures || !capture_->ends_at(*place);
+    return !only_captures() || !capture_->ends_at(*place);
 }
 
-void Hook::treat(const Tensor * node, Place place) {
-    const HostRows rows(node, n_embd_);
+void Hook::treat(Tensor * node, Place place) {
+    NodeRows rows(node, n_embd_, copies_);
     if (rows.count() == 0) {
         return;
     }
@@ -227,24 +247,27 @@ void Hook::treat(const Tensor * node, Place place) {
         return fail(place_name(place) + " " + problem);
     }
     const int64_t streams = sites_->streams(place);
-    const int64_t tokens = rows.count() / streams;
-    const std::optional<RowIndices> indices = row_map_.rows_of(place, tokens);
-    if (!indices || (streams > 1 && (node->ne[1] != tokens || node->ne[2] != streams))) {
+    const std::optional<RowIndices> indices = rows_of(node, place);
+    if (!indices) {
         return fail("cannot tell which tokens the " + std::to_string(rows.count()) + " rows of " + place_name(place) +
                     " are");
     }
+    const auto index_of = [&](int64_t token) { return static_cast<std::size_t>((*indices)[token]); };
+    rows.fetch(streams,
+               [&](int64_t token, int64_t stream) { return touches_row(place, index_of(token), stream == 0); });
     const bool reads = batch_.reads_at(place);
     steerer_.begin_node();
-    rows.for_each(streams, [&](int64_t token, int64_t stream, char * row) {
+    rows.for_each(streams, [&](int64_t token, int64_t stream, int64_t number) {
         // A token is read, and captured, in its first stream, which attention and feed-forward work on.
         const Work work{place, reads && stream == 0, captures(place) && stream == 0, rows.limit()};
-        float * values = rows.load(row, row_.data());
-        if (treat_row(work, static_cast<std::size_t>((*indices)[token]), values)) {
-            rows.store(row, values);
+        float * values = rows.load(number, row_.data());
+        if (treat_row(work, index_of(token), values)) {
+            rows.store(number, values);
         }
     });
+    rows.write_back();
     if (!is_resident_) {
-        row_map_.reach(place, tokens);
+        row_map_.reach(place, rows.count() / streams);
     }
 }
 
@@ -261,7 +284,7 @@ bool Hook::treat_row(const Work & work, std::size_t index, float * values) {
         std::fill(values, values + n_embd_, 0.0f);
     }
     if (work.captures) {  // after steering: the input of the next block
-        capture_->put(work.place, static_cast<int64_t>(index), values);
+        capture_->put(work.place, index, values);
     }
     return steered;
 }
@@ -278,7 +301,6 @@ void Hook::begin_capture(std::unique_ptr<Capture> capture) {
         for (std::size_t layer = 0; layer < n_layer_; ++layer) {
             if (capture->wants({site, layer})) {
                 require_place({site, layer});
-                require_host({site, layer});
             }
         }
     }

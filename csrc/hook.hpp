@@ -9,7 +9,6 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -18,17 +17,13 @@
 #include "llama_abi.hpp"
 #include "plan.hpp"
 #include "resident.hpp"
+#include "row_access.hpp"
 #include "row_map.hpp"
 #include "sequence.hpp"
 #include "sites.hpp"
 #include "steer.hpp"
 
 namespace pysteer {
-
-// A tensor is in memory that the host cannot reach.
-struct NotOnHost : std::runtime_error {
-    using std::runtime_error::runtime_error;
-};
 
 class Hook {
   public:
@@ -58,10 +53,10 @@ class Hook {
 
     // Around every llama_decode, or several of one evaluation, whose rows come in this order. begin_decode() chooses
     // the injection: where every row gets the same additions to the residual of layers >= 1, they are
-    // written into llama.cpp's control-vector tensors and the graph runs uncut. Throws NotOnHost for a place that has
-    // to be hooked and is not in host memory, and std::invalid_argument for a plan that insists on the control vector
-    // where that cannot express it, and for rows beyond the next decision. end_decode() throws std::runtime_error if
-    // the callback met an unsupported node, or if a place that had to be steered or read did not get every row.
+    // written into llama.cpp's control-vector tensors and the graph runs uncut. Throws std::invalid_argument for a
+    // plan that insists on the control vector where that cannot express it, and for rows beyond the next decision.
+    // end_decode() throws std::runtime_error if the callback met an unsupported node, or if a place that had to be
+    // steered or read did not get every row.
     void begin_decode(const RowRun * runs, std::size_t n_runs);
     void end_decode();
     // Ends the bracket without checks, after a decode that failed.
@@ -70,8 +65,7 @@ class Hook {
     bool was_resident() const noexcept { return is_resident_; }
 
     // From now until end_capture(), decodes are captured. Where nothing is steered each graph ends with the last place
-    // that the capture wants, and later values, logits included, are undefined. Throws as set_sequence() does, and
-    // NotOnHost.
+    // that the capture wants, and later values, logits included, are undefined. Throws as set_sequence() does.
     void begin_capture(std::unique_ptr<Capture> capture);
     std::unique_ptr<Capture> end_capture();
 
@@ -82,7 +76,7 @@ class Hook {
     // The two calls of the callback. wants() returns true to cut the graph after the node, visit() returns true if the
     // rest of the graph is needed.
     bool wants(Tensor * node);
-    bool visit(const Tensor * node);
+    bool visit(Tensor * node);
     void fail(const std::string & message) noexcept;
 
     // The work on the rows of a node.
@@ -92,16 +86,22 @@ class Hook {
         bool captures;
         float limit;  // the largest absolute value that a row can hold
     };
-    void treat(const Tensor * node, Place place);
+    void treat(Tensor * node, Place place);
     // Reads, steers and captures a row of the batch; returns whether its values changed.
     bool treat_row(const Work & work, std::size_t index, float * values);
     bool captures(Place place) const noexcept { return capture_ && capture_->wants(place); }
+    // True if the decode ends with the capture: nothing is steered or read.
+    bool only_captures() const noexcept { return capture_ && batch_.gates().empty() && !batch_.any_active(); }
+    // The batch rows of a node; nullopt if its shape does not tell.
+    std::optional<RowIndices> rows_of(const Tensor * node, Place place) const noexcept;
+    // True if some row of a node is steered by the hook, read or captured, or the rows cannot be told.
+    bool touches(const Tensor * node, Place place) const noexcept;
+    // True for a row of the batch; in streams after the first, tokens are steered alone.
+    bool touches_row(Place place, std::size_t index, bool first_stream) const noexcept;
 
     void require_idle(const char * action) const;
     void require_place(Place place) const;
-    void require_host(Place place) const;
     void require_fit(const Plan & plan) const;
-    void require_hooked_places_on_host();
 
     std::size_t n_layer_ = 0;
     std::size_t n_embd_ = 0;
@@ -121,6 +121,7 @@ class Hook {
 
     Steerer steerer_;
     std::vector<float> row_;  // one row as float32, for 16-bit activations
+    RowCopies copies_;
     std::array<char, 256> error_{};
 };
 

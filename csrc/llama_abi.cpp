@@ -17,9 +17,6 @@
 namespace pysteer {
 namespace {
 
-std::mutex g_mutex;
-std::optional<Abi> g_abi;
-
 class Library {
   public:
     Library(std::uintptr_t handle, const std::string & folder) : handle_(handle), folder_(folder) {}
@@ -53,6 +50,10 @@ class Library {
     std::uintptr_t handle_;
     std::string folder_;
 };
+
+std::mutex g_mutex;
+std::optional<Library> g_library;
+std::optional<Abi> g_abi;
 
 Abi look_up(const Library & library) {
     Abi abi{};
@@ -158,8 +159,10 @@ void load_abi(std::uintptr_t library_handle, const std::string & library_folder)
     if (g_abi) {
         return;
     }
-    Abi candidate = look_up(Library(library_handle, library_folder));
+    const Library library(library_handle, library_folder);
+    Abi candidate = look_up(library);
     check_layout_and_read_ops(candidate);
+    g_library = library;
     g_abi = candidate;
 }
 
@@ -168,6 +171,11 @@ const Abi & abi() {
         throw std::runtime_error("load_abi() has not been called");
     }
     return *g_abi;
+}
+
+void * find_function(const std::string & name) {
+    abi();
+    return g_library->find(name.c_str());
 }
 
 void * buffer_of(const Tensor * tensor) noexcept {

@@ -86,6 +86,9 @@ void load_abi(std::uintptr_t library_handle, const std::string & library_folder)
 // The table; throws std::runtime_error before a successful load_abi().
 const Abi & abi();
 
+// The address of another function of that library, or null.
+void * find_function(const std::string & name);
+
 // The buffer that holds a tensor's values, or null.
 void * buffer_of(const Tensor * tensor) noexcept;
 bool is_on_host(const Tensor * tensor);

@@ -186,8 +186,20 @@ bool Sequence::reads(int64_t position) const noexcept {
     return any;
 }
 
-bool Sequence::read(Place place, int64_t position, const float * row) {
+bool Sequence::reads_at(Place place, int64_t position) const noexcept {
     if (!has_gate_ || !plan_->gate()->reads_at(place) || !reads(position)) {
+        return false;
+    }
+    const Gate & gate = *plan_->gate();
+    bool any = place.layer == gate.layer() && decides(position);
+    for (std::size_t k = 0; k < spans_.size() && !any; ++k) {
+        any = gate.reads()[k].layer == place.layer && counts(k, position);
+    }
+    return any;
+}
+
+bool Sequence::read(Place place, int64_t position, const float * row) {
+    if (!reads_at(place, position)) {
         return false;
     }
     const Gate & gate = *plan_->gate();

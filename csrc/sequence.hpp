@@ -43,8 +43,9 @@ class Sequence {
     int64_t tokens_steered(std::size_t term, int64_t n_tokens) const noexcept;
     int64_t tokens_steered(int64_t n_tokens) const noexcept;
 
-    // Whether the gate reads the row of a token at some layer, and whether it decides at that token.
+    // Whether the gate reads the row of a token at some layer, or at a place, and whether it decides at that token.
     bool reads(int64_t position) const noexcept;
+    bool reads_at(Place place, int64_t position) const noexcept;
     bool decides(int64_t position) const noexcept;
     // The position where the gate decides next; -1: never.
     int64_t next_decision() const noexcept;

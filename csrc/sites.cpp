@@ -18,6 +18,13 @@ const char * read_index(const char * text, std::size_t & value) noexcept {
     return at == text ? nullptr : at;
 }
 
+// ggml's scheduler calls the copy of a tensor on another device <device>#<name>#<number>. Returns <name>#<number>, or
+// null for a tensor that is no copy.
+const char * split_copy(const Tensor * tensor) noexcept {
+    const char * mark = std::strchr(tensor->name, '#');
+    return mark != nullptr && std::strchr(mark + 1, '#') != nullptr ? mark + 1 : nullptr;
+}
+
 struct WeightName {
     Site site;
     const char * middle;
@@ -27,19 +34,30 @@ constexpr std::array<WeightName, 2> weight_names = {{{Site::attention, ".attn_ou
 // The place that a weight called blk.N.attn_output.<rest> or blk.N.ffn_down.<rest> belongs to; an empty `rest` accepts
 // any (weight, bias, scale, LoRA).
 std::optional<Place> weight_place(const Tensor * weight, const char * rest) noexcept {
-    if (weight == nullptr || std::strncmp(weight->name, "blk.", 4) != 0) {
+    if (weight == nullptr) {
+        return std::nullopt;
+    }
+    const char * name = weight->name;
+    if (const char * copied = split_copy(weight)) {
+        name = copied;
+    }
+    if (std::strncmp(name, "blk.", 4) != 0) {
         return std::nullopt;
     }
     std::size_t layer = 0;
-    const char * after = read_index(weight->name + 4, layer);
+    const char * after = read_index(name + 4, layer);
     if (after == nullptr) {
         return std::nullopt;
     }
-    for (const WeightName & name : weight_names) {
-        const std::size_t length = std::strlen(name.middle);
-        if (std::strncmp(after, name.middle, length) == 0 &&
-            (*rest == '\0' || std::strcmp(after + length, rest) == 0)) {
-            return Place{name.site, layer};
+    for (const WeightName & known : weight_names) {
+        if (std::strncmp(after, known.middle, std::strlen(known.middle)) != 0) {
+            continue;
+        }
+        const char * found = after + std::strlen(known.middle);
+        const std::size_t length = std::strlen(rest);
+        if (length == 0 ||
+            (std::strncmp(found, rest, length) == 0 && (found[length] == '\0' || found[length] == '#'))) {
+            return Place{known.site, layer};
         }
     }
     return std::nullopt;
@@ -93,10 +111,11 @@ void SiteMap::record(Tensor * tensor) {
     nodes_.push_back(std::move(node));
 }
 
-// The layer of a control-vector tensor: a leaf of the model's width whose elements all equal the layer's index.
+// The layer of a control-vector tensor: a leaf of the model's width whose elements all equal the layer's index. Not of
+// a copy: every decode copies the values anew.
 std::optional<std::size_t> SiteMap::marked_layer(const Tensor * vector) const {
     const Abi & api = abi();
-    if (vector->op != api.op_none || vector->buffer == nullptr ||
+    if (vector->op != api.op_none || vector->buffer == nullptr || split_copy(vector) != nullptr ||
         vector->type != static_cast<int32_t>(FloatType::f32) || std::strncmp(vector->name, "blk.", 4) == 0 ||
         static_cast<std::size_t>(api.ggml_nelements(vector)) != n_embd_) {
         return std::nullopt;

@@ -20,15 +20,23 @@ void Steerer::reserve(const Plan & plan) {
     scratch_.resize(std::max(scratch_.size(), plan.most_rows()));
 }
 
+bool Steerer::acts(const Sequence & sequence, int64_t position, Place place) noexcept {
+    const Plan & plan = sequence.plan();
+    const bool before_gate = plan.before_gate(place);
+    const std::vector<Plan::Op> & ops = plan.ops(place);
+    return std::any_of(ops.begin(), ops.end(),
+                       [&](const Plan::Op & op) { return sequence.factor(op.term, position, before_gate) != 0.0f; });
+}
+
 bool Steerer::steer(const Sequence & sequence, int64_t position, Place place, float * values) noexcept {
     switch (find_factors(sequence, position, place)) {
-        case Acts::not_at_all:
+        case Way::none:
             return false;
-        case Acts::by_additions:
+        case Way::additions:
             sum_additions(sequence.plan(), place);
             add(values, sum_.data(), n_embd_);
             return true;
-        case Acts::by_operators:
+        case Way::operators:
             apply_in_order(sequence.plan(), place, values);
             return true;
     }
@@ -42,20 +50,20 @@ const float * Steerer::addition(const Sequence & sequence, int64_t position, Pla
     return sum_.data();
 }
 
-Steerer::Acts Steerer::find_factors(const Sequence & sequence, int64_t position, Place place) noexcept {
+Steerer::Way Steerer::find_factors(const Sequence & sequence, int64_t position, Place place) noexcept {
     const Plan & plan = sequence.plan();
     const std::vector<Plan::Op> & ops = plan.ops(place);
     const bool before_gate = plan.before_gate(place);
-    Acts acts = Acts::not_at_all;
+    Way way = Way::none;
     for (std::size_t k = 0; k < ops.size(); ++k) {
         factors_[k] = sequence.factor(ops[k].term, position, before_gate);
         if (factors_[k] == 0.0f) {
             continue;
         }
         const bool adds = plan.terms()[ops[k].term].op.sums();
-        acts = adds && acts != Acts::by_operators ? Acts::by_additions : Acts::by_operators;
+        way = adds && way != Way::operators ? Way::additions : Way::operators;
     }
-    return acts;
+    return way;
 }
 
 void Steerer::find_shares(const Plan & plan, Place place) noexcept {

@@ -19,6 +19,9 @@ class Steerer {
     // Makes room for a plan.
     void reserve(const Plan & plan);
 
+    // True if the plan acts on a token at a place.
+    static bool acts(const Sequence & sequence, int64_t position, Place place) noexcept;
+
     // Call before the rows of each node.
     void begin_node() noexcept { shared_for_ = nullptr; }
     // Steers the row of a token, n_embd values; returns whether the plan acts on it.
@@ -28,10 +31,10 @@ class Steerer {
     const float * addition(const Sequence & sequence, int64_t position, Place place) noexcept;
 
   private:
-    enum class Acts { not_at_all, by_additions, by_operators };
+    enum class Way { none, additions, operators };
 
     // Fills factors_ for a token.
-    Acts find_factors(const Sequence & sequence, int64_t position, Place place) noexcept;
+    Way find_factors(const Sequence & sequence, int64_t position, Place place) noexcept;
     void find_shares(const Plan & plan, Place place) noexcept;
     void sum_additions(const Plan & plan, Place place) noexcept;
     void apply_in_order(const Plan & plan, Place place, float * values) noexcept;

@@ -26,15 +26,19 @@ def load_abi(library_handle: int, library_folder: str) -> None:
         RuntimeError: a function is missing, or the layout of tensors is unexpected.
     """
 
+def function_address(name: str) -> int:
+    """Return the address of a C function of the loaded llama.cpp or ggml; 0: it has none.
+
+    Raises:
+        RuntimeError: before `load_abi`.
+    """
+
 def ggml_version() -> str:
     """Return the version of the loaded ggml.
 
     Raises:
         RuntimeError: before `load_abi`.
     """
-
-class NotOnHost(NotImplementedError):
-    """A tensor is in memory that the host cannot reach."""
 
 # ---- sites
 
@@ -439,7 +443,6 @@ class Hook:
                 of no token, 1 of the last token, 2 of every token.
 
         Raises:
-            NotOnHost: a place that must be hooked is not in host memory.
             ValueError: a plan insists on the control vector, which cannot express it; or tokens
                 beyond the gate's next decision.
             RuntimeError: a decode is running, or after `detach`.
@@ -479,7 +482,6 @@ class Hook:
 
         Raises:
             ValueError: sizes or slots that do not fit, or a place that the model lacks.
-            NotOnHost: a wanted place is not in host memory.
             RuntimeError: a decode is running, or after `detach`.
         """
 

@@ -108,7 +108,7 @@ def _parsed(arguments: list[str]) -> object:
 
 def _described(error: Exception) -> tuple[str, int]:
     """Return the line about an error, and the exit code."""
-    if isinstance(error, (SteeringError, NotImplementedError)):
+    if isinstance(error, SteeringError):
         return str(error), 2
     # Errors of usage: click's class, or the class of newer versions of typer.
     describe = getattr(error, "format_message", None)

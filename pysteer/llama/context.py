@@ -282,8 +282,6 @@ class HookedContext:
         self.require_open()
         try:
             self._hook.begin_decode(np.asarray(runs, np.int32).reshape(-1, 4))
-        except _native.NotOnHost:
-            raise
         except (ValueError, RuntimeError) as error:
             raise HookError(str(error)) from None
 
@@ -338,7 +336,6 @@ class HookedContext:
         Raises:
             SteeringError: an unknown site or pooling, a layer without the site, an empty or
                 impossible span, too many tokens.
-            NotImplementedError: the activations are not in host memory.
         """
         request = pooled_capture(tokens, wanted_layers(self.sites, sites, layers), pool, span)
         rows = self._capture(request)
@@ -375,7 +372,6 @@ class HookedContext:
 
         Raises:
             SteeringError: as `capture`, or more sequences or tokens than fit.
-            NotImplementedError: the activations are not in host memory.
         """
         if len(sequences) > 1 and not self.batches_sequences:
             raise HookError("recurrent and hybrid models are captured one sequence at a time")
@@ -409,8 +405,6 @@ class HookedContext:
                     n_layer=self.n_layer,
                     n_embd=self.n_embd,
                 )
-            except _native.NotOnHost:
-                raise
             except ValueError as error:
                 raise SteeringError(str(error)) from None
             try:

@@ -27,18 +27,15 @@ def typical_norms(llm: HookedLlama, pack: SteeringPack) -> dict[int, float]:
     """Return the median L2 norm of the residual stream at each layer that a pack steers.
 
     Measured on a short text, without its first token, whose norm is unlike any other's. Empties the
-    context. Where the residual stream of a layer cannot be read, as in the memory of a GPU, the
-    pack's own norm counts; layers without either are left out.
+    context. In a context of one token the pack's own norm counts; layers without
+    either are left out.
     """
     steered = {layer for vector in pack.categories.values() for layer in vector.layers}
     found = {layer: norm for layer, norm in pack.residual_norm.items() if layer in steered}
     layers = sorted(steered & set(llm.sites["residual"]))
     tokens = [token % llm.n_vocab() for token in llm.tokenize(_TEXT)][: llm.n_ctx()]
     if layers and len(tokens) > 1:
-        try:
-            rows = llm.context.capture(tokens, layers=layers, pool="all")["residual"]
-        except NotImplementedError:
-            return found
+        rows = llm.context.capture(tokens, layers=layers, pool="all")["residual"]
         llama_cpp.llama_perf_context_reset(llm.context.pointer)
         for layer, states in rows.items():
             lengths = np.linalg.norm(states[1:].astype(np.float64), axis=1)

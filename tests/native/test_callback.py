@@ -219,7 +219,7 @@ def bf16_values(bits):
 
 
 @pytest.mark.parametrize("type_", [F32, F16, BF16])
-def test_addition_is_exact_for_every_float_type(graph, type_):
+def test_addition_is_exact_for_every_float_type(graph, memory, type_):
     graph.probe()
     directions = steer(graph, 1)
     node = graph.tensor("l_out-1", (N_ROWS, N_EMBD), type_)
@@ -231,14 +231,16 @@ def test_addition_is_exact_for_every_float_type(graph, type_):
         stored = values.astype(np.float16 if type_ == F16 else np.float32)
         expected = (stored.astype(np.float32) + directions[0]).astype(stored.dtype)
     graph.fill(node, stored)
+    memory.move(node)
     begin(graph)
     assert graph.ask(node)
     graph.computed(node)
     graph.hook.end_decode()
+    memory.move_back(node)
     np.testing.assert_array_equal(graph.read(node, stored), expected)
 
 
-def test_padded_rows_in_three_dimensions_are_all_steered(graph):
+def test_padded_rows_in_three_dimensions_are_all_steered(graph, memory):
     """Rows of a view lie apart, and batches by sequence have a third dimension."""
     graph.probe()
     directions = steer(graph, 1)
@@ -248,10 +250,12 @@ def test_padded_rows_in_three_dimensions_are_all_steered(graph):
     node = graph.named(view(graph.context, backing, N_EMBD, 3, 2, row, 3 * row, 0), "l_out-1")
     values = rows(shape=(2, 3, N_EMBD + 4))
     graph.fill(backing, values)
+    memory.move(node)
     begin(graph, 6)
     assert graph.ask(node)
     graph.computed(node)
     graph.hook.end_decode()
+    memory.move_back(node)
     expected = values.copy()
     expected[..., :N_EMBD] += directions[0]
     np.testing.assert_array_equal(graph.read(backing, values), expected)
@@ -460,45 +464,225 @@ def test_invalid_directions_raise(value):
         add_term(made, [1, 2], directions)
 
 
+class Device:
+    """Memory beyond the host: tensors in it have addresses that lead nowhere.
+
+    ggml reaches it through the functions of a buffer, copied from a CPU buffer. These record the
+    bytes that move, as (offset, size).
+    """
+
+    SHIFT = 1 << 47  # to an address that no process has
+    SET, GET, IS_HOST = 4, 5, 5  # positions of functions in ggml's buffers and buffer types
+
+    def __init__(self, graph):
+        self.reads, self.writes = [], []
+        type_ = ggml("ggml_backend_buffer_get_type", P, P)(graph.buffer)
+        self._type = (ctypes.c_size_t * 8)(*(ctypes.c_size_t * 8).from_address(type_))
+        self._type[self.IS_HOST] = 0
+        words = (ctypes.c_size_t * 15).from_address(graph.buffer)
+        n = list(words).index(type_) + 4  # behind the type: context, size and usage
+        self._buffer = (ctypes.c_size_t * n)(*words[:n])
+        self._buffer[n - 4] = ctypes.addressof(self._type)
+        move = ctypes.CFUNCTYPE(None, P, TENSOR, P, ctypes.c_size_t, ctypes.c_size_t)
+        self._functions = move(self._set), move(self._get)
+        for at, function in zip((self.SET, self.GET), self._functions, strict=True):
+            self._buffer[at] = ctypes.cast(function, P).value
+
+    def _set(self, _, tensor, data, offset, size):
+        self.writes.append((offset, size))
+        ctypes.memmove(tensor.contents.data - self.SHIFT + offset, data, size)
+
+    def _get(self, _, tensor, data, offset, size):
+        self.reads.append((offset, size))
+        ctypes.memmove(data, tensor.contents.data - self.SHIFT + offset, size)
+
+    def move(self, tensor):
+        tensor.contents.buffer = ctypes.addressof(self._buffer)
+        tensor.contents.data += self.SHIFT
+        if tensor.contents.view_src:
+            source = ctypes.cast(tensor.contents.view_src, TENSOR).contents
+            source.buffer = ctypes.addressof(self._buffer)
+
+    def move_back(self, tensor):
+        tensor.contents.data -= self.SHIFT
+
+
+class Host:
+    """Memory where tensors stay as they are."""
+
+    def __init__(self, graph):
+        pass
+
+    def move(self, tensor):
+        pass
+
+    move_back = move
+
+
+@pytest.fixture(params=[Host, Device])
+def memory(request, graph):
+    return request.param(graph)
+
+
 @pytest.fixture
-def device_buffer():
-    """A buffer that the host must not read: the CPU backend's own for repacked weights."""
-    device = ggml("ggml_backend_dev_by_type", P, ctypes.c_int)(0)
-    registry = ggml("ggml_backend_dev_backend_reg", P, P)(device)
-    address = ggml("ggml_backend_reg_get_proc_address", P, P, S)(
-        registry, b"ggml_backend_dev_get_extra_bufts"
-    )
-    types = ctypes.CFUNCTYPE(ctypes.POINTER(P), P)(address)(device) if address else [None]
-    is_host = ggml("ggml_backend_buft_is_host", ctypes.c_bool, P)
-    if types[0] is None or is_host(types[0]):
-        pytest.skip("this build of llama.cpp has host memory only")
-    buffer = ggml("ggml_backend_buft_alloc_buffer", P, P, ctypes.c_size_t)(types[0], 4096)
-    yield buffer
-    ggml("ggml_backend_buffer_free", None, P)(buffer)
+def device(graph):
+    return Device(graph)
 
 
-def test_device_memory_raises_with_its_name(graph, device_buffer):
-    name = ggml("ggml_backend_buffer_name", S, P)(device_buffer).decode()
-
-    def move(node):
-        if node.contents.name == b"l_out-2":
-            node.contents.buffer = device_buffer
-
-    nodes = graph.probe(alter=move)
-    assert [f.on_host for f in graph.hook.sites] == [True, True, False]
-    steer(graph, 1, 2)
-    with pytest.raises(NotImplementedError, match=f"layer 2 is in {name} memory"):
-        begin(graph)
+def test_probe_names_memory_beyond_the_host(graph, device):
+    nodes = graph.probe(alter=lambda node: device.move(node) if node.contents.ne[1] > 1 else None)
+    assert [f.on_host for f in graph.hook.sites] == [False] * N_LAYER
     steer(graph, 1, 2, injection="resident")  # llama.cpp adds it there by itself
     begin(graph)
-    graph.hook.abandon_decode()
-    steer(graph, 1)
-    nodes[1].contents.buffer = device_buffer  # moved after the probe
+    assert not any(graph.ask(node) for node in nodes)
+    graph.hook.end_decode()
+    assert device.reads == device.writes == []
+
+
+ROW = 4 * N_EMBD
+
+
+def scoped(start, stop, *layers):
+    """Set a plan for the positions [start, stop) alone; return its directions."""
+    directions = np.random.default_rng(0).standard_normal((len(layers), N_EMBD))
+    made = _native.Plan(N_LAYER, N_EMBD, _native.Injection.hooked)
+    scope = _native.Scope(_native.ScopeKind.positions, start, stop)
+    add_term(made, layers, directions, scope=scope)
+    return made, directions.astype(np.float32)
+
+
+def test_only_steered_rows_are_copied_from_a_device(graph, device):
+    graph.probe()
+    made, directions = scoped(2, 4, 0)
+    graph.hook.set_sequence(0, sequence(made))
+    graph.hook.set_sequence(1, sequence(scoped(0, 1, 0)[0]))
+    node = graph.tensor("l_out-0", (2 * N_ROWS, N_EMBD))
+    values = rows(shape=(2 * N_ROWS, N_EMBD))
+    graph.fill(node, values)
+    device.move(node)
+    graph.hook.begin_decode(np.array([[0, 0, N_ROWS, 2], [1, 0, N_ROWS, 2]], np.int32))
+    assert graph.ask(node)
+    graph.computed(node)
+    graph.hook.end_decode()
+    device.move_back(node)
+    values[[2, 3, N_ROWS]] += directions[0]
+    np.testing.assert_array_equal(graph.read(node, values), values)
+    assert device.reads == device.writes == [(2 * ROW, 2 * ROW), (N_ROWS * ROW, ROW)]
+
+
+def test_micro_batch_without_steered_row_is_not_asked_for(graph):
+    graph.probe()
+    graph.hook.set_sequence(0, sequence(scoped(4, 6, 0, 1)[0], n_prompt=12))
+    begin(graph, 12)
+    for start, stop in ((0, 4), (4, 8), (8, 12)):
+        for layer in range(N_LAYER):
+            node = graph.tensor(f"l_out-{layer}", (stop - start, N_EMBD))
+            graph.fill(node, rows(shape=(stop - start, N_EMBD)))
+            asked = graph.ask(node)
+            assert asked is (start == 4 and layer < 2)
+            if asked:
+                graph.computed(node)
+    graph.hook.end_decode()
+
+
+def test_only_captured_rows_are_copied_from_a_device(graph, device):
+    graph.probe()
+    wanted = np.zeros(len(_native.Site.__members__) * N_LAYER, np.uint8)
+    wanted[[1, 2]] = 1
+    slots = np.array([-1, 0, 0, -1, 1], np.int32)
+    graph.hook.begin_capture(wanted=wanted, slots=slots, n_slots=2, n_layer=N_LAYER, n_embd=N_EMBD)
     begin(graph)
-    graph.ask(nodes[1])
-    graph.computed(nodes[1])
-    with pytest.raises(RuntimeError, match="not on the host"):
+    values = rows()
+    for layer in (1, 2):
+        node = graph.tensor(f"l_out-{layer}", (N_ROWS, N_EMBD))
+        graph.fill(node, values)
+        device.move(node)
+        assert graph.ask(node)
+        graph.computed(node, goes_on=layer == 1)
+    graph.hook.end_decode()
+    means = graph.hook.end_capture().read(_native.Site.residual, 2)
+    np.testing.assert_allclose(means, [values[1:3].mean(0), values[4]], rtol=1e-6)
+    assert device.reads == 2 * [(ROW, 2 * ROW), (4 * ROW, ROW)]
+    assert device.writes == []
+
+
+def gated(threshold):
+    """A plan at layer 1 behind a gate: first component of the last prompt token's row there."""
+    made = _native.Plan(N_LAYER, N_EMBD, _native.Injection.hooked)
+    add_term(made, [1], np.ones((1, N_EMBD), np.float32), rule=[0], own_gate=0)
+    weights = np.eye(1, N_EMBD)
+    gate = _native.Gate(
+        _native.Site.residual, [(1, False)], _native.GateKind.probe, weights, [0.0], [], []
+    )
+    made.set_gate(gate, [threshold], [1], _native.ConflictRule.sum, 0)
+    return made
+
+
+@pytest.mark.parametrize("fires", [True, False])
+def test_only_the_row_that_a_gate_reads_is_copied_from_a_device(graph, device, fires):
+    graph.probe()
+    values = rows()
+    made = gated(values[4, 0] - 1e-3 if fires else values[4, 0] + 1e-3)
+    state = _native.Sequence(made, N_ROWS, [(0, N_ROWS)], 64)
+    graph.hook.set_sequence(0, state)
+
+    def block(values):
+        node = graph.tensor("l_out-1", values.shape)
+        graph.fill(node, values)
+        device.move(node)
+        return node
+
+    begin(graph, outputs=1)
+    assert not graph.ask(block(values[:3]))  # a micro-batch without the last prompt token
+    node = block(values[3:])
+    assert graph.ask(node)
+    graph.computed(node)
+    graph.hook.end_decode()
+    assert state.n_decisions == 1
+    device.move_back(node)
+    found = graph.read(node, values[3:])
+    np.testing.assert_array_equal(found, values[3:] + np.float32([[0], [fires]]))
+    assert device.reads == [(ROW, ROW)]
+    assert device.writes == ([(ROW, ROW)] if fires else [])
+    graph.hook.begin_decode(np.array([[0, N_ROWS, 1, 1]], np.int32))
+    assert graph.ask(block(values[:1])) is fires  # nothing is cut behind a closed gate
+    graph.hook.abandon_decode()
+
+
+def test_decision_in_the_first_stream_steers_all_streams_on_a_device(graph, device):
+    graph.probe(alter=reshaped(N_EMBD, N_ROWS, STREAMS, 1))
+    values = rows(shape=(STREAMS, N_ROWS, N_EMBD))
+    state = _native.Sequence(gated(values[0, 4, 0] - 1e-3), N_ROWS, [(0, N_ROWS)], 64)
+    graph.hook.set_sequence(0, state)
+    node = graph.tensor("l_out-1", (STREAMS * N_ROWS, N_EMBD))
+    graph.fill(node, values)
+    reshaped(N_EMBD, N_ROWS, STREAMS, 1)(node)
+    device.move(node)
+    begin(graph, outputs=1)
+    assert graph.ask(node)
+    graph.computed(node)
+    graph.hook.end_decode()
+    device.move_back(node)
+    values[:, 4] += 1
+    np.testing.assert_array_equal(graph.read(node, values), values)
+
+
+def test_overflow_on_a_device_is_reported_and_written_as_zeros(graph, device):
+    graph.probe()
+    made = _native.Plan(N_LAYER, N_EMBD, _native.Injection.hooked)
+    add_term(made, [1], np.full((1, N_EMBD), 3e38, np.float32))
+    graph.hook.set_sequence(0, sequence(made))
+    node = graph.tensor("l_out-1", (N_ROWS, N_EMBD))
+    values = np.full((N_ROWS, N_EMBD), 3e38, np.float32)
+    graph.fill(node, values)
+    device.move(node)
+    begin(graph)
+    graph.ask(node)
+    graph.computed(node)
+    with pytest.raises(RuntimeError, match="not finite at site residual, layer 1"):
         graph.hook.end_decode()
+    device.move_back(node)
+    assert not graph.read(node, values).any()
 
 
 STREAMS = 3
@@ -524,21 +708,21 @@ def test_residual_with_rows_in_an_unknown_layout_is_no_site(graph):
         graph.hook.set_sequence(0, sequence(made))
 
 
-def test_streams_of_a_token_are_steered_alike(graph):
+def test_streams_of_a_token_are_steered_alike(graph, memory):
     graph.probe(alter=reshaped(N_EMBD, N_ROWS, STREAMS, 1))
     assert [found.layer for found in graph.hook.sites] == list(range(N_LAYER))
     node = graph.tensor("l_out-0", (STREAMS * N_ROWS, N_EMBD))
     values = rows(shape=(STREAMS, N_ROWS, N_EMBD))
     graph.fill(node, values)
     reshaped(N_EMBD, N_ROWS, STREAMS, 1)(node)
-    _, directions = plan(0)
-    scoped = _native.Plan(N_LAYER, N_EMBD, _native.Injection.hooked)
-    add_term(scoped, [0], directions, scope=_native.Scope(_native.ScopeKind.positions, 3, 5))
-    graph.hook.set_sequence(0, sequence(scoped))
+    memory.move(node)
+    made, directions = scoped(3, 5, 0)
+    graph.hook.set_sequence(0, sequence(made))
     begin(graph)
     assert graph.ask(node)
     graph.computed(node)
     graph.hook.end_decode()
+    memory.move_back(node)
     expected = values.copy()
     expected[:, 3:5] += directions[0]
     np.testing.assert_array_equal(graph.read(node, values), expected)
@@ -553,3 +737,25 @@ def test_streams_in_another_number_than_in_the_probe_raise(graph):
     graph.computed(node)
     with pytest.raises(RuntimeError, match=f"which tokens the {STREAMS * N_ROWS} rows"):
         graph.hook.end_decode()
+
+
+@pytest.mark.parametrize("name", ["blk.1.attn_output.weight", "GPU0#blk.1.attn_output.weight#0"])
+def test_site_is_recognised_by_a_weight_and_by_its_copy_on_another_device(graph, name):
+    """ggml's scheduler copies the weights of host layers to a device for large batches."""
+    weight = graph.tensor("blk.1.attn_output.weight", (N_EMBD, N_EMBD))
+
+    def product(matrix):
+        rows = graph.tensor("", (N_ROWS, N_EMBD))
+        multiply = ggml("ggml_mul_mat", TENSOR, P, TENSOR, TENSOR)
+        return graph.named(multiply(graph.context, matrix, rows), "attn_out-1")
+
+    graph.hook.begin_probe(N_LAYER, N_EMBD, N_ROWS)
+    graph.ask(product(weight))
+    graph.hook.end_probe()
+    made = _native.Plan(N_LAYER, N_EMBD, _native.Injection.automatic)
+    add_term(made, [1], np.ones((1, N_EMBD), np.float32), site="attention")
+    graph.hook.set_sequence(0, sequence(made))
+    begin(graph)
+    assert graph.ask(product(graph.named(weight, name)))
+    assert not graph.ask(product(graph.tensor("GPU0#blk.1.attn_output.bias#0", (N_EMBD, N_EMBD))))
+    graph.hook.abandon_decode()
