@@ -5,28 +5,49 @@
 #include <string>
 
 namespace pysteer {
+namespace {
+
+Sequence * sequence_of(const RowRun & run, const std::vector<std::shared_ptr<Sequence>> & slots) noexcept {
+    const bool known = run.slot >= 0 && static_cast<std::size_t>(run.slot) < slots.size();
+    return known ? slots[static_cast<std::size_t>(run.slot)].get() : nullptr;
+}
+
+}  // namespace
 
 void Batch::resize(std::size_t n_layer) {
     n_layer_ = n_layer;
-    runs_.clear();
-    rows_.clear();
-    output_rows_.clear();
-    gates_.clear();
+    clear();
     active_.assign(n_sites * n_layer, 0);
 }
 
 void Batch::assign(const RowRun * runs, std::size_t n_runs, const std::vector<std::shared_ptr<Sequence>> & slots) {
+    clear();
     runs_.assign(runs, runs + n_runs);
+    for (const RowRun & run : runs_) {
+        add_run(run, sequence_of(run, slots));
+    }
+    find_active();
+}
+
+void Batch::assign_foreign(const RowRun & run, int64_t n_positions,
+                           const std::vector<std::shared_ptr<Sequence>> & slots) {
+    clear();
+    runs_.assign(1, run);
+    Sequence * sequence = sequence_of(run, slots);
+    uses_products_ = sequence != nullptr && sequence->plan().uses_products();
+    for (int64_t k = 0; k < run.count; ++k) {
+        rows_.push_back({sequence, run.position + std::min(k, n_positions - 1)});
+    }
+    find_active();
+}
+
+void Batch::clear() noexcept {
+    runs_.clear();
     rows_.clear();
     output_rows_.clear();
     gates_.clear();
     decisions_due_ = 0;
     uses_products_ = false;
-    for (const RowRun & run : runs_) {
-        const bool known = run.slot >= 0 && static_cast<std::size_t>(run.slot) < slots.size();
-        add_run(run, known ? slots[static_cast<std::size_t>(run.slot)].get() : nullptr);
-    }
-    find_active();
 }
 
 void Batch::add_run(const RowRun & run, Sequence * sequence) {

@@ -1,6 +1,7 @@
 // The rows of a decode: their tokens and sequences, the places where plans act, and the gates that read.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -34,6 +35,12 @@ class Batch {
     // beyond a gate's next decision.
     void assign(const RowRun * runs, std::size_t n_runs, const std::vector<std::shared_ptr<Sequence>> & slots);
 
+    // Takes rows that a foreign caller of llama.cpp may decode: at most run.count rows without logits, of a prompt's
+    // next n_positions positions, the last of which all further rows share. No gate reads them.
+    void assign_foreign(const RowRun & run, int64_t n_positions, const std::vector<std::shared_ptr<Sequence>> & slots);
+    // Drops the rows after the first n_rows.
+    void truncate(std::size_t n_rows) noexcept { rows_.resize(std::min(n_rows, rows_.size())); }
+
     const std::vector<Row> & rows() const noexcept { return rows_; }
     // Indices of the rows with logits, ascending.
     const std::vector<int32_t> & output_rows() const noexcept { return output_rows_; }
@@ -53,6 +60,7 @@ class Batch {
     int64_t decisions_due() const noexcept { return decisions_due_; }
 
   private:
+    void clear() noexcept;
     void add_run(const RowRun & run, Sequence * sequence);
     void find_active() noexcept;
     // Calls visit(sequence, run) for each run of a steered sequence.

@@ -323,6 +323,9 @@ void bind_sequence(py::module_ & module) {
              })
         .def_property_readonly("n_decisions", &Sequence::n_decisions)
         .def(
+            "leave_out", [](Sequence & sequence, int64_t start, int64_t stop) { sequence.leave_out({start, stop}); },
+            py::arg("start"), py::arg("stop"))
+        .def(
             "set_excluded",
             [](Sequence & sequence, int64_t start, const Array<uint32_t> & masks) {
                 sequence.set_excluded(start, masks.data(), static_cast<std::size_t>(masks.size()));
@@ -349,6 +352,9 @@ void bind_hook(py::module_ & module) {
         .def("next_decision", &Hook::next_decision, py::arg("slot"))
         .def("begin_decode", &begin_decode, py::arg("runs").noconvert())
         .def("end_decode", &Hook::end_decode)
+        .def("begin_foreign", &Hook::begin_foreign, py::arg("slot"), py::arg("position"), py::arg("n_rows"),
+             py::arg("n_positions"))
+        .def("end_foreign", &Hook::end_foreign)
         .def_property_readonly("was_resident", &Hook::was_resident)
         .def("abandon_decode", &Hook::abandon_decode)
         .def("begin_capture", &begin_capture, py::kw_only(), py::arg("wanted").noconvert(),

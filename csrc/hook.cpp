@@ -111,6 +111,10 @@ void Hook::begin_decode(const RowRun * runs, std::size_t n_runs) {
     require_idle("decode");
     error_[0] = '\0';
     batch_.assign(runs, n_runs, slots_);
+    begin();
+}
+
+void Hook::begin() {
     row_map_.begin(batch_, batch_.active());
     const bool steers = batch_.any_active();
     is_resident_ = steers && fits_control_vector(batch_);
@@ -132,6 +136,33 @@ void Hook::end_decode() {
     if (batch_.decisions_due() > 0) {
         throw std::runtime_error("the router did not decide: the graph did not compute its last layer");
     }
+}
+
+void Hook::begin_foreign(std::size_t slot, int64_t position, int64_t n_rows, int64_t n_positions) {
+    require_idle("decode");
+    if (position < 0 || n_rows < 1 || n_positions < 1) {
+        throw std::invalid_argument("expected rows at positions >= 0, found " + std::to_string(n_rows) + " rows at " +
+                                    std::to_string(n_positions) + " positions from " + std::to_string(position));
+    }
+    error_[0] = '\0';
+    batch_.assign_foreign({static_cast<int32_t>(slot), position, n_rows, RowRun::none}, n_positions, slots_);
+    begin();
+    busy_ = true;  // so that the rows are counted
+}
+
+int64_t Hook::end_foreign() {
+    abandon_decode();
+    if (error_[0] != '\0') {
+        throw std::runtime_error(error_.data());
+    }
+    const int64_t n_rows = row_map_.tokens_passed();
+    if (n_rows > static_cast<int64_t>(batch_.rows().size())) {
+        throw std::runtime_error("expected at most " + std::to_string(batch_.rows().size()) + " rows, found " +
+                                 std::to_string(n_rows));
+    }
+    batch_.truncate(static_cast<std::size_t>(n_rows));
+    row_map_.require_all_reached();
+    return n_rows;
 }
 
 void Hook::abandon_decode() noexcept {

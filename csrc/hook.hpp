@@ -59,6 +59,11 @@ class Hook {
     // steered or read did not get every row.
     void begin_decode(const RowRun * runs, std::size_t n_runs);
     void end_decode();
+    // Around llama_decode calls of a foreign caller, such as an image's: at most n_rows rows without logits, at the
+    // next n_positions positions of a sequence's prompt; rows beyond share the last position. end_foreign() returns the
+    // number of rows that came, and throws as end_decode() does.
+    void begin_foreign(std::size_t slot, int64_t position, int64_t n_rows, int64_t n_positions);
+    int64_t end_foreign();
     // Ends the bracket without checks, after a decode that failed.
     void abandon_decode() noexcept;
     // True if the last decode was steered through llama.cpp's control-vector tensors.
@@ -102,6 +107,7 @@ class Hook {
     void require_idle(const char * action) const;
     void require_place(Place place) const;
     void require_fit(const Plan & plan) const;
+    void begin();  // with the rows of batch_
 
     std::size_t n_layer_ = 0;
     std::size_t n_embd_ = 0;

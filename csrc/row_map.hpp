@@ -46,6 +46,8 @@ class RowMap {
     // So many rows of the place were steered, or checked and left alone.
     void reach(Place place, int64_t n_rows) noexcept;
 
+    // The number of rows of the decode that came by; 0 for models of one block.
+    int64_t tokens_passed() const noexcept { return tokens_passed_; }
     // Throws std::runtime_error if a required place did not see every row.
     void require_all_reached() const;
 

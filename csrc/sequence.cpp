@@ -170,9 +170,19 @@ int64_t Sequence::next_decision() const noexcept {
 // True if a read takes the row of a position after the last decision.
 bool Sequence::counts(std::size_t read, int64_t position) const noexcept {
     if (decided_at_.empty()) {
-        return spans_[read].holds(position);
+        return spans_[read].holds(position) &&
+               std::none_of(left_out_.begin(), left_out_.end(), [&](Span span) { return span.holds(position); });
     }
     return plan_->recheck() > 0 && (plan_->gate()->reads()[read].pools || decides(position));
+}
+
+int64_t Sequence::due(std::size_t read) const noexcept {
+    const Span & span = spans_[read];
+    int64_t due = span.stop - span.start;
+    for (const Span & left_out : left_out_) {
+        due -= std::max<int64_t>(std::min(span.stop, left_out.stop) - std::max(span.start, left_out.start), 0);
+    }
+    return due;
 }
 
 bool Sequence::reads(int64_t position) const noexcept {
@@ -213,10 +223,9 @@ bool Sequence::read(Place place, int64_t position, const float * row) {
     }
     const bool first = decided_at_.empty();
     for (std::size_t k = 0; k < spans_.size() && first; ++k) {
-        const int64_t due = spans_[k].stop - spans_[k].start;
-        if (summed_[k].count != due) {
+        if (summed_[k].count != due(k)) {
             throw std::runtime_error("the router read " + std::to_string(summed_[k].count) + " of the " +
-                                     std::to_string(due) + " tokens that it averages over");
+                                     std::to_string(due(k)) + " tokens that it averages over");
         }
     }
     decide(position);

@@ -26,6 +26,9 @@ class Sequence {
     // the spans are ignored.
     Sequence(std::shared_ptr<const Plan> plan, int64_t n_prompt, std::vector<Span> spans, int64_t n_positions);
 
+    // The gate reads none of these prompt positions, which hold an image. Call before the first decode.
+    void leave_out(Span span) { left_out_.push_back(span); }
+
     const Plan & plan() const noexcept { return *plan_; }
     const std::shared_ptr<const Plan> & shared_plan() const noexcept { return plan_; }
 
@@ -85,6 +88,8 @@ class Sequence {
     };
 
     bool counts(std::size_t read, int64_t position) const noexcept;
+    // The number of prompt positions that a read takes.
+    int64_t due(std::size_t read) const noexcept;
     void accumulate_row(std::size_t read, int64_t position, const float * row) noexcept;
     void decide(int64_t position);
     void open_gates() noexcept;
@@ -102,6 +107,7 @@ class Sequence {
     std::vector<int64_t> decided_at_;  // ascending positions
     std::vector<uint8_t> fired_;       // by decision and term
     std::vector<Span> spans_;          // by read
+    std::vector<Span> left_out_;       // prompt positions that no read takes
     std::vector<Sum> summed_;          // by read
     std::vector<double> sums_;         // by read, n_embd values each
     std::vector<double> scores_;

@@ -349,6 +349,9 @@ class Sequence:
     def n_decisions(self) -> int:
         """Number of decisions so far."""
 
+    def leave_out(self, start: int, stop: int) -> None:
+        """Have the gate read no prompt position of [start, stop); before the first decode."""
+
     def set_excluded(self, start: int, masks: npt.NDArray[np.uint32]) -> None:
         """Set the exclusion masks of tokens from `start` on, one for each token."""
 
@@ -406,19 +409,11 @@ class Hook:
         """
 
     def end_probe(self) -> None:
-        """Learn the sites from the probe decode, and set the control vectors to zero.
-
-        Raises:
-            RuntimeError: the probe failed.
-        """
+        """Learn the sites, and zero the control vectors; RuntimeError if the probe failed."""
 
     @property
     def sites(self) -> list[SiteNode]:
-        """The sites of the model.
-
-        Raises:
-            RuntimeError: before a probe.
-        """
+        """The sites of the model; RuntimeError before a probe."""
 
     def set_sequence(self, slot: int, sequence: Sequence | None) -> None:
         """Steer the sequence with llama.cpp's number `slot` from the next decode on; None: stop.
@@ -453,6 +448,19 @@ class Hook:
 
         Raises:
             RuntimeError: steering missed a token, or the callback met an unsupported node.
+        """
+
+    def begin_foreign(self, slot: int, position: int, n_rows: int, n_positions: int) -> None:
+        """Announce llama_decode calls of a foreign caller: at most `n_rows` rows without logits.
+
+        The rows stand at the positions of a prompt from `position` on; rows beyond the first
+        `n_positions` share the last position. No gate reads them. Raises as `begin_decode`.
+        """
+
+    def end_foreign(self) -> int:
+        """End the foreign decodes, and return the number of rows; 0 for models of one block.
+
+        Raises as `end_decode`, and for more rows than announced.
         """
 
     @property

@@ -759,3 +759,112 @@ def test_site_is_recognised_by_a_weight_and_by_its_copy_on_another_device(graph,
     assert graph.ask(product(graph.named(weight, name)))
     assert not graph.ask(product(graph.tensor("GPU0#blk.1.attn_output.bias#0", (N_EMBD, N_EMBD))))
     graph.hook.abandon_decode()
+
+
+def foreign_rows(graph, n_rows, *, start=0, n_positions=64, at=("l_out-0",), batches=(3, 2)):
+    """Announce foreign rows, show nodes of zeros in micro-batches, and return the last of them."""
+    graph.hook.begin_foreign(0, start, n_rows, n_positions)
+    found = []
+    for name in at:
+        for n in batches:
+            node = graph.tensor(name, (n, N_EMBD))
+            graph.fill(node, np.zeros((n, N_EMBD), np.float32))
+            if graph.ask(node):
+                graph.computed(node)
+            found.append(graph.read(node, np.empty((n, N_EMBD), np.float32)))
+    return np.concatenate(found)
+
+
+def test_foreign_rows_of_unknown_number_are_steered_by_their_positions(graph):
+    graph.probe()
+    made = _native.Plan(N_LAYER, N_EMBD, _native.Injection.hooked)
+    directions = np.arange(N_EMBD, dtype=np.float32)[None]
+    add_term(made, [0], directions, scope=_native.Scope(_native.ScopeKind.positions, 9, 11))
+    graph.hook.set_sequence(0, sequence(made, 64))
+    found = foreign_rows(graph, 50, start=8)
+    assert graph.hook.end_foreign() == 5
+    steered = np.array([0, 1, 1, 0, 0], np.float32)[:, None]
+    np.testing.assert_array_equal(found, steered * directions)
+    begin(graph)  # the next decode is one as ever
+    graph.hook.abandon_decode()
+
+
+def test_foreign_rows_beyond_their_positions_share_the_last(graph):
+    graph.probe()
+    made = _native.Plan(N_LAYER, N_EMBD, _native.Injection.hooked)
+    directions = np.arange(N_EMBD, dtype=np.float32)[None]
+    add_term(made, [0], directions, scope=_native.Scope(_native.ScopeKind.positions, 9, 10))
+    graph.hook.set_sequence(0, sequence(made, 64))
+    found = foreign_rows(graph, 50, start=8, n_positions=2)
+    assert graph.hook.end_foreign() == 5
+    steered = np.array([0, 1, 1, 1, 1], np.float32)[:, None]
+    np.testing.assert_array_equal(found, steered * directions)
+
+
+def test_unsteered_foreign_rows_are_counted_and_not_asked_for(graph):
+    graph.probe()
+    graph.hook.begin_foreign(0, 0, 50, 50)
+    for n in (3, 2, 1):
+        assert not graph.ask(graph.tensor("l_out-0", (n, N_EMBD)))
+    assert graph.hook.end_foreign() == 6
+
+
+def test_foreign_rows_that_steering_missed_raise(graph):
+    graph.probe()
+    steer(graph, 0, 1)
+    foreign_rows(graph, 50)  # nothing of block 1
+    with pytest.raises(RuntimeError, match="reached 0 of 5"):
+        graph.hook.end_foreign()
+
+
+def test_more_foreign_rows_than_announced_raise(graph):
+    graph.probe()
+    steer(graph, 0)
+    foreign_rows(graph, 4)
+    with pytest.raises(RuntimeError, match="cannot tell which tokens"):
+        graph.hook.end_foreign()
+    graph.hook.set_sequence(0, None)
+    foreign_rows(graph, 4)
+    with pytest.raises(RuntimeError, match="at most 4 rows, found 5"):
+        graph.hook.end_foreign()
+
+
+def test_foreign_rows_with_some_logits_in_a_steered_last_block_raise(graph):
+    """Which rows have logits is unknown, so that only none and all are clear."""
+    graph.probe()
+    steer(graph, 0, N_LAYER - 1)
+    foreign_rows(graph, 50, at=("l_out-0", f"l_out-{N_LAYER - 1}"), batches=(5,))
+    graph.hook.end_foreign()
+    graph.hook.begin_foreign(0, 0, 50, 50)
+    for name, n in (("l_out-0", 5), (f"l_out-{N_LAYER - 1}", 1)):
+        node = graph.tensor(name, (n, N_EMBD))
+        assert graph.ask(node)
+        graph.computed(node)
+    with pytest.raises(RuntimeError, match="cannot tell which tokens"):
+        graph.hook.end_foreign()
+
+
+def test_gate_averages_over_a_span_without_what_it_leaves_out():
+    made = _native.Plan(N_LAYER, N_EMBD, _native.Injection.hooked)
+    add_term(made, [0], np.ones((1, N_EMBD)), rule=[0])
+    weights = np.ones((1, N_EMBD))
+    gate = _native.Gate(
+        _native.Site.residual, [(0, True)], _native.GateKind.probe, weights, [0.0], [], []
+    )
+    made.set_gate(gate, [0.0], [1], _native.ConflictRule.sum, 0)
+    with new_graph() as graph:
+        graph.probe()
+        gated = _native.Sequence(made, 6, [(0, 6)], 64)
+        gated.leave_out(2, 5)
+        graph.hook.set_sequence(0, gated)
+        values = rows(shape=(6, N_EMBD))
+        for start, stop in ((0, 2), (5, 6)):
+            graph.hook.begin_decode(np.array([[0, start, stop - start, 1]], np.int32))
+            node = graph.tensor("l_out-0", (stop - start, N_EMBD))
+            graph.fill(node, values[start:stop])
+            assert graph.ask(node)
+            graph.computed(node)
+            graph.hook.end_decode()
+        assert gated.decided_at == [5]
+        expected = values[[0, 1, 5]].astype(np.float64).mean(axis=0).sum()
+        assert gated.scores == pytest.approx([expected], rel=1e-12)
