@@ -161,11 +161,11 @@ def _one_by_one(path: str, texts: list[str]) -> Loaded:
 
 
 def _capture(capture: Any, texts: list[str]) -> Loaded:
-    from pysteer.extract.inputs import rows_of, tokenizer
+    from pysteer.extract.inputs import Tokenizer, rows_of
     from pysteer.prompts import Prompt
 
     prompts = [Prompt(text) for text in texts]
-    rows = rows_of(capture, list(map(tokenizer(capture), prompts)), "user")
+    rows = rows_of(capture, list(map(Tokenizer(capture), prompts)), "user")
     layers = capture.sites["residual"]
 
     def run() -> None:

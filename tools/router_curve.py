@@ -33,7 +33,7 @@ from pysteer.calibrate.split import PromptSet, split
 from pysteer.errors import SteeringError
 from pysteer.extract.capture import Capture
 from pysteer.extract.data import distinct
-from pysteer.extract.inputs import tokenizer
+from pysteer.extract.inputs import Tokenizer
 from pysteer.extract.llama_capture import LlamaCapture
 from pysteer.extract.reader import Reader
 from pysteer.extract.routers.fit import fit_router
@@ -61,7 +61,7 @@ class PromptReads:
     def __init__(self, capture: Capture, prompts: Sequence[Prompt]) -> None:
         with tempfile.TemporaryDirectory() as cache:
             reader = Reader(capture, Path(cache))
-            tokenized = list(map(tokenizer(capture), prompts))
+            tokenized = list(map(Tokenizer(capture), prompts))
             self.reads, self._h, _ = read_prompts(reader, tokenized)
         self._at = {prompt.prompt: i for i, prompt in enumerate(prompts)}
 

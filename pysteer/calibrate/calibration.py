@@ -25,7 +25,7 @@ from pysteer.calibrate.search import Deadline, OnRound, SearchResult, search
 from pysteer.calibrate.settings import CalibrateSettings
 from pysteer.calibrate.split import PromptSet, Split, split
 from pysteer.calibrate.trials import Scorer
-from pysteer.chat.form import form_content
+from pysteer.chat.form import form_content, form_of
 from pysteer.engine import Engine
 from pysteer.errors import SteeringError
 from pysteer.evaluate.answers import Answerer, Query
@@ -37,7 +37,6 @@ from pysteer.evaluate.settings import EvaluateSettings, Sampling
 from pysteer.extract.capture import Capture
 from pysteer.extract.data import Data, distinct
 from pysteer.extract.extraction import fit_pack_routers
-from pysteer.extract.inputs import prompt_ends
 from pysteer.extract.routers.settings import RouterSettings
 from pysteer.journal import Journal
 from pysteer.judge import Judge
@@ -174,7 +173,7 @@ def _split(prompts: PromptSet, settings: CalibrateSettings) -> Split:
 
 def _provenance(capture: Capture, record: dict[str, Any]) -> dict[str, Any]:
     """Return the provenance of the pack: the form of the router's prompts, and the calibration."""
-    form = form_content(prompt_ends(capture))
+    form = form_content(form_of(capture.prompt_tokens))
     return {"method": "calibrated", "form": form, "calibration": record}
 
 

@@ -7,26 +7,24 @@ on another day, so a short stretch of other tokens makes no other form.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from llama_cpp import Llama
-
-from pysteer.chat.handler import user_prompt
 from pysteer.chat.messages import Message, user_message
 from pysteer.chat.spans import TemplateEnds, shared_start, template_ends
 
 _DATE = 8  # most tokens of a date
 
 
-def form_of(llm: Llama) -> TemplateEnds | None:
-    """Return the form in which a model renders a user's message; None: the bare text.
+def form_of(tokenize: Callable[[str], Sequence[int]]) -> TemplateEnds | None:
+    """Return the form of the prompts that a tokenizer makes; None: the message is not rendered.
 
-    Costs two renderings and tokenisations.
+    Args:
+        tokenize: from a user's message to the tokens of the prompt; called twice.
     """
 
     def render(messages: Sequence[Message]) -> Sequence[int]:
-        return user_prompt(llm, messages[0]["content"])
+        return tokenize(messages[0]["content"])
 
     return template_ends(render, [user_message("any")])
 

@@ -16,7 +16,7 @@ from pysteer.errors import SteeringError, quoted
 from pysteer.extract import postprocess
 from pysteer.extract.capture import Capture
 from pysteer.extract.data import Data, warn_of_both
-from pysteer.extract.inputs import Inputs, TokenizedPrompt, rows_of, tokenizer
+from pysteer.extract.inputs import Inputs, TokenizedPrompt, Tokenizer, rows_of
 from pysteer.extract.methods import METHODS
 from pysteer.extract.methods.base import Method, Needs, Task, torch_model
 from pysteer.extract.provenance import provenance, separation
@@ -158,7 +158,7 @@ def fit_pack_routers(
     """
     settings = settings or RouterSettings()
     reader = Reader(capture, cache, progress)
-    tokenized = tokenizer(capture)
+    tokenized = Tokenizer(capture)
     routers = []
     for each in data:
         each = each.distinct()
@@ -228,12 +228,13 @@ def _tokenized(
     with_router: bool,
 ) -> Inputs:
     responses = settings.pooling == "response" or isinstance(settings.pooling, tuple)
-    tokenized = tokenizer(capture, responses=responses)
+    tokenized = Tokenizer(capture, responses=responses)
     return Inputs(
         unsafe=list(map(tokenized, data.unsafe)),
         safe=list(map(tokenized, data.safe)),
         benign=list(map(tokenized, data.benign)) if with_router else [],
         sides=sides.map(tokenized),
+        form=tokenized.form,
     )
 
 

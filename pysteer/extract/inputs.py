@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from pysteer.chat.messages import Message, user_message
-from pysteer.chat.spans import Span, TemplateEnds, message_span, template_ends
+from pysteer.chat.form import form_of
+from pysteer.chat.spans import Span, TemplateEnds, message_span
 from pysteer.errors import SteeringError
 from pysteer.extract.capture import Capture, Pooling, Row, Tokens, pooled_row
 from pysteer.extract.data import where
@@ -48,47 +48,48 @@ class Inputs:
         safe: safe prompts, in the order of the data.
         benign: harmless prompts for the router alone, in the order of the data.
         sides: unsafe and safe prompts as `split_sides` divides them.
+        form: form of all these prompts; see `pysteer.chat.form`.
     """
 
     unsafe: Sequence[TokenizedPrompt]
     safe: Sequence[TokenizedPrompt]
     benign: Sequence[TokenizedPrompt]
     sides: Sides[TokenizedPrompt]
+    form: TemplateEnds | None
 
 
-def tokenizer(capture: Capture, *, responses: bool = False) -> Callable[[Prompt], TokenizedPrompt]:
-    """Return a function that tokenizes prompts, each distinct text once.
-
-    The function raises SteeringError, with file and line, for an empty prompt and for a prompt that
-    is longer than the model's context.
+class Tokenizer:
+    """Tokenizes prompts, each distinct text once.
 
     Args:
         capture: the model.
         responses: True: tokenize the responses that come with the prompts.
-    """
-    ends = prompt_ends(capture)
-    prompt_tokens = cache(capture.prompt_tokens)
-    response_tokens = cache(capture.response_tokens)
 
-    def tokenized(prompt: Prompt) -> TokenizedPrompt:
+    Attributes:
+        form: form of the prompts; see `pysteer.chat.form`.
+    """
+
+    def __init__(self, capture: Capture, *, responses: bool = False) -> None:
+        self._capture = capture
+        self._responses = responses
+        self._prompt_tokens = cache(capture.prompt_tokens)
+        self._response_tokens = cache(capture.response_tokens)
+        self.form = form_of(self._prompt_tokens)
+
+    def __call__(self, prompt: Prompt) -> TokenizedPrompt:
+        """Return a prompt with its tokens.
+
+        Raises:
+            SteeringError: with file and line, for an empty prompt, and for a prompt that is longer
+                than the model's context.
+        """
         if not prompt.prompt.strip():
             raise SteeringError(f"{where(prompt)}the prompt is empty")
-        tokens = prompt_tokens(prompt.prompt)
-        require_fits(tokens, capture, prompt)
+        tokens = self._prompt_tokens(prompt.prompt)
+        require_fits(tokens, self._capture, prompt)
         text = prompt.response or ""
-        response = response_tokens(text) if responses and text else ()
-        return TokenizedPrompt(prompt, tokens, response, message_span(tokens, ends))
-
-    return tokenized
-
-
-def prompt_ends(capture: Capture) -> TemplateEnds | None:
-    """Return the tokens around the message in every prompt of a capture."""
-
-    def render(messages: Sequence[Message]) -> Tokens:
-        return capture.prompt_tokens(messages[0]["content"])
-
-    return template_ends(render, [user_message("any")])
+        response = self._response_tokens(text) if self._responses and text else ()
+        return TokenizedPrompt(prompt, tokens, response, message_span(tokens, self.form))
 
 
 def rows_of(capture: Capture, prompts: Sequence[TokenizedPrompt], pooling: Pooling) -> list[Row]:

@@ -13,7 +13,7 @@ import numpy as np
 from pysteer.chat.form import form_content
 from pysteer.distribution import installed_version
 from pysteer.extract.data import Data
-from pysteer.extract.inputs import prompt_ends, rows_of
+from pysteer.extract.inputs import rows_of
 from pysteer.extract.methods.base import Task, slices
 from pysteer.extract.settings import ExtractSettings
 from pysteer.pack.vector import SteeringVector
@@ -80,7 +80,7 @@ def provenance(
         },
         "safe_data": "matched" if sides.matched else "generic",
         "engine": type(capture).__name__,
-        "form": form_content(prompt_ends(capture)),
+        "form": form_content(task.inputs.form),
         "weights": capture.weights,
         "versions": dict(_versions()),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import threading
+from functools import partial
 
 from pysteer.chat.form import form_of, is_other_form
+from pysteer.chat.handler import user_prompt
 from pysteer.llama.hooked import HookedLlama
 from pysteer.pack.pack import SteeringPack
 from pysteer.pack.policy import Policy
@@ -86,7 +88,7 @@ def _warn_of_other_form(llm: HookedLlama, pack: SteeringPack) -> None:
     if pack.router is None or "form" not in pack.provenance:
         return
     try:
-        form = form_of(llm)
+        form = form_of(partial(user_prompt, llm))
     except Exception as error:  # of any kind: chat handlers are foreign code
         _log.warning("the form of this model's chats is unknown: %s", error)
         return

@@ -5,6 +5,7 @@ import pickle
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 
 import llama_cpp
 import pytest
@@ -14,6 +15,7 @@ from tiny_models import write_tiny
 from pysteer import Engine, HookedLlama, SteeredLlama, SteeringError, shipped
 from pysteer.calibrate.settings import CalibrateSettings
 from pysteer.chat.form import form_content, form_of, is_other_form
+from pysteer.chat.handler import user_prompt
 from pysteer.chat.messages import user_message
 from pysteer.chat.spans import TemplateEnds
 from pysteer.chat.template import renders_chats
@@ -22,7 +24,6 @@ from pysteer.cli.reports.calibrate import evaluate_command
 from pysteer.evaluate.answers import Answerer, Query
 from pysteer.evaluate.likelihood import Likelihood
 from pysteer.evaluate.settings import Sampling
-from pysteer.extract.inputs import prompt_ends
 from pysteer.extract.llama_capture import LlamaCapture
 from pysteer.journal import Journal
 
@@ -168,7 +169,7 @@ def test_calibration_s_evaluate_command_keeps_the_chat_format(tmp_path):
 def with_form(path, **arguments):
     """A routed pack whose provenance has the form of a model's prompts."""
     with closing(LlamaCapture(path, **{**ARGUMENTS, **arguments})) as capture:
-        form = form_content(prompt_ends(capture))
+        form = form_content(form_of(capture.prompt_tokens))
     return replace(reading_pack(32, poolings=("last", "user")), provenance={"form": form})
 
 
@@ -201,9 +202,10 @@ def test_form_of_torch_equals_that_of_llama_cpp(tiny_llama):
     from pysteer.extract.torch_capture import TorchCapture
     from pysteer.extract.torch_model import TorchModel
 
-    torch_form = prompt_ends(TorchCapture(TorchModel(str(tiny_llama))))
+    torch_form = form_of(TorchCapture(TorchModel(str(tiny_llama))).prompt_tokens)
     with closing(HookedLlama(tiny_llama, **ARGUMENTS)) as llm:
-        assert not is_other_form({"form": form_content(torch_form)}, form_of(llm))
+        own = form_of(partial(user_prompt, llm))
+        assert not is_other_form({"form": form_content(torch_form)}, own)
 
 
 @pytest.mark.parametrize(

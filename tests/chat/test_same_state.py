@@ -17,7 +17,7 @@ from templates import TEMPLATES, message_tokens
 from pysteer import Engine, SteeredLlama
 from pysteer.chat.spans import pooled_span
 from pysteer.extract.capture import Row
-from pysteer.extract.inputs import tokenizer
+from pysteer.extract.inputs import Tokenizer
 from pysteer.extract.llama_capture import LlamaCapture
 from pysteer.prompts import Prompt
 
@@ -123,7 +123,7 @@ def test_served_state_on_the_default_model_equals_fitted_state(message, default_
 def test_states_captured_together_differ_in_the_last_bits_at_most(chat_model):
     with ExitStack() as stack:
         both = Both(stack, chat_model("gemma"), type_k=0, type_v=0)
-        tokenize = tokenizer(both.capture)
+        tokenize = Tokenizer(both.capture)
         rows = [tokenize(Prompt(message)).row("user") for message in MESSAGES.values()]
         found = dict(both.capture.activations(rows, site="residual", layers=[LAYER]))
         for index, message in enumerate(MESSAGES.values()):

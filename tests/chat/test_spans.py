@@ -12,7 +12,7 @@ from templates import TEMPLATES, message_tokens
 from pysteer.chat.conversation import Conversation
 from pysteer.chat.messages import user_message
 from pysteer.chat.spans import message_span, pooled_span, template_ends
-from pysteer.extract.inputs import tokenizer
+from pysteer.extract.inputs import Tokenizer
 from pysteer.extract.llama_capture import LlamaCapture
 from pysteer.prompts import Prompt
 
@@ -155,7 +155,7 @@ def test_span_of_any_message_covers_its_text(name, vocabulary, message, earlier,
     capture, source = captures[name, vocabulary], TEMPLATES[name].source
     messages = [user_message(message)]
     expected = message_tokens(capture.llm, source, messages, partial(marked, messages))
-    row = tokenizer(capture)(Prompt(message)).row("user")
+    row = Tokenizer(capture)(Prompt(message)).row("user")
     assert (row.tokens, (row.start, row.stop)) == expected
     assert Conversation(capture.llm, {"messages": messages}).message_span(row.tokens) == expected[1]
     if earlier is not None:

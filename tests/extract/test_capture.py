@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pysteer import shipped
+from pysteer.chat.form import form_of
 from pysteer.chat.spans import message_span
 from pysteer.errors import HookError, SteeringError
 from pysteer.extract.capture import Row, pooled_row, run_once, token_batches
-from pysteer.extract.inputs import prompt_ends
 from pysteer.extract.llama_capture import LlamaCapture
 from pysteer.llama.batch import DecodeBatch
 
@@ -60,7 +60,7 @@ def llama(tiny_model):
 
 def rows_for(capture):
     """Return rows of all poolings, of differing lengths."""
-    ends = prompt_ends(capture)
+    ends = form_of(capture.prompt_tokens)
     prompts = [capture.prompt_tokens(text) for text in TEXTS]
     response = capture.response_tokens("of the sea")
     return [
@@ -269,14 +269,15 @@ def test_torch_and_llama_tokenize_the_default_template_alike(default_model):
             assert model.prompt_tokens(text) == capture.prompt_tokens(text)
             assert model.response_tokens(text) == capture.response_tokens(text)
             assert capture.text(capture.response_tokens(text)) == text
-        assert tuple(map(len, prompt_ends(capture))) == (24, 6)
+        assert tuple(map(len, form_of(capture.prompt_tokens))) == (24, 6)
 
 
 def test_response_tokens_follow_prompt_tokens_exactly(llama):
     """The response's tokens follow the prompt's, even where joint tokenization differs."""
     capture = llama("llama")
     prompt, response = capture.prompt_tokens("the r"), capture.response_tokens("ing of it")
-    row = pooled_row(prompt, response, "response", message_span(prompt, prompt_ends(capture)))
+    span = message_span(prompt, form_of(capture.prompt_tokens))
+    row = pooled_row(prompt, response, "response", span)
     assert row.tokens[: row.start] == prompt
     assert row.tokens[row.start : row.stop] == response
 
@@ -284,7 +285,7 @@ def test_response_tokens_follow_prompt_tokens_exactly(llama):
 def test_users_message_is_found_in_the_template(llama):
     capture = llama("llama")
     tokens = capture.prompt_tokens("the sea")
-    start, stop = message_span(tokens, prompt_ends(capture))
+    start, stop = message_span(tokens, form_of(capture.prompt_tokens))
     assert capture.text(tokens[start:stop]) == "the sea"
     assert start > 0
     assert stop < len(tokens)
@@ -301,7 +302,7 @@ def test_without_a_template_prompts_run_as_they_are(tiny_model, tmp_path, caplog
         bos, *rest = capture.prompt_tokens("the sea")
         assert bos == capture.llm.token_bos()
         assert tuple(rest) == capture.response_tokens("the sea")
-        assert tuple(map(len, prompt_ends(capture))) == (1, 0)
+        assert tuple(map(len, form_of(capture.prompt_tokens))) == (1, 0)
 
 
 def test_recurrent_model_is_captured_row_by_row(llama):

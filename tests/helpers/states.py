@@ -3,7 +3,7 @@
 import numpy as np
 
 from pysteer import SteeringPack, SteeringVector
-from pysteer.extract.inputs import tokenizer
+from pysteer.extract.inputs import Tokenizer
 from pysteer.pack.policy import Policy
 from pysteer.pack.router import Gate, Read, Router
 from pysteer.prompts import Prompt
@@ -61,7 +61,7 @@ def read_states(result):
 
 def rows_by_pooling(capture, text):
     """Pooling to the row that a router is fitted on."""
-    prompt = tokenizer(capture)(Prompt(text))
+    prompt = Tokenizer(capture)(Prompt(text))
     return {pooling: prompt.row(pooling) for pooling in POOLINGS}
 
 
