@@ -244,8 +244,9 @@ class SteeredLlama(HookedLlama):
         prompt = tokens if reset else [*self._cache.tokens, *tokens]
         sequence = self._cache.start(active, prompt)
         generation = Generation(request, sequence, n_prompt=len(prompt))
-        limit = arguments.get("stopping_criteria")
-        if isinstance(limit, TokenLimit):
+        criteria = arguments.get("stopping_criteria")
+        limit = criteria if isinstance(criteria, TokenLimit) else None
+        if limit is not None:
             kwargs["stopping_criteria"] = limit.criteria  # create_completion passes it by name
         if request.latest is not None and request.latest.over:
             request.latest = None  # nothing of it is needed any more
@@ -268,7 +269,7 @@ class SteeredLlama(HookedLlama):
     ) -> Generator[int, Sequence[int] | None, None]:
         """Draw tokens in turns with other generations, to the end or to the limit."""
         n = None
-        if isinstance(limit, TokenLimit):
+        if limit is not None:
             n = limit.begin(prompt, partial(self._turns.step, generation))
         sent: Sequence[int] | None = None
         while n is None or generation.n_drawn < n:
@@ -279,10 +280,10 @@ class SteeredLlama(HookedLlama):
                 except StopIteration:
                     return
                 generation.draw()
-            if isinstance(limit, TokenLimit):
+            if limit is not None:
                 limit.note(token)
             sent = yield token
-        if isinstance(limit, TokenLimit):
+        if limit is not None:
             limit.reached = True  # `create_completion` asks for more
 
     def sample(self, *args: Any, **kwargs: Any) -> int:
