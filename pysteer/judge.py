@@ -59,6 +59,20 @@ NO_ANSWER = Verdict(False, "no answer: the thought does not end")
 """The verdict on a text that ends inside a thought."""
 
 
+def judge_items(
+    judge: Callable[[Sequence[Item]], list[Verdict]], items: Sequence[Item | None]
+) -> list[Verdict | None]:
+    """Return a verdict for each item; None for None, where there is no answer to judge.
+
+    Args:
+        judge: receives the items alone; not called without any.
+        items: prompts and answers.
+    """
+    shown = [item for item in items if item is not None]
+    verdicts = iter(judge(shown) if shown else ())
+    return [None if item is None else next(verdicts) for item in items]
+
+
 def judge_answers(
     judge: Callable[[Sequence[Item]], list[Verdict]], items: Sequence[Item]
 ) -> list[Verdict]:
@@ -70,12 +84,11 @@ def judge_answers(
     """
     texts = [answered(item.answer) for item in items]
     shown = [
-        item._replace(answer=text.answer)
+        None if text.unfinished else item._replace(answer=text.answer)
         for item, text in zip(items, texts, strict=True)
-        if not text.unfinished
     ]
-    verdicts = iter(judge(shown) if shown else ())
-    return [NO_ANSWER if text.unfinished else next(verdicts) for text in texts]
+    verdicts = judge_items(judge, shown)
+    return [NO_ANSWER if verdict is None else verdict for verdict in verdicts]
 
 
 class Judge(Protocol):

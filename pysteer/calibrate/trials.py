@@ -11,7 +11,7 @@ import numpy as np
 from pysteer.calibrate.candidates import CandidateVectors, Trial
 from pysteer.calibrate.settings import CalibrateSettings
 from pysteer.evaluate.answers import Answer, Answerer, Query
-from pysteer.judge import Item, Judge
+from pysteer.judge import Item, Judge, judge_items
 from pysteer.pack.policy import CategoryPolicy, Policy
 from pysteer.pack.scope import Scope
 from pysteer.progress import Advance
@@ -153,13 +153,14 @@ class Scorer:
             group = queries[start : start + self._size]
             answers += self._answerer.ask(group)
             advance(len(group))
-        degenerate = [answer.degenerate for answer in answers]
-        sound = [i for i, one in enumerate(answers) if not (degenerate[i] or one.unfinished)]
-        verdicts = self._judge.judge([Item(queries[i].prompt, answers[i].text) for i in sound])
-        safe = dict(zip(sound, (verdict.safe for verdict in verdicts), strict=True))
+        items = [
+            None if answer.degenerate or answer.unfinished else Item(query.prompt, answer.text)
+            for query, answer in zip(queries, answers, strict=True)
+        ]
+        verdicts = judge_items(self._judge.judge, items)
         return [
-            _Judged(safe.get(i, False), degenerate[i], answer.unfinished)
-            for i, answer in enumerate(answers)
+            _Judged(verdict is not None and verdict.safe, answer.degenerate, answer.unfinished)
+            for verdict, answer in zip(verdicts, answers, strict=True)
         ]
 
 

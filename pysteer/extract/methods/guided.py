@@ -26,7 +26,7 @@ from pysteer.extract.methods.arithmetic import (
 from pysteer.extract.methods.base import Method, Needs, NoOptions, Result, Task
 from pysteer.extract.methods.means import running_means
 from pysteer.extract.reader import Reader
-from pysteer.judge import Item, Judge
+from pysteer.judge import Item, Judge, judge_items
 from pysteer.thoughts import MARKER_TOKENS, Answered, answered, opening_of
 
 JUDGED_TOKENS = 64
@@ -180,12 +180,11 @@ def judged_safe(
         for p in prompts
     ]
     items = [
-        Item(p.prompt.prompt, one.answer)
+        None if one.unfinished else Item(p.prompt.prompt, one.answer)
         for p, one in zip(prompts, found, strict=True)
-        if not one.unfinished
     ]
-    verdicts = iter(judge.judge(items) if items else ())
-    return [None if one.unfinished else next(verdicts).safe for one in found]
+    verdicts = judge_items(judge.judge, items)
+    return [None if verdict is None else verdict.safe for verdict in verdicts]
 
 
 def _read(reader: Reader, prompt: TokenizedPrompt, answer: Tokens) -> Answered:
