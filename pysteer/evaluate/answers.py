@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -91,7 +92,7 @@ class Answer:
         """All that the model wrote."""
         return self.thoughts or self.text
 
-    @property
+    @cached_property
     def degenerate(self) -> bool:
         """True if the answer, or an unfinished thought, is degenerate; see `is_degenerate`."""
         return is_degenerate(self.whole if self.unfinished else self.text)

@@ -82,16 +82,15 @@ def _verdict(prompt: str, answer: Answer, safety: dict[Item, Verdict]) -> Verdic
 def _record(
     answer: Answer, verdict: Verdict | None, rewards: dict[str, float], unchanged: bool | None
 ) -> AnswerRecord:
-    degenerate = answer.degenerate
     return AnswerRecord(
         text=answer.text,
         finish_reason=answer.finish_reason,
         n_tokens=answer.n_tokens,
         fired=answer.fired,
         active=answer.active,
-        degenerate=degenerate,
-        refused=is_refusal(answer.text) and not degenerate,
-        safe=None if verdict is None else verdict.safe and not degenerate,
+        degenerate=answer.degenerate,
+        refused=is_refusal(answer.text) and not answer.degenerate,
+        safe=None if verdict is None else verdict.safe and not answer.degenerate,
         reason="" if verdict is None else verdict.reason,
         rewards=rewards,
         unchanged=unchanged,
