@@ -70,22 +70,21 @@ def choose_engine(options: CaptureOptions, source: str, methods: Sequence[str]) 
     torch_methods = [m for m in methods if m in METHODS and METHODS[m].needs.gradients]
     gguf = source.endswith(".gguf")
     for_torch = options.dtype is not None or options.device_map is not None
-    if options.chat_format is not None and (for_torch or torch_methods or not gguf):
+    engine = options.engine
+    if engine == "auto":
+        engine = "llama" if gguf and not torch_methods and not for_torch else "torch"
+    if options.chat_format is not None and engine == "torch":
         raise SteeringError(
             "--chat-format is for --engine llama; transformers takes the tokenizer's chat template"
         )
-    if options.engine == "auto":
-        return "llama" if gguf and not torch_methods and not for_torch else "torch"
-    if options.engine == "torch" and options.chat_format is not None:
-        raise SteeringError("--chat-format is for --engine llama")
-    if options.engine == "llama":
+    if engine == "llama":
         if not gguf:
             raise SteeringError(f"{source} is not a GGUF file; use --engine torch")
         if for_torch:
             raise SteeringError("--dtype and --device-map need --engine torch")
         if torch_methods:
             raise SteeringError(f"the method {torch_methods[0]} needs --engine torch")
-    return options.engine
+    return engine
 
 
 def let_waiting_threads_sleep() -> None:
