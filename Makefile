@@ -15,7 +15,7 @@ export CXXFLAGS += $(NO_AMX)
 endif
 BENCH_MODEL := build/bench/llama-1.1b-q4_k_m.gguf
 
-.PHONY: demo test test-slow test-all asan tsan lint bench pack picture clean help
+.PHONY: demo test test-slow test-all test-devices asan tsan lint bench pack picture clean help
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -32,15 +32,40 @@ test-slow: $(VENV)/.dev ## Run the tests that take minutes.
 
 test-all: test test-slow ## Run all tests.
 
+# $(call beside,FOLDER): make an environment that sees the packages of the first.
+define beside
+rm -rf $(1)
+$(BIN)/python -m venv $(1)
+$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+  > $$($(1)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/first.pth
+endef
+
+test-devices: build/devices/.llama $(VENV)/.dev ## Run the tests of steering on models that are split over two RPC servers.
+	build/devices/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --ignore-installed \
+	  -C build-dir=build/devices-objects .
+	cd build/devices && OMP_WAIT_POLICY=passive bin/python -m pytest -c ../../pyproject.toml --rootdir ../.. \
+	  --devices rpc -n 2 --dist loadfile -m "not slow" $(addprefix ../../tests/,$(DEVICE_TESTS))
+DEVICE_TESTS := devices native runtime engine extract/test_capture.py
+
+# llama.cpp with its RPC backend takes minutes to build, and is kept. pip's cache has a build without.
+build/devices/.llama: constraints.txt | $(VENV)/.dev
+	$(call beside,build/devices)
+	cd build/devices && bin/python -m pip --disable-pip-version-check download --quiet --no-deps \
+	  --no-binary llama-cpp-python -c ../../constraints.txt -d source llama-cpp-python
+	cd build/devices && CMAKE_ARGS=-DGGML_RPC=ON bin/python -m pip --disable-pip-version-check install --quiet \
+	  --no-cache-dir --no-deps --ignore-installed source/llama_cpp_python-*.tar.gz
+	cd build/devices/source && tar -xzf llama_cpp_python-*.tar.gz
+	cd build/devices && packages=$$(bin/python -c "import sysconfig; print(sysconfig.get_path('platlib'))") && \
+	  $${CXX:-c++} -std=c++17 -O2 $(CXXFLAGS) -I$$packages/include source/*/vendor/llama.cpp/tools/rpc/rpc-server.cpp -o bin/ggml-rpc-server \
+	  -L$$packages/llama_cpp/lib -lggml -lggml-base -Wl,-rpath,$$packages/llama_cpp/lib
+	@touch $@
+
 # $(call sanitized,NAME,LIBRARY,COMMAND,TESTS): run tests with the native part under a sanitizer, in
 # - a second environment, which sees the packages of the first and installs pysteer from a wheel;
 # - a folder of its own, so that Python does not import pysteer from the sources.
 # libstdc++ is preloaded beside the sanitizer, which otherwise does not find the real function that throws.
 define sanitized
-rm -rf build/$(2)
-$(BIN)/python -m venv build/$(2)
-$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
-  > $$(build/$(2)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/first.pth
+$(call beside,build/$(2))
 build/$(2)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --ignore-installed \
   -C build-dir=build/$(2)-objects -C install.strip=false -C cmake.define.PYSTEER_SANITIZE=$(1) .
 cd build/$(2) && $(3) LD_PRELOAD="$$($${CXX:-c++} -print-file-name=lib$(2).so) \

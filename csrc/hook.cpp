@@ -204,13 +204,13 @@ bool Hook::wants(Tensor * node) {
     }
     const int64_t n_rows = abi().ggml_nrows(node) / sites_->streams(*place);
     row_map_.pass(*place, n_rows);
-    if (is_resident_ && node->op == abi().op_add && node->src[1] == sites_->resident(place->layer)) {
+    if (by_vector(*place) && sites_->adds_resident(node, place->layer)) {
         row_map_.reach(*place, n_rows);  // the graph adds the direction by itself
     }
     if (touches(node, *place)) {
         return true;
     }
-    if (!is_resident_) {
+    if (!by_vector(*place)) {
         row_map_.reach(*place, n_rows);  // checked, and left alone
     }
     return false;
@@ -229,8 +229,7 @@ bool Hook::touches(const Tensor * node, Place place) const noexcept {
     if (captures(place) && only_captures() && capture_->ends_at(place)) {
         return true;  // to end the graph
     }
-    const bool steers = batch_.active_at(place) && !is_resident_;
-    if (!steers && !captures(place) && !batch_.reads_at(place)) {
+    if (!(batch_.active_at(place) && !by_vector(place)) && !captures(place) && !batch_.reads_at(place)) {
         return false;
     }
     const std::optional<RowIndices> indices = rows_of(node, place);
@@ -249,7 +248,7 @@ bool Hook::touches(const Tensor * node, Place place) const noexcept {
 bool Hook::touches_row(Place place, std::size_t index, bool first_stream) const noexcept {
     const Row & row = batch_.rows()[index];
     if (row.sequence != nullptr) {
-        if (!is_resident_ && batch_.active_at(place) && Steerer::acts(*row.sequence, row.position, place)) {
+        if (!by_vector(place) && batch_.active_at(place) && Steerer::acts(*row.sequence, row.position, place)) {
             return true;
         }
         // A decision may steer the token's other streams, too.
@@ -297,7 +296,7 @@ void Hook::treat(Tensor * node, Place place) {
         }
     });
     rows.write_back();
-    if (!is_resident_) {
+    if (!by_vector(place)) {
         row_map_.reach(place, rows.count() / streams);
     }
 }
@@ -307,7 +306,7 @@ bool Hook::treat_row(const Work & work, std::size_t index, float * values) {
     if (work.reads && row.sequence != nullptr && row.sequence->read(work.place, row.position, values)) {
         batch_.take_decision();
     }
-    const bool steered = !is_resident_ && row.sequence != nullptr && batch_.active_at(work.place) &&
+    const bool steered = !by_vector(work.place) && row.sequence != nullptr && batch_.active_at(work.place) &&
                          steerer_.steer(*row.sequence, row.position, work.place, values);
     if (steered && !(largest(values, n_embd_) <= work.limit)) {
         fail("steering makes the hidden state not finite at " + place_name(work.place) + "; lower the strength");

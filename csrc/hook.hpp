@@ -97,6 +97,10 @@ class Hook {
     bool captures(Place place) const noexcept { return capture_ && capture_->wants(place); }
     // True if the decode ends with the capture: nothing is steered or read.
     bool only_captures() const noexcept { return capture_ && batch_.gates().empty() && !batch_.any_active(); }
+    // True for a place that the decode steers through its control vector, if at all.
+    bool by_vector(Place place) const noexcept {
+        return is_resident_ && place.site == Site::residual && sites_->resident(place.layer) != nullptr;
+    }
     // The batch rows of a node; nullopt if its shape does not tell.
     std::optional<RowIndices> rows_of(const Tensor * node, Place place) const noexcept;
     // True if some row of a node is steered by the hook, read or captured, or the rows cannot be told.

@@ -106,16 +106,15 @@ void SiteMap::record(Tensor * tensor) {
     Tensor * vector = tensor->src[1];
     if (tensor->op == api.op_add && vector != nullptr) {
         node.vector_layer = marked_layer(vector);
-        node.vector = node.vector_layer ? vector : nullptr;
+        node.vector = node.vector_layer && split_copy(vector) == nullptr ? vector : nullptr;
     }
     nodes_.push_back(std::move(node));
 }
 
-// The layer of a control-vector tensor: a leaf of the model's width whose elements all equal the layer's index. Not of
-// a copy: every decode copies the values anew.
+// The layer of a control-vector tensor: a leaf of the model's width whose elements all equal the layer's index.
 std::optional<std::size_t> SiteMap::marked_layer(const Tensor * vector) const {
     const Abi & api = abi();
-    if (vector->op != api.op_none || vector->buffer == nullptr || split_copy(vector) != nullptr ||
+    if (vector->op != api.op_none || vector->buffer == nullptr ||
         vector->type != static_cast<int32_t>(FloatType::f32) || std::strncmp(vector->name, "blk.", 4) == 0 ||
         static_cast<std::size_t>(api.ggml_nelements(vector)) != n_embd_) {
         return std::nullopt;
@@ -147,6 +146,7 @@ void SiteMap::add_found(Place place, const Node & node) {
 // layer could not be recognised in a later graph.
 void SiteMap::learn_residual_name() {
     resident_.assign(n_layer_, nullptr);
+    marked_.assign(n_layer_, false);
     for (const Node & node : nodes_) {
         const std::string suffix = node.vector_layer ? "-" + std::to_string(*node.vector_layer) : "";
         if (!node.vector_layer || !ends_with(node.name, suffix)) {
@@ -158,6 +158,7 @@ void SiteMap::learn_residual_name() {
         }
         if (base == residual_base_) {
             resident_[*node.vector_layer] = node.vector;
+            marked_[*node.vector_layer] = true;
         }
     }
     if (residual_base_.empty() && n_layer_ == 1) {
@@ -170,7 +171,7 @@ void SiteMap::learn_residual() {
         const std::string name = residual_base_ + "-" + std::to_string(layer);
         const auto named = [&](const Node & node) { return node.name == name; };
         const auto match = std::find_if(nodes_.begin(), nodes_.end(), named);
-        const bool expected = layer == 0 || resident_[layer] != nullptr;
+        const bool expected = layer == 0 || marked_[layer];
         if (expected && match != nodes_.end() && static_cast<std::size_t>(match->width) == n_embd_ &&
             match->streams > 0 && (found_.empty() || match->streams == residual_streams_) &&
             std::none_of(match + 1, nodes_.end(), named)) {
@@ -199,6 +200,12 @@ void SiteMap::learn_products() {
         deepest_ = std::max(deepest_, depth);
         add_found(*product.product, *last);
     }
+}
+
+bool SiteMap::adds_resident(const Tensor * node, std::size_t layer) const noexcept {
+    // The scheduler makes copies anew in each graph, of the values at that time.
+    return resident(layer) != nullptr && node->op == abi().op_add && node->src[1] != nullptr &&
+           (node->src[1] == resident(layer) || split_copy(node->src[1]) != nullptr);
 }
 
 const SiteNode * SiteMap::find(Place place) const noexcept {

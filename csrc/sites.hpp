@@ -40,10 +40,13 @@ class SiteMap {
     const std::vector<SiteNode> & found() const noexcept { return found_; }
     // Null if the graph does not have the place.
     const SiteNode * find(Place place) const noexcept;
-    // The control-vector tensor of a layer, or null. Owned by the llama_context.
+    // The control-vector tensor of a layer, or null. Owned by the llama_context. Null also where the graph adds only a
+    // copy of it: at a border between devices, the ADD may be on another device than the layer's control vector.
     Tensor * resident(std::size_t layer) const noexcept {
         return layer < resident_.size() ? resident_[layer] : nullptr;
     }
+    // True if a node of a layer adds the values of resident(layer).
+    bool adds_resident(const Tensor * node, std::size_t layer) const noexcept;
     // Rows of a place for one token. The residual of Gemma 3n is n_embd x tokens x 4 streams, and llama.cpp adds its
     // control vector to every stream. A place with rows in another layout is not found.
     int64_t streams(Place place) const noexcept { return place.site == Site::residual ? residual_streams_ : 1; }
@@ -67,7 +70,7 @@ class SiteMap {
         bool on_host;
         const Tensor * first_source;
         std::optional<std::size_t> vector_layer;  // the layer whose control vector the node adds
-        Tensor * vector;                          // that control vector
+        Tensor * vector;                          // that control vector; null: a copy on another device
         std::optional<Place> product;             // the place whose product with a weight the node is
         bool continues_product;
     };
@@ -87,6 +90,7 @@ class SiteMap {
     std::vector<Node> nodes_;
     std::vector<SiteNode> found_;
     std::vector<Tensor *> resident_;  // by layer
+    std::vector<bool> marked_;        // by layer: the graph adds the control vector, or a copy
     std::string residual_base_;       // "l_out" where the node is called l_out-N
     int64_t residual_streams_ = 1;
     // By place: how many scale, LoRA and bias nodes follow the product; -1: no product.

@@ -17,6 +17,34 @@ settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--devices",
+        choices=["host", "rpc"],
+        default="host",
+        help="where models are loaded: in host memory, or onto two RPC servers on this machine",
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--devices") == "host":
+        for item in items:
+            if item.get_closest_marker("devices"):
+                item.add_marker(pytest.mark.skip(reason="needs --devices rpc"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def devices(request):
+    """Load every model of the tests where --devices says."""
+    if request.config.getoption("--devices") == "host":
+        yield
+        return
+    from rpc import loaded_onto, servers
+
+    with servers() as endpoints, loaded_onto(endpoints):
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     """Function from family and dtype or quantisation to the path of a tiny random model."""

@@ -103,9 +103,9 @@ def main(
         "model": Path(path).name,
         "machine": f"{platform.machine()}, {threads} threads",
         "rounds": rounds,
-        "sixteen_sequences": _ratios(batched),
-        "one_token": _ratios(single),
-        "prompt": _ratios(whole),
+        "sixteen_sequences": ratios(batched),
+        "one_token": ratios(single),
+        "prompt": ratios(whole),
         "sixteen_sequences_ms": 1e3 * statistics.median(batched[PLAIN]),
         "one_token_ms": 1e3 * statistics.median(single[PLAIN]),
         "prompt_ms": 1e3 * statistics.median(whole[PLAIN]),
@@ -359,21 +359,31 @@ def _seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _ratios(times: dict[str, list[float]]) -> dict[str, float]:
+def ratios(times: dict[str, list[float]]) -> dict[str, float]:
+    """Return the medians relative to llama.cpp's, by variant."""
     base = statistics.median(times[PLAIN])
     return {name: statistics.median(values) / base for name, values in times.items()}
 
 
-def _print(report: dict[str, Any], prompt: int) -> None:
-    print(f"{report['model']}; {report['machine']}; medians of {report['rounds']} rounds\n")
-    print(f"| | 16 sequences | one token | {prompt}-token prompt |\n|---|---|---|---|")
+def table(report: dict[str, Any], prompt: int) -> str:
+    """Return the ratios of a report as text, in the form of docs/performance.md."""
+    lines = [
+        f"{report['model']}; {report['machine']}; medians of {report['rounds']} rounds\n",
+        f"| | 16 sequences | one token | {prompt}-token prompt |\n|---|---|---|---|",
+    ]
     for name, ratio in report["sixteen_sequences"].items():
         cells = [ratio, report["one_token"].get(name), report["prompt"].get(name)]
-        print(f"| {name} |", " | ".join("" if c is None else f"{c:.3f}" for c in cells), "|")
-    print(
+        shown = " | ".join("" if c is None else f"{c:.3f}" for c in cells)
+        lines.append(f"| {name} | {shown} |")
+    lines.append(
         f"\n1.000 is {report['sixteen_sequences_ms']:.1f} ms for 16 sequences, "
         f"{report['one_token_ms']:.2f} ms a token, {report['prompt_ms']:.0f} ms a prompt"
     )
+    return "\n".join(lines)
+
+
+def _print(report: dict[str, Any], prompt: int) -> None:
+    print(table(report, prompt))
     engine = report["engine"]
     print(
         f"engine, {ENGINE_SEQUENCES} requests: {engine['engine_tokens_per_second']:.1f} tokens/s, "

@@ -66,8 +66,8 @@ class Engine:
         prompt_share: number of prompt tokens that a decode may have while other requests are
             writing.
         max_relative_norm: bound on strengths; see `SteeredLlama`.
-        **llama_arguments: all arguments of `llama_cpp.Llama`. All requests share the `n_ctx`
-            tokens; the default is 512 for each.
+        **llama_arguments: `rpc_servers` (see `HookedLlama`), and all arguments of
+            `llama_cpp.Llama`. All requests share the `n_ctx` tokens; the default is 512 for each.
 
     Raises:
         FormatError: the pack or policy file is damaged or of another kind.

@@ -178,9 +178,9 @@ class HookedContext:
         }
 
     @property
-    def site_nodes(self) -> list[tuple[str, int, str, str]]:
-        """Per site and layer: site, layer, name of the graph node, name of its memory."""
-        return [(f.site.name, f.layer, f.node, f.backend) for f in self._hook.sites]
+    def site_nodes(self) -> list[_native.SiteNode]:
+        """The graph node of each site and layer, and the node's memory."""
+        return self._hook.sites
 
     def probe(self) -> None:
         """Find the sites by one decode, and leave the context as it was before.
@@ -207,6 +207,8 @@ class HookedContext:
         if status != 0:
             raise HookError(f"the model could not be probed: llama_decode returned {status}")
         self._probed = True
+        if self.n_layer > 1:  # also vectors of which the graph has only a copy on another device
+            _set_control_vector(self.pointer, np.zeros((self.n_layer - 1, self.n_embd), np.float32))
         self.memory.clear(data=True)
         llama_cpp.llama_perf_context_reset(self.pointer)
         if not self._hook.sites:

@@ -21,6 +21,7 @@ from pysteer.files import check_regular
 from pysteer.llama.batch import EVERY_ROW, LAST_ROW, chunked
 from pysteer.llama.capture import Activations
 from pysteer.llama.context import HookedContext, SpoiledDecodeError
+from pysteer.llama.devices import RpcServers
 from pysteer.llama.forks import bind_to_process
 from pysteer.llama.log import kept_errors, with_cause
 from pysteer.llama.versions import load_native
@@ -78,6 +79,8 @@ class HookedLlama(Llama):
     Args:
         model_path: a GGUF model.
         max_sequences: number of sequences that one decode may hold.
+        rpc_servers: "HOST:PORT" of servers that hold layers of the model; see docs/devices.md. All
+            layers are offloaded, unless n_gpu_layers is given.
         **llama_arguments: all arguments of `llama_cpp.Llama`.
 
     Attributes:
@@ -85,8 +88,8 @@ class HookedLlama(Llama):
 
     Raises:
         HookError: the llama.cpp or the model cannot be hooked.
-        SteeringError: the model cannot be loaded, the chat format is unknown, or n_batch or n_ctx
-            is smaller than max_sequences.
+        SteeringError: the model cannot be loaded, the chat format is unknown, n_batch or n_ctx is
+            smaller than max_sequences, or an RPC server does not answer.
 
     Examples:
         >>> from pysteer import shipped
@@ -104,6 +107,7 @@ class HookedLlama(Llama):
         model_path: str | os.PathLike[str],
         *,
         max_sequences: int = 1,
+        rpc_servers: Sequence[str] = (),
         **llama_arguments: Any,
     ) -> None:
         load_native()
@@ -114,6 +118,9 @@ class HookedLlama(Llama):
         path = os.fspath(model_path)
         if os.path.lexists(path):
             check_regular(Path(path))  # llama.cpp would wait for a pipe
+        self._servers = RpcServers(rpc_servers) if rpc_servers else None
+        if self._servers is not None and llama_arguments.setdefault("n_gpu_layers", -1) == 0:
+            raise SteeringError("rpc_servers hold no layer with n_gpu_layers=0; leave it out")
         with kept_errors() as errors:
             try:
                 super().__init__(path, **llama_arguments)
@@ -139,9 +146,22 @@ class HookedLlama(Llama):
             self.close()
             raise
 
-    # llama_cpp.Llama.__init__ assigns a fresh llama_context_params to this name before it creates
-    # the context, and has no argument for the callback. A property sees that assignment on this
-    # instance alone, so nothing global is replaced and threads cannot meet.
+    # llama_cpp.Llama.__init__ assigns fresh parameters to these names before it creates the model
+    # and the context, and has no argument for devices or the callback. A property sees that
+    # assignment on this instance alone, so nothing global is replaced and threads cannot meet.
+    @property
+    def model_params(self) -> llama_cpp.llama_model_params:
+        """Parameters of the model."""
+        return self._model_params
+
+    @model_params.setter
+    def model_params(self, params: llama_cpp.llama_model_params) -> None:
+        if self._servers is not None:
+            # llama_cpp annotates the field as an array, and declares a pointer.
+            address: Any = ctypes.addressof(self._servers.devices)
+            params.devices = address
+        self._model_params = params
+
     @property
     def context_params(self) -> llama_cpp.llama_context_params:
         """Parameters of the context."""
@@ -183,6 +203,12 @@ class HookedLlama(Llama):
             context.close()
             if "_context_params" in self.__dict__:
                 super().close()
+            if (servers := self.__dict__.get("_servers")) is not None:
+                servers.release()
+
+    def __getstate__(self) -> dict[str, Any]:
+        servers = () if self._servers is None else self._servers.endpoints
+        return {**super().__getstate__(), "rpc_servers": servers}
 
     # ---- the model ---------------------------------------------------------------------------
 

@@ -127,8 +127,8 @@ def diagnose(
     with _stage(progress, "sites"), closing(HookedLlama(model_path, **arguments)) as hooked:
         model, sites = hooked.base_model, hooked.sites
         memory: dict[str, int] = {}
-        for _, _, _, name in hooked.context.site_nodes:
-            memory[name] = memory.get(name, 0) + 1
+        for node in hooked.context.site_nodes:
+            memory[node.backend] = memory.get(node.backend, 0) + 1
         tokens = _tokens(model.n_vocab)
         norm = 1.0  # any size shows the same where the activations cannot be read
         with _failing(checks, "pysteer reads the residual"):

@@ -70,7 +70,8 @@ class SteeredLlama(HookedLlama):
         max_relative_norm: the most that a category may change a hidden state, in multiples of the
             typical norm of the residual stream at its layer; None for no bound. Requests with
             stronger steering are refused.
-        **llama_arguments: all arguments of `llama_cpp.Llama`.
+        **llama_arguments: `rpc_servers` (see `HookedLlama`), and all arguments of
+            `llama_cpp.Llama`.
 
     Raises:
         FormatError: the pack or policy file is damaged or of another kind.

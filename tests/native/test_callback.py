@@ -539,6 +539,38 @@ def test_probe_names_memory_beyond_the_host(graph, device):
     assert device.reads == device.writes == []
 
 
+def test_layer_with_a_copy_of_its_control_vector_is_steered_by_the_hook(graph):
+    """ggml's scheduler adds a copy where the next layer is on another device."""
+
+    def copy(node):
+        if node.contents.name == b"l_out-1":
+            graph.named(ctypes.cast(node.contents.src[1], TENSOR), "GPU0##0")
+
+    nodes = graph.probe(alter=copy)
+    assert [f.layer for f in graph.hook.sites] == list(range(N_LAYER))
+    directions = steer(graph, 1, 2, injection="automatic")
+    values = rows()
+    graph.fill(nodes[1], values)
+    begin(graph)
+    assert [graph.ask(node) for node in nodes] == [False, True, False]
+    graph.computed(nodes[1])
+    graph.hook.end_decode()
+    np.testing.assert_array_equal(graph.read(nodes[1], values), values + directions[0])
+    np.testing.assert_array_equal(graph.read(graph.vectors[2], directions[1]), directions[1])
+    assert graph.read(graph.vectors[1], directions[1]).max() == 1  # the probe's; llama.cpp's to end
+
+
+def test_control_vector_that_a_later_graph_copies_is_added_by_the_graph(graph):
+    """Large batches of host layers may be computed on a device."""
+    nodes = graph.probe()
+    steer(graph, 1, injection="resident")
+    copied = graph.tensor("GPU0##0", (N_EMBD,))
+    node = graph.add("l_out-1", graph.tensor("", (N_ROWS, N_EMBD)), copied)
+    begin(graph)
+    assert [graph.ask(each) for each in (nodes[0], node, nodes[2])] == [False] * 3
+    graph.hook.end_decode()
+
+
 ROW = 4 * N_EMBD
 
 

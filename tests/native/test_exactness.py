@@ -5,31 +5,16 @@ from contextlib import closing
 import llama_cpp
 import numpy as np
 import pytest
-from exactness import all_logits, native_control_vector, random_vector, same_bits, tokens_for
+from exactness import (
+    all_logits,
+    check_exact,
+    native_control_vector,
+    random_vector,
+    same_bits,
+    tokens_for,
+)
 
 from pysteer import SteeredLlama, SteeringPack, SteeringVector
-
-
-def check_exact(path, *, scale, **arguments):
-    arguments = {"n_ctx": 128, "logits_all": True, "verbose": False, "n_threads": 2, **arguments}
-    with closing(llama_cpp.Llama(str(path), **arguments)) as plain:
-        n_layer = llama_cpp.llama_model_n_layer(plain.model)
-        tokens = tokens_for(plain.n_vocab())
-        vector = random_vector(n_layer, plain.n_embd(), scale)
-        unsteered = all_logits(plain, tokens)
-        native_control_vector(plain, vector, n_layer)
-        steered = all_logits(plain, tokens)
-    assert np.isfinite(steered).all()
-    assert np.abs(steered - unsteered).max() > 1e-3
-    pack = SteeringPack({"c": vector})
-    for injection in ("resident", "hooked"):
-        with closing(SteeredLlama(path, pack=pack, injection=injection, **arguments)) as llm:
-            assert same_bits(all_logits(llm, tokens), unsteered), injection
-            with llm.steering({"c": 1.0}):
-                assert same_bits(all_logits(llm, tokens), steered), injection
-            with llm.steering({"c": 0.0}):
-                assert same_bits(all_logits(llm, tokens), unsteered), injection
-            assert same_bits(all_logits(llm, tokens), unsteered), injection
 
 
 @pytest.mark.parametrize("kind", ["Q4_K_M", "Q8_0", "F16"])
