@@ -349,9 +349,25 @@ def test_typing_during_an_answer_is_the_next_entry(default_model):
         assert left(child) == 0
 
 
+@pytest.fixture(scope="module")
+def answer_about_the_sea(default_model):
+    """The default model's answer in 60 tokens, steered by the policy of the shipped pack."""
+    threads = {"n_threads": 1, "n_threads_batch": 1}
+    with closing(
+        SteeredLlama(
+            default_model, pack=shipped.default_pack(), n_ctx=4096, verbose=False, **threads
+        )
+    ) as llm:
+        messages = [{"role": "user", "content": "Tell me about the sea."}]
+        result = llm.create_chat_completion(messages, max_tokens=60, temperature=0.0)
+    return result["choices"][0]["message"]["content"]
+
+
 @pytest.mark.parametrize("width", [60, 80, 120])
-def test_lines_on_a_terminal_are_no_wider_and_cut_no_word(width, default_model):
-    with terminal("-n", 120, "-t", 1, width=width) as child:
+def test_lines_on_a_terminal_are_no_wider_and_cut_no_word(width, answer_about_the_sea):
+    expected = answer_about_the_sea
+    assert len(expected) > 2 * width
+    with terminal("-n", 60, "-t", 1, width=width) as child:
         banner = child.before
         ready(child, "policy")
         child.send("Tell me about the sea.\r")
@@ -372,19 +388,6 @@ def test_lines_on_a_terminal_are_no_wider_and_cut_no_word(width, default_model):
     for name in shipped.default_pack().categories:
         assert name in banner
         assert name in why or "all 10 categories" in why
-    with closing(
-        SteeredLlama(
-            default_model,
-            pack=shipped.default_pack(),
-            n_ctx=4096,
-            n_threads=1,
-            n_threads_batch=1,
-            verbose=False,
-        )
-    ) as llm:
-        messages = [{"role": "user", "content": "Tell me about the sea."}]
-        result = llm.create_chat_completion(messages, max_tokens=120, temperature=0.0)
-    expected = result["choices"][0]["message"]["content"]
     answer = PLAIN.sub("", answer).replace("\r", "")
     shown = answer[answer.index(expected[:8]) :]
     assert max(map(len, shown.splitlines())) <= width

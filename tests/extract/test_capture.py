@@ -257,10 +257,17 @@ def test_special_tokens_in_a_response_are_text_in_torch_too(torch_model, llama):
 
 
 @pytest.mark.torch
-def test_torch_and_llama_tokenize_the_default_template_alike(default_model):
+def test_torch_and_llama_tokenize_the_default_template_alike(
+    default_model, torch_model, monkeypatch
+):
     """A byte-level tokenizer and a system message, on prompts of every kind."""
+    from transformers import AutoModelForCausalLM
+
     from pysteer.extract.torch_model import TorchModel
 
+    # No token depends on the weights, which take long to read: those of a tiny model stand in.
+    weights = torch_model("llama").model
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: weights)
     model = TorchModel(str(default_model))
     texts = [p.prompt for rows in shipped.demo_prompts() for p in rows]
     texts += ["", " a  b\n\nc ", "\n\nA list:\n- 1\n", "naïve café 日本語 🙂", "<|im_end|>"]

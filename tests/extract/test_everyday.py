@@ -29,15 +29,18 @@ SAFE = [
 ]
 
 
-def opened(pack, model, prompts):
+def opened(pack, model, prompts, *, enough):
+    """Return the number of prompts that open the gate, counted up to `enough`."""
     with closing(SteeredLlama(model, pack=pack, n_ctx=512, verbose=False)) as llm:
-        flags = []
+        count = 0
         for prompt in prompts:
             llm.create_chat_completion(
                 [{"role": "user", "content": prompt.prompt}], steering="auto", max_tokens=1
             )
-            flags.append(bool(llm.last_steering.fired))
-    return sum(flags)
+            count += bool(llm.last_steering.fired)
+            if count == enough:
+                break
+    return count
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +65,8 @@ def test_everyday_prompts_keep_the_gate_closed_to_others(fitted, default_model, 
     assert "no everyday prompts" in caplog.text
     assert "everyday" not in alone.provenance["router"]
     with_everyday = fitted(shipped.everyday_prompts())
-    before = opened(alone, default_model, unseen)
-    after = opened(with_everyday, default_model, unseen)
-    assert before >= 6, before
-    assert after <= 1, after
+    assert opened(alone, default_model, unseen, enough=6) == 6
+    assert opened(with_everyday, default_model, unseen, enough=2) < 2
     figures = with_everyday.provenance["router"]
     assert figures["everyday"]["high"] < 0.25
     assert figures["caught"]["k"] >= 3

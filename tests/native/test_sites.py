@@ -129,18 +129,23 @@ def test_steered_logits_equal_those_of_transformers(tiny_model, reference, famil
     assert np.abs(steered - expected).max() < tolerance
 
 
+@pytest.fixture(scope="module")
+def default_reference(default_model):
+    """The default model in transformers, which reads a GGUF file slowly."""
+    return Reference(default_model)
+
+
 @pytest.mark.torch
 @pytest.mark.parametrize("site", ["residual", "attention"])
-def test_default_model_agrees_with_transformers(default_model, site):
+def test_default_model_agrees_with_transformers(default_model, default_reference, site):
     """De-quantised weights against quantised arithmetic: close, and closer than the next layer."""
-    reference = Reference(default_model)
     layers = [5, 15, 25]
     with closing(HookedLlama(default_model, n_ctx=64, verbose=False)) as llm:
         captured = llm.capture(TOKENS, sites=[site], layers=layers, pool="all")[site]
     for layer in layers:
-        here = _median_cosine(captured[layer], reference.rows(site, layer))
+        here = _median_cosine(captured[layer], default_reference.rows(site, layer))
         assert here > 0.98
-        assert here > _median_cosine(captured[layer], reference.rows(site, layer + 1))
+        assert here > _median_cosine(captured[layer], default_reference.rows(site, layer + 1))
 
 
 def _median_cosine(a, b):
