@@ -9,7 +9,6 @@ usage: python tools/bench_device.py [MODEL.gguf] [--gpu-layers -1] [--rpc HOST:P
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import platform
@@ -18,29 +17,10 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Annotated, Any
 
-import llama_cpp
 import typer
 from bench_runtime import PLAIN, SEQUENCES, Bench, PlainLlama, ratios, table
 
 from pysteer import HookedLlama, shipped
-from pysteer.llama.devices import RpcServers
-
-
-class DeviceLlama(PlainLlama):
-    """llama.cpp without pysteer, with layers on servers."""
-
-    servers: RpcServers | None = None
-
-    @property
-    def model_params(self) -> llama_cpp.llama_model_params:
-        """The parameters the model was loaded with."""
-        return self._model_params
-
-    @model_params.setter
-    def model_params(self, params: llama_cpp.llama_model_params) -> None:
-        if self.servers is not None:
-            params.devices = ctypes.addressof(self.servers.devices)
-        self._model_params = params
 
 
 def main(
@@ -55,7 +35,6 @@ def main(
 ) -> None:
     """Measure batches of steered sequences, routing and ablation on devices."""
     path = str(model or shipped.default_model())
-    servers = rpc or []
     arguments: dict[str, Any] = {
         "n_ctx": prompt + SEQUENCES * (8 + decode * rounds) + 64,
         "n_batch": prompt,
@@ -63,6 +42,7 @@ def main(
         "n_threads": threads,
         "n_threads_batch": threads,
         "n_gpu_layers": gpu_layers,
+        "rpc_servers": rpc or [],
         "verbose": False,
     }
     with ExitStack() as stack:
@@ -70,13 +50,14 @@ def main(
         def opened(llm: Any) -> Any:
             return stack.enter_context(closing(llm))
 
-        hooked = [
-            opened(HookedLlama(path, max_sequences=SEQUENCES, rpc_servers=servers, **arguments))
+        sets = [
+            (
+                opened(PlainLlama(path, **arguments)),
+                opened(HookedLlama(path, max_sequences=SEQUENCES, **arguments)),
+            )
             for _ in range(2)
         ]
-        DeviceLlama.servers = RpcServers(servers) if servers else None
-        sets = [(opened(DeviceLlama(path, **arguments)), llm) for llm in hooked]
-        memories = sorted({node.backend for node in hooked[0].context.site_nodes})
+        memories = sorted({node.backend for node in sets[0][1].context.site_nodes})
         batched, single, whole = Bench(sets, prompt=prompt).measure(rounds, decode)
     report = {
         "model": Path(path).name,

@@ -35,6 +35,7 @@ from pysteer import Engine, HookedLlama, SteeringPack, SteeringVector, shipped
 from pysteer.extract.routers.reads import default_reads
 from pysteer.llama.batch import LAST_ROW, DecodeBatch
 from pysteer.llama.context import set_native_control_vector
+from pysteer.llama.devices import PlacedLlama
 from pysteer.pack.operators import Operator
 from pysteer.pack.policy import Policy
 from pysteer.pack.router import Gate, Router
@@ -51,7 +52,7 @@ ABLATED = "all layers with ablate"
 SWAPPED = "llama.cpp, control vector changed per request"
 
 
-class PlainLlama(llama_cpp.Llama):
+class PlainLlama(PlacedLlama):
     """llama.cpp without pysteer, with a context of several sequences."""
 
     @property

@@ -60,6 +60,14 @@ ChatFormat = Annotated[
 Threads = Annotated[
     int | None, typer.Option("--threads", "-t", metavar="N", min=1, help="CPU threads.")
 ]
+Rpc = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--rpc",
+        metavar="HOST:PORT",
+        help="Server of llama.cpp's RPC backend that holds layers (docs/devices.md). Repeatable.",
+    ),
+]
 MaxTokens = Annotated[
     int, typer.Option("--max-tokens", "-n", metavar="N", min=1, help="Longest answer, tokens.")
 ]
@@ -119,6 +127,7 @@ class Running:
     model: Model = None
     context: int = setting(4096, "Context size in tokens.", 16, 1 << 22)
     threads: Threads = None
+    rpc: Rpc = None
     chat_format: ChatFormat = None
 
     @property
@@ -127,6 +136,7 @@ class Running:
         return {
             "n_ctx": self.context,
             "n_threads": self.threads,
+            "rpc_servers": self.rpc or (),
             "chat_format": self.chat_format,
         }
 

@@ -239,6 +239,11 @@ class HookedContext:
         except (ValueError, RuntimeError) as error:
             raise HookError(str(error)) from None
 
+    @property
+    def was_resident(self) -> bool:
+        """True if the latest decode was steered through llama.cpp's control vector."""
+        return self._hook.was_resident
+
     def next_decision(self, slot: int) -> int:
         """Return the position at which the router of a sequence decides next, or -1."""
         return self._hook.next_decision(slot)

@@ -9,12 +9,15 @@ from collections.abc import Sequence
 from threading import Lock
 from typing import Any, Final
 
+import llama_cpp
+from llama_cpp import Llama
+
 from pysteer import _native
 from pysteer.errors import SteeringError
 from pysteer.llama.versions import load_native
 
 _TIMEOUT: Final = 5.0  # seconds to connect to a server, and for its answer
-_GPU, _INTEGRATED_GPU = 1, 2  # of ggml_backend_dev_type
+_KINDS: Final = ("CPU", "GPU", "integrated GPU", "accelerator")  # ggml_backend_dev_type
 
 _P, _S = ctypes.c_void_p, ctypes.c_char_p
 
@@ -132,13 +135,85 @@ def _registry_devices(registry: int) -> list[int]:
     return [get(registry, index) for index in range(count)]
 
 
-def _local_gpus() -> list[int]:
-    """Return the devices that llama.cpp uses by itself: GPUs, else integrated GPUs."""
+def _local_devices() -> list[tuple[int, str]]:
+    """Return the devices of this machine, each with its kind."""
     count = _function("ggml_backend_dev_count", ctypes.c_size_t)()
     get = _function("ggml_backend_dev_get", _P, ctypes.c_size_t)
-    type_of = _function("ggml_backend_dev_type", ctypes.c_int, _P)
+    kind = _function("ggml_backend_dev_type", ctypes.c_int, _P)
     found = [get(index) for index in range(count)]
-    kinds: dict[int, list[int]] = {_GPU: [], _INTEGRATED_GPU: []}
-    for device in found:
-        kinds.get(type_of(device), []).append(device)
-    return kinds[_GPU] or kinds[_INTEGRATED_GPU]
+    return [(device, dict(enumerate(_KINDS)).get(kind(device), "other")) for device in found]
+
+
+def _local_gpus() -> list[int]:
+    """Return the devices that llama.cpp uses by itself: GPUs, else integrated GPUs."""
+    devices = _local_devices()
+    gpus = [device for device, kind in devices if kind == "GPU"]
+    return gpus or [device for device, kind in devices if kind == "integrated GPU"]
+
+
+def describe_devices() -> list[str]:
+    """Return a line about each device of this machine: name, kind, description, memory.
+
+    Raises:
+        HookError: the loaded llama.cpp cannot be hooked.
+    """
+    load_native()
+    name = _function("ggml_backend_dev_name", _S, _P)
+    description = _function("ggml_backend_dev_description", _S, _P)
+    size = ctypes.POINTER(ctypes.c_size_t)
+    memory = _function("ggml_backend_dev_memory", None, _P, size, size)
+    lines = []
+    for device, kind in _local_devices():
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        memory(device, ctypes.byref(free), ctypes.byref(total))
+        text = f"{name(device).decode()}: {kind}, {description(device).decode().strip()}"
+        lines.append(f"{text}, {total.value >> 20} MiB")
+    return lines
+
+
+class PlacedLlama(Llama):
+    """A `llama_cpp.Llama` that can have layers on RPC servers.
+
+    Args:
+        model_path: a GGUF model.
+        rpc_servers: "HOST:PORT" of each server. All layers are offloaded, unless n_gpu_layers is
+            given.
+        **llama_arguments: all arguments of `llama_cpp.Llama`.
+
+    Raises:
+        SteeringError: as `RpcServers`, or n_gpu_layers=0 with servers.
+    """
+
+    def __init__(
+        self, model_path: str, *, rpc_servers: Sequence[str] = (), **llama_arguments: Any
+    ) -> None:
+        self._servers = RpcServers(rpc_servers) if rpc_servers else None
+        if self._servers is not None and llama_arguments.setdefault("n_gpu_layers", -1) == 0:
+            raise SteeringError("rpc_servers hold no layer with n_gpu_layers=0; leave it out")
+        super().__init__(model_path, **llama_arguments)
+
+    # llama_cpp.Llama.__init__ assigns fresh parameters to this name before it loads the model, and
+    # has no argument for devices.
+    @property
+    def model_params(self) -> llama_cpp.llama_model_params:
+        """Parameters of the model."""
+        return self._model_params
+
+    @model_params.setter
+    def model_params(self, params: llama_cpp.llama_model_params) -> None:
+        if self._servers is not None:
+            # llama_cpp annotates the field as an array, and declares a pointer.
+            address: Any = ctypes.addressof(self._servers.devices)
+            params.devices = address
+        self._model_params = params
+
+    def close(self) -> None:
+        """Free the model; may be called again."""
+        if "_model_params" in self.__dict__:
+            super().close()
+        if (servers := self.__dict__.get("_servers")) is not None:
+            servers.release()
+
+    def __getstate__(self) -> dict[str, Any]:
+        servers = () if self._servers is None else self._servers.endpoints
+        return {**super().__getstate__(), "rpc_servers": servers}

@@ -21,7 +21,7 @@ from pysteer.files import check_regular
 from pysteer.llama.batch import EVERY_ROW, LAST_ROW, chunked
 from pysteer.llama.capture import Activations
 from pysteer.llama.context import HookedContext, SpoiledDecodeError
-from pysteer.llama.devices import RpcServers
+from pysteer.llama.devices import PlacedLlama
 from pysteer.llama.forks import bind_to_process
 from pysteer.llama.log import kept_errors, with_cause
 from pysteer.llama.versions import load_native
@@ -68,7 +68,7 @@ def _while_open(method: _Method) -> _Method:
     return cast(_Method, checked)
 
 
-class HookedLlama(Llama):
+class HookedLlama(PlacedLlama):
     """A `llama_cpp.Llama` whose layer outputs can be read and changed through `context`.
 
     Takes every argument of `llama_cpp.Llama`. Safe to create from several threads at once. One
@@ -118,12 +118,9 @@ class HookedLlama(Llama):
         path = os.fspath(model_path)
         if os.path.lexists(path):
             check_regular(Path(path))  # llama.cpp would wait for a pipe
-        self._servers = RpcServers(rpc_servers) if rpc_servers else None
-        if self._servers is not None and llama_arguments.setdefault("n_gpu_layers", -1) == 0:
-            raise SteeringError("rpc_servers hold no layer with n_gpu_layers=0; leave it out")
         with kept_errors() as errors:
             try:
-                super().__init__(path, **llama_arguments)
+                super().__init__(path, rpc_servers=rpc_servers, **llama_arguments)
             except SteeringError:
                 raise
             except ValueError as error:
@@ -146,22 +143,9 @@ class HookedLlama(Llama):
             self.close()
             raise
 
-    # llama_cpp.Llama.__init__ assigns fresh parameters to these names before it creates the model
-    # and the context, and has no argument for devices or the callback. A property sees that
-    # assignment on this instance alone, so nothing global is replaced and threads cannot meet.
-    @property
-    def model_params(self) -> llama_cpp.llama_model_params:
-        """Parameters of the model."""
-        return self._model_params
-
-    @model_params.setter
-    def model_params(self, params: llama_cpp.llama_model_params) -> None:
-        if self._servers is not None:
-            # llama_cpp annotates the field as an array, and declares a pointer.
-            address: Any = ctypes.addressof(self._servers.devices)
-            params.devices = address
-        self._model_params = params
-
+    # llama_cpp.Llama.__init__ assigns a fresh llama_context_params to this name before it creates
+    # the context, and has no argument for the callback. A property sees that assignment on this
+    # instance alone, so nothing global is replaced and threads cannot meet.
     @property
     def context_params(self) -> llama_cpp.llama_context_params:
         """Parameters of the context."""
@@ -201,14 +185,7 @@ class HookedLlama(Llama):
             return
         with context.lock:
             context.close()
-            if "_context_params" in self.__dict__:
-                super().close()
-            if (servers := self.__dict__.get("_servers")) is not None:
-                servers.release()
-
-    def __getstate__(self) -> dict[str, Any]:
-        servers = () if self._servers is None else self._servers.endpoints
-        return {**super().__getstate__(), "rpc_servers": servers}
+            super().close()
 
     # ---- the model ---------------------------------------------------------------------------
 

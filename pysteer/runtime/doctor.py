@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +18,20 @@ from pysteer import _native
 from pysteer.distribution import installed_version
 from pysteer.errors import SteeringError
 from pysteer.llama.context import set_native_control_vector
+from pysteer.llama.devices import PlacedLlama, describe_devices
 from pysteer.llama.hooked import HookedLlama
 from pysteer.llama.versions import load_native
 from pysteer.pack.pack import BaseModel, SteeringPack
 from pysteer.pack.vector import SteeringVector
 from pysteer.progress import SILENT, Progress
+from pysteer.runtime.device_checks import (
+    RELATIVE_STRENGTH,
+    Cost,
+    Device,
+    DeviceChecks,
+    Way,
+    devices_of,
+)
 from pysteer.runtime.plan import Injection
 from pysteer.runtime.steered import SteeredLlama
 
@@ -30,7 +39,6 @@ _N_PROMPT = 48
 _N_UBATCH = 32  # smaller than the prompt, so that one evaluation is several graphs
 _N_DECODE = 4
 _N_TIMED = 24
-_RELATIVE_STRENGTH = 0.2  # of the residual norm: enough to move the logits, too little to overflow
 
 
 @dataclass(frozen=True)
@@ -39,13 +47,13 @@ class Check:
 
     Attributes:
         name: the statement that was checked.
-        ok: the statement holds; None if this machine or model does not support the check.
+        ok: the statement holds.
         value: largest absolute difference in logits, where logits were compared.
         detail: further text for people.
     """
 
     name: str
-    ok: bool | None
+    ok: bool
     value: float | None
     detail: str
 
@@ -56,22 +64,28 @@ class Diagnosis:
 
     Attributes:
         versions: name to version of the programs that take part.
+        hardware: a line about each device of this machine.
         model: identity of the model.
         sites: site to layers.
-        memory: name of a memory to the number of sites in it.
+        devices: the memories that hold the layers.
         checks: the checks.
+        ways: the way and the result of each operator at each site of each device.
+        costs: time of a token by device and steering.
     """
 
     versions: dict[str, str]
+    hardware: list[str]
     model: BaseModel
     sites: dict[str, tuple[int, ...]]
-    memory: dict[str, int]
+    devices: list[Device]
     checks: list[Check]
+    ways: list[Way]
+    costs: list[Cost]
 
     @property
     def ok(self) -> bool:
         """No check failed."""
-        return all(check.ok is not False for check in self.checks)
+        return all(each.ok for each in (*self.checks, *self.ways))
 
 
 def versions() -> dict[str, str]:
@@ -95,18 +109,22 @@ def diagnose(
     *,
     n_threads: int | None = None,
     n_gpu_layers: int = 0,
+    rpc_servers: Sequence[str] = (),
     progress: Progress = SILENT,
 ) -> Diagnosis:
     """Steer a model with a known vector, natively and by pysteer, and compare the logits.
 
     The vector is pseudo-random with a fixed seed, at the residual of every layer from 1 on, its
     norm a fifth of the model's own residual norm at that layer. The comparison covers all logits of
-    a prompt of several micro-batches and of some single-token decodes after the prompt.
+    a prompt of several micro-batches and of some single-token decodes after the prompt. Then each
+    operator acts alone on activations of each site, in each memory that holds layers, and the
+    result is compared with the operator's formula.
 
     Args:
         model_path: a GGUF model.
         n_threads: threads to use; None lets llama.cpp decide.
-        n_gpu_layers: blocks to offload.
+        n_gpu_layers: blocks to offload; 0: none, or all of them to `rpc_servers`.
+        rpc_servers: "HOST:PORT" of servers that hold layers; see `HookedLlama`.
         progress: gets a stage for each step.
 
     Raises:
@@ -122,13 +140,13 @@ def diagnose(
         "verbose": False,
         "n_threads": n_threads,
         "n_threads_batch": n_threads,
-        "n_gpu_layers": n_gpu_layers,
+        "rpc_servers": tuple(rpc_servers),
     }
+    if n_gpu_layers:
+        arguments["n_gpu_layers"] = n_gpu_layers
     with _stage(progress, "sites"), closing(HookedLlama(model_path, **arguments)) as hooked:
         model, sites = hooked.base_model, hooked.sites
-        memory: dict[str, int] = {}
-        for node in hooked.context.site_nodes:
-            memory[node.backend] = memory.get(node.backend, 0) + 1
+        devices = devices_of(hooked)
         tokens = _tokens(model.n_vocab)
         norm = 1.0  # any size shows the same where the activations cannot be read
         with _failing(checks, "pysteer reads the residual"):
@@ -141,7 +159,9 @@ def diagnose(
         if layer in sites[site]:
             with _stage(progress, f"steering of {site}, layer {layer}"):
                 _effect(model_path, arguments, site, layer, model, norm, tokens, checks)
-    return Diagnosis(found, model, sites, memory, checks)
+    trials = DeviceChecks(devices, model.n_embd, norm)
+    ways, costs = trials.run(model_path, arguments, tokens[:_N_PROMPT], progress)
+    return Diagnosis(found, describe_devices(), model, sites, devices, checks, ways, costs)
 
 
 @contextmanager
@@ -171,7 +191,7 @@ def _compare(
 ) -> None:
     with (
         _stage(progress, "llama.cpp, with and without its control vector"),
-        closing(llama_cpp.Llama(model_path, **arguments)) as plain,
+        closing(PlacedLlama(model_path, **arguments)) as plain,
     ):
         unsteered, plain_speed = _logits(plain, tokens)
         set_native_control_vector(plain, _rows(vector, n_layer))
@@ -264,7 +284,7 @@ def _known_vector(layers: tuple[int, ...], n_embd: int, norm: float) -> Steering
     directions = {}
     for layer in layers:
         direction = rng.standard_normal(n_embd)
-        scale = _RELATIVE_STRENGTH * norm / np.linalg.norm(direction) / np.sqrt(len(layers))
+        scale = RELATIVE_STRENGTH * norm / np.linalg.norm(direction) / np.sqrt(len(layers))
         directions[layer] = (scale * direction).astype(np.float32)
     return SteeringVector(directions)
 

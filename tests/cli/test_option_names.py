@@ -23,11 +23,11 @@ NAMES = {
     """,
     "generate": """
         --prompt -p --model -m --pack -s --steer --policy --system --raw --max-tokens -n
-        --temperature --seed --context --threads -t --chat-format
+        --temperature --seed --context --threads -t --rpc --chat-format
     """,
     "chat": """
         --model -m --pack -s --steer --policy --system --max-tokens -n --temperature --seed
-        --context --threads -t --chat-format
+        --context --threads -t --rpc --chat-format
     """,
     "evaluate": """
         --prompts --output -o --model -m --pack -s --benign --steer --policy --strengths --isolation
@@ -36,7 +36,7 @@ NAMES = {
     """,
     "inspect": "file --plot --force --verbose",
     "compare": "first second",
-    "doctor": "--model -m --threads -t --gpu-layers",
+    "doctor": "--model -m --threads -t --gpu-layers --rpc --report --force",
 }
 
 

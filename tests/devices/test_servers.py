@@ -1,16 +1,19 @@
 """`rpc_servers=`: models on servers of their own, and servers that fail."""
 
+import re
 import resource
+import shlex
 import signal
 import subprocess
 import sys
 import textwrap
 from contextlib import closing
+from pathlib import Path
 
 import llama_cpp
 import numpy as np
 import pytest
-from rpc import Server, loaded_onto, servers
+from rpc import SERVER, Server, free_port, loaded_onto, servers, wait_for
 
 from pysteer import Engine, SteeredLlama, SteeringError, SteeringPack, SteeringVector
 from pysteer.llama import devices
@@ -19,6 +22,7 @@ pytestmark = pytest.mark.devices
 
 TOKENS = [int(t) for t in np.random.default_rng(8).integers(5, 320, 21)]
 ARGUMENTS = {"n_ctx": 128, "logits_all": True, "verbose": False}
+PAGE = Path(__file__).parents[2] / "docs" / "devices.md"
 
 
 @pytest.fixture
@@ -155,3 +159,35 @@ def test_server_without_memory_raises_and_serves_other_models(tiny_llama):
             llm.eval(TOKENS)
     finally:
         small.kill()
+
+
+def test_commands_of_the_page_run(tmp_path, tiny_llama):
+    """Two servers and one steered model across them, as docs/devices.md shows."""
+    page = PAGE.read_text("utf-8")
+    (block,) = re.findall(r"```console\n(ggml-rpc-server.*?)```", page, re.DOTALL)
+    ports = {port: str(free_port()) for port in re.findall(r"\b\d{5}\b", block)}
+    started = []
+    try:
+        for command_line in block.strip().splitlines():
+            line = command_line
+            for port, free in ports.items():
+                line = line.replace(port, free)
+            program, *arguments = shlex.split(line.removesuffix("&"))
+            if program == SERVER.name:
+                command = [SERVER, *arguments, "-t", "1"]
+                started.append(subprocess.Popen(command, stdout=subprocess.DEVNULL))
+                wait_for(int(arguments[-1]), started[-1])
+                continue
+            command = [sys.executable, "-m", program, *arguments]
+            if arguments[0] == "doctor":
+                command += ["-m", tiny_llama]  # faster
+            result = subprocess.run(
+                command, capture_output=True, text=True, cwd=tmp_path, check=False
+            )
+            assert result.returncode == 0, result.stderr
+            assert result.stdout.strip()
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    assert len(started) == 2

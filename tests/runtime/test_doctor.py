@@ -4,6 +4,7 @@ import pytest
 
 from pysteer import HookedLlama, HookError
 from pysteer.llama.context import HookedContext
+from pysteer.runtime import device_checks
 from pysteer.runtime.doctor import diagnose
 
 
@@ -13,6 +14,43 @@ def test_every_check_of_a_supported_family_passes(tiny_model, family):
     assert diagnosis.ok
     assert [check.ok for check in diagnosis.checks] == [True] * len(diagnosis.checks)
     assert len(diagnosis.checks) == (5 if family == "mamba" else 6)
+    sites = {"residual"} if family == "mamba" else {"residual", "attention", "mlp"}
+    assert {way.site for way in diagnosis.ways} == sites
+    assert {device.name for device in diagnosis.devices} == {way.device for way in diagnosis.ways}
+    for device in diagnosis.devices:
+        steerings = [cost.steering for cost in diagnosis.costs if cost.device == device.name]
+        assert steerings == ["none", "add", "ablate"]
+
+
+def test_ways_name_the_memory_and_the_reason(tiny_llama):
+    ways = diagnose(str(tiny_llama), n_threads=1, n_gpu_layers=0).ways
+    found = {(way.site, way.layer, way.operator): (way.way, way.reason) for way in ways}
+    assert found["residual", 2, "add"] == ("control vector", "the graph stays whole")
+    assert found["residual", 2, "ablate"] == ("in place", "the operator is no addition")
+    assert found["residual", 0, "add"][0] == found["mlp", 2, "add"][0] == "in place"
+    assert all(way.error < 1e-6 for way in ways)
+
+
+def test_operator_that_differs_from_its_formula_fails(tiny_llama, monkeypatch):
+    apply = device_checks.native_operator
+
+    class Wrong:
+        def __init__(self, operator):
+            self.operator = operator
+
+        def apply(self, rows, strength, h):
+            made = apply(self.operator).apply(rows, strength, h)
+            return made * (1 + 1e-4) if self.operator.kind == "rotate" else made
+
+    monkeypatch.setattr(device_checks, "native_operator", Wrong)
+    diagnosis = diagnose(str(tiny_llama), n_threads=1)
+    assert not diagnosis.ok
+    assert {way.operator for way in diagnosis.ways if not way.ok} == {"rotate", "rotate, target"}
+
+
+def test_report_has_no_address_of_a_server():
+    assert device_checks.without_address("RPC0[192.168.7.3:50052]") == "RPC0[:50052]"
+    assert device_checks.without_address("CUDA0") == "CUDA0"
 
 
 def test_failure_becomes_a_check_that_failed(tiny_llama, monkeypatch):
