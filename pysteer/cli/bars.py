@@ -1,4 +1,4 @@
-"""Progress bars of commands, on standard error."""
+"""Progress of commands on standard error: bars on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from rich import progress as rich_progress
 from rich.text import Text
 
 from pysteer.cli import console
-from pysteer.progress import SILENT, Advance, Progress
+from pysteer.progress import Advance, Progress
+
+SECONDS_BETWEEN = 10.0
+"""Least time between two lines of progress."""
 
 
 @contextmanager
 def bars() -> Iterator[Progress]:
-    """Draw a bar for each stage while the block runs; nothing where standard error is a file."""
+    """Draw a bar for each stage while the block runs; print lines without a terminal."""
     if not console.err.is_terminal:
-        yield SILENT
+        yield Lines()
         return
     columns = (
         rich_progress.TextColumn("{task.description}"),
@@ -28,6 +31,33 @@ def bars() -> Iterator[Progress]:
     )
     with rich_progress.Progress(*columns, console=console.err, transient=True) as drawn:
         yield _Bars(drawn)
+
+
+class Lines:
+    """A `Progress` that prints a line of a stage at most every `SECONDS_BETWEEN`.
+
+    Args:
+        clock: time in seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._printed = clock()
+
+    def start(self, stage: str, total: int, unit: str = "") -> Advance:
+        """Begin a stage; see `Progress`."""
+        started, done = self._clock(), 0
+
+        def advance(units: int) -> None:
+            nonlocal done
+            done += units
+            now = self._clock()
+            if now - self._printed >= SECONDS_BETWEEN:
+                self._printed = now
+                of_total = f"{done} of {total} {unit}".rstrip()
+                console.note(f"{stage}: {of_total}, {now - started:.0f} s")
+
+        return advance
 
 
 class Announced:
