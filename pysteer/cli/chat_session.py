@@ -182,6 +182,12 @@ class Session:
         if self.stopping and not answer.pieces:
             yield Notice(_STOPPED_EARLY)
             return
+        if turn.requested != self.requested:
+            yield Notice(
+                f"the last answer was given under steering {describe_steering(turn.requested)}; "
+                "send the message again to compare the steering in force now, "
+                f"{describe_steering(self.requested)}"
+            )
         yield Comparison(turn, answer.turn(turn.prompt, None, turn.system, turn.seed, first))
 
     def _do_categories(self, _: str) -> Generator[Event, None, None]:

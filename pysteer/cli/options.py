@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ OFF: Final = "off"
 """The argument of --steer that steers nothing."""
 
 _SHOWN_MODELS = 5
+_SEVERAL = re.compile(r"=\s*(?:auto|[-+.\d][-+.\de]*)\s*,")
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 Model = Annotated[
@@ -191,6 +193,11 @@ def parse_steering(pairs: Sequence[str]) -> dict[str, float | str] | str | None:
                 f"--steer {pair}: write CATEGORY=STRENGTH or CATEGORY=auto, as in "
                 "--steer malware=1.0, or auto alone, or off alone"
             ) from None
+        if _SEVERAL.search(category):
+            raise SteeringError(
+                f"--steer {pair}: give --steer once for each category, as in "
+                "--steer malware=1.0 --steer fraud=auto"
+            )
         if category in steering:
             raise SteeringError(f"--steer names {category!r} twice")
         steering[category] = value

@@ -75,8 +75,9 @@ def test_calibrate_writes_pack_picture_and_test_prompts(calibrate, tmp_path):
 
 
 def test_json_output_is_one_object_equal_to_the_provenance(calibrate, tmp_path):
-    code, out, _ = calibrate("--json", hold_out="subcategories", category_steps=3)
+    code, out, err = calibrate("--json", hold_out="subcategories", category_steps=3, trials=1)
     assert code == 0
+    assert "best after 1 trial of each category" in err
     found = json.loads(out, parse_constant=pytest.fail)
     assert set(found) == {"pack", "seconds", "test", "evaluate", "router", "calibration"}
     assert found["calibration"]["settings"]["held_out"] == "subcategories"

@@ -261,6 +261,18 @@ def test_compare_answers_the_last_turn_without_steering(session, reference):
     mistake(session, "/compare", "without steering")
 
 
+def test_compare_after_other_steering_names_that_of_the_last_answer(session):
+    only(session, "/steer says q 20")
+    answer(session, "the cat")
+    only(session, "/steer z 0.5")
+    notice, event = session.handle("/compare")
+    assert "given under steering says q 20;" in notice.text
+    assert notice.text.endswith("says q 20, z 0.5")
+    assert event.steered.response == "Q" * LENGTH
+    only(session, "/steer z 0")
+    assert isinstance(only(session, "/compare"), Comparison)
+
+
 def test_compare_draws_the_same_tokens(llm):
     session = Session(llm, max_tokens=LENGTH, temperature=2.0)
     only(session, "/steer z 1e-30")  # without effect

@@ -600,6 +600,12 @@ def test_steer_option_splits_at_the_last_equals_sign(pairs, expected):
     assert parse_steering(pairs) == expected
 
 
+@pytest.mark.parametrize("pair", ["a=1,b=2", "a=auto, b=0.5", "a=-1e1,b=auto", "a=.5 ,b=1,c=2"])
+def test_several_categories_in_one_steer_option_are_a_mistake(pair, cli, tiny_llama, pack_file):
+    arguments = ["generate", "-m", tiny_llama, "-s", pack_file, "-p", "the cat", "--steer", pair]
+    check_mistake(cli(*arguments), f"--steer {pair}", "once for each")
+
+
 # ---- as a process ----------------------------------------------------------------------------
 
 

@@ -110,7 +110,7 @@ def print_best(search: SearchResult, max_degenerate: float, words: Words) -> Non
     safe = sum(outcome.safe * outcome.n for outcome in outcomes.values()) / n
     collateral = sum(outcome.collateral for outcome in outcomes.values()) / len(outcomes)
     console.err.print(
-        f"best after {search.rounds} trials of each category: {console.plain(words.good)} "
+        f"best after {_trials(search.rounds)}: {console.plain(words.good)} "
         f"{safe:.0%}, worst "
         f"{console.plain(worst)} {outcomes[worst].safe:.0%}; degenerate at most "
         f"{max(outcome.degenerate for outcome in outcomes.values()):.0%}; other categories changed "
@@ -147,10 +147,14 @@ def print_result(
         _print_validation(validation, words)
     _print_router(result)
     search = figures["search"]
-    console.say(f"{search['rounds']} trials of each category; {_ENDS[search['stopped']]}")
+    console.say(f"{_trials(search['rounds'])}; {_ENDS[search['stopped']]}")
     console.say(f"wrote {console.plain(output)} in {seconds:.0f} s")
     if command:
         console.say(f"to measure the pack on unseen prompts: {console.plain(command)}")
+
+
+def _trials(rounds: int) -> str:
+    return f"{rounds} trial{'s' * (rounds != 1)} of each category"
 
 
 def _print_validation(validation: Any, words: Words) -> None:
