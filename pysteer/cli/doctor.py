@@ -79,9 +79,9 @@ def _print(path: str, diagnosis: Diagnosis) -> None:
     for site, layers in diagnosis.sites.items():
         print_(f"site {site}: {_range(layers)}")
     for device in diagnosis.devices:
-        layers = sorted({layer for found in device.layers.values() for layer in found})
+        held = sorted({layer for found in device.layers.values() for layer in found})
         reach = "changed in place" if device.on_host else "copied to the host"
-        print_(f"memory {console.plain(device.name)}: {_range(layers)}, {reach}")
+        print_(f"memory {console.plain(device.name)}: {_range(held)}, {reach}")
     table = Table("check", "verdict", "largest difference in logits", "")
     for check in diagnosis.checks:
         value = "" if check.value is None else f"{check.value:g}"

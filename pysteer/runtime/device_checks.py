@@ -189,8 +189,8 @@ class DeviceChecks:
                 with llm.steering({category: 1.0} if steered else None):
                     rows = llm.capture(tokens, sites=[site], layers=[layer], pool="all")
                 found[steered] = rows[site][layer]
-        except SteeringError as error:
-            return Way(device.name, site, layer, name, "", str(error), False, None)
+        except SteeringError as failure:
+            return Way(device.name, site, layer, name, "", str(failure), False, None)
         expected = native_operator(_OPERATORS[name]).apply(
             self._vectors[category].prepared[0], 1.0, found[False]
         )

@@ -85,7 +85,7 @@ class Diagnosis:
     @property
     def ok(self) -> bool:
         """No check failed."""
-        return all(each.ok for each in (*self.checks, *self.ways))
+        return all(check.ok for check in self.checks) and all(way.ok for way in self.ways)
 
 
 def versions() -> dict[str, str]:
