@@ -33,6 +33,7 @@ void Batch::assign_foreign(const RowRun & run, int64_t n_positions,
                            const std::vector<std::shared_ptr<Sequence>> & slots) {
     clear();
     runs_.assign(1, run);
+    runs_.front().count = std::min(run.count, n_positions);  // beyond its positions, no term acts
     Sequence * sequence = sequence_of(run, slots);
     uses_products_ = sequence != nullptr && sequence->plan().uses_products();
     for (int64_t k = 0; k < run.count; ++k) {

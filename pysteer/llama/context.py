@@ -66,6 +66,14 @@ def _set_control_vector(context: Any, rows: npt.NDArray[np.float32]) -> None:
         raise HookError("llama.cpp refused a control vector for this model")
 
 
+@contextmanager
+def _hook_errors() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        raise HookError(str(error)) from None
+
+
 class HookedContext:
     """A llama_context whose layer outputs can be read and changed.
 
@@ -108,6 +116,7 @@ class HookedContext:
         self.n_layer = 0
         self._hook = _native.Hook()
         self._probed = False
+        self._foreign = False
         self._closed = False
         self._left = False
 
@@ -234,10 +243,9 @@ class HookedContext:
         Raises:
             HookError: the model lacks a site of the plan.
         """
-        try:
+        self.drop_foreign()
+        with _hook_errors():
             self._hook.set_sequence(slot, sequence)
-        except (ValueError, RuntimeError) as error:
-            raise HookError(str(error)) from None
 
     @property
     def was_resident(self) -> bool:
@@ -285,12 +293,52 @@ class HookedContext:
                 raise
             self._end()
 
+    def begin_foreign(self, position: int, n_positions: int) -> None:
+        """Steer what a caller of llama.cpp decodes next in sequence 0, such as an image.
+
+        Ends with `end_foreign`, or without account at the next `decode`, `decoding` or capture.
+
+        Args:
+            position: of the first row, in a prompt.
+            n_positions: the largest number of positions; rows beyond share the last position.
+
+        Raises:
+            HookError: the rows cannot be steered by the sequence's plan.
+        """
+        self.require_open()
+        self.drop_foreign()
+        with _hook_errors():
+            self._hook.begin_foreign(0, position, self.n_ctx, n_positions)
+        self._foreign = True
+
+    def end_foreign(self) -> int | None:
+        """End what `begin_foreign` began, and return the number of rows decoded.
+
+        Returns:
+            0 for models of one block, whose rows are not counted; None if nothing had begun.
+
+        Raises:
+            SpoiledDecodeError: as `decoding`.
+        """
+        if not self._foreign:
+            return None
+        self._foreign = False
+        try:
+            return self._hook.end_foreign()
+        except RuntimeError as error:
+            raise SpoiledDecodeError(str(error)) from None
+
+    def drop_foreign(self) -> None:
+        """End what `begin_foreign` began, if it began, without account."""
+        if self._foreign:
+            self._foreign = False
+            self._hook.abandon_decode()
+
     def _begin(self, runs: Sequence[Run]) -> None:
         self.require_open()
-        try:
+        self.drop_foreign()
+        with _hook_errors():
             self._hook.begin_decode(np.asarray(runs, np.int32).reshape(-1, 4))
-        except (ValueError, RuntimeError) as error:
-            raise HookError(str(error)) from None
 
     def _end(self) -> None:
         try:
@@ -404,6 +452,7 @@ class HookedContext:
         every_row = flags[:, self.n_layer - 1].any(where=np.array(SITES) != "attention")
         with self.lock:
             self.require_open()
+            self.drop_foreign()
             try:
                 self._hook.begin_capture(
                     wanted=flags.reshape(-1),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -10,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pysteer.chat.conversation import Conversation
+from pysteer.runtime.handler_prompt import HandlerPrompt
 from pysteer.runtime.ledger import CachedSteering
 from pysteer.runtime.plan import CompiledPlan
 from pysteer.runtime.report import SteeringReport
@@ -23,12 +23,12 @@ class Request:
     Attributes:
         latest: the request's latest generation.
         ended: True once the result is complete, or the stream is closed.
-        images: fingerprint of the positions that the chat handler decoded by itself.
+        prompt: the prompt that the chat handler evaluates by itself; None for other requests.
     """
 
     latest: Generation | None = None
     ended: bool = False
-    images: int = field(default_factory=lambda: secrets.randbits(64))
+    prompt: HandlerPrompt | None = None
 
     def end(self) -> None:
         """End the request: what its latest generation left is freed, and never copied again."""

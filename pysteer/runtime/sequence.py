@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Final
 
 import numpy as np
 
@@ -13,6 +14,12 @@ from pysteer.runtime.markers import MarkerTracker
 from pysteer.runtime.plan import CompiledPlan
 from pysteer.runtime.report import SteeringReport, report
 
+IMAGE: Final = -1
+"""In a prompt, in place of a token: a position of an image."""
+
+OPEN: Final = 2**30
+"""Number of prompt tokens of a prompt whose end is not known yet."""
+
 _END = 2**31  # beyond every position
 
 
@@ -21,15 +28,19 @@ class SequenceSteering:
 
     Args:
         plan: the plan of the request.
-        prompt: the prompt's tokens.
+        prompt: the prompt's tokens, and `IMAGE` for each position of an image. None: a prompt that
+            a chat handler evaluates part by part; no gate reads it, and all of it is prompt.
         conversation: finds the user's message in the prompt, for routers that read the message or
             its suffix. None: not a chat, so the whole prompt stands for the message.
         n_positions: largest number of tokens in the sequence.
-        piece: returns the text of a token as bytes; called only for plans that need it.
+        piece: returns the text of a token as bytes; called only for plans that need it, and for no
+            image.
 
     Attributes:
         native: the native state of the sequence; None if nothing is steered.
         n_prompt: number of prompt tokens.
+        images: positions [start, stop) of the prompt's images, ascending; images side by side are
+            one range.
         begun: a token of the sequence was decoded.
 
     Raises:
@@ -39,30 +50,51 @@ class SequenceSteering:
     def __init__(
         self,
         plan: CompiledPlan,
-        prompt: Sequence[int],
+        prompt: Sequence[int] | None,
         *,
         conversation: Conversation | None,
         n_positions: int,
         piece: Callable[[int], bytes],
     ) -> None:
         self.plan = plan
-        self.n_prompt = len(prompt)
+        self.n_prompt = OPEN if prompt is None else len(prompt)
         self.begun = False
-        spans: list[tuple[int, int]] = []
-        if plan.router is not None:
-            poolings = [read.pooling for read in plan.router.reads]
-            message = (0, len(prompt))
-            if conversation is not None:
-                conversation.require_form()
-            if conversation is not None and not {"user", "suffix"}.isdisjoint(poolings):
-                message = conversation.message_span(prompt)
-            spans = [pooled_span(pooling, message, len(prompt)) for pooling in poolings]
+        prompt = [] if prompt is None else prompt
+        text = [at for at, token in enumerate(prompt) if token != IMAGE]
+        spans = self._spans(prompt, text, conversation)
         self._first_read = min([start for start, _ in spans], default=0)
-        self.native = plan.start(len(prompt), spans, n_positions)
+        self.native = plan.start(self.n_prompt, spans, n_positions)
+        self.images = _gaps(text, len(prompt))
+        if self.native is not None:
+            for start, stop in self.images:
+                self.native.leave_out(start, stop)
         self._piece = piece
         self._tokens: list[int] = []
         self._tracker = MarkerTracker(plan.markers) if plan.markers else None
         self.follow(0, prompt)
+
+    def _spans(
+        self, prompt: Sequence[int], text: list[int], conversation: Conversation | None
+    ) -> list[tuple[int, int]]:
+        """Return for each read of the router the range of the prompt to average over.
+
+        Args:
+            prompt: the prompt.
+            text: positions of the prompt's tokens, without images.
+            conversation: as for the class.
+        """
+        if self.plan.router is None:
+            return []
+        poolings = [read.pooling for read in self.plan.router.reads]
+        if self.n_prompt == OPEN:
+            return [(OPEN - 1, OPEN)] * len(poolings)
+        message = (0, len(prompt))
+        if conversation is not None:
+            conversation.require_form()
+        if conversation is not None and text and not {"user", "suffix"}.isdisjoint(poolings):
+            start, stop = conversation.message_span([prompt[at] for at in text])
+            message = (text[start], text[stop - 1] + 1)
+        return [pooled_span(pooling, message, len(prompt)) for pooling in poolings]
 
     def follow(self, start: int, tokens: Sequence[int]) -> None:
         """Take note of tokens, at positions from `start` on, before they are decoded.
@@ -80,7 +112,10 @@ class SequenceSteering:
             self._tokens.clear()
             self._tracker = MarkerTracker(self.plan.markers)
         self._tokens += tokens
-        self.native.set_excluded(start, self._tracker.feed(map(self._piece, tokens)))
+        self.native.set_excluded(start, self._tracker.feed(map(self._text, tokens)))
+
+    def _text(self, token: int) -> bytes:
+        return b"" if token == IMAGE else self._piece(token)
 
     def keys(self, start: int, stop: int) -> Keys:
         """Return fingerprints of the steering of the tokens at positions [start, stop), uint64.
@@ -96,6 +131,11 @@ class SequenceSteering:
     def logits_key(self, position: int) -> int:
         """Return a fingerprint of the whole steering of one token."""
         return 0 if self.native is None else int(self.native.logits_key(position))
+
+    @property
+    def images_end(self) -> int:
+        """The position after the last image of the prompt; 0 without images."""
+        return self.images[-1][1] if self.images else 0
 
     @property
     def first_to_decode(self) -> int:
@@ -157,3 +197,9 @@ class SequenceSteering:
     def report(self, n_tokens: int) -> SteeringReport:
         """Return the effect on the first `n_tokens` tokens."""
         return report(self.plan, self.native, n_tokens)
+
+
+def _gaps(kept: Sequence[int], stop: int) -> list[tuple[int, int]]:
+    """Return the ranges of [0, stop) between ascending positions."""
+    ends = zip([-1, *kept], [*kept, stop], strict=True)
+    return [(before + 1, after) for before, after in ends if before + 1 < after]

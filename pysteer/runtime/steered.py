@@ -28,6 +28,7 @@ from pysteer.runtime.arguments import (
 )
 from pysteer.runtime.cache import SteeredCache
 from pysteer.runtime.generation import ActiveSteering, Generation, Request
+from pysteer.runtime.handler_chats import HandlerChats
 from pysteer.runtime.limits import MAX_RELATIVE_NORM
 from pysteer.runtime.plan import INJECTIONS, UNSTEERED, Injection
 from pysteer.runtime.report import SteeringReport
@@ -130,6 +131,7 @@ class SteeredLlama(HookedLlama):
         proxy = cast(HookedLlama, weakref.proxy(self))
         self._cache = SteeredCache(proxy)
         self._turns = Turns(proxy, self._cache)
+        self._chats = HandlerChats(proxy, self._cache, self._turns)
         self._requests = SteeredRequests(proxy, plans, self._turns)
 
     @property
@@ -180,6 +182,8 @@ class SteeredLlama(HookedLlama):
         The router reads the whole prompt: only a chat marks the user's message.
         """
         limit, kwargs = limited(self, args, kwargs)
+        if isinstance(kwargs["prompt"], list) and self._turns.running is None:
+            self._settle(kwargs["prompt"])
 
         def complete() -> Any:
             return limit.finish(super(SteeredLlama, self).create_completion(**kwargs))
@@ -209,12 +213,10 @@ class SteeredLlama(HookedLlama):
         options = RequestOptions(steering, policy, conversation)
 
         def chat(*args: Any, **kwargs: Any) -> Any:
-            if self.chat_handler is not None:  # which may decode images by itself
-                self._turns.take(None)
-                self._cache.install(None)
-                with self.context.decoding([]):  # writes zeros over the latest control vector
-                    pass
-            return super(SteeredLlama, self).create_chat_completion(*args, **kwargs)
+            make = partial(super(SteeredLlama, self).create_chat_completion, *args, **kwargs)
+            if self.chat_handler is None:
+                return make()
+            return self._chats.run(self._requests.current(), make)  # it may evaluate by itself
 
         return self._requests.run(chat, options, *args, **kwargs)
 
@@ -226,11 +228,16 @@ class SteeredLlama(HookedLlama):
         """`llama_cpp.Llama.generate` under the steering in force at the time of the call."""
         active = self._requests.current()
         if active.request is not None and self._turns.running is None:
+            self._settle(list(tokens))
             # The request holds the lock, and has put its steering in force.
             return self._generate(active.request, active, list(tokens), *args, **kwargs)
         request = Request()
         generated = self._generate(request, active, list(tokens), *args, **kwargs)
         return self._requests.stream(active._replace(request=request), generated)
+
+    def _settle(self, prompt: list[int]) -> None:
+        """Complete the prompt that a chat handler has evaluated by itself, if one does."""
+        self._chats.settle(self._requests.in_force, prompt, super().eval)
 
     def _generate(
         self,
@@ -242,8 +249,8 @@ class SteeredLlama(HookedLlama):
     ) -> Generator[int, Sequence[int] | None, None]:
         arguments = _GENERATE.bind(self, tokens, *args, **kwargs).arguments
         reset = arguments.get("reset", True)
-        prompt = tokens if reset else [*self._cache.tokens, *tokens]
-        sequence = self._cache.start(active, prompt)
+        prompt = tokens if reset else [*self._cache.marked, *tokens]
+        sequence = self._cache.begin(active, prompt)
         generation = Generation(request, sequence, n_prompt=len(prompt))
         criteria = arguments.get("stopping_criteria")
         limit = criteria if isinstance(criteria, TokenLimit) else None
@@ -311,6 +318,8 @@ class SteeredLlama(HookedLlama):
             active = self._requests.current()
             if active.request is None:
                 self._turns.take(None)
+            if self._chats.evaluate(active, tokens, super().eval):
+                return
             sequence = self._cache.continued(active, tokens)
             if active.request is not None:
                 self._turns.evaluate_prompt(active.request, sequence)

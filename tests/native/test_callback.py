@@ -900,3 +900,13 @@ def test_gate_averages_over_a_span_without_what_it_leaves_out():
         assert gated.decided_at == [5]
         expected = values[[0, 1, 5]].astype(np.float64).mean(axis=0).sum()
         assert gated.scores == pytest.approx([expected], rel=1e-12)
+
+
+def test_terms_of_positions_beyond_foreign_rows_have_nothing_to_reach(graph):
+    graph.probe()
+    made = _native.Plan(N_LAYER, N_EMBD, _native.Injection.automatic)
+    beyond = _native.Scope(_native.ScopeKind.positions, 5, 9)
+    add_term(made, [0], np.ones((1, N_EMBD)), scope=beyond)
+    graph.hook.set_sequence(0, sequence(made, 64))
+    foreign_rows(graph, 50, n_positions=5)
+    assert graph.hook.end_foreign() == 5
