@@ -106,27 +106,23 @@ def _require_answer(endpoint: str) -> None:
 
     llama.cpp would end the process, or wait for ever.
     """
+    if _connected[endpoint] > 0:
+        return  # this process is the client, and the server takes no second connection
     host, port = _address(endpoint)
     try:
-        connection = socket.create_connection((host, port), timeout=_TIMEOUT)
+        with socket.create_connection((host, port), timeout=_TIMEOUT) as connection:
+            connection.shutdown(socket.SHUT_WR)  # a free server closes a connection that ends
+            connection.recv(1)
+    except TimeoutError:
+        raise SteeringError(
+            f"the RPC server {endpoint} does not answer; a server serves one process at a time: "
+            "end the other process, or start another server"
+        ) from None
     except OSError as error:
         raise SteeringError(
             f"the RPC server {endpoint} cannot be reached ({error.strerror or error}); "
             f"start it with `ggml-rpc-server -H {host} -p {port}`"
         ) from None
-    with connection:
-        if _connected[endpoint] > 0:
-            return  # this process is the client
-        try:
-            connection.shutdown(socket.SHUT_WR)  # a free server closes a connection that ends
-            connection.recv(1)
-        except TimeoutError:
-            raise SteeringError(
-                f"the RPC server {endpoint} does not answer; it serves one process at a time: end "
-                "the other process, or start another server"
-            ) from None
-        except ConnectionError:
-            return
 
 
 def _registry_devices(registry: int) -> list[int]:

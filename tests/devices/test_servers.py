@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import llama_cpp
@@ -90,6 +90,14 @@ def test_server_is_free_again_after_the_model_is_closed(tiny_llama, server):
         with closing(SteeredLlama(tiny_llama, rpc_servers=[server.endpoint], **ARGUMENTS)):
             pass
     assert not devices._connected[server.endpoint]
+
+
+def test_many_models_of_a_process_share_a_server(tiny_llama, server):
+    """A server has room for one waiting connection."""
+    with ExitStack() as stack:
+        for _ in range(4):
+            llm = SteeredLlama(tiny_llama, rpc_servers=[server.endpoint], **ARGUMENTS)
+            stack.enter_context(closing(llm)).eval(TOKENS)
 
 
 def test_server_of_another_process_raises(tiny_llama, server, monkeypatch):

@@ -47,5 +47,5 @@ def test_server_of_another_process_raises_instead_of_waiting(tiny_llama, monkeyp
     monkeypatch.setattr(devices, "_TIMEOUT", 0.3)
     with closing(socket.create_server(("127.0.0.1", 0))) as busy:
         endpoint = f"127.0.0.1:{busy.getsockname()[1]}"
-        with pytest.raises(SteeringError, match="does not answer; it serves one process at a time"):
+        with pytest.raises(SteeringError, match="does not answer; a server serves one process"):
             HookedLlama(tiny_llama, rpc_servers=[endpoint], verbose=False)
