@@ -92,7 +92,7 @@ class Hook {
         float limit;  // the largest absolute value that a row can hold
     };
     void treat(Tensor * node, Place place);
-    // Reads, steers and captures a row of the batch; returns whether its values changed.
+    // Reads, steers and captures a row of the batch; returns true if its values changed.
     bool treat_row(const Work & work, std::size_t index, float * values);
     bool captures(Place place) const noexcept { return capture_ && capture_->wants(place); }
     // True if the decode ends with the capture: nothing is steered or read.

@@ -59,7 +59,7 @@ class NodeRows {
 
     // The row itself if it is f32, else its values in `scratch`, which has room for n_embd.
     float * load(int64_t number, float * scratch) const noexcept;
-    // Writes back what load() returned.
+    // Writes back the values that load() returned.
     void store(int64_t number, const float * values) noexcept;
     // Copies the stored rows back to the node. Does nothing for rows in host memory.
     void write_back() const;

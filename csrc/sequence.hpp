@@ -34,7 +34,7 @@ class Sequence {
 
     // The factor of a term's directions for the token at a position, at places before or after the gate decides.
     float factor(std::size_t term, int64_t position, bool before_gate) const noexcept;
-    // Whether a term acts on the token anywhere.
+    // True if a term acts on the token anywhere.
     bool acts(std::size_t term, int64_t position) const noexcept {
         return factor(term, position, false) != 0.0f || (has_gate_ && factor(term, position, true) != 0.0f);
     }
@@ -46,17 +46,17 @@ class Sequence {
     int64_t tokens_steered(std::size_t term, int64_t n_tokens) const noexcept;
     int64_t tokens_steered(int64_t n_tokens) const noexcept;
 
-    // Whether the gate reads the row of a token at some layer, or at a place, and whether it decides at that token.
+    // True if the gate reads the row of a token at some layer, or at a place, or decides at that token.
     bool reads(int64_t position) const noexcept;
     bool reads_at(Place place, int64_t position) const noexcept;
     bool decides(int64_t position) const noexcept;
     // The position where the gate decides next; -1: never.
     int64_t next_decision() const noexcept;
-    // Takes the row at a place if the gate reads it; returns whether a decision was made. Throws std::runtime_error for
+    // Takes the row at a place if the gate reads it; returns true if a decision was made. Throws std::runtime_error for
     // rows that are not finite, and if the gate missed tokens of a span.
     bool read(Place place, int64_t position, const float * row);
 
-    // Whether a term fired that steers prompt tokens which were computed without it: those before the last prompt
+    // True if a term fired that steers prompt tokens already computed without the term: those before the last prompt
     // token, or the last at places before the gate.
     bool wants_reprocess() const noexcept;
     // Makes the first decision hold from the first token on, for a prompt that is processed again. Forgets later

@@ -24,7 +24,7 @@ class Steerer {
 
     // Call before the rows of each node.
     void begin_node() noexcept { shared_for_ = nullptr; }
-    // Steers the row of a token, n_embd values; returns whether the plan acts on it.
+    // Steers the row of a token, n_embd values; returns true if the plan acts on it.
     bool steer(const Sequence & sequence, int64_t position, Place place, float * values) noexcept;
 
     // The sum that a plan of additions adds to the row of a token, n_embd values; valid until the next call.

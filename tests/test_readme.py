@@ -176,7 +176,7 @@ def test_names_and_paths_in_pages_exist(page):
 
 
 def importable(name):
-    """Return whether a module of this name exists."""
+    """Return True if a module of this name exists."""
     try:
         return importlib.util.find_spec(name) is not None
     except ModuleNotFoundError:  # its parent is not a package

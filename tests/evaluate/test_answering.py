@@ -18,7 +18,7 @@ class Engine:
     """Fake answerer: steers prompts with a category's mark; texts depend on steered neighbours.
 
     Attributes:
-        leaks: whether a closed gate changes the text too, as no real engine may.
+        leaks: True if a closed gate changes the text too, as no real engine may.
     """
 
     def __init__(self, leaks=False):

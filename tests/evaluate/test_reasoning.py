@@ -38,7 +38,7 @@ def model(request, tmp_path_factory):
 
 
 def script(kind, thought, text=None):
-    """What the model writes: a thought, and an answer or nothing."""
+    """Text of the model: a thought, and an answer or nothing."""
     opening = "" if kind == "<think>" else kind
     ending = "" if text is None else f"{kind[0]}/{kind[1:]}{text}"
     return f"{opening}{thought}{ending}"

@@ -17,8 +17,8 @@ class Template:
     Attributes:
         source: Jinja.
         control: the tokens that it writes, beyond those that all tiny models have.
-        system: whether it has system messages.
-        parts: whether it renders a content of parts.
+        system: True if it has system messages.
+        parts: True if it renders a content of parts.
     """
 
     source: str

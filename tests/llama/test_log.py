@@ -50,7 +50,7 @@ def test_quiet_model_writes_nothing(use, tiny_model):
 
 
 def test_plain_llama_without_pysteer_writes_a_warning(tiny_model):
-    """What the tests above would miss on another version of llama.cpp."""
+    """A warning that the tests above would miss on another version of llama.cpp."""
     code = "import sys, llama_cpp\nllama_cpp.Llama(sys.argv[1], n_ctx=64, verbose=False)"
     assert "full-size SWA cache" in run(code, tiny_model(SLIDING)).stderr
 

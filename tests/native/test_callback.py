@@ -862,7 +862,7 @@ def test_more_foreign_rows_than_announced_raise(graph):
 
 
 def test_foreign_rows_with_some_logits_in_a_steered_last_block_raise(graph):
-    """Which rows have logits is unknown, so that only none and all are clear."""
+    """The rows with logits are unknown, so that only none and all are clear."""
     graph.probe()
     steer(graph, 0, N_LAYER - 1)
     foreign_rows(graph, 50, at=("l_out-0", f"l_out-{N_LAYER - 1}"), batches=(5,))

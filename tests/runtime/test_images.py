@@ -72,7 +72,7 @@ def test_unsteered_image_chat_equals_llama_cpp_after_any_request(tiny_model, fam
 
 
 def test_text_after_an_image_chat_reuses_no_cell_of_the_image(tiny_llama):
-    """Where an image stands, the tokens of an earlier request are left."""
+    """In the place of an image, the tokens of an earlier request are left."""
     with models(tiny_llama)[1] as llm:
         for prompt in (list(range(270, 300)), llm.tokenize(b"What is in the other hand?")):
             expected = fresh(tiny_llama, lambda plain, p=prompt: plain(p, **OPTIONS)["choices"])

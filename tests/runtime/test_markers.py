@@ -13,7 +13,7 @@ texts = st.lists(
 
 
 def inside(text, start, end):
-    """Tell whether text completes a start marker and no end marker after it."""
+    """Return True if text completes a start marker and no end marker after it."""
     at, open_ = 0, False
     while True:
         marker = end if open_ else start
