@@ -11,7 +11,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from pysteer.evaluate.intervals import Mean, Share
+from pysteer.evaluate.estimates import Mean, Share
 from pysteer.evaluate.report import (
     STEERED,
     UNSTEERED,

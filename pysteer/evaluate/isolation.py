@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pysteer.evaluate.intervals import Share, share
+from pysteer.evaluate.estimates import Share, share
 from pysteer.evaluate.report import Cell, Isolation, PromptRecord
 from pysteer.evaluate.settings import IsolationMode
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pysteer import strict_json
 from pysteer.errors import FormatError, naming
-from pysteer.evaluate.intervals import Mean, Share
+from pysteer.evaluate.estimates import Mean, Share
 from pysteer.evaluate.settings import IsolationMode
 from pysteer.files import begins_with, read_bytes, write_text
 from pysteer.judge import SAFETY, Words

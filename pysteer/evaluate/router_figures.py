@@ -11,7 +11,7 @@ from sklearn.metrics import (  # type: ignore[import-untyped]
     f1_score,
 )
 
-from pysteer.evaluate.intervals import share
+from pysteer.evaluate.estimates import share
 from pysteer.evaluate.report import BENIGN, RouterFigures
 
 NOTHING = "nothing"

@@ -9,7 +9,7 @@ from typing import Any
 from pysteer.distribution import installed_version
 from pysteer.evaluate.answering import AnswerSet
 from pysteer.evaluate.arms import Arm
-from pysteer.evaluate.intervals import Mean, mean, share
+from pysteer.evaluate.estimates import Mean, mean, share
 from pysteer.evaluate.isolation import matrix
 from pysteer.evaluate.judges.refusal import RefusalJudge
 from pysteer.evaluate.report import (

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 import pytest
 
 from pysteer.evaluate import html
-from pysteer.evaluate.intervals import Mean, share
+from pysteer.evaluate.estimates import Mean, share
 from pysteer.evaluate.report import (
     AnswerRecord,
     ArmFigures,

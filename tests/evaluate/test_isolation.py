@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pysteer import Engine, SteeringPack
-from pysteer.evaluate.intervals import share
+from pysteer.evaluate.estimates import share
 from pysteer.evaluate.isolation import arm_name, matrix
 from pysteer.evaluate.report import AnswerRecord, PromptRecord
 from pysteer.pack.policy import Policy

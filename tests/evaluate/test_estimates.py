@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pysteer.evaluate.intervals import mean, share
+from pysteer.evaluate.estimates import mean, share
 
 Z = 1.959963984540054  # the standard normal's 97.5th percentile
 
