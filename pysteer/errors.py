@@ -47,16 +47,25 @@ def has_control(text: str) -> bool:
     return _CONTROL.search(text) is not None
 
 
-def printable(text: str) -> str:
-    r"""Return text with escapes for characters that act on a terminal; line breaks and tabs stay.
+def printable(text: str, replacement: str | None = None) -> str:
+    r"""Return text without the characters that act on a terminal; line breaks and tabs stay.
+
+    Args:
+        text: text of a user, a file or a model.
+        replacement: text in the place of each such character; None: the character's escape, by
+            which a message tells the character.
 
     Examples:
         >>> print(printable("a\x1b[2Jb"))
         a\x1b[2Jb
     """
-    return _CONTROL.sub(
-        lambda found: found[0] if found[0] in "\n\t" else repr(found[0])[1:-1], text
-    )
+
+    def replaced(found: re.Match[str]) -> str:
+        if found[0] in "\n\t":
+            return found[0]
+        return repr(found[0])[1:-1] if replacement is None else replacement
+
+    return _CONTROL.sub(replaced, text)
 
 
 class SteeringError(ValueError):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from pysteer import FormatError, SteeringError, SteeringPack, SteeringVector
 from pysteer.cli import run
+from pysteer.cli.console import plain
 from pysteer.errors import UnknownCategoryError, has_control, printable
 from pysteer.extract.sides import split_sides
 from pysteer.pack.pack import BaseModel
@@ -30,6 +31,7 @@ def test_printable_text_has_no_control_characters(text):
     assert not CONTROL.search(found)
     found.encode("utf-8")
     assert printable(found) == found
+    assert not CONTROL.search(printable(text, "?"))
     if not has_control(text):
         assert found == text
 
@@ -37,6 +39,10 @@ def test_printable_text_has_no_control_characters(text):
 @pytest.mark.parametrize("text", ["a\nb\tc", "für 日本 👩\u200d💻 \u0646\u200c\u062e", "a\\x1bb"])
 def test_ordinary_text_stays(text):
     assert printable(text) == text
+
+
+def test_text_of_a_file_is_shown_with_a_mark_for_each_control_character():
+    assert plain("[b] 👩\u200d💻\n\x1b[2J\u202e") == "\\[b] 👩\u200d💻\n�[2J�"
 
 
 @pytest.mark.parametrize("kind", [SteeringError, FormatError, UnknownCategoryError])

@@ -8,12 +8,7 @@ from typing import Final
 
 from rich.cells import cell_len
 
-_CONTROLS: Final = {
-    code: "\N{REPLACEMENT CHARACTER}"
-    for code in (*range(32), *range(127, 160))
-    if chr(code) not in "\n\t"
-}
-"""Control characters, which a terminal would obey: the model's text may hold any."""
+from pysteer.errors import printable
 
 _TAB: Final = 8
 _NARROWEST: Final = 20
@@ -85,7 +80,7 @@ class AnswerPrinter:
         """Print the next piece."""
         self.text += piece
         if sys.stdout.isatty():
-            piece = self._wrap.add(without_controls(piece), _width())
+            piece = self._wrap.add(printable(piece, "�"), _width())
         print(piece, end="", flush=True)
 
     def end(self) -> None:
@@ -104,11 +99,6 @@ class _Collected(AnswerPrinter):
 def answer_printer(json: bool) -> AnswerPrinter:
     """Return a printer; with --json, a printer that collects the text and prints nothing."""
     return _Collected() if json else AnswerPrinter()
-
-
-def without_controls(text: str) -> str:
-    """Return a model's text without the control characters that a terminal would obey."""
-    return text.translate(_CONTROLS)
 
 
 def _width() -> int:

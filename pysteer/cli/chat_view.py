@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pysteer.cli import console
-from pysteer.cli.answer_text import AnswerPrinter, without_controls
+from pysteer.cli.answer_text import AnswerPrinter
 from pysteer.cli.chat_events import (
     AnswerComplete,
     CategoryList,
@@ -116,7 +116,7 @@ class Printer:
         steering = console.plain(describe_steering(event.steered.requested))
         sides = Table(f"steered: {steering}", "not steered")
         answers = (event.steered.response, event.unsteered.response)
-        sides.add_row(*(escape(without_controls(answer)) for answer in answers))
+        sides.add_row(*(console.plain(answer) for answer in answers))
         for column in sides.columns:
             column.ratio = 1
         sides.expand = True

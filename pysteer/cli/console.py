@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.text import Text
 
 from pysteer.cli.streams import writable
-from pysteer.errors import SteeringError
+from pysteer.errors import SteeringError, printable
 
 
 class _Console(Console):
@@ -105,7 +105,7 @@ def headline(text: str, *, beside_result: bool) -> None:
 
 def plain(text: object) -> str:
     """Escape text of a file or a model: no markup, no control characters."""
-    return escape("".join(c if c in "\n\t" or c.isprintable() else "�" for c in str(text)))
+    return escape(printable(str(text), "�"))
 
 
 class _Lines(logging.Handler):
