@@ -6,7 +6,7 @@ import time
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -131,7 +131,7 @@ def calibrate(
     _check_folder(folder, force=force)
     n_threads = choose_threads(llama.threads)
     capture_options = replace(capture_options, threads=n_threads)
-    arguments: dict[str, Any] = {"n_threads": n_threads}
+    arguments = options.hardware(n_threads, llama.gpu_layers)
     with ExitStack() as stack:
         opened = stack.enter_context(closing(open_judge(judge, **arguments)))
         words = opened.words

@@ -6,13 +6,13 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pysteer.cli import console
 from pysteer.cli.loading import require
-from pysteer.cli.options import ChatFormat, Threads
+from pysteer.cli.options import ChatFormat, GpuLayers, Threads, hardware
 from pysteer.errors import SteeringError
 from pysteer.settings import check, setting
 
@@ -48,6 +48,7 @@ class CaptureOptions:
     ] = None
     context: int = setting(2048, "llama: context size in tokens.", 16, 1 << 22)
     threads: Threads = None
+    gpu_layers: GpuLayers = 0
     chat_format: ChatFormat = None
 
     def __post_init__(self) -> None:
@@ -130,9 +131,11 @@ def open_capture(options: CaptureOptions, source: str, engine: str) -> Capture:
     if engine == "llama":
         from pysteer.extract.llama_capture import LlamaCapture
 
-        arguments: dict[str, Any] = {"n_threads": options.threads} if options.threads else {}
         return LlamaCapture(
-            source, n_ctx=options.context, chat_format=options.chat_format, **arguments
+            source,
+            n_ctx=options.context,
+            chat_format=options.chat_format,
+            **hardware(options.threads, options.gpu_layers),
         )
     for module in ("torch", "transformers"):
         require(module, "extract")

@@ -44,6 +44,7 @@ def demo(
     ] = None,
     max_tokens: options.MaxTokens = 48,
     threads: options.Threads = None,
+    gpu_layers: options.GpuLayers = 0,
     json: options.Json = False,
 ) -> None:
     """Show answers without and with steering, side by side.
@@ -66,7 +67,8 @@ def demo(
     unsafe, harmless = (_per_category(rows, categories, prompts) for rows in shipped.demo_prompts())
     if not unsafe:
         raise SteeringError("no prompts to show")
-    with closing(load_setup(setup, n_ctx=1024, n_threads=threads)) as llm, bars() as drawn:
+    arguments = options.hardware(threads, gpu_layers)
+    with closing(load_setup(setup, n_ctx=1024, **arguments)) as llm, bars() as drawn:
         own = f"each prompt's own category, forced at {strength:g}" if forced else "auto"
         console.headline(setup.headline(own), beside_result=json)
         advance = drawn.start("answering twice", len(unsafe) + len(harmless))

@@ -26,7 +26,7 @@ _FORMAT = "pysteer.doctor/1"
 def doctor(
     model: options.Model = None,
     threads: options.Threads = None,
-    gpu_layers: Annotated[int, typer.Option(metavar="N", help="Blocks to offload; -1 is all.")] = 0,
+    gpu_layers: options.GpuLayers = 0,
     rpc: options.Rpc = None,
     report: Annotated[
         Path | None,

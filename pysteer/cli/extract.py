@@ -172,6 +172,8 @@ def extract(
     """
     source = options.model_source(capture_options.model)
     engine = choose_engine(capture_options, source, [settings.method])
+    if capture_options.gpu_layers and engine == "torch":
+        raise SteeringError("--gpu-layers is for --engine llama; --device-map is for torch")
     require("sklearn", "extract" if engine == "torch" else "extract-gguf")
     let_waiting_threads_sleep()
     from pysteer.cli.reports.extract import describe, print_pack
@@ -196,10 +198,11 @@ def extract(
     folder = files.cache or files.output.with_name(f"{files.output.name}.cache")
     threads = choose_threads(capture_options.threads)
     capture_options = replace(capture_options, threads=threads)
+    hardware = options.hardware(threads, capture_options.gpu_layers)
     with ExitStack() as stack:
         opened = None
         if judge != "labels":
-            opened = stack.enter_context(closing(open_judge(judge)))
+            opened = stack.enter_context(closing(open_judge(judge, **hardware)))
         capture = open_capture(capture_options, source, engine)
         stack.enter_context(limited_threads(threads))
         if files.benign is None:

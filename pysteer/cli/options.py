@@ -70,6 +70,10 @@ Rpc = Annotated[
         help="Server of llama.cpp's RPC backend that holds layers (docs/devices.md). Repeatable.",
     ),
 ]
+GpuLayers = Annotated[
+    int,
+    typer.Option("--gpu-layers", metavar="N", min=-1, help="Blocks to offload; -1 is all."),
+]
 MaxTokens = Annotated[
     int, typer.Option("--max-tokens", "-n", metavar="N", min=1, help="Longest answer, tokens.")
 ]
@@ -108,18 +112,25 @@ Layers = Annotated[
 ]
 
 
+def hardware(threads: int | None, gpu_layers: int) -> dict[str, Any]:
+    """Return the arguments of a model for --threads and --gpu-layers, without those left out."""
+    given = {"n_threads": threads, "n_gpu_layers": gpu_layers}
+    return {name: value for name, value in given.items() if value}
+
+
 @dataclass(frozen=True)
 class Llama:
     """llama.cpp's arguments, besides those in a command's settings."""
 
     threads: Threads = None
+    gpu_layers: GpuLayers = 0
     chat_format: ChatFormat = None
 
     @property
     def arguments(self) -> dict[str, Any]:
         """Arguments of a model, without those left out."""
-        given = {"n_threads": self.threads, "chat_format": self.chat_format}
-        return {name: value for name, value in given.items() if value is not None}
+        given = hardware(self.threads, self.gpu_layers)
+        return given if self.chat_format is None else {**given, "chat_format": self.chat_format}
 
 
 @dataclass(frozen=True)
@@ -129,6 +140,7 @@ class Running:
     model: Model = None
     context: int = setting(4096, "Context size in tokens.", 16, 1 << 22)
     threads: Threads = None
+    gpu_layers: GpuLayers = 0
     rpc: Rpc = None
     chat_format: ChatFormat = None
 
@@ -137,7 +149,7 @@ class Running:
         """Arguments of a model."""
         return {
             "n_ctx": self.context,
-            "n_threads": self.threads,
+            **hardware(self.threads, self.gpu_layers),
             "rpc_servers": self.rpc or (),
             "chat_format": self.chat_format,
         }

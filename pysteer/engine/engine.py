@@ -23,6 +23,7 @@ from pysteer.engine.scheduler import Scheduler
 from pysteer.engine.statistics import EngineStatistics
 from pysteer.engine.text import Pieces
 from pysteer.errors import SteeringError
+from pysteer.llama.arguments import require_known
 from pysteer.llama.hooked import HookedLlama
 from pysteer.llama.vocabulary import token_piece
 from pysteer.pack.pack import BaseModel, SteeringPack
@@ -73,8 +74,8 @@ class Engine:
         FormatError: the pack or policy file is damaged or of another kind.
         ModelMismatchError: the pack is for another model.
         HookError: the llama.cpp or the model cannot be hooked.
-        SteeringError: the model cannot be loaded, the policy does not fit the pack, or a number is
-            out of range.
+        SteeringError: the model cannot be loaded, an argument is unknown, the policy does not fit
+            the pack, or a number is out of range.
 
     Examples:
         >>> from pysteer import shipped
@@ -98,6 +99,7 @@ class Engine:
         max_relative_norm: float | None = MAX_RELATIVE_NORM,
         **llama_arguments: Any,
     ) -> None:
+        require_known(llama_arguments, type(self), HookedLlama)
         for name, number in (
             ("max_sequences", max_sequences),
             ("max_queue", max_queue),

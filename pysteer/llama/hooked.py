@@ -18,6 +18,7 @@ from pysteer import _native
 from pysteer.chat.template import settle_format
 from pysteer.errors import SteeringError
 from pysteer.files import check_regular
+from pysteer.llama.arguments import require_known
 from pysteer.llama.batch import EVERY_ROW, LAST_ROW, chunked
 from pysteer.llama.capture import Activations
 from pysteer.llama.context import HookedContext, SpoiledDecodeError
@@ -88,8 +89,8 @@ class HookedLlama(PlacedLlama):
 
     Raises:
         HookError: the llama.cpp or the model cannot be hooked.
-        SteeringError: the model cannot be loaded, the chat format is unknown, n_batch or n_ctx is
-            smaller than max_sequences, or an RPC server does not answer.
+        SteeringError: the model cannot be loaded, an argument or the chat format is unknown,
+            n_batch or n_ctx is smaller than max_sequences, or an RPC server does not answer.
 
     Examples:
         >>> from pysteer import shipped
@@ -110,6 +111,7 @@ class HookedLlama(PlacedLlama):
         rpc_servers: Sequence[str] = (),
         **llama_arguments: Any,
     ) -> None:
+        require_known(llama_arguments, type(self))
         load_native()
         if max_sequences > 1:
             _require_room(max_sequences, llama_arguments)

@@ -77,7 +77,8 @@ class SteeredLlama(HookedLlama):
     Raises:
         FormatError: the pack or policy file is damaged or of another kind.
         ModelMismatchError: the pack is for another model.
-        SteeringError: the model cannot be loaded, or the policy does not fit the pack.
+        SteeringError: the model cannot be loaded, an argument is unknown, or the policy does not
+            fit the pack.
         HookError: the llama.cpp or the model cannot be hooked, or lacks a site that the policy asks
             for.
 

@@ -64,6 +64,7 @@ def evaluate_command(
         ("--parallel", settings.parallel, usual.parallel),
         ("--context", settings.context, usual.context),
         ("--threads", llama.threads, None),
+        ("--gpu-layers", llama.gpu_layers, 0),
         ("--chat-format", llama.chat_format, None),
         ("--output", "report", None),
     ]
