@@ -35,7 +35,7 @@ def decode_rows(llama, rows, position):
 
 
 def decode_image(llama, seed, *, n_batch=None, non_causal=False):
-    """What mtmd_helper_eval_chunk_single does: the rows have no tokens and no logits."""
+    """Decode rows without tokens and without logits, as mtmd_helper_eval_chunk_single does."""
     rows, n_batch = image_rows(seed, llama.n_embd()), n_batch or llama.n_batch
     if non_causal:
         llama_cpp.llama_set_causal_attn(llama._ctx.ctx, False)
