@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from rich.box import SIMPLE_HEAD
-from rich.table import Table
+from rich.cells import cell_len
+from rich.table import Column, Table
 from rich.text import Text
 
 from pysteer.cli import console
@@ -14,6 +15,57 @@ from pysteer.cli import console
 def table(*headings: str) -> Table:
     """Return an empty table in the house style."""
     return Table(*headings, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+
+
+def say(rows: Table, *, names: int = 1) -> None:
+    """Print a table, in parts if the terminal is too narrow for its words.
+
+    Args:
+        rows: the table, whose cells may have rich's markup.
+        names: number of first columns, which name a row and come with every part.
+    """
+    for column in rows.columns:
+        column.min_width = _least_width(column)
+    least = [(column.min_width or 0) + 2 for column in rows.columns]  # blanks between columns
+    room = console.out.width - 1 - sum(least[:names])
+    parts: list[list[Column]] = []
+    left = -1
+    for column, width in zip(rows.columns[names:], least[names:], strict=True):
+        if width > left:
+            parts.append([])
+            left = room
+        parts[-1].append(column)
+        left -= width
+    if len(parts) < 2:
+        console.out.print(rows)
+        return
+    for part in parts:
+        console.out.print(_part(rows, [*rows.columns[:names], *part]))
+
+
+def _least_width(column: Column) -> int:
+    """Return the width in which no word of a column is cut, or no line if lines stay whole."""
+    texts = (Text.from_markup(str(cell)) for cell in (column.header, *column.cells))
+    pieces = (
+        piece for text in texts for piece in text.plain.split("\n" if column.no_wrap else None)
+    )
+    return max(map(cell_len, pieces), default=0)
+
+
+def _part(rows: Table, columns: Sequence[Column]) -> Table:
+    """Return a table of some of the columns of another."""
+    part = Table(title=rows.title, box=rows.box, padding=rows.padding)
+    for column in columns:
+        part.add_column(
+            column.header,
+            justify=column.justify,
+            no_wrap=column.no_wrap,
+            min_width=column.min_width,
+        )
+    cells = zip(*(column.cells for column in columns), strict=True)
+    for row, texts in zip(rows.rows, cells, strict=True):
+        part.add_row(*texts, end_section=row.end_section)
+    return part
 
 
 def numbers(names: Sequence[str]) -> dict[str, str]:

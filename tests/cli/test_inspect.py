@@ -3,12 +3,13 @@
 import json
 import re
 import sys
+from collections import Counter
 from functools import partial
 
 import numpy as np
 import pytest
 
-from pysteer import Policy, SteeringError, SteeringPack, SteeringVector
+from pysteer import Policy, SteeringError, SteeringPack, SteeringVector, shipped
 from pysteer.inspect.plots import plot_pack
 from pysteer.pack.router import GATES, Gate, Read, Router
 
@@ -171,6 +172,29 @@ def test_summary_fits_a_screen(cli, tmp_path):
     assert "all 40 categories: scope first 8\n" in shown
     assert lines_at_80_columns(summarised(cli)) <= 30  # the shipped pack
     assert lines_at_80_columns(inspected(cli)) > 500
+
+
+@pytest.mark.parametrize("flags", [(), ("--verbose",)])
+@pytest.mark.parametrize("width", [40, 60])
+def test_narrow_terminal_gets_every_cell_whole(width, flags, cli, monkeypatch):
+    """The shipped pack's rows of a wide terminal, cell by cell, in as many parts as needed."""
+
+    def cells(columns):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        out = summarised(cli, *flags)
+        return out, Counter(
+            cell
+            for line in out.splitlines()
+            if any(name in line for name in shipped.default_pack().categories)
+            for cell in line.split()
+        )
+
+    wide, expected = cells(200)
+    narrow, found = cells(width)
+    assert "…" not in narrow + wide
+    assert found >= expected
+    if not flags:  # the provenance has lines of any length
+        assert max(len(line) for line in narrow.splitlines() if line.startswith(" ")) <= width
 
 
 def test_summary_has_each_part_in_a_line(cli, pack_file):

@@ -47,7 +47,7 @@ def print_comparison(first: Path, second: Path, comparison: Comparison) -> None:
             format(fmean(cosines.values()), ".4f") if cosines else "",
             tables.span(list(ratios.values())) if ratios else "",
         )
-    console.out.print(summary)
+    tables.say(summary, names=2)
     if any(len(category.layers) > 1 for category in comparison.categories.values()):
         for key, title, form in (
             ("cosine", "cosine", ".4f"),

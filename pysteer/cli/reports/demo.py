@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from pysteer.cli import console
+from pysteer.cli import console, tables
 from pysteer.evaluate.before_after import BeforeAfter, CategorySummary
 
 
@@ -54,7 +54,7 @@ def print_summary(
             f"{row.harmless_unchanged:.0%}",
             f"{row.tokens_per_second_before:.0f} → {row.tokens_per_second_after:.0f}",
         )
-    console.out.print(table)
+    tables.say(table)
     counts = {(row.n_unsafe, row.n_harmless) for row in summary}
     how = "the category's steering forced on" if forced else "the router deciding"
     per_row = " or ".join(f"{unsafe} unsafe and {harmless} harmless" for unsafe, harmless in counts)

@@ -29,7 +29,7 @@ def print_summary(file: Path, pack: SteeringPack) -> None:
         pack: the pack.
     """
     _print_head(file, pack)
-    console.out.print(_category_rows(pack))
+    tables.say(_category_rows(pack))
     if len(pack.categories) > SUMMARY_ROWS:
         console.say(f"and {len(pack.categories) - SUMMARY_ROWS} more categories")
     cosines = [fmean(layers.values()) for layers in category_cosines(pack).values()]
@@ -159,7 +159,7 @@ def print_pack(file: Path, pack: SteeringPack, data: dict[str, Any]) -> None:
             tables.span(list(norms(vector).values())),
             _scale(pack, vector),
         )
-    console.out.print(summary)
+    tables.say(summary, names=2)
     _print_by_layer(pack, short)
     if pack.router is not None:
         _print_router(pack.router)
@@ -222,7 +222,7 @@ def _print_router(router: Router) -> None:
                 f"{gate.false_positive_rates[i]:.1%}",
                 f"{gate.leak_rates[i]:.1%}",
             )
-    console.out.print(rates)
+    tables.say(rates, names=2)
     names = ["benign", *router.categories]
     rows = zip(names, router.confusion, strict=True)
     counts = {name: [str(count) if count else "" for count in row] for name, row in rows}
