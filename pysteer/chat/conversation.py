@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 from llama_cpp import Llama
 
-from pysteer.chat.handler import Hold, rendered_prompt
-from pysteer.chat.messages import Message, snapshot
-from pysteer.chat.spans import Span, message_span, template_ends
+from pysteer.chat.handler import HandlerEvaluatesError, Hold, rendered_prompt
+from pysteer.chat.messages import Message, snapshot, without_images
+from pysteer.chat.spans import Span, TemplateEnds, message_span, template_ends
 from pysteer.chat.template import require_form
 from pysteer.errors import SteeringError
 
@@ -23,8 +24,9 @@ class Conversation:
     """Finds the last user message in the prompts of one chat request.
 
     The first prompt costs one rendering and one tokenisation by the model's chat handler for each
-    sentinel. If a handler cannot render the sentinels (it raises, or evaluates tokens itself, as
-    multimodal handlers do), the whole prompt stands for the message, with a warning once.
+    sentinel. Multimodal handlers, which evaluate tokens and images themselves, render the texts
+    without the images. If a handler cannot render the sentinels, the whole prompt stands for the
+    message, with a warning once.
 
     Args:
         llm: the model; nothing is decoded.
@@ -50,7 +52,8 @@ class Conversation:
         messages, so the message has the same range in all prompts.
 
         Args:
-            prompt: tokens of a prompt that the handler has rendered for this request.
+            prompt: tokens of a prompt that the handler has rendered for this request, without the
+            positions of images.
         """
         prompt = list(prompt)
         if self._found is None or prompt[: self._found[1]] != self._first[: self._found[1]]:
@@ -72,12 +75,20 @@ class Conversation:
     def _find(self, prompt: Sequence[int]) -> Span:
         self._finding = True
         try:
-            return message_span(prompt, template_ends(self._render, self._arguments["messages"]))
+            return message_span(prompt, self._ends())
         except Exception as error:  # of any kind: handlers are foreign code
             self._warn(error)
             return 0, len(prompt)
         finally:
             self._finding = False
+
+    def _ends(self) -> TemplateEnds | None:
+        messages = self._arguments["messages"]
+        try:
+            return template_ends(self._render, messages)
+        except HandlerEvaluatesError:
+            render = partial(self._render, evaluates=True)
+            return template_ends(render, without_images(messages))
 
     def _warn(self, error: Exception) -> None:
         chat_format = self._llm.chat_format
@@ -89,6 +100,6 @@ class Conversation:
                 *(chat_format, type(error).__name__, error),
             )
 
-    def _render(self, messages: Sequence[Message]) -> list[int]:
+    def _render(self, messages: Sequence[Message], *, evaluates: bool = False) -> list[int]:
         arguments = {**self._arguments, "messages": list(messages)}
-        return rendered_prompt(self._llm, arguments, hold=self._hold)
+        return rendered_prompt(self._llm, arguments, hold=self._hold, evaluates=evaluates)

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias, cast
 
 import llama_cpp
+import numpy as np
 from llama_cpp import Llama
 
 from pysteer.chat.messages import user_message
@@ -89,7 +90,11 @@ class ChatCall:
 
 
 def rendered_prompt(
-    llm: Llama, arguments: Mapping[str, Any], *, hold: Hold = nullcontext
+    llm: Llama,
+    arguments: Mapping[str, Any],
+    *,
+    hold: Hold = nullcontext,
+    evaluates: bool = False,
 ) -> list[int]:
     """Return the tokens of the first prompt that a chat handler asks the model to complete.
 
@@ -97,10 +102,12 @@ def rendered_prompt(
         llm: the model; nothing is decoded.
         arguments: those of `create_chat_completion`.
         hold: see `Hold`.
+        evaluates: whether the handler may call `eval`, which then only notes the tokens.
 
     Raises:
-        SteeringError: an argument that `create_chat_completion` lacks, or a handler that evaluates
-            tokens itself.
+        HandlerEvaluatesError: a handler that evaluates tokens although it may not.
+        SteeringError: an argument that `create_chat_completion` lacks, or a handler that decodes by
+            itself.
         Exception: any other exception that the handler raises over these messages.
     """
     prompts: list[str | list[int]] = []
@@ -109,7 +116,8 @@ def rendered_prompt(
         prompts.append(arguments["prompt"])
         raise _RecordedError  # the handler has nothing more to tell
 
-    stand_in = cast(Llama, _StandIn(llm, _Vocabulary(llm, hold), record))
+    kind = _EvaluatingStandIn if evaluates else _StandIn
+    stand_in = cast(Llama, kind(llm, _Vocabulary(llm, hold), record))
     try:
         Llama.create_chat_completion(stand_in, **_bind(_CHAT, arguments))
     except Exception:
@@ -164,6 +172,10 @@ def prompt_tokens(llm: Llama, prompt: str | Sequence[int]) -> list[int]:
     if llama_cpp.llama_vocab_get_add_eos(vocabulary) or last != -1:
         tokens = [*tokens, last if last != -1 else llm.token_eos()]
     return tokens
+
+
+class HandlerEvaluatesError(SteeringError):
+    """A chat handler uses more of its model than the vocabulary, as multimodal handlers do."""
 
 
 class _RecordedError(Exception):
@@ -242,7 +254,37 @@ class _StandIn:
             return getattr(self._llm, name)
         if name in _METHODS:
             return lambda *args, **kwargs: self._vocabulary.ask(name, *args, **kwargs)
-        raise SteeringError(
+        raise HandlerEvaluatesError(
             f"this chat handler uses the model's {name!r} besides the vocabulary; Engine "
             "cannot serve such a handler, SteeredLlama can"
         )
+
+
+class _NoContext:
+    """The context of a stand-in, in which nothing is decoded."""
+
+    def kv_cache_clear(self) -> None:
+        pass
+
+    @property
+    def ctx(self) -> Any:
+        raise SteeringError("the chat handler decodes by itself, also without images")
+
+
+class _EvaluatingStandIn(_StandIn):
+    """A stand-in for handlers that evaluate a text by themselves before they complete it."""
+
+    def __init__(self, llm: Llama, vocabulary: _Vocabulary, complete: Complete) -> None:
+        super().__init__(llm, vocabulary, complete)
+        self._ctx = _NoContext()
+        self.n_batch = llm.n_batch
+        self.input_ids = np.zeros(llm.n_ctx(), np.intc)
+        self.n_tokens = 0
+
+    def reset(self) -> None:
+        self.n_tokens = 0
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        stop = self.n_tokens + len(tokens)
+        self.input_ids[self.n_tokens : stop] = tokens
+        self.n_tokens = stop

@@ -76,6 +76,16 @@ def replace_user_text(messages: Sequence[Message], text: str) -> list[Message] |
     return None
 
 
+def without_images(messages: Sequence[Message]) -> list[Message]:
+    """Return the messages with the text alone of contents of parts."""
+    return [
+        {**message, "content": [part for part in message["content"] if _is_text(part)]}
+        if isinstance(message, Mapping) and isinstance(message.get("content"), list)
+        else message
+        for message in messages
+    ]
+
+
 def _is_text(part: Any) -> bool:
     return isinstance(part, Mapping) and isinstance(part.get("text"), str)
 
