@@ -5,8 +5,9 @@ import logging
 import llama_cpp
 import pytest
 from chats import CONTEXT, LENGTH, towards
+from packs import HATE, MALWARE, N_EMBD
 
-from pysteer import SteeredLlama, SteeringPack, SteeringVector
+from pysteer import BaseModel, SteeredLlama, SteeringPack, SteeringVector
 from pysteer.cli import run
 from pysteer.cli.chat_session import Session
 
@@ -30,6 +31,19 @@ def cli(capsys):
         return (code, *capsys.readouterr())
 
     return call
+
+
+@pytest.fixture
+def pack_file(tmp_path):
+    """Path of a pack of two categories for the tiny Llama."""
+    path = tmp_path / "pack.gguf"
+    SteeringPack(
+        {"hate": HATE, "mal=ware": MALWARE},
+        base_model=BaseModel("llama", "Tiny", 4, N_EMBD, 320),
+        residual_norm={1: 4.0, 2: 8.0},
+        provenance={"method": "mean difference", "n": 12},
+    ).save(path)
+    return path
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import json
 import random
-import signal
 
 import pytest
 from chats import CONTEXT, LENGTH, Echo, answer, evaluated, mistake, only, sent
@@ -11,21 +10,15 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from pysteer import SteeredLlama, shipped
-from pysteer.cli import console
 from pysteer.cli.chat_events import (
     AnswerComplete,
     CategoryList,
     Comparison,
-    Explanation,
     HelpText,
     Notice,
-    TextPiece,
-    Turn,
 )
 from pysteer.cli.chat_input import COMMANDS
 from pysteer.cli.chat_session import Session
-from pysteer.cli.chat_terminal import interrupting
-from pysteer.cli.chat_view import Printer
 from pysteer.prompts import load_prompts
 
 # ---- the conversation ------------------------------------------------------------------------
@@ -297,111 +290,6 @@ def test_compare_can_be_stopped(session, llm):
     assert len(session.turns) == 1
 
 
-REPORT = {
-    "mode": "mixed",
-    "categories": {
-        "says q": {
-            "strength": 1.0,
-            "gated": True,
-            "active": True,
-            "fired": True,
-            "score": 0.875,
-            "threshold": 0.25,
-            "site": "residual",
-            "layers": [2, 3],
-            "tokens_steered": 12,
-        },
-        "z": {
-            "strength": 0.5,
-            "gated": False,
-            "active": True,
-            "fired": None,
-            "score": None,
-            "threshold": None,
-            "site": "attention",
-            "layers": [3],
-            "tokens_steered": 14,
-        },
-    },
-    "scores": {"says q": 0.875, "y": 0.0625},
-    "gate": "probe",
-    "prompt_reprocessed": True,
-    "checks": 3,
-    "tokens_steered": 14,
-}
-
-
-def test_printer_shows_a_steering_report(capsys):
-    turn = Turn("hi", "QQ", "stop", "auto", REPORT, None, 1, 0)
-    assert Printer(json=False).show(iter([TextPiece("QQ"), AnswerComplete(turn)]))
-    out, err = capsys.readouterr()
-    assert out == "QQ\n"
-    assert err.splitlines() == [
-        "says q 1 (score 0.88): 12 tokens steered",
-        "z 0.5: 14 tokens steered",
-    ]
-    assert Printer(json=False).show(iter([Explanation(REPORT)]))
-    out, err = capsys.readouterr()
-    assert out == ""
-    rows = [line.split() for line in err.splitlines()]
-    assert ["says", "q", "0.875", "0.25", "open", "1", "residual", "2-3", "12"] in rows
-    assert ["z", "forced", "0.5", "attention", "3", "14"] in rows
-    assert ["y", "0.0625", "not", "asked"] in rows
-    last = err.splitlines()[-1]
-    for words in ("mixed", "14 tokens", "gate probe, decided 3 times", "once more"):
-        assert words in last
-
-
-LONG = [f"category_with_a_long_name_{number}" for number in range(10)]
-
-
-@pytest.mark.parametrize("width", [60, 80, 120])
-def test_why_tells_shared_values_once_and_cuts_no_name(width, capsys, monkeypatch):
-    monkeypatch.setattr(console.err, "width", width)
-    first = REPORT["categories"]["says q"] | {"tokens_steered": 0, "fired": False}
-    rows = {name: first | {"score": 0.5 + at / 100} for at, name in enumerate(LONG)}
-    report = REPORT | {"categories": rows, "scores": {n: r["score"] for n, r in rows.items()}}
-    Printer(json=False).show(iter([Explanation(report)]))
-    *table, shared, _ = capsys.readouterr().err.splitlines()
-    assert [line.split()[0] for line in table if "category_" in line] == LONG[::-1]
-    assert max(map(len, table)) <= width
-    assert shared == (
-        "all 10 categories: threshold 0.25, gate closed, strength 1, where residual 2-3, "
-        "tokens steered 0"
-    )
-    same = {name: row | {"score": -0.25} for name, row in rows.items()}
-    report |= {"categories": same, "scores": dict.fromkeys(LONG, -0.25)}
-    Printer(json=False).show(iter([Explanation(report)]))
-    shared, _ = capsys.readouterr().err.splitlines()
-    assert shared.startswith("all 10 categories: score -0.25, threshold 0.25, gate closed")
-
-
-def test_why_explains_forced_steering(session):
-    only(session, "/steer says q 20")
-    answer(session, "hi")
-    event = only(session, "/why")
-    assert isinstance(event, Explanation)
-    assert event.report["mode"] == "forced"
-    found = event.report["categories"]["says q"]
-    assert (found["strength"], found["gated"], found["active"]) == (20.0, False, True)
-    assert found["tokens_steered"] == event.report["tokens_steered"] >= LENGTH
-    only(session, "/off")
-    answer(session, "hi")
-    event = only(session, "/why")
-    assert isinstance(event, Explanation)
-    assert (event.report["mode"], event.report["categories"]) == ("off", {})
-
-
-def test_why_explains_a_stopped_answer(session):
-    only(session, "/steer says q 20")
-    for event in session.handle("hi"):
-        if isinstance(event, TextPiece):
-            session.stop()
-    event = only(session, "/why")
-    assert isinstance(event, Explanation)
-    assert event.report["categories"]["says q"]["active"]
-
-
 @pytest.fixture(scope="module")
 def routed(default_model):
     llm = SteeredLlama(
@@ -466,124 +354,6 @@ def test_policy_steers_until_a_command_replaces_it(letters, tiny_llama):
 def test_auto_without_a_router_is_an_error(session):
     mistake(session, "/auto", "router")
     mistake(session, "/steer z auto", "router")
-
-
-# ---- stopping --------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def says_q(session):
-    """A session whose answer comes letter by letter; unsteered, the tiny model says no text."""
-    only(session, "/steer says q 20")
-    return session
-
-
-def continues(session, reference, said, written):
-    """Return True if the conversation continues from the text so far."""
-    only(session, "/off")
-    return answer(session, "so") == reference(said, written, "so")
-
-
-def test_stop_ends_the_answer_and_keeps_its_text(says_q, llm, reference):
-    counts = evaluated(llm)
-    pieces = []
-    for event in says_q.handle("the cat"):
-        if isinstance(event, TextPiece):
-            pieces.append(event.text)
-            if len(pieces) == 3:
-                says_q.stop()
-    assert isinstance(event, AnswerComplete)
-    assert pieces == ["Q"] * 3
-    assert (event.turn.response, event.turn.finish_reason) == ("QQQ", "interrupted")
-    assert says_q.turns == [event.turn]
-    assert len(counts) == 3  # nothing was computed that nobody reads
-    assert continues(says_q, reference, "the cat", "QQQ")
-
-
-def test_stop_before_the_first_token_forgets_the_message(session, llm, reference):
-    original = llm.eval
-
-    def evaluate(tokens):
-        session.stop()
-        original(tokens)
-
-    llm.eval = evaluate
-    event = only(session, "the cat")
-    assert isinstance(event, Notice)
-    assert session.turns == []
-    del llm.eval
-    assert answer(session, "on") == reference("on")
-
-
-def interrupted_after(llm, evaluations, session=None):
-    """Raise KeyboardInterrupt from the evaluation with that number, after it is done."""
-    original = llm.eval
-    left = iter(range(evaluations, -1, -1))
-
-    def evaluate(tokens):
-        original(tokens)
-        if next(left, 1) == 0:
-            if session is not None:
-                session.stop()
-            raise KeyboardInterrupt
-
-    llm.eval = evaluate
-
-
-def test_second_interrupt_ends_the_answer_at_once(says_q, llm, reference):
-    interrupted_after(llm, 4, says_q)
-    assert answer(says_q, "the cat") == "QQQQ"
-    assert says_q.turns[-1].finish_reason == "interrupted"
-    assert llm.n_tokens == 0  # the cache may hold anything
-    assert continues(says_q, reference, "the cat", "QQQQ")
-
-
-def test_interrupt_without_stop_is_raised(session, llm):
-    interrupted_after(llm, 4)
-    with pytest.raises(KeyboardInterrupt):
-        list(session.handle("the cat"))
-
-
-def test_closing_the_events_stops_the_answer(says_q, reference):
-    events = says_q.handle("the cat")
-    assert [next(events), next(events)] == [TextPiece("Q"), TextPiece("Q")]
-    events.close()
-    (turn,) = says_q.turns
-    assert (turn.response, turn.finish_reason) == ("QQ", "interrupted")
-    assert continues(says_q, reference, "the cat", "QQ")
-
-
-def test_first_signal_waits_for_a_token_and_second_does_not(says_q):
-    before = signal.getsignal(signal.SIGINT)
-    with interrupting(says_q):
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)  # nothing is written yet
-        events = says_q.handle("the cat")
-        next(events)
-        signal.raise_signal(signal.SIGINT)
-        assert says_q.stopping
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-        (answered,) = events
-    assert answered.turn.response == "Q"
-    assert signal.getsignal(signal.SIGINT) is before
-
-
-def test_signal_during_the_prompt_stops_it(says_q, llm, reference):
-    original = llm.eval
-
-    def evaluate(tokens):
-        original(tokens)
-        signal.raise_signal(signal.SIGINT)
-
-    llm.eval = evaluate
-    with interrupting(says_q):
-        event = only(says_q, "the cat")
-    assert isinstance(event, Notice)
-    assert says_q.turns == []
-    del llm.eval
-    only(says_q, "/off")
-    assert answer(says_q, "on") == reference("on")
 
 
 # ---- files -----------------------------------------------------------------------------------
