@@ -35,10 +35,11 @@ def _naming(error: SpoiledDecodeError, sequence: SequenceSteering) -> SpoiledDec
     return SpoiledDecodeError(f"{error} (in force: {in_force})" if in_force else str(error))
 
 
-def _image_gone(cause: str) -> SteeringError:
+def _image_gone() -> SteeringError:
     return SteeringError(
-        f"an image in the context would have to be computed again, because {cause}; make the chat "
-        "with the image again, and read a stream before the next request"
+        "an image in the context would have to be computed again, because another request has used "
+        "the model, the steering has changed, or a gate has to read a second prompt; make the chat "
+        "again, and read a stream before the next request"
     )
 
 
@@ -320,7 +321,7 @@ class SteeredCache:
     def _require_no_image(self, start: int) -> None:
         """Raise SteeringError if tokens from `start` on cannot be evaluated again."""
         if self._ledger.images()[start if self.cuts_back else 0 : self._llm.n_tokens].any():
-            raise _image_gone("the steering changed in the middle of the context")
+            raise _image_gone()
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -365,7 +366,7 @@ class SteeredCache:
             prefix = llm.longest_token_prefix(self.tokens, tokens[:-1])
             reusable = min(reusable, prefix)
         if reusable < self._first_text(sequence):
-            raise _image_gone("another request has used the model, or the steering changed")
+            raise _image_gone()
         if reusable == n:
             return tokens
         cut = self.rewind(reusable)

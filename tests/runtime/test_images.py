@@ -17,6 +17,7 @@ from images import (
     recorded_rows,
     rows_of,
 )
+from llama_cpp import llama_chat_format
 
 from pysteer import HookError, SteeredLlama, SteeringError, SteeringPack, SteeringVector
 from pysteer.pack.policy import Policy
@@ -380,7 +381,7 @@ def test_streams_of_steered_image_chats_take_turns(tiny_llama, fires_for_some):
 def test_blocks_and_threads_steer_image_chats_of_their_own(tiny_llama, fires_for_some):
     pairs = [(CHATS[k], request) for k in (0, 2) for request in REQUESTS[:4]]
     expected = [fresh_answer(tiny_llama, fires_for_some, *pair) for pair in pairs]
-    with image_model(tiny_llama, fires_for_some) as llm:
+    with image_model(tiny_llama, fires_for_some, logits_all=False) as llm:
 
         def ask(messages, request):
             with llm.steering(**request):
@@ -405,6 +406,33 @@ def test_recurrent_model_steers_an_image_chat(tiny_model, scope):
             found = steered(llm, messages, steering={"a": 1.0}, policy={"scope": scope})
             np.testing.assert_allclose(found[1], expected, atol=5e-5)
             assert found[0].encode() == llm.detokenize(tokens)
+
+
+class Twice(ImageHandler):
+    """Completes a second prompt, which goes on from the first, as handlers of tools do."""
+
+    def __init__(self, first):
+        super().__init__()
+        self.first = first
+
+    def __call__(self, *, llama, **options):
+        super().__call__(llama=llama, **{**options, "max_tokens": len(self.first)})
+        prompt = [*llama.input_ids[: llama.n_tokens].tolist(), self.first[-1]]
+        asked = {name: options[name] for name in ("temperature", "logit_bias")}
+        rest = N_WRITTEN - len(self.first)
+        completion = llama.create_completion(prompt=prompt, max_tokens=rest, **asked)
+        return llama_chat_format._convert_completion_to_chat(completion, stream=False)
+
+
+def test_second_completion_of_an_image_chat_is_steered_or_refused(tiny_llama, fires_for_some):
+    _, written = answer_row_by_row(
+        tiny_llama, CHATS[0], PACK["a"], SCOPES["all"], N_WRITTEN, BANNED, **EXACT
+    )
+    with image_model(tiny_llama, fires_for_some, Twice(written[:4])) as llm:
+        result = llm.create_chat_completion(CHATS[0], steering={"a": 1.0}, **OPTIONS)
+        rest = result["choices"][0]["message"]["content"]
+        assert rest.encode() == llm.detokenize(written[4:])
+        refused(llm, CHATS[0], "a gate has to read a second prompt")
 
 
 # ---- what cannot be steered ----------------------------------------------------------------------
