@@ -74,7 +74,7 @@ def _print(path: str, diagnosis: Diagnosis) -> None:
     name = console.plain(model.name or path)
     print_(f"model: {name} ({model.architecture}, {model.n_layer} layers, n_embd {model.n_embd})")
     print_(", ".join(f"{name} {value}" for name, value in diagnosis.versions.items()))
-    for line in diagnosis.hardware:
+    for line in [*diagnosis.notes, *diagnosis.hardware]:
         print_(console.plain(line))
     for site, layers in diagnosis.sites.items():
         print_(f"site {site}: {_range(layers)}")

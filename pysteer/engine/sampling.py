@@ -133,7 +133,7 @@ def _chain(llm: Llama, arguments: Mapping[str, Any], seed: int) -> Any:
     grammar: LlamaGrammar | None = arguments["grammar"]
     constraint = [] if grammar is None else [_grammar_sampler(llm, grammar)]
     stages = [
-        llama_cpp.llama_sampler_init_penalties(
+        _penalties(
             n_vocab,
             llm.last_n_tokens_size,
             arguments["repeat_penalty"],
@@ -165,6 +165,13 @@ def _chain(llm: Llama, arguments: Mapping[str, Any], seed: int) -> Any:
     for stage in stages:
         llama_cpp.llama_sampler_chain_add(chain, stage)
     return chain
+
+
+def _penalties(n_vocab: int, *values: float) -> Any:
+    """Return the sampler of penalties; some versions of llama.cpp also ask for `n_vocab`."""
+    create: Any = llama_cpp.llama_sampler_init_penalties
+    with_vocabulary = len(create.argtypes) > len(values)  # ctypes lets a surplus argument pass
+    return create(n_vocab, *values) if with_vocabulary else create(*values)
 
 
 def _grammar_sampler(llm: Llama, grammar: LlamaGrammar) -> Any:

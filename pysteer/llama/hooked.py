@@ -145,6 +145,10 @@ class HookedLlama(PlacedLlama):
             self.close()
             raise
 
+    # Versions of llama_cpp.Llama that can draw from the logits in the context set this for each
+    # instance. In others it stays True: they always evaluate a prompt's last token.
+    _requires_eval = True
+
     # llama_cpp.Llama.__init__ assigns a fresh llama_context_params to this name before it creates
     # the context, and has no argument for the callback. A property sees that assignment on this
     # instance alone, so nothing global is replaced and threads cannot meet.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import logging
+from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -12,11 +13,12 @@ from pysteer import _native
 from pysteer.errors import HookError
 from pysteer.llama import log
 
+_log = logging.getLogger(__name__)
+
 TESTED_LLAMA_CPP = ("0.3.36",)
 """Versions of llama-cpp-python that the test suite has passed with."""
 
-UNTESTED_OVERRIDE = "PYSTEER_UNTESTED_LLAMA_CPP"
-"""Environment variable: set to 1 to try another version."""
+_TESTED = ", ".join(TESTED_LLAMA_CPP)
 
 PRIVATE_NAMES: Final = {
     "_logger": "llama-cpp-python's log callback, the only one that is replaced",
@@ -29,6 +31,8 @@ PRIVATE_NAMES: Final = {
 }
 """Every private name of llama_cpp that pysteer uses, with the reason.
 
+`_requires_eval` is absent in some versions, and `HookedLlama` then answers for it.
+
 pysteer also relies on two behaviours of `llama_cpp.Llama` that no test of names can check:
 
 - `Llama.__init__` assigns the context parameters to `self.context_params` before it creates the
@@ -38,25 +42,33 @@ pysteer also relies on two behaviours of `llama_cpp.Llama` that no test of names
 """
 
 
+def untested_note() -> str:
+    """Return a line about an installed llama-cpp-python that was never tested, or ""."""
+    version = llama_cpp.__version__
+    if version in TESTED_LLAMA_CPP:
+        return ""
+    return f"llama-cpp-python {version} is untested with this pysteer (tested: {_TESTED})"
+
+
+_warn_once = cache(_log.warning)
+
+
 def load_native() -> None:
     """Tie the native part to the llama.cpp that `llama_cpp` has loaded, and take over its log.
 
-    Free after the first call.
+    The functions and structures of the loaded llama.cpp decide whether pysteer works with it, never
+    a version number: an untested version is one warning in the log. Free after the first call.
 
     Raises:
-        HookError: the version is untested, a function is missing, or the layout of a structure is
-            unexpected.
+        HookError: a function is missing, or the layout of a structure is unexpected.
     """
-    version = llama_cpp.__version__
-    works = f"pysteer works with llama-cpp-python {', '.join(TESTED_LLAMA_CPP)}"
-    if version not in TESTED_LLAMA_CPP and os.environ.get(UNTESTED_OVERRIDE) != "1":
-        raise HookError(
-            f"llama-cpp-python {version} is untested: {works}; "
-            f"install that, or set {UNTESTED_OVERRIDE}=1 to try this one"
-        )
+    if note := untested_note():
+        _warn_once("%s; `pysteer doctor` checks that steering works", note)
     library = llama_cpp.llama_cpp._lib
     try:
         _native.load_abi(library._handle, str(Path(library._name).parent))
     except RuntimeError as error:
-        raise HookError(f"llama-cpp-python {version}: {error}; {works}") from None
+        raise HookError(
+            f"llama-cpp-python {llama_cpp.__version__}: {error}; pysteer is tested with {_TESTED}"
+        ) from None
     log.take_over()

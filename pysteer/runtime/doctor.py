@@ -20,7 +20,7 @@ from pysteer.errors import SteeringError
 from pysteer.llama.context import set_native_control_vector
 from pysteer.llama.devices import PlacedLlama, describe_devices
 from pysteer.llama.hooked import HookedLlama
-from pysteer.llama.versions import load_native
+from pysteer.llama.versions import load_native, untested_note
 from pysteer.pack.pack import BaseModel, SteeringPack
 from pysteer.pack.vector import SteeringVector
 from pysteer.progress import SILENT, Progress
@@ -64,6 +64,7 @@ class Diagnosis:
 
     Attributes:
         versions: name to version of the programs that take part.
+        notes: a line about a llama-cpp-python that was never tested, if it is one.
         hardware: a line about each device of this machine.
         model: identity of the model.
         sites: site to layers.
@@ -74,6 +75,7 @@ class Diagnosis:
     """
 
     versions: dict[str, str]
+    notes: list[str]
     hardware: list[str]
     model: BaseModel
     sites: dict[str, tuple[int, ...]]
@@ -161,7 +163,17 @@ def diagnose(
                 _effect(model_path, arguments, site, layer, model, norm, tokens, checks)
     trials = DeviceChecks(devices, model.n_embd, norm)
     ways, costs = trials.run(model_path, arguments, tokens[:_N_PROMPT], progress)
-    return Diagnosis(found, describe_devices(), model, sites, devices, checks, ways, costs)
+    return Diagnosis(
+        found,
+        list(filter(None, [untested_note()])),
+        describe_devices(),
+        model,
+        sites,
+        devices,
+        checks,
+        ways,
+        costs,
+    )
 
 
 @contextmanager

@@ -8,7 +8,8 @@ from pathlib import Path
 import llama_cpp
 import pytest
 
-from pysteer import HookedLlama, HookError, _native
+from pysteer import HookedLlama, _native
+from pysteer.llama.versions import TESTED_LLAMA_CPP
 
 
 def run(program):
@@ -17,12 +18,19 @@ def run(program):
     )
 
 
-def test_untested_version_raises_unless_overridden(tiny_llama, monkeypatch):
+def test_untested_version_works_after_one_warning(tiny_llama, monkeypatch, caplog):
     monkeypatch.setattr(llama_cpp, "__version__", "9.9.9")
-    with pytest.raises(HookError, match=r"9\.9\.9 is untested.*0\.3\.36.*UNTESTED_LLAMA_CPP=1"):
-        HookedLlama(tiny_llama, verbose=False)
-    monkeypatch.setenv("PYSTEER_UNTESTED_LLAMA_CPP", "1")
+    for _ in range(2):
+        HookedLlama(tiny_llama, verbose=False).close()
+    (record,) = caplog.records
+    assert "llama-cpp-python 9.9.9 is untested" in record.getMessage()
+    assert ", ".join(TESTED_LLAMA_CPP) in record.getMessage()
+
+
+def test_tested_version_works_without_a_warning(tiny_llama, monkeypatch, caplog):
+    monkeypatch.setattr(llama_cpp, "__version__", TESTED_LLAMA_CPP[0])
     HookedLlama(tiny_llama, verbose=False).close()
+    assert not caplog.records
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names a library of the system")
@@ -39,7 +47,7 @@ def test_library_without_ggml_raises_with_missing_functions():
     assert last.startswith("pysteer.errors.HookError")
     assert "lacks" in last
     assert "ggml_backend_tensor_set" in last
-    assert "works with llama-cpp-python" in last
+    assert "pysteer is tested with" in last
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="builds a stand-in with the GNU linker")

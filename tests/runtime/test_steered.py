@@ -180,7 +180,7 @@ def test_generate_accepts_sent_tokens(llm, plain):
 # ---- the cache --------------------------------------------------------------------------------
 
 
-class CountingLlama(SteeredLlama):
+class Counting:
     """Counts evaluated tokens."""
 
     computed = 0
@@ -188,6 +188,24 @@ class CountingLlama(SteeredLlama):
     def eval(self, tokens):
         self.computed += len(tokens)
         super().eval(tokens)
+
+
+class CountingLlama(Counting, SteeredLlama):
+    pass
+
+
+class CountingPlain(Counting, llama_cpp.Llama):
+    pass
+
+
+@pytest.fixture(scope="module")
+def again(tiny_llama):
+    """Number of tokens that llama_cpp.Llama evaluates for its latest prompt: 1 in some versions."""
+    with closing(CountingPlain(str(tiny_llama), **ARGUMENTS)) as llm:
+        for _ in range(2):
+            llm.computed = 0
+            llm.create_completion(list(range(10, 40)), **{**GREEDY, "max_tokens": 1})
+        return llm.computed
 
 
 @pytest.fixture
@@ -202,39 +220,42 @@ def cost(llm, steering, prompt, n=1):
     return llm.computed - before
 
 
-def test_request_recomputes_only_tokens_of_other_steering(counting):
+def test_request_recomputes_only_tokens_of_other_steering(counting, again):
     prompt = list(range(10, 40))
     longer = [*prompt, *range(40, 45)]
     assert cost(counting, {"a": 1.0}, prompt) == 30
-    assert cost(counting, {"a": 1.0}, prompt) == 0, "the very same request"
+    assert cost(counting, {"a": 1.0}, prompt) == again, "the very same request"
     assert cost(counting, {"a": 1.0}, longer) == 5, "a continuation"
     assert cost(counting, {"a": 0.5}, longer) == 35, "another strength"
     assert cost(counting, {"b": 0.5}, longer) == 35, "another category"
     assert cost(counting, None, longer) == 35, "no steering"
-    assert cost(counting, {}, longer) == 0, "no steering, said otherwise"
-    assert cost(counting, {"a": 0.0}, longer) == 0, "strength 0 is no steering"
+    assert cost(counting, {}, longer) == again, "no steering, said otherwise"
+    assert cost(counting, {"a": 0.0}, longer) == again, "strength 0 is no steering"
 
 
-def test_steering_the_last_block_keeps_the_cache_valid(counting):
+def test_steering_the_last_block_keeps_the_cache_valid(counting, again):
     """Keys and values come from earlier blocks; only the logits must be computed again."""
     prompt = list(range(10, 40))
     assert cost(counting, None, prompt) == 30
     assert cost(counting, {"last": 1.0}, prompt) == 1
-    assert cost(counting, {"last": 1.0}, prompt) == 0
+    assert cost(counting, {"last": 1.0}, prompt) == again
     assert cost(counting, {"last": 2.0}, [*prompt, 40, 41]) == 2
     assert cost(counting, {"last": 1.0, "a": 1.0}, prompt) == 30
 
 
 @pytest.mark.parametrize("category", ["last", "attention"])
-def test_reused_cache_gives_the_logits_of_a_fresh_run(tiny_llama, llm, category):
-    complete(llm, None)
-    complete(llm, {category: 2.0})
-    tokens = llm.tokenize(PROMPT.encode())
-    reused = llm.scores[len(tokens) - 1].copy()
+def test_reused_cache_gives_the_logits_of_a_fresh_run(tiny_llama, category):
+    # With a cache in F16, some versions of llama.cpp round a token alone unlike in a batch.
+    arguments = {**ARGUMENTS, "type_k": 0, "type_v": 0}
     with (
-        closing(SteeredLlama(tiny_llama, pack=PACK, **ARGUMENTS)) as fresh,
+        closing(SteeredLlama(tiny_llama, pack=PACK, **arguments)) as llm,
+        closing(SteeredLlama(tiny_llama, pack=PACK, **arguments)) as fresh,
         fresh.steering({category: 2.0}),
     ):
+        complete(llm, None)
+        complete(llm, {category: 2.0})
+        tokens = llm.tokenize(PROMPT.encode())
+        reused = llm.scores[len(tokens) - 1].copy()
         fresh.eval(tokens)
         np.testing.assert_allclose(reused, fresh.scores[len(tokens) - 1], atol=1e-5)
 
