@@ -23,9 +23,10 @@ help: ## List the targets.
 demo: $(VENV)/.demo ## Answer prompts without and with steering, on the default model.
 	$(BIN)/pysteer demo
 
-# Two processes. Waiting threads sleep, so that neither process takes the other's processor by spinning.
+# Two processes. Waiting threads sleep, so that neither process takes the other's processor by spinning; threads of
+# OpenBLAS always spin, so that NumPy and SciPy get one each.
 test: $(VENV)/.dev ## Run the tests.
-	OMP_WAIT_POLICY=passive $(BIN)/pytest -n 2 --dist loadfile -m "not slow"
+	OMP_WAIT_POLICY=passive OPENBLAS_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not slow"
 
 test-slow: $(VENV)/.dev ## Run the tests that take minutes.
 	$(BIN)/pytest -m slow
