@@ -87,6 +87,27 @@ def test_text_after_an_image_chat_reuses_no_cell_of_the_image(tiny_llama):
                 assert llm(left, steering=None, **OPTIONS)["choices"] == again
 
 
+@pytest.mark.parametrize("steering", [None, {"a": 1.0}])
+def test_no_token_of_an_earlier_request_stands_for_an_image(tiny_llama, steering):
+    """Samplers, and logits processors, see the tokens of the prompt."""
+    seen = []
+
+    def processor(tokens, logits):
+        seen.append(tokens.tolist())
+        return logits
+
+    with models(tiny_llama)[1] as llm:
+        llm(list(range(270, 300)), steering=None, **OPTIONS)
+        prompt = rows_of(llm, CHATS[0])
+        llm.create_chat_completion(
+            CHATS[0],
+            steering=steering,
+            max_tokens=1,
+            logits_processor=llama_cpp.LogitsProcessorList([processor]),
+        )
+    assert seen[0] == [row if isinstance(row, int) else 0 for row in prompt]
+
+
 def test_streams_of_image_chats_take_turns(tiny_llama):
     def text(chunks):
         return "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)
