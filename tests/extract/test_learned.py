@@ -1,7 +1,6 @@
 """Learned directions, against plain forward passes with hooks of the tests' own."""
 
 import logging
-from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -10,6 +9,8 @@ from pysteer import SteeringError
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
+from learning import WIDTH, examples, plain_logits, plain_losses, tokens  # noqa: E402
+
 from pysteer.extract.learning import descent  # noqa: E402
 from pysteer.extract.learning.descent import losses  # noqa: E402
 from pysteer.extract.learning.learn import (  # noqa: E402
@@ -22,8 +23,6 @@ from pysteer.extract.torch_model import TorchModel  # noqa: E402
 
 pytestmark = pytest.mark.torch
 
-FAMILIES = ["llama", "qwen3", "gemma2", "phi3", "gpt2"]
-WIDTH = 64
 QUICK = LearnedSettings(
     batch_size=4,
     benign_batch_size=4,
@@ -32,220 +31,6 @@ QUICK = LearnedSettings(
     kl_tokens=3,
     check_every=2,
 )
-
-
-@pytest.fixture(scope="module")
-def load(tiny_model):
-    loaded = {}
-
-    def get(family="llama"):
-        if family not in loaded:
-            loaded[family] = TorchModel(str(tiny_model(family)), dtype=torch.float32)
-        return loaded[family]
-
-    return get
-
-
-@pytest.fixture
-def model(load):
-    return load()
-
-
-# A shared start that is longer than Gemma's tiny sliding window.
-START = tuple(range(40, 60))
-
-
-def tokens(count, seed, start=()):
-    """Return sequences of differing lengths, some longer than Gemma's tiny sliding window."""
-    rng = np.random.default_rng(seed)
-    lengths = rng.integers(4, 28, size=count)
-    return [start + tuple(rng.integers(5, 300, size=n).tolist()) for n in lengths]
-
-
-def examples(count, seed, answer_seed=99, start=()):
-    answers = [a[:4] for a in tokens(3, answer_seed)]
-    return [Example(p, answers[i % 3]) for i, p in enumerate(tokens(count, seed, start))]
-
-
-def random_directions(n_layers, seed=0, size=0.3):
-    rng = np.random.default_rng(seed)
-    return torch.tensor(size * rng.standard_normal((n_layers, WIDTH)), dtype=torch.float32)
-
-
-def plain_logits(model, sequence, site="residual", directions=None):
-    """Return logits of one sequence, shape (tokens, n_vocab), by plain hooks."""
-    with ExitStack() as stack, torch.no_grad():
-        for layer, direction in (directions or {}).items():
-
-            def add(_module, _inputs, output, direction=direction):
-                direction = torch.as_tensor(direction)
-                if isinstance(output, tuple):
-                    return (output[0] + direction, *output[1:])
-                return output + direction
-
-            stack.enter_context(model.module(site, layer).register_forward_hook(add))
-        ids = torch.tensor([sequence])
-        return model.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0]
-
-
-def plain_losses(model, unsafe, benign, directions, first_token_weight, kl_tokens):
-    """Return mean cross-entropy and KL, in numpy, one sequence at a time."""
-
-    def log_softmax(logits):
-        x = logits.numpy().astype(np.float64)
-        x = x - x.max(axis=1, keepdims=True)
-        return x - np.log(np.exp(x).sum(axis=1, keepdims=True))
-
-    def mean(values):
-        weights = np.ones(len(values))
-        weights[0] = first_token_weight
-        return (weights * values).sum() / weights.sum()
-
-    ce, kl = [], []
-    for prompt, answer in unsafe:
-        logits = log_softmax(plain_logits(model, prompt + answer, directions=directions))
-        rows = np.arange(len(prompt) - 1, len(prompt) + len(answer) - 1)
-        ce.append(mean(-logits[rows, list(answer)]))
-    for prompt in benign:
-        answer = ()
-        while len(answer) < kl_tokens - 1:  # greedy; no token of these models ends an answer
-            answer += (int(plain_logits(model, prompt + answer)[-1].argmax()),)
-        before = log_softmax(plain_logits(model, prompt + answer))[len(prompt) - 1 :]
-        after = log_softmax(plain_logits(model, prompt + answer, directions=directions))
-        after = after[len(prompt) - 1 :]
-        kl.append(mean((np.exp(before) * (before - after)).sum(axis=1)))
-    return np.mean(ce), np.mean(kl) if kl else 0.0
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(
-    ("site", "layers"),
-    [
-        ("residual", (1,)),
-        ("residual", (0, 2, 3)),
-        ("attention", (1, 2)),
-        ("attention", (0,)),
-        ("mlp", (2,)),
-    ],
-)
-@pytest.mark.parametrize("start", [(), START], ids=["", "shared"])
-def test_logits_equal_the_plain_model_with_hooks(load, family, site, layers, start):
-    model = load(family)
-    directions = random_directions(len(layers))
-    forward = SteeredForward(model, layers, site=site, token_budget=64)
-    sequences = tokens(4, seed=1, start=start)
-    spans = [Span(s, len(start) + i, len(s) - i) for i, s in enumerate(sequences)]
-    prepared = forward.prepare(spans, final=True)
-    with torch.no_grad():
-        steered, unsteered = forward.logits(prepared, directions)
-    by_layer = dict(zip(layers, directions, strict=True))
-    wanted = [plain_logits(model, s.tokens, site, by_layer)[s.start : s.stop] for s in spans]
-    before = [plain_logits(model, s.tokens)[s.start : s.stop] for s in spans]
-    assert torch.allclose(steered, torch.cat(wanted), atol=1e-4)
-    assert torch.allclose(unsteered, torch.cat(before), atol=1e-4)
-    assert not torch.allclose(steered, unsteered, atol=1e-2)
-
-
-def test_blocks_below_the_directions_run_once(model):
-    forward = SteeredForward(model, [2])
-    spans = [Span(s, 0, len(s)) for s in tokens(3, seed=1)]
-    ran = []
-    with ExitStack() as stack:
-        for layer, block in enumerate(model.blocks):
-            stack.enter_context(
-                block.mlp.register_forward_hook(lambda *_, layer=layer: ran.append(layer))
-            )
-        prepared = forward.prepare(spans, final=False)
-        assert ran == [0, 1, 2]
-        ran.clear()
-        forward.logits(prepared, torch.zeros(1, WIDTH))
-        assert ran == [3]
-
-
-def test_shared_start_runs_once(load):
-    for family in FAMILIES:
-        model = load(family)
-        forward = SteeredForward(model, [1])
-        sequences = tokens(3, seed=1, start=START)
-        prepared = forward.prepare([Span(s, len(s) - 1, len(s)) for s in sequences], final=False)
-        ran = []
-        mlp = model.module("mlp", 3)
-        with mlp.register_forward_hook(lambda _m, _i, out, ran=ran: ran.append(out.shape[:2])):
-            forward.logits(prepared, torch.zeros(1, WIDTH))
-        longest = max(map(len, sequences))
-        assert ran == [(1, 20), (3, longest - 20)]
-
-
-def test_block_that_reads_lower_blocks_turns_skipping_off(model, caplog):
-    """Some models' upper blocks read keys and values of lower blocks."""
-    lower = []
-
-    def keep(_module, _inputs, output):
-        lower.append(output)
-
-    def mix(_module, _inputs, output):
-        return output + lower.pop()
-
-    spans = [Span(s, 0, len(s)) for s in tokens(3, seed=1)]
-    directions = random_directions(1)
-    with (
-        model.blocks[0].mlp.register_forward_hook(keep),
-        model.blocks[3].mlp.register_forward_hook(mix),
-    ):
-        forward = SteeredForward(model, [1])
-        steered, _ = forward.logits(forward.prepare(spans, final=False), directions)
-        wanted = [plain_logits(model, s.tokens, directions={1: directions[0]}) for s in spans]
-    assert torch.allclose(steered, torch.cat(wanted), atol=1e-4)
-    assert "slower" in caplog.text
-
-
-def prepared_batch(model, forward, kl_tokens=3, start=()):
-    unsafe = [(e.prompt, e.answer) for e in examples(4, seed=1, start=start)]
-    benign = tokens(3, seed=2, start=start)
-    answers = dict(model.answers(benign, kl_tokens - 1))
-    u = [Span(p + a, len(p) - 1, len(p) + len(a) - 1) for p, a in unsafe]
-    b = [Span(p + answers[i], len(p) - 1, len(p) + kl_tokens - 1) for i, p in enumerate(benign)]
-    return unsafe, benign, forward.prepare(u, final=False), forward.prepare(b, final=True)
-
-
-@pytest.mark.parametrize(("family", "start"), [("llama", ()), ("gemma2", START)])
-def test_losses_equal_the_formula(load, family, start):
-    model = load(family)
-    forward = SteeredForward(model, [0, 2])
-    unsafe, benign, u, b = prepared_batch(model, forward, start=start)
-    directions = random_directions(2)
-    settings = LearnedSettings(first_token_weight=3.0)
-    ce, kl = losses(forward, u, b, directions, settings)
-    by_layer = dict(zip([0, 2], directions, strict=True))
-    wanted_ce, wanted_kl = plain_losses(model, unsafe, benign, by_layer, 3.0, 3)
-    assert ce.item() / 4 == pytest.approx(wanted_ce, rel=1e-4)
-    assert kl.item() / 3 == pytest.approx(wanted_kl, rel=1e-3)
-    zero, _ = losses(forward, u, b, torch.zeros(2, WIDTH), settings)
-    assert losses(forward, u, b, torch.zeros(2, WIDTH), settings)[1].item() < 1e-5
-    assert abs(zero.item() - ce.item()) > 1e-2
-
-
-@pytest.mark.parametrize("start", [(), START], ids=["", "shared"])
-def test_gradient_equals_finite_differences(model, start):
-    forward = SteeredForward(model, [0, 2])
-    *_, u, b = prepared_batch(model, forward, start=start)
-    settings = LearnedSettings()
-
-    def loss(directions):
-        ce, kl = losses(forward, u, b, directions, settings)
-        return ce + 2 * kl
-
-    at = random_directions(2).requires_grad_()
-    loss(at).backward()
-    rng = np.random.default_rng(0)
-    for _ in range(3):
-        # Partly along the gradient, so that the slope is not a small difference of large numbers.
-        way = torch.tensor(rng.standard_normal((2, WIDTH)), dtype=torch.float32)
-        way = way / way.norm() + at.grad / at.grad.norm()
-        step = 1e-2
-        with torch.no_grad():
-            slope = (loss(at + step * way) - loss(at - step * way)) / (2 * step)
-        assert slope.item() == pytest.approx((at.grad * way).sum().item(), rel=1e-2)
 
 
 def learned_quickly(model, settings=QUICK, seed=1, **others):
