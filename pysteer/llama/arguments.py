@@ -22,7 +22,7 @@ def require_known(given: Iterable[str], owner: type, *others: type) -> None:
     """
     known: set[str] = set()
     for each in (base for kind in (owner, *others) for base in kind.__mro__):
-        parameters = inspect.signature(each.__init__).parameters.values()
+        parameters = inspect.signature(each).parameters.values()
         known |= {parameter.name for parameter in parameters if parameter.kind in _NAMED}
     known.discard("self")
     for name in given:
