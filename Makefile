@@ -15,7 +15,7 @@ export CXXFLAGS += $(NO_AMX)
 endif
 BENCH_MODEL := build/bench/llama-1.1b-q4_k_m.gguf
 
-.PHONY: demo test test-slow test-all test-devices asan tsan lint bench pack picture clean help
+.PHONY: demo test test-slow test-all test-devices test-llama test-pythons asan tsan lint bench pack picture clean help
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -60,6 +60,34 @@ build/devices/.llama: constraints.txt | $(VENV)/.dev
 	  $${CXX:-c++} -std=c++17 -O2 $(CXXFLAGS) -I$$packages/include source/*/vendor/llama.cpp/tools/rpc/rpc-server.cpp -o bin/ggml-rpc-server \
 	  -L$$packages/llama_cpp/lib -lggml -lggml-base -Wl,-rpath,$$packages/llama_cpp/lib
 	@touch $@
+
+test-llama: build/llama-$(VERSION)/.llama ## Run the tests with another llama-cpp-python, as in VERSION=0.3.25.
+	build/llama-$(VERSION)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --ignore-installed .
+	cd build/llama-$(VERSION) && OMP_WAIT_POLICY=passive bin/python -m pytest -c ../../pyproject.toml \
+	  --rootdir ../.. -n 2 --dist loadfile -m "not slow" $(addprefix ../../,$(LLAMA_TESTS))
+LLAMA_TESTS := tests
+
+build/llama-/.llama:
+	@echo "usage: make test-llama VERSION=0.3.25"; exit 2
+
+# Kept, too.
+build/llama-%/.llama: | $(VENV)/.dev
+	$(call beside,build/llama-$*)
+	build/llama-$*/bin/python -m pip --disable-pip-version-check install --no-deps --ignore-installed \
+	  llama-cpp-python==$*
+	@touch $@
+
+# Without torch. PYENV_VERSION makes all Pythons of pyenv known, where there is pyenv.
+test-pythons: ## Run the tests of the native part and of steered models with each of PYTHONS.
+	set -e; export PYENV_VERSION="$$(pyenv versions --bare 2> /dev/null | paste -sd: -)"; for python in $(PYTHONS); do \
+	  environment=build/$$python; \
+	  test -x $$environment/bin/python || $$python -m venv $$environment; \
+	  $$environment/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt '.[demo,test]'; \
+	  (cd $$environment && OMP_WAIT_POLICY=passive bin/python -m pytest -c ../../pyproject.toml --rootdir ../.. \
+	    -n 2 --dist loadfile -m "not slow and not torch" $(addprefix ../../tests/,$(PYTHON_TESTS))); \
+	done
+PYTHONS := python3.10 python3.12 python3.13
+PYTHON_TESTS := llama native runtime/test_steered.py
 
 # $(call sanitized,NAME,LIBRARY,COMMAND,TESTS): run tests with the native part under a sanitizer, in
 # - a second environment, which sees the packages of the first and installs pysteer from a wheel;
