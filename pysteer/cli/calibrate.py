@@ -131,7 +131,7 @@ def calibrate(
     _check_folder(folder, force=force)
     n_threads = choose_threads(llama.threads)
     capture_options = replace(capture_options, threads=n_threads)
-    arguments = options.hardware(n_threads, llama.gpu_layers)
+    arguments = options.hardware(n_threads, llama.gpu_layers, llama.rpc)
     with ExitStack() as stack:
         opened = stack.enter_context(closing(open_judge(judge, **arguments)))
         words = opened.words

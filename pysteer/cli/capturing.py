@@ -12,7 +12,7 @@ import typer
 
 from pysteer.cli import console
 from pysteer.cli.loading import require
-from pysteer.cli.options import ChatFormat, GpuLayers, Threads, hardware
+from pysteer.cli.options import ChatFormat, GpuLayers, Rpc, Threads, hardware
 from pysteer.errors import SteeringError
 from pysteer.settings import check, setting
 
@@ -49,6 +49,7 @@ class CaptureOptions:
     context: int = setting(2048, "llama: context size in tokens.", 16, 1 << 22)
     threads: Threads = None
     gpu_layers: GpuLayers = 0
+    rpc: Rpc = None
     chat_format: ChatFormat = None
 
     def __post_init__(self) -> None:
@@ -135,7 +136,7 @@ def open_capture(options: CaptureOptions, source: str, engine: str) -> Capture:
             source,
             n_ctx=options.context,
             chat_format=options.chat_format,
-            **hardware(options.threads, options.gpu_layers),
+            **hardware(options.threads, options.gpu_layers, options.rpc),
         )
     for module in ("torch", "transformers"):
         require(module, "extract")

@@ -45,6 +45,7 @@ def demo(
     max_tokens: options.MaxTokens = 48,
     threads: options.Threads = None,
     gpu_layers: options.GpuLayers = 0,
+    rpc: options.Rpc = None,
     json: options.Json = False,
 ) -> None:
     """Show answers without and with steering, side by side.
@@ -67,7 +68,7 @@ def demo(
     unsafe, harmless = (_per_category(rows, categories, prompts) for rows in shipped.demo_prompts())
     if not unsafe:
         raise SteeringError("no prompts to show")
-    arguments = options.hardware(threads, gpu_layers)
+    arguments = options.hardware(threads, gpu_layers, rpc)
     with closing(load_setup(setup, n_ctx=1024, **arguments)) as llm, bars() as drawn:
         own = f"each prompt's own category, forced at {strength:g}" if forced else "auto"
         console.headline(setup.headline(own), beside_result=json)

@@ -106,7 +106,7 @@ def evaluate(
         raise SteeringError(f"--output {output}: the path is a file; name a folder")
     check_replaceable(output / "report.json", None if force else is_report)
     check_replaceable(output / "report.html", None if force else html.is_page)
-    arguments = options.hardware(llama.threads, llama.gpu_layers)
+    arguments = options.hardware(llama.threads, llama.gpu_layers, llama.rpc)
     with ExitStack() as stack:
         judge = stack.enter_context(closing(open_judge(scoring.judge, **arguments)))
         reward = None

@@ -172,8 +172,10 @@ def extract(
     """
     source = options.model_source(capture_options.model)
     engine = choose_engine(capture_options, source, [settings.method])
-    if capture_options.gpu_layers and engine == "torch":
-        raise SteeringError("--gpu-layers is for --engine llama; --device-map is for torch")
+    for name in ("gpu_layers", "rpc"):
+        if getattr(capture_options, name) and engine == "torch":
+            option = name.replace("_", "-")
+            raise SteeringError(f"--{option} is for --engine llama; --device-map is for torch")
     require("sklearn", "extract" if engine == "torch" else "extract-gguf")
     let_waiting_threads_sleep()
     from pysteer.cli.reports.extract import describe, print_pack
@@ -198,7 +200,7 @@ def extract(
     folder = files.cache or files.output.with_name(f"{files.output.name}.cache")
     threads = choose_threads(capture_options.threads)
     capture_options = replace(capture_options, threads=threads)
-    hardware = options.hardware(threads, capture_options.gpu_layers)
+    hardware = options.hardware(threads, capture_options.gpu_layers, capture_options.rpc)
     with ExitStack() as stack:
         opened = None
         if judge != "labels":

@@ -112,9 +112,9 @@ Layers = Annotated[
 ]
 
 
-def hardware(threads: int | None, gpu_layers: int) -> dict[str, Any]:
-    """Return the arguments of a model for --threads and --gpu-layers, without those left out."""
-    given = {"n_threads": threads, "n_gpu_layers": gpu_layers}
+def hardware(threads: int | None, gpu_layers: int, rpc: Sequence[str] | None) -> dict[str, Any]:
+    """Return the arguments of a model for options of these names, without those left out."""
+    given = {"n_threads": threads, "n_gpu_layers": gpu_layers, "rpc_servers": rpc}
     return {name: value for name, value in given.items() if value}
 
 
@@ -124,12 +124,13 @@ class Llama:
 
     threads: Threads = None
     gpu_layers: GpuLayers = 0
+    rpc: Rpc = None
     chat_format: ChatFormat = None
 
     @property
     def arguments(self) -> dict[str, Any]:
         """Arguments of a model, without those left out."""
-        given = hardware(self.threads, self.gpu_layers)
+        given = hardware(self.threads, self.gpu_layers, self.rpc)
         return given if self.chat_format is None else {**given, "chat_format": self.chat_format}
 
 
@@ -149,8 +150,7 @@ class Running:
         """Arguments of a model."""
         return {
             "n_ctx": self.context,
-            **hardware(self.threads, self.gpu_layers),
-            "rpc_servers": self.rpc or (),
+            **hardware(self.threads, self.gpu_layers, self.rpc),
             "chat_format": self.chat_format,
         }
 

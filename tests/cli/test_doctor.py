@@ -1,6 +1,5 @@
-"""The report of `pysteer doctor`, and models on servers."""
+"""The report of `pysteer doctor`."""
 
-import pytest
 from commands import check_mistake, strict_json
 
 
@@ -27,8 +26,3 @@ def test_doctor_refuses_a_report_over_another_file_before_any_check(cli, tiny_ll
     other.write_text("{}")
     check_mistake(cli("doctor", "-m", tiny_llama, "--report", other), other)
     assert other.read_text() == "{}"
-
-
-@pytest.mark.parametrize("command", [("doctor",), ("generate", "-p", "hi"), ("chat",)])
-def test_malformed_server_is_a_mistake(cli, command):
-    check_mistake(cli(*command, "--rpc", "somewhere"), "HOST:PORT", "'somewhere'")

@@ -1,4 +1,4 @@
-"""`--gpu-layers`: the number that llama.cpp gets, from each command that runs a model."""
+"""`--gpu-layers` and `--rpc` reach llama.cpp from each command that runs a model."""
 
 import pytest
 from commands import check_mistake
@@ -62,6 +62,24 @@ def test_gpu_layers_reach_the_model_of_a_guard_judge(commands, cli, offloaded, t
         offloaded.clear()
         code, _, err = cli(command, *commands[command], *judge)
         assert (code, offloaded) == (2, [2]), err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_servers_reach_the_model(command, commands, cli):
+    """The model refuses what is no address of a server."""
+    answer = cli(command, *commands[command], "--rpc", "localhost:1", "--rpc", "somewhere")
+    check_mistake(answer, "expected HOST:PORT, found 'somewhere'")
+
+
+def test_servers_reach_the_model_of_a_guard_judge(commands, cli, tiny_llama):
+    judge = ["--judge", f"guard:{tiny_llama}", "--rpc", "somewhere"]
+    for command in ("evaluate", "calibrate"):
+        check_mistake(cli(command, *commands[command], *judge), "found 'somewhere'")
+
+
+def test_servers_for_torch_name_its_option(commands, cli):
+    answer = cli("extract", *commands["extract"], "--engine", "torch", "--rpc", "localhost:1")
+    check_mistake(answer, "--rpc is for --engine llama", "--device-map")
 
 
 def test_gpu_layers_below_all_are_refused(cli):

@@ -9,19 +9,20 @@ COMMON = "--json --debug"
 NAMES = {
     "demo": """
         --prompts --show --category --forced --strength --max-tokens -n --threads -t --gpu-layers
+        --rpc
     """,
     "extract": """
         --unsafe --safe --output -o --model -m --method --variant --paired --option --layers --site
         --pooling --safe-data --benign --answers --judge --response-tokens --mask-massive
         --no-mask-massive --top-k --orthogonalise --unit-norm --scale --router --no-router --gates
         --false-positive-rate --held-out --seed --engine --dtype --device-map --context --cache
-        --threads -t --gpu-layers --force --chat-format
+        --threads -t --gpu-layers --rpc --force --chat-format
     """,
     "calibrate": """
         --unsafe --benign --output -o --safe --answers --model -m --methods --layers
         --category-steps --scopes --strengths --minutes --trials --hold-out --max-degenerate
         --max-benign-change --max-look-alike --max-leak --judge --max-tokens -n --parallel --engine
-        --plot --cache --seed --context --threads -t --gpu-layers --force --chat-format
+        --plot --cache --seed --context --threads -t --gpu-layers --rpc --force --chat-format
     """,
     "generate": """
         --prompt -p --model -m --pack -s --steer --policy --system --raw --max-tokens -n
@@ -34,7 +35,7 @@ NAMES = {
     "evaluate": """
         --prompts --output -o --model -m --pack -s --benign --steer --policy --strengths --isolation
         --judge --reward --fluency --no-fluency --limit --parallel --max-tokens -n --temperature
-        --seed --context --threads -t --gpu-layers --force --chat-format
+        --seed --context --threads -t --gpu-layers --rpc --force --chat-format
     """,
     "inspect": "file --plot --force --verbose",
     "compare": "first second",
@@ -60,8 +61,8 @@ def test_shared_options_have_one_help_in_all_commands():
     helps = {}
     for command in NAMES:
         for each in typer.main.get_command(app).commands[command].params:
-            if {*each.opts} & {"--gpu-layers", "--threads", "--chat-format"}:
+            if {*each.opts} & {"--gpu-layers", "--rpc", "--threads", "--chat-format"}:
                 helps.setdefault(each.opts[0], set()).add((each.help, each.default, each.metavar))
     assert {name: len(found) for name, found in helps.items()} == dict.fromkeys(
-        ("--gpu-layers", "--threads", "--chat-format"), 1
+        ("--gpu-layers", "--rpc", "--threads", "--chat-format"), 1
     )

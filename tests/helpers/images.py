@@ -161,17 +161,18 @@ def recorded_rows(path, node, **arguments):
     name_of.restype, name_of.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
     count_of = lib.ggml_nelements
     count_of.restype, count_of.argtypes = ctypes.c_int64, [ctypes.c_void_p]
-    data_of = lib.ggml_get_data
-    data_of.restype, data_of.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    get = lib.ggml_backend_tensor_get  # wherever the node is
+    get.restype = None
+    get.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
     found, ready = [], []
 
     def callback(tensor, ask, _):
         if name_of(tensor) != node.encode():
             return not ask
         if not ask and ready:
-            n = count_of(tensor)
-            values = np.ctypeslib.as_array((ctypes.c_float * n).from_address(data_of(tensor)))
-            found.extend(values.reshape(-1, llama.n_embd()).copy())
+            values = np.empty((count_of(tensor) // llama.n_embd(), llama.n_embd()), np.float32)
+            get(tensor, values.ctypes.data, 0, values.nbytes)
+            found.extend(values)
         return True
 
     native = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_bool, ctypes.c_void_p)

@@ -65,6 +65,7 @@ def evaluate_command(
         ("--context", settings.context, usual.context),
         ("--threads", llama.threads, None),
         ("--gpu-layers", llama.gpu_layers, 0),
+        *(("--rpc", server, None) for server in llama.rpc or ()),
         ("--chat-format", llama.chat_format, None),
         ("--output", "report", None),
     ]
