@@ -187,7 +187,8 @@ def importable(name):
 def test_options_in_pages_exist(page):
     commands = typer.main.get_command(app).commands.values()
     known = {name for c in commands for p in c.params for name in (*p.opts, *p.secondary_opts)}
-    known |= {"--control-vector", "--only-binary", "--extra-index-url"}  # of llama-cli and pip
+    known |= {"--control-vector"}  # of llama-cli
+    known |= {"--extra-index-url", "--no-cache-dir", "--only-binary"}  # of pip
     sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tools").glob("*.py"))
     for option in re.findall(r"(?<![\w-])--[a-z][a-z-]*", page.read_text(encoding="utf-8")):
         assert option in known or option in sources, f"{page.name}: {option}"
