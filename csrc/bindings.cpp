@@ -356,6 +356,7 @@ void bind_hook(py::module_ & module) {
              py::arg("n_positions"))
         .def("end_foreign", &Hook::end_foreign)
         .def_property_readonly("was_resident", &Hook::was_resident)
+        .def_property_readonly("cuts", &Hook::cuts)
         .def("abandon_decode", &Hook::abandon_decode)
         .def("begin_capture", &begin_capture, py::kw_only(), py::arg("wanted").noconvert(),
              py::arg("slots").noconvert(), py::arg("n_slots"), py::arg("n_layer"), py::arg("n_embd"))

@@ -27,6 +27,7 @@ void Hook::begin_probe(std::size_t n_layer, std::size_t n_embd, int64_t n_tokens
     batch_.resize(n_layer);
     row_map_.resize(n_layer);
     resident_.resize(n_layer, n_embd);
+    tables_.resize(n_layer, n_embd);
     steerer_.resize(n_embd);
     row_.assign(n_embd, 0.0f);
     error_[0] = '\0';
@@ -115,6 +116,7 @@ void Hook::begin_decode(const RowRun * runs, std::size_t n_runs) {
 }
 
 void Hook::begin() {
+    cuts_ = 0;
     row_map_.begin(batch_, batch_.active());
     const bool steers = batch_.any_active();
     is_resident_ = steers && fits_control_vector(batch_);
@@ -195,11 +197,15 @@ bool Hook::wants(Tensor * node) {
         sites_->record(node);
         return false;
     }
-    if (!busy_) {
+    if (!busy_ && !tables_.used()) {
         return false;
     }
     const std::optional<Place> place = sites_->recognise(node, batch_.uses_products() || capture_);
     if (!place) {
+        return false;
+    }
+    tables_.restore(node);
+    if (!busy_) {
         return false;
     }
     const int64_t n_rows = abi().ggml_nrows(node) / sites_->streams(*place);
@@ -207,7 +213,12 @@ bool Hook::wants(Tensor * node) {
     if (by_vector(*place) && sites_->adds_resident(node, place->layer)) {
         row_map_.reach(*place, n_rows);  // the graph adds the direction by itself
     }
+    if (steers_by_table(node, *place)) {
+        row_map_.reach(*place, n_rows);
+        return false;
+    }
     if (touches(node, *place)) {
+        ++cuts_;
         return true;
     }
     if (!by_vector(*place)) {
@@ -223,6 +234,62 @@ std::optional<RowIndices> Hook::rows_of(const Tensor * node, Place place) const 
         return std::nullopt;
     }
     return row_map_.rows_of(place, tokens);
+}
+
+bool Hook::steers_by_table(Tensor * node, Place place) {
+    if (!batch_.active_at(place) || by_vector(place) || captures(place) || place.site != Site::residual ||
+        !sites_->adds_resident(node, place.layer)) {
+        return false;
+    }
+    const std::optional<RowIndices> indices = rows_of(node, place);
+    if (!indices || !tables_.begin(node, place.layer)) {
+        return false;
+    }
+    const int64_t streams = sites_->streams(place);
+    const int64_t tokens = abi().ggml_nrows(node) / streams;
+    ids_.clear();
+    steerer_.begin_node();
+    for (int64_t token = 0; token < tokens; ++token) {
+        const std::optional<int32_t> id = table_row(batch_.rows()[static_cast<std::size_t>((*indices)[token])], place);
+        if (!id) {
+            return false;
+        }
+        ids_.push_back(*id);
+    }
+    if (std::all_of(ids_.begin(), ids_.end(), [](int32_t id) { return id == 0; })) {
+        return false;
+    }
+    for (int64_t k = tokens; k < streams * tokens; ++k) {
+        ids_.push_back(ids_[static_cast<std::size_t>(k - tokens)]);
+    }
+    tables_.change(node, ids_, streams);
+    return true;
+}
+
+std::optional<int32_t> Hook::table_row(const Row & row, Place place) {
+    if (row.sequence == nullptr) {
+        return 0;
+    }
+    if (row.sequence->reads_at(place, row.position)) {
+        return std::nullopt;  // a gate reads a row before the row is steered
+    }
+    const Plan & plan = row.sequence->plan();
+    switch (steerer_.find_factors(*row.sequence, row.position, place)) {
+        case Steerer::Way::none:
+            return 0;
+        case Steerer::Way::operators:
+            return std::nullopt;
+        case Steerer::Way::additions:
+            break;
+    }
+    // The hook does not see the rows that the graph steers by itself: the sum must be too small to overflow.
+    if (plan.injection() == Injection::hooked || !plan.stays_finite()) {
+        return std::nullopt;
+    }
+    const float * factors = steerer_.factors();
+    const std::size_t n_factors = plan.ops(place).size();
+    const std::optional<int32_t> known = tables_.find(plan.id(), factors, n_factors);
+    return known ? known : tables_.add(plan.id(), factors, n_factors, steerer_.sum(plan, place));
 }
 
 bool Hook::touches(const Tensor * node, Place place) const noexcept {
@@ -345,6 +412,7 @@ void Hook::detach() noexcept {
     detached_ = true;
     abandon_decode();
     slots_.clear();
+    tables_.release();
     if (sites_) {
         sites_->forget_resident();
     }

@@ -19,6 +19,7 @@
 #include "resident.hpp"
 #include "row_access.hpp"
 #include "row_map.hpp"
+#include "row_tables.hpp"
 #include "sequence.hpp"
 #include "sites.hpp"
 #include "steer.hpp"
@@ -68,6 +69,8 @@ class Hook {
     void abandon_decode() noexcept;
     // True if the last decode was steered through llama.cpp's control-vector tensors.
     bool was_resident() const noexcept { return is_resident_; }
+    // The number of nodes after which the last decode cut the graph.
+    std::size_t cuts() const noexcept { return cuts_; }
 
     // From now until end_capture(), decodes are captured. Where nothing is steered each graph ends with the last place
     // that the capture wants, and later values, logits included, are undefined. Throws as set_sequence() does.
@@ -101,6 +104,10 @@ class Hook {
     bool by_vector(Place place) const noexcept {
         return is_resident_ && place.site == Site::residual && sites_->resident(place.layer) != nullptr;
     }
+    // Has a node add a direction to each of its rows by itself, if the node can do all that its rows need.
+    bool steers_by_table(Tensor * node, Place place);
+    // The row of the current table for a row of the batch; nullopt if a table cannot do what the row needs.
+    std::optional<int32_t> table_row(const Row & row, Place place);
     // The batch rows of a node; nullopt if its shape does not tell.
     std::optional<RowIndices> rows_of(const Tensor * node, Place place) const noexcept;
     // True if some row of a node is steered by the hook, read or captured, or the rows cannot be told.
@@ -128,10 +135,13 @@ class Hook {
     RowMap row_map_;
     bool is_resident_ = false;
     bool busy_ = false;  // something is steered, read or captured
+    std::size_t cuts_ = 0;
 
     Steerer steerer_;
     std::vector<float> row_;  // one row as float32, for 16-bit activations
     RowCopies copies_;
+    RowTables tables_;
+    std::vector<int32_t> ids_;  // table rows of a node's rows
     std::array<char, 256> error_{};
 };
 

@@ -93,7 +93,15 @@ Abi look_up(const Library & library) {
     PYSTEER_BIND(ggml_backend_cpu_buffer_type);
     PYSTEER_BIND(ggml_backend_alloc_ctx_tensors_from_buft);
     PYSTEER_BIND(ggml_backend_buffer_free);
+    const std::string required = missing;
+    PYSTEER_BIND(ggml_add_id);
+    PYSTEER_BIND(ggml_backend_buffer_get_type);
+    PYSTEER_BIND(ggml_backend_buft_name);
+    PYSTEER_BIND(ggml_backend_buft_get_device);
+    PYSTEER_BIND(ggml_backend_dev_supports_op);
 #undef PYSTEER_BIND
+    abi.op_add_id = missing == required ? 0 : -1;  // read below
+    missing = required;
     if (!missing.empty()) {
         throw std::runtime_error("the loaded llama.cpp lacks " + missing);
     }
@@ -135,6 +143,13 @@ void check_layout_and_read_ops(Abi & abi) {
         abi.op_mul = abi.ggml_mul(context, a, b)->op;
         abi.op_scale = abi.ggml_scale(context, a, 2.0f)->op;
         abi.op_mul_mat = abi.ggml_mul_mat(context, a, b)->op;
+        if (abi.adds_by_id()) {
+            Tensor * ids = abi.ggml_new_tensor_2d(context, Abi::type_i32, height, 1);
+            expect(std::strcmp(abi.ggml_type_name(ids->type), "i32") == 0 && ids->nb[0] == sizeof(int32_t), "i32");
+            const Tensor * by_id = abi.ggml_add_id(context, a, b, ids);
+            expect(by_id->src[1] == b && by_id->src[2] == ids, "add_id");
+            abi.op_add_id = by_id->op;
+        }
         expect(std::strcmp(abi.ggml_op_desc(sum), "ADD") == 0 && std::strcmp(abi.ggml_op_desc(a), "NONE") == 0 &&
                    abi.op_add != abi.op_none && abi.op_mul != abi.op_add && abi.op_mul_mat != abi.op_mul,
                "op");

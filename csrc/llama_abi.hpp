@@ -70,12 +70,24 @@ struct Abi {
     void * (*ggml_backend_alloc_ctx_tensors_from_buft)(void *, void *);
     void (*ggml_backend_buffer_free)(void *);
 
+    // For row tables. Older versions of llama.cpp may lack some; see adds_by_id().
+    Tensor * (*ggml_add_id)(void *, Tensor *, Tensor *, Tensor *);
+    void * (*ggml_backend_buffer_get_type)(void *);
+    const char * (*ggml_backend_buft_name)(void *);
+    void * (*ggml_backend_buft_get_device)(void *);
+    bool (*ggml_backend_dev_supports_op)(void *, const Tensor *);
+
     // ggml_op values, read from nodes that the loaded library made: the enumeration differs between versions.
     int32_t op_none;
     int32_t op_add;
     int32_t op_mul;
     int32_t op_scale;
     int32_t op_mul_mat;
+    int32_t op_add_id;  // -1: the library lacks a function for row tables
+
+    static constexpr int32_t type_i32 = 26;  // ggml_type, checked by load_abi()
+
+    bool adds_by_id() const noexcept { return op_add_id >= 0; }
 };
 
 // Fills the table from the shared library with this handle (dlopen's, or an HMODULE). On Windows, where the handle does

@@ -1,6 +1,7 @@
 #include "plan.hpp"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <stdexcept>
 #include <string>
@@ -26,6 +27,11 @@ bool well_formed(const std::vector<int32_t> & rule, std::size_t n) noexcept {
 }
 
 }  // namespace
+
+uint64_t Plan::next_id() noexcept {
+    static std::atomic<uint64_t> last{0};
+    return ++last;
+}
 
 void Plan::add(Term term, Site site, const int32_t * layers, std::size_t n_layers, const float * rows,
                std::size_t n_rows, std::shared_ptr<const void> owner) {

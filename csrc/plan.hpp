@@ -42,7 +42,8 @@ struct Term {
 class Plan {
   public:
     Plan(std::size_t n_layer, std::size_t n_embd, Injection injection)
-        : n_layer_(n_layer),
+        : id_(next_id()),
+          n_layer_(n_layer),
           n_embd_(n_embd),
           injection_(injection),
           ops_(n_sites * n_layer),
@@ -70,6 +71,8 @@ class Plan {
     // stays_finite(); otherwise every sum is computed.
     void check_finite() const;
 
+    // Unlike that of any other plan of the process; never 0.
+    uint64_t id() const noexcept { return id_; }
     std::size_t n_layer() const noexcept { return n_layer_; }
     std::size_t n_embd() const noexcept { return n_embd_; }
     Injection injection() const noexcept { return injection_; }
@@ -105,8 +108,10 @@ class Plan {
     void sum(Place place, const float * factors, float * out) const noexcept;
 
   private:
+    static uint64_t next_id() noexcept;
     void add_op(std::size_t place, const Operator & op, const Op & added);
 
+    uint64_t id_;
     std::size_t n_layer_;
     std::size_t n_embd_;
     Injection injection_;

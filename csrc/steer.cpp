@@ -33,8 +33,7 @@ bool Steerer::steer(const Sequence & sequence, int64_t position, Place place, fl
         case Way::none:
             return false;
         case Way::additions:
-            sum_additions(sequence.plan(), place);
-            add(values, sum_.data(), n_embd_);
+            add(values, sum(sequence.plan(), place), n_embd_);
             return true;
         case Way::operators:
             apply_in_order(sequence.plan(), place, values);
@@ -46,8 +45,7 @@ bool Steerer::steer(const Sequence & sequence, int64_t position, Place place, fl
 const float * Steerer::addition(const Sequence & sequence, int64_t position, Place place) noexcept {
     begin_node();
     find_factors(sequence, position, place);
-    sum_additions(sequence.plan(), place);
-    return sum_.data();
+    return sum(sequence.plan(), place);
 }
 
 Steerer::Way Steerer::find_factors(const Sequence & sequence, int64_t position, Place place) noexcept {
@@ -79,12 +77,13 @@ void Steerer::find_shares(const Plan & plan, Place place) noexcept {
     summed_ = false;
 }
 
-void Steerer::sum_additions(const Plan & plan, Place place) noexcept {
+const float * Steerer::sum(const Plan & plan, Place place) noexcept {
     find_shares(plan, place);
     if (!summed_) {
         plan.sum(place, shared_.data(), sum_.data());
         summed_ = true;
     }
+    return sum_.data();
 }
 
 void Steerer::apply_in_order(const Plan & plan, Place place, float * values) noexcept {

@@ -22,6 +22,14 @@ class Steerer {
     // True if the plan acts on a token at a place.
     static bool acts(const Sequence & sequence, int64_t position, Place place) noexcept;
 
+    enum class Way { none, additions, operators };
+    // Finds the factors of the ops at a place for a token, and how they act together.
+    Way find_factors(const Sequence & sequence, int64_t position, Place place) noexcept;
+    // Those factors, one for each op.
+    const float * factors() const noexcept { return factors_.data(); }
+    // The sum of additions with those factors, n_embd values; valid until the next call.
+    const float * sum(const Plan & plan, Place place) noexcept;
+
     // Call before the rows of each node.
     void begin_node() noexcept { shared_for_ = nullptr; }
     // Steers the row of a token, n_embd values; returns true if the plan acts on it.
@@ -31,12 +39,7 @@ class Steerer {
     const float * addition(const Sequence & sequence, int64_t position, Place place) noexcept;
 
   private:
-    enum class Way { none, additions, operators };
-
-    // Fills factors_ for a token.
-    Way find_factors(const Sequence & sequence, int64_t position, Place place) noexcept;
     void find_shares(const Plan & plan, Place place) noexcept;
-    void sum_additions(const Plan & plan, Place place) noexcept;
     void apply_in_order(const Plan & plan, Place place, float * values) noexcept;
 
     std::size_t n_embd_ = 0;

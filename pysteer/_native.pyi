@@ -34,11 +34,7 @@ def function_address(name: str) -> int:
     """
 
 def ggml_version() -> str:
-    """Return the version of the loaded ggml.
-
-    Raises:
-        RuntimeError: before `load_abi`.
-    """
+    """Return the version of the loaded ggml; RuntimeError before `load_abi`."""
 
 # ---- sites
 
@@ -462,6 +458,10 @@ class Hook:
 
         Raises as `end_decode`, and for more rows than announced.
         """
+
+    @property
+    def cuts(self) -> int:
+        """Number of nodes after which the last decode cut the graph."""
 
     @property
     def was_resident(self) -> bool:

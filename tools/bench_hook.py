@@ -27,7 +27,7 @@ import numpy as np
 import typer
 
 from pysteer import SteeredLlama, SteeringPack, SteeringVector
-from pysteer.llama.context import set_native_control_vector
+from pysteer.llama.control_vector import set_native_control_vector
 from pysteer.runtime.plan import PlanCompiler
 from pysteer.runtime.requests import ActiveSteering
 

@@ -34,7 +34,7 @@ import typer
 from pysteer import Engine, HookedLlama, SteeringPack, SteeringVector, shipped
 from pysteer.extract.routers.reads import default_reads
 from pysteer.llama.batch import LAST_ROW, DecodeBatch
-from pysteer.llama.context import set_native_control_vector
+from pysteer.llama.control_vector import set_native_control_vector
 from pysteer.llama.devices import PlacedLlama
 from pysteer.pack.operators import Operator
 from pysteer.pack.policy import Policy

@@ -6,7 +6,6 @@ import ctypes
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import llama_cpp
 import numpy as np
@@ -23,6 +22,7 @@ from pysteer.llama.capture import (
     spans_capture,
     wanted_layers,
 )
+from pysteer.llama.control_vector import set_control_vector
 from pysteer.llama.forks import left_behind
 from pysteer.llama.log import kept_errors, with_cause
 from pysteer.llama.memory import ContextMemory
@@ -37,33 +37,6 @@ class SpoiledDecodeError(HookError):
 
 class CacheFullError(HookError):
     """The context has no cells for the batch; nothing was decoded."""
-
-
-def set_native_control_vector(llm: llama_cpp.Llama, rows: npt.NDArray[np.float32]) -> None:
-    """Give a model a control vector through llama.cpp's own function.
-
-    On a `SteeredLlama` use `steering` instead: there the control-vector tensors are pysteer's.
-
-    Args:
-        llm: the model.
-        rows: float32 (n_layer - 1, n_embd): the additions to the output of blocks 1 to
-            n_layer - 1. All of them, because llama.cpp leaves layers beyond the buffer as they
-            were.
-
-    Raises:
-        HookError: llama.cpp refused the vector.
-    """
-    _set_control_vector(llm.ctx, rows)
-
-
-def _set_control_vector(context: Any, rows: npt.NDArray[np.float32]) -> None:
-    rows = np.ascontiguousarray(rows, np.float32)
-    n_rows, n_embd = rows.shape
-    status = llama_cpp.llama_set_adapter_cvec(
-        context, rows.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), rows.size, n_embd, 1, n_rows
-    )
-    if status != 0:
-        raise HookError("llama.cpp refused a control vector for this model")
 
 
 @contextmanager
@@ -204,7 +177,7 @@ class HookedContext:
             raise HookError("models with an encoder cannot be hooked; decoder-only models can")
         if self.n_layer > 1:
             layers = np.arange(1, self.n_layer, dtype=np.float32)
-            _set_control_vector(self.pointer, np.repeat(layers[:, None], self.n_embd, axis=1))
+            set_control_vector(self.pointer, np.repeat(layers[:, None], self.n_embd, axis=1))
         self._hook.begin_probe(self.n_layer, self.n_embd, 1)
         batch = DecodeBatch(1)
         bos = llama_cpp.llama_vocab_bos(llama_cpp.llama_model_get_vocab(self._model))
@@ -217,7 +190,7 @@ class HookedContext:
             raise HookError(f"the model could not be probed: llama_decode returned {status}")
         self._probed = True
         if self.n_layer > 1:  # also vectors of which the graph has only a copy on another device
-            _set_control_vector(self.pointer, np.zeros((self.n_layer - 1, self.n_embd), np.float32))
+            set_control_vector(self.pointer, np.zeros((self.n_layer - 1, self.n_embd), np.float32))
         self.memory.clear(data=True)
         llama_cpp.llama_perf_context_reset(self.pointer)
         if not self._hook.sites:
@@ -354,6 +327,11 @@ class HookedContext:
         if status != 0:
             message = f"llama.cpp could not decode a batch (status {status})"
             raise HookError(with_cause(message, errors))
+
+    @property
+    def cuts(self) -> int:
+        """Number of nodes after which the last decode cut the graph, to change or read rows."""
+        return self._hook.cuts
 
     def logits(self, row: int) -> npt.NDArray[np.float32]:
         """Return a view of the logits of a row of the last batch, float32 (n_vocab,)."""

@@ -207,6 +207,8 @@ def _way(
     """Return the way of the latest decode, and the reason."""
     if llm.context.was_resident:
         return "control vector", "the graph stays whole"
+    if llm.context.cuts == 0:
+        return "row table", "the graph stays whole"
     if site != "residual" or layer == 0:
         cause = "llama.cpp adds control vectors to the residual of layers >= 1 alone"
     elif operator != "add":

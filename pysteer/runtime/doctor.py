@@ -17,7 +17,7 @@ import numpy.typing as npt
 from pysteer import _native
 from pysteer.distribution import installed_version
 from pysteer.errors import SteeringError
-from pysteer.llama.context import set_native_control_vector
+from pysteer.llama.control_vector import set_native_control_vector
 from pysteer.llama.devices import PlacedLlama, describe_devices
 from pysteer.llama.hooked import HookedLlama
 from pysteer.llama.versions import load_native, untested_note

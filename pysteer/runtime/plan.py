@@ -21,7 +21,8 @@ INJECTIONS: tuple[Injection, ...] = get_args(Injection)
 """Routes of directions into a model's graph.
 
 "resident": through llama.cpp's control vector. "hooked": by cutting the graph. "auto": resident
-where the plan allows it, else hooked.
+where all rows of a decode are steered alike, else by a table of the rows' directions inside the
+whole graph where a layer's additions allow it, else hooked.
 """
 
 _NATIVE_INJECTIONS = {

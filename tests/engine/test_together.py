@@ -9,7 +9,7 @@ import pytest
 
 from pysteer import Engine, SteeringError, SteeringPack, SteeringVector
 from pysteer.engine import EngineBusyError, EngineClosedError
-from pysteer.llama.context import set_native_control_vector
+from pysteer.llama.control_vector import set_native_control_vector
 
 OPTIONS = {
     "n_threads": 1,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pysteer import SteeredLlama, SteeringPack, SteeringVector
-from pysteer.llama.context import set_native_control_vector
+from pysteer.llama.control_vector import set_native_control_vector
 
 # One thread, for prompts as well: two threads wait for each other in a loop, which takes many times
 # as long beside other processes.
