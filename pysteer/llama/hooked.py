@@ -86,6 +86,8 @@ class HookedLlama(PlacedLlama):
 
     Attributes:
         context: sites, decodes, steering of sequences and captures.
+        draws_from_logits: `generate` evaluates nothing for a prompt that the context ends with; in
+            some versions of llama-cpp-python it always evaluates the last token.
 
     Raises:
         HookError: the llama.cpp or the model cannot be hooked.
@@ -130,6 +132,7 @@ class HookedLlama(PlacedLlama):
                 # An error that names no file is about an argument.
                 hint = "; is it a GGUF model?" if cause != str(error) else ""
                 raise SteeringError(with_cause(f"{path}: {cause}", errors) + hint) from None
+        self.draws_from_logits = "_requires_eval" in vars(self)
         self.input_ids.fill(0)  # image handlers make prompts of ids that nobody has written
         speculates = llama_arguments.get("draft_model") is not None
         if speculates and not llama_arguments.get("logits_all"):

@@ -366,6 +366,11 @@ class SteeredCache:
             prefix = llm.longest_token_prefix(self.tokens, tokens[:-1])
             reusable = min(reusable, prefix)
         if reusable < self._first_text(sequence):
+            if not (llm.draws_from_logits or self.cuts_back):
+                raise SteeringError(
+                    "this llama-cpp-python evaluates a prompt's last token twice, and a recurrent "
+                    "model cannot after an image; install llama-cpp-python 0.3.32 or newer"
+                )
             raise _image_gone()
         if reusable == n:
             return tokens
