@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from pysteer import Policy, SteeringError, SteeringPack, SteeringVector, shipped
+from pysteer.cli import console
 from pysteer.inspect.plots import plot_pack
 from pysteer.pack.router import GATES, Gate, Read, Router
 
@@ -180,7 +181,7 @@ def test_narrow_terminal_gets_every_cell_whole(width, flags, cli, monkeypatch):
     """The shipped pack's rows of a wide terminal, cell by cell, in as many parts as needed."""
 
     def cells(columns):
-        monkeypatch.setenv("COLUMNS", str(columns))
+        monkeypatch.setattr(console.out, "width", columns)
         out = summarised(cli, *flags)
         return out, Counter(
             cell

@@ -7,11 +7,12 @@ from contextlib import closing
 
 import numpy as np
 import pytest
-from exactness import check_exact
+from exactness import check_exact, random_vector, same_bits
 from states import LAYER, components_of, reading_pack
 
 from pysteer import HookedLlama, SteeredLlama, SteeringPack, SteeringVector
 from pysteer.pack.operators import Operator
+from pysteer.pack.policy import Policy
 
 pytestmark = pytest.mark.devices
 
@@ -96,3 +97,24 @@ def test_router_reads_the_captured_rows_in_every_layout(tiny_llama, layout):
         ]
     scores = list(result["steering"]["scores"].values())
     np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=1e-6)
+
+
+@layouts
+@pytest.mark.parametrize("family", ["llama", "gemma3n"])
+def test_scheduled_rows_equal_hooked_rows_in_every_layout(tiny_model, family, layout):
+    """Every token has a factor of its own, from a table in the memory of each layer."""
+    path = tiny_model(family)
+    arguments = {**ARGUMENTS, **LAYOUTS[layout][0]}
+    found = []
+    for injection in ("auto", "hooked"):
+        with closing(HookedLlama(path, **arguments)) as llm:
+            vector = random_vector(llm.n_layer, llm.n_embd(), 0.3)
+        pack = SteeringPack({"c": vector}, policy=Policy(scope="linear 90"))
+        with closing(SteeredLlama(path, pack=pack, injection=injection, **arguments)) as llm:
+            with llm.steering({"c": 1.0}):
+                llm.eval(TOKENS[:-1])
+                llm.eval(TOKENS[-1:])
+            found.append((llm.scores[: len(TOKENS)].copy(), llm.context.cuts))
+    assert same_bits(found[0][0], found[1][0])
+    assert found[0][1] == 0
+    assert found[1][1] > 0
