@@ -238,7 +238,7 @@ std::optional<RowIndices> Hook::rows_of(const Tensor * node, Place place) const 
 
 bool Hook::steers_by_table(Tensor * node, Place place) {
     if (!batch_.active_at(place) || by_vector(place) || captures(place) || place.site != Site::residual ||
-        !sites_->adds_resident(node, place.layer)) {
+        !sites_->adds_vector(node, place.layer)) {
         return false;
     }
     const std::optional<RowIndices> indices = rows_of(node, place);

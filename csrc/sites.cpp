@@ -204,7 +204,11 @@ void SiteMap::learn_products() {
 
 bool SiteMap::adds_resident(const Tensor * node, std::size_t layer) const noexcept {
     // The scheduler makes copies anew in each graph, of the values at that time.
-    return resident(layer) != nullptr && node->op == abi().op_add && node->src[1] != nullptr &&
+    return resident(layer) != nullptr && adds_vector(node, layer);
+}
+
+bool SiteMap::adds_vector(const Tensor * node, std::size_t layer) const noexcept {
+    return marked_[layer] && node->op == abi().op_add && node->src[1] != nullptr &&
            (node->src[1] == resident(layer) || split_copy(node->src[1]) != nullptr);
 }
 

@@ -47,6 +47,8 @@ class SiteMap {
     }
     // True if a node of a layer adds the values of resident(layer).
     bool adds_resident(const Tensor * node, std::size_t layer) const noexcept;
+    // True if a node of a layer adds the layer's control vector, or a copy of it.
+    bool adds_vector(const Tensor * node, std::size_t layer) const noexcept;
     // Rows of a place for one token. The residual of Gemma 3n is n_embd x tokens x 4 streams, and llama.cpp adds its
     // control vector to every stream. A place with rows in another layout is not found.
     int64_t streams(Place place) const noexcept { return place.site == Site::residual ? residual_streams_ : 1; }

@@ -539,8 +539,11 @@ def test_probe_names_memory_beyond_the_host(graph, device):
     assert device.reads == device.writes == []
 
 
-def test_layer_with_a_copy_of_its_control_vector_is_steered_by_the_hook(graph):
-    """ggml's scheduler adds a copy where the next layer is on another device."""
+def probe_with_a_copy(graph):
+    """Probe a graph whose layer 1 adds a copy of its control vector; return the nodes.
+
+    ggml's scheduler makes one where the next layer is on another device.
+    """
 
     def copy(node):
         if node.contents.name == b"l_out-1":
@@ -548,7 +551,12 @@ def test_layer_with_a_copy_of_its_control_vector_is_steered_by_the_hook(graph):
 
     nodes = graph.probe(alter=copy)
     assert [f.layer for f in graph.hook.sites] == list(range(N_LAYER))
-    directions = steer(graph, 1, 2, injection="automatic")
+    return nodes
+
+
+def test_layer_with_a_copy_of_its_control_vector_is_steered_by_the_hook(graph):
+    nodes = probe_with_a_copy(graph)
+    directions = steer(graph, 1, injection="hooked")
     values = rows()
     graph.fill(nodes[1], values)
     begin(graph)
@@ -556,8 +564,30 @@ def test_layer_with_a_copy_of_its_control_vector_is_steered_by_the_hook(graph):
     graph.computed(nodes[1])
     graph.hook.end_decode()
     np.testing.assert_array_equal(graph.read(nodes[1], values), values + directions[0])
+    assert graph.read(graph.vectors[1], directions[0]).max() == 1  # the probe's; llama.cpp's to end
+
+
+def test_layer_with_a_copy_of_its_control_vector_is_steered_by_a_table(graph):
+    """The other layer goes through its control vector."""
+    nodes = probe_with_a_copy(graph)
+    directions = steer(graph, 1, 2, injection="automatic")
+    describe = ggml("ggml_op_desc", S, TENSOR)
+    copied = nodes[1].contents.src[1]
+    begin(graph)
+    assert not any(graph.ask(node) for node in nodes)
+    graph.hook.end_decode()
+    assert [describe(node) for node in nodes[1:]] == [b"ADD_ID", b"ADD"]
+    table, ids = (ctypes.cast(nodes[1].contents.src[k], TENSOR) for k in (1, 2))
+    found = graph.read(table, np.zeros((2, N_EMBD), np.float32))
+    np.testing.assert_array_equal(found, [np.zeros(N_EMBD), directions[0]])
+    np.testing.assert_array_equal(graph.read(ids, np.zeros(N_ROWS, np.int32)), 1)
     np.testing.assert_array_equal(graph.read(graph.vectors[2], directions[1]), directions[1])
-    assert graph.read(graph.vectors[1], directions[1]).max() == 1  # the probe's; llama.cpp's to end
+    graph.hook.set_sequence(0, None)
+    begin(graph)
+    assert not any(graph.ask(node) for node in nodes)
+    graph.hook.end_decode()
+    assert describe(nodes[1]) == b"ADD"
+    assert (nodes[1].contents.src[1], nodes[1].contents.src[2]) == (copied, None)
 
 
 def test_control_vector_that_a_later_graph_copies_is_added_by_the_graph(graph):
