@@ -214,7 +214,7 @@ def _way(
     elif operator != "add":
         cause = "the operator is no addition"
     else:
-        cause = "the next layer is on another device"
+        cause = "the device cannot add by rows"
     return ("in place" if device.on_host else "copies"), cause
 
 
