@@ -15,7 +15,7 @@ from pysteer.llama import log
 
 _log = logging.getLogger(__name__)
 
-TESTED_LLAMA_CPP = ("0.3.25", "0.3.32", "0.3.36")
+TESTED_LLAMA_CPP = ("0.3.36",)
 """Versions of llama-cpp-python that the test suite has passed with."""
 
 _TESTED = ", ".join(TESTED_LLAMA_CPP)
